@@ -1,0 +1,73 @@
+// Quantization and dequantization of the canonical form, to the bit as src/fp4/formats.py defines it. No torch here.
+//
+// Everything works on a contiguous run of blocks: a tensor [..., K] is rows * K / block_size of them, so a caller splits
+// work by blocks (multiples of kBlockGroup keep the vector paths whole) and gives each range of blocks to a thread.
+//
+// Compile with -ffp-contract=off: the squared errors that `mse` and `four_over_six` compare are not fused in the
+// reference.
+#pragma once
+
+#include <cstdint>
+
+namespace fp4::cpu {
+
+enum class Dtype { float32, bfloat16, float16 };
+enum class Format { nvfp4, mxfp4 };
+enum class Rule { abs_max, mse, four_over_six, even, ceil, quest };
+
+constexpr int block_size(Format format) { return format == Format::nvfp4 ? 16 : 32; }
+constexpr int kBlockGroup = 8;  // blocks that a vector path handles at a time
+
+// What one block scale byte means for the elements under it: |x| gets code `number of thresholds below bits(|x|)`.
+struct ScaleRow {
+  uint32_t thresholds[7];  // in the bits of the input dtype; a 16-bit pattern stands in both halves of the word
+  float effective;         // float32(block scale * global scale)
+};
+
+// How to quantize: built once per matrix (about 1 us for NVFP4), shared by all threads that work on it.
+class Quantizer {
+ public:
+  // global_scale is ignored for mxfp4. The rule must be one that the format defines (is_defined).
+  Quantizer(Format format, Rule rule, Dtype dtype, double global_scale);
+
+  // Blocks [first, last) of x, which holds them from block 0: block_size / 2 bytes of codes and one scale byte each.
+  void quantize(const void* x, int64_t first, int64_t last, uint8_t* codes, uint8_t* scales) const;
+
+  // The same numerics for integer matmuls: block_size bytes of *doubled* values (0, 1, 2, 3, 4, 6, 8, 12 and their
+  // negatives) and one float32 effective scale per block, so that value = 0.5 * doubled * effective.
+  void quantize_doubled(const void* x, int64_t first, int64_t last, int8_t* doubled, float* effective) const;
+
+  const ScaleRow* rows() const { return rows_; }
+  Format format() const { return format_; }
+  Rule rule() const { return rule_; }
+  Dtype dtype() const { return dtype_; }
+  float six_units() const { return six_units_; }    // float32(6 * global scale)
+  float four_units() const { return four_units_; }  // float32(4 * global scale)
+
+ private:
+  Format format_;
+  Rule rule_;
+  Dtype dtype_;
+  float six_units_ = 0;
+  float four_units_ = 0;
+  const ScaleRow* rows_ = nullptr;  // own_ for nvfp4, a constant table for mxfp4
+  ScaleRow own_[128];
+
+ public:
+  Quantizer(const Quantizer&) = delete;
+  Quantizer& operator=(const Quantizer&) = delete;
+};
+
+// float32 global scale of formats.global_scale_for: amax / 2688 (1536 for four_over_six), 1 where that is zero.
+double global_scale_for(float amax, Rule rule);
+
+bool is_defined(Format format, Rule rule);
+
+// Values of blocks [first, last): codes and scales hold blocks from 0, and so does out.
+void dequantize(Format format, const uint8_t* codes, const uint8_t* scales, double global_scale, Dtype dtype,
+                int64_t first, int64_t last, void* out);
+
+// Largest |x| of n elements, 0 for none; NaN if there is one.
+float abs_max(const void* x, Dtype dtype, int64_t n);
+
+}  // namespace fp4::cpu
