@@ -20,13 +20,16 @@ constexpr int kBlockGroup = 8;  // blocks that a vector path handles at a time
 
 // What one block scale byte means for the elements under it: |x| gets code `number of thresholds below bits(|x|)`.
 struct ScaleRow {
-  uint32_t thresholds[7];  // in the bits of the input dtype; a 16-bit pattern stands in both halves of the word
+  uint32_t thresholds[7];  // in the bits of the lane dtype; a 16-bit pattern stands in both halves of the word
   float effective;         // float32(block scale * global scale)
 };
 
 // How to quantize: built once per matrix (about 1 us for NVFP4), shared by all threads that work on it.
 class Quantizer {
  public:
+  Quantizer(const Quantizer&) = delete;
+  Quantizer& operator=(const Quantizer&) = delete;
+
   // global_scale is ignored for mxfp4. The rule must be one that the format defines (is_defined).
   Quantizer(Format format, Rule rule, Dtype dtype, double global_scale);
 
@@ -40,7 +43,8 @@ class Quantizer {
   const ScaleRow* rows() const { return rows_; }
   Format format() const { return format_; }
   Rule rule() const { return rule_; }
-  Dtype dtype() const { return dtype_; }
+  // What the kernels read: dtype, or float32 for rules that measure errors (their input is widened first).
+  Dtype lane_dtype() const { return lane_dtype_; }
   float six_units() const { return six_units_; }    // float32(6 * global scale)
   float four_units() const { return four_units_; }  // float32(4 * global scale)
 
@@ -48,14 +52,11 @@ class Quantizer {
   Format format_;
   Rule rule_;
   Dtype dtype_;
+  Dtype lane_dtype_;
   float six_units_ = 0;
   float four_units_ = 0;
   const ScaleRow* rows_ = nullptr;  // own_ for nvfp4, a constant table for mxfp4
   ScaleRow own_[128];
-
- public:
-  Quantizer(const Quantizer&) = delete;
-  Quantizer& operator=(const Quantizer&) = delete;
 };
 
 // float32 global scale of formats.global_scale_for: amax / 2688 (1536 for four_over_six), 1 where that is zero.

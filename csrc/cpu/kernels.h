@@ -1,0 +1,57 @@
+// The inner loops of the matmuls, once per instruction set. Everything above them (linear.cpp, linear_w4a4.cpp) is common.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+
+namespace fp4::cpu {
+
+// Integer activations of one block of a tile of `rows` rows, as linear_w4a4.cpp lays them out:
+//   int8  codes[block_size / 4][rows][4]   doubled E2M1 values
+//   int32 correction[rows]                 -12 * sum of the row's codes: decoded weights are stored 12 too large
+//   float scale[rows]
+constexpr int kIntegerBias = 12;
+constexpr int64_t integer_block_bytes(Format format, int64_t rows) { return rows * (block_size(format) + 8); }
+
+// `codes` and `scales` point at a block of a panel (layout.h) and `blocks` blocks are read from there. Indexed by Format.
+struct Kernels {
+  int gemv_rows;     // most rows of x that `gemv` takes
+  int float_tile;    // most rows of x that `multiply_float` takes
+  int integer_tile;  // most rows of x that `multiply_integer` takes
+
+  // y[m][16] = sum over k of x[k][m] * value[k][16]: weights are decoded in registers and used at once.
+  void (*gemv[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const float* x,
+                  int rows, float* y);
+
+  // out[k][16] = the weights' values.
+  void (*decode_float[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, float* out);
+
+  // sum[m][16] += sum over k of x[k][m] * w[k][16].
+  void (*multiply_float)(const float* x, int rows, const float* w, int64_t k, float* sum);
+
+  // out[k / 4][16][4] = doubled E2M1 + kIntegerBias, out_scales[block][16] = block scales; rows in kIntegerRow order.
+  void (*decode_integer[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, uint8_t* out,
+                            float* out_scales);
+
+  // sum[m][16] += sum over blocks of scale[m] * w_scales[16] * (exact integer dot product); rows in kIntegerRow order.
+  void (*multiply_integer[2])(const uint8_t* x, int rows, const uint8_t* w, const float* w_scales, int64_t blocks,
+                              float* sum);
+
+  // n elements to and from float32 (to nearest even).
+  void (*load)(const void* from, Dtype dtype, int64_t n, float* to);
+  void (*store)(const float* from, Dtype dtype, int64_t n, void* to);
+};
+
+extern const Kernels kScalarKernels;
+#ifdef __x86_64__
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+// Those of the instruction set in use (isa.h).
+const Kernels& kernels();
+
+constexpr int64_t element_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+}  // namespace fp4::cpu

@@ -1,0 +1,325 @@
+// AVX2 + FMA + F16C kernels. Every function carries its target, so the file is compiled with the default flags and its
+// code runs only where isa.h found the instructions.
+#ifdef __x86_64__
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "isa.h"
+#include "kernels.h"
+
+#define AVX2 FP4_TARGET_AVX2_FMA
+#define AVX2_INLINE FP4_TARGET_AVX2_FMA __attribute__((always_inline)) inline
+
+namespace fp4::cpu {
+namespace {
+
+// Block scales of the rows 0-7 and 8-15 of a panel.
+struct Scales {
+  __m256 low, high;
+};
+
+// E4M3 passes through float16, whose exponent is one bit wider: the conversion instruction handles subnormals whatever
+// the processor's denormal mode, and leaves a factor 2^8 between the biases. `unit` is 2^8 * global scale.
+template <Format F>
+AVX2_INLINE Scales load_scales(const uint8_t* scales, __m256 unit) {
+  if constexpr (F == Format::nvfp4) {
+    const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
+    const __m256i shifted = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 1);
+    const __m256i half = _mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<short>(0xBFFF)));
+    return {_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), unit),
+            _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), unit)};
+  } else {
+    // An E8M0 byte is a float32 exponent field, except that 0 means the subnormal 2^-127.
+    const __m256i smallest = _mm256_set1_epi32(0x00400000);
+    const __m256i low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales)));
+    const __m256i high = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + 8)));
+    return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(low, 23), smallest)),
+            _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(high, 23), smallest))};
+  }
+}
+
+template <Format F>
+AVX2_INLINE __m256 scale_unit(float global_scale) {
+  return _mm256_set1_ps(F == Format::nvfp4 ? global_scale * 256.0f : 1.0f);
+}
+
+// Four columns of the sixteen rows, as bfloat16: row r in the low half of a 32-bit lane, row r + 8 in the high half.
+struct Columns {
+  __m256i k0, k1, k2, k3;
+};
+
+AVX2_INLINE Columns load_columns(const uint8_t* codes) {
+  // The bytes of the bfloat16 values of the sixteen codes.
+  const __m256i high_bytes = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+      0, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, static_cast<char>(0x80), static_cast<char>(0xBF),
+      static_cast<char>(0xBF), static_cast<char>(0xBF), static_cast<char>(0xC0), static_cast<char>(0xC0),
+      static_cast<char>(0xC0), static_cast<char>(0xC0)));
+  const __m256i low_bytes = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 0, static_cast<char>(0x80), static_cast<char>(0xC0), 0, 0x40, static_cast<char>(0x80),
+                    static_cast<char>(0xC0), 0, 0, static_cast<char>(0x80), static_cast<char>(0xC0), 0, 0x40,
+                    static_cast<char>(0x80), static_cast<char>(0xC0)));
+  const __m256i nibble = _mm256_set1_epi8(0x0F);
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+  const __m256i even = _mm256_and_si256(bytes, nibble);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+  const __m256i even_high = _mm256_shuffle_epi8(high_bytes, even), even_low = _mm256_shuffle_epi8(low_bytes, even);
+  const __m256i odd_high = _mm256_shuffle_epi8(high_bytes, odd), odd_low = _mm256_shuffle_epi8(low_bytes, odd);
+  return {_mm256_unpacklo_epi8(even_low, even_high), _mm256_unpacklo_epi8(odd_low, odd_high),
+          _mm256_unpackhi_epi8(even_low, even_high), _mm256_unpackhi_epi8(odd_low, odd_high)};
+}
+
+AVX2_INLINE __m256 low_rows(__m256i column) { return _mm256_castsi256_ps(_mm256_slli_epi32(column, 16)); }
+
+AVX2_INLINE __m256 high_rows(__m256i column) {
+  return _mm256_castsi256_ps(_mm256_and_si256(column, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+}
+
+template <Format F, int M>
+AVX2 void gemv_rows(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const float* x,
+                    float* y) {
+  constexpr int size = block_size(F);
+  const __m256 unit = scale_unit<F>(global_scale);
+  __m256 low[M], high[M];
+  for (int m = 0; m < M; ++m) low[m] = high[m] = _mm256_setzero_ps();
+  for (int64_t b = 0; b < blocks; ++b, codes += block_bytes(F), scales += kPanelRows, x += size * M) {
+    // Two partial sums a vector (a, b) hide the latency of the FMAs.
+    __m256 low_a[M], low_b[M], high_a[M], high_b[M];
+    for (int m = 0; m < M; ++m) low_a[m] = low_b[m] = high_a[m] = high_b[m] = _mm256_setzero_ps();
+#pragma GCC unroll 8
+    for (int k = 0; k < size; k += 4) {
+      const Columns w = load_columns(codes + 8 * k);
+#pragma GCC unroll 2
+      for (int m = 0; m < M; ++m) {
+        const __m256 x0 = _mm256_set1_ps(x[(k + 0) * M + m]), x1 = _mm256_set1_ps(x[(k + 1) * M + m]);
+        const __m256 x2 = _mm256_set1_ps(x[(k + 2) * M + m]), x3 = _mm256_set1_ps(x[(k + 3) * M + m]);
+        low_a[m] = _mm256_fmadd_ps(low_rows(w.k0), x0, low_a[m]);
+        high_a[m] = _mm256_fmadd_ps(high_rows(w.k0), x0, high_a[m]);
+        low_b[m] = _mm256_fmadd_ps(low_rows(w.k1), x1, low_b[m]);
+        high_b[m] = _mm256_fmadd_ps(high_rows(w.k1), x1, high_b[m]);
+        low_a[m] = _mm256_fmadd_ps(low_rows(w.k2), x2, low_a[m]);
+        high_a[m] = _mm256_fmadd_ps(high_rows(w.k2), x2, high_a[m]);
+        low_b[m] = _mm256_fmadd_ps(low_rows(w.k3), x3, low_b[m]);
+        high_b[m] = _mm256_fmadd_ps(high_rows(w.k3), x3, high_b[m]);
+      }
+    }
+    const Scales s = load_scales<F>(scales, unit);
+    for (int m = 0; m < M; ++m) {
+      low[m] = _mm256_fmadd_ps(_mm256_add_ps(low_a[m], low_b[m]), s.low, low[m]);
+      high[m] = _mm256_fmadd_ps(_mm256_add_ps(high_a[m], high_b[m]), s.high, high[m]);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    _mm256_storeu_ps(y + m * kPanelRows, low[m]);
+    _mm256_storeu_ps(y + m * kPanelRows + 8, high[m]);
+  }
+}
+
+template <Format F>
+AVX2 void gemv(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const float* x,
+               int rows, float* y) {
+  if (rows == 1) return gemv_rows<F, 1>(codes, scales, blocks, global_scale, x, y);
+  gemv_rows<F, 2>(codes, scales, blocks, global_scale, x, y);
+}
+
+template <Format F>
+AVX2 void decode_float(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, float* out) {
+  constexpr int size = block_size(F);
+  const __m256 unit = scale_unit<F>(global_scale);
+  for (int64_t b = 0; b < blocks; ++b, scales += kPanelRows) {
+    const Scales s = load_scales<F>(scales, unit);
+    for (int k = 0; k < size; k += 4, codes += 32, out += 4 * kPanelRows) {
+      const Columns w = load_columns(codes);
+      _mm256_storeu_ps(out + 0, _mm256_mul_ps(low_rows(w.k0), s.low));
+      _mm256_storeu_ps(out + 8, _mm256_mul_ps(high_rows(w.k0), s.high));
+      _mm256_storeu_ps(out + 16, _mm256_mul_ps(low_rows(w.k1), s.low));
+      _mm256_storeu_ps(out + 24, _mm256_mul_ps(high_rows(w.k1), s.high));
+      _mm256_storeu_ps(out + 32, _mm256_mul_ps(low_rows(w.k2), s.low));
+      _mm256_storeu_ps(out + 40, _mm256_mul_ps(high_rows(w.k2), s.high));
+      _mm256_storeu_ps(out + 48, _mm256_mul_ps(low_rows(w.k3), s.low));
+      _mm256_storeu_ps(out + 56, _mm256_mul_ps(high_rows(w.k3), s.high));
+    }
+  }
+}
+
+template <int M>
+AVX2 void multiply_float_rows(const float* x, const float* w, int64_t k, float* sum) {
+  __m256 low[M], high[M];
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m) {
+    low[m] = _mm256_loadu_ps(sum + m * kPanelRows);
+    high[m] = _mm256_loadu_ps(sum + m * kPanelRows + 8);
+  }
+  for (int64_t i = 0; i < k; ++i, x += M, w += kPanelRows) {
+    const __m256 w_low = _mm256_loadu_ps(w), w_high = _mm256_loadu_ps(w + 8);
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m) {
+      const __m256 value = _mm256_set1_ps(x[m]);
+      low[m] = _mm256_fmadd_ps(w_low, value, low[m]);
+      high[m] = _mm256_fmadd_ps(w_high, value, high[m]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m) {
+    _mm256_storeu_ps(sum + m * kPanelRows, low[m]);
+    _mm256_storeu_ps(sum + m * kPanelRows + 8, high[m]);
+  }
+}
+
+AVX2 void multiply_float(const float* x, int rows, const float* w, int64_t k, float* sum) {
+  switch (rows) {
+    case 1: return multiply_float_rows<1>(x, w, k, sum);
+    case 2: return multiply_float_rows<2>(x, w, k, sum);
+    case 3: return multiply_float_rows<3>(x, w, k, sum);
+    case 4: return multiply_float_rows<4>(x, w, k, sum);
+    case 5: return multiply_float_rows<5>(x, w, k, sum);
+    default: return multiply_float_rows<6>(x, w, k, sum);
+  }
+}
+
+template <Format F>
+AVX2 void decode_integer(const uint8_t* codes, const uint8_t* scales, int64_t blocks, uint8_t* out,
+                         float* out_scales) {
+  constexpr int size = block_size(F);
+  const __m256 unit = scale_unit<F>(1.0f);
+  const __m256i table =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+  const __m256i nibble = _mm256_set1_epi8(0x0F);
+  for (int64_t b = 0; b < blocks; ++b, scales += kPanelRows, out_scales += kPanelRows) {
+    const Scales s = load_scales<F>(scales, unit);
+    _mm256_storeu_ps(out_scales, _mm256_unpacklo_ps(s.low, s.high));
+    _mm256_storeu_ps(out_scales + 8, _mm256_unpackhi_ps(s.low, s.high));
+    for (int k = 0; k < size; k += 4, codes += 32, out += 4 * kPanelRows) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+      const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, nibble));
+      const __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
+      const __m256i k01 = _mm256_unpacklo_epi8(even, odd), k23 = _mm256_unpackhi_epi8(even, odd);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi16(k01, k23));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32), _mm256_unpackhi_epi16(k01, k23));
+    }
+  }
+}
+
+template <Format F, int M>
+AVX2 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const float* w_scales, int64_t blocks,
+                                float* sum) {
+  constexpr int size = block_size(F);
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256 low[M], high[M];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    low[m] = _mm256_loadu_ps(sum + m * kPanelRows);
+    high[m] = _mm256_loadu_ps(sum + m * kPanelRows + 8);
+  }
+  for (int64_t b = 0; b < blocks; ++b, x += integer_block_bytes(F, M), w_scales += kPanelRows) {
+    // A product is at most 24 * 12, so that a lane stays below 2 * 8 * 288 = 4608 through a block: no saturation.
+    __m256i low16[M], high16[M];
+#pragma GCC unroll 8
+    for (int q = 0; q < size / 4; ++q, w += 4 * kPanelRows) {
+      const __m256i w_low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+      const __m256i w_high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32));
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        int32_t four;
+        std::memcpy(&four, x + (q * M + m) * 4, 4);
+        const __m256i codes = _mm256_set1_epi32(four);
+        const __m256i l = _mm256_maddubs_epi16(w_low, codes), h = _mm256_maddubs_epi16(w_high, codes);
+        low16[m] = q == 0 ? l : _mm256_add_epi16(low16[m], l);
+        high16[m] = q == 0 ? h : _mm256_add_epi16(high16[m], h);
+      }
+    }
+    const __m256 s_low = _mm256_loadu_ps(w_scales), s_high = _mm256_loadu_ps(w_scales + 8);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      int32_t correction;
+      float scale;
+      std::memcpy(&correction, x + M * size + 4 * m, 4);
+      std::memcpy(&scale, x + M * (size + 4) + 4 * m, 4);
+      const __m256i c = _mm256_set1_epi32(correction);
+      const __m256 s = _mm256_set1_ps(scale);
+      const __m256i l = _mm256_add_epi32(_mm256_madd_epi16(low16[m], ones), c);
+      const __m256i h = _mm256_add_epi32(_mm256_madd_epi16(high16[m], ones), c);
+      low[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(l), _mm256_mul_ps(s_low, s), low[m]);
+      high[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(h), _mm256_mul_ps(s_high, s), high[m]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    _mm256_storeu_ps(sum + m * kPanelRows, low[m]);
+    _mm256_storeu_ps(sum + m * kPanelRows + 8, high[m]);
+  }
+}
+
+template <Format F>
+AVX2 void multiply_integer(const uint8_t* x, int rows, const uint8_t* w, const float* w_scales, int64_t blocks,
+                           float* sum) {
+  switch (rows) {
+    case 1: return multiply_integer_rows<F, 1>(x, w, w_scales, blocks, sum);
+    case 2: return multiply_integer_rows<F, 2>(x, w, w_scales, blocks, sum);
+    default: return multiply_integer_rows<F, 3>(x, w, w_scales, blocks, sum);
+  }
+}
+
+AVX2 void load(const void* from, Dtype dtype, int64_t n, float* to) {
+  const uint16_t* half = static_cast<const uint16_t*>(from);
+  const int64_t whole = n / 8 * 8;
+  if (dtype == Dtype::bfloat16) {
+    for (int64_t i = 0; i < whole; i += 8) {
+      const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i));
+      _mm256_storeu_ps(to + i, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
+    }
+  } else if (dtype == Dtype::float16) {
+    for (int64_t i = 0; i < whole; i += 8) {
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i))));
+    }
+  } else {
+    return kScalarKernels.load(from, dtype, n, to);
+  }
+  kScalarKernels.load(half + whole, dtype, n - whole, to + whole);
+}
+
+AVX2 void store(const float* from, Dtype dtype, int64_t n, void* to) {
+  uint16_t* half = static_cast<uint16_t*>(to);
+  const int64_t whole = n / 8 * 8;
+  if (dtype == Dtype::bfloat16) {
+    for (int64_t i = 0; i < whole; i += 8) {
+      const __m256 value = _mm256_loadu_ps(from + i);
+      const __m256i bits = _mm256_castps_si256(value);
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+      const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+      const __m256 is_nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
+      const __m256i words = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(is_nan)), 16);
+      const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i), _mm256_castsi256_si128(packed));
+    }
+  } else if (dtype == Dtype::float16) {
+    for (int64_t i = 0; i < whole; i += 8) {
+      const __m128i packed = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i), packed);
+    }
+  } else {
+    return kScalarKernels.store(from, dtype, n, to);
+  }
+  kScalarKernels.store(from + whole, dtype, n - whole, half + whole);
+}
+
+}  // namespace
+
+const Kernels kAvx2Kernels = {
+    2,
+    6,
+    3,
+    {gemv<Format::nvfp4>, gemv<Format::mxfp4>},
+    {decode_float<Format::nvfp4>, decode_float<Format::mxfp4>},
+    multiply_float,
+    {decode_integer<Format::nvfp4>, decode_integer<Format::mxfp4>},
+    {multiply_integer<Format::nvfp4>, multiply_integer<Format::mxfp4>},
+    load,
+    store,
+};
+
+}  // namespace fp4::cpu
+
+#endif

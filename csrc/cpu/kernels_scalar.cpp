@@ -1,0 +1,171 @@
+// Portable kernels: what every other instruction set is tested against, and what a CPU without AVX2 runs.
+#include <cstring>
+
+#include "kernels.h"
+
+namespace fp4::cpu {
+namespace {
+
+constexpr int8_t kDoubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+template <Format F>
+float block_scale(uint8_t byte) {
+  if constexpr (F == Format::mxfp4) {
+    return byte == 0 ? from_bits(0x00400000) : from_bits(static_cast<uint32_t>(byte) << 23);
+  } else {
+    // E4M3 is a float32 with a smaller exponent field: move the bits, then correct the bias by a product, unless the
+    // number is subnormal, which must not depend on the processor's denormals-are-zero mode.
+    const uint32_t sign = static_cast<uint32_t>(byte & 0x80) << 24;
+    const uint32_t magnitude = byte & 0x7F;
+    if (magnitude < 8) return from_bits(sign | to_bits(static_cast<float>(magnitude) * 0x1p-9f));
+    return from_bits(sign | ((magnitude << 20) + (120u << 23)));
+  }
+}
+
+uint8_t nibble(const uint8_t* codes, int64_t k, int row) {
+  const uint8_t byte = codes[k / 4 * 32 + byte_position(row, k % 4 / 2)];
+  return k % 2 ? byte >> 4 : byte & 0xF;
+}
+
+template <Format F>
+void decode_float(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, float* out) {
+  constexpr int size = block_size(F);
+  for (int64_t b = 0; b < blocks; ++b, codes += block_bytes(F), scales += kPanelRows) {
+    float effective[kPanelRows];
+    for (int r = 0; r < kPanelRows; ++r) effective[r] = 0.5f * (block_scale<F>(scales[r]) * global_scale);
+    for (int k = 0; k < size; ++k, out += kPanelRows) {
+      for (int r = 0; r < kPanelRows; ++r) out[r] = kDoubled[nibble(codes, k, r)] * effective[r];
+    }
+  }
+}
+
+void multiply_float(const float* x, int rows, const float* w, int64_t k, float* sum) {
+  for (int64_t i = 0; i < k; ++i, x += rows, w += kPanelRows) {
+    for (int m = 0; m < rows; ++m) {
+      for (int r = 0; r < kPanelRows; ++r) sum[m * kPanelRows + r] += x[m] * w[r];
+    }
+  }
+}
+
+template <Format F>
+void gemv(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const float* x, int rows,
+          float* y) {
+  constexpr int size = block_size(F);
+  float w[size * kPanelRows];
+  for (int i = 0; i < rows * kPanelRows; ++i) y[i] = 0;
+  for (int64_t b = 0; b < blocks; ++b, codes += block_bytes(F), scales += kPanelRows, x += rows * size) {
+    decode_float<F>(codes, scales, 1, global_scale, w);
+    multiply_float(x, rows, w, size, y);
+  }
+}
+
+template <Format F>
+void decode_integer(const uint8_t* codes, const uint8_t* scales, int64_t blocks, uint8_t* out, float* out_scales) {
+  constexpr int size = block_size(F);
+  for (int64_t b = 0; b < blocks; ++b, codes += block_bytes(F), scales += kPanelRows, out_scales += kPanelRows) {
+    for (int r = 0; r < kPanelRows; ++r) out_scales[r] = block_scale<F>(scales[kIntegerRow[r]]);
+    for (int k = 0; k < size; k += 4) {
+      for (int r = 0; r < kPanelRows; ++r) {
+        for (int i = 0; i < 4; ++i) *out++ = kDoubled[nibble(codes, k + i, kIntegerRow[r])] + kIntegerBias;
+      }
+    }
+  }
+}
+
+template <Format F>
+void multiply_integer(const uint8_t* x, int rows, const uint8_t* w, const float* w_scales, int64_t blocks,
+                      float* sum) {
+  constexpr int size = block_size(F);
+  for (int64_t b = 0; b < blocks; ++b, x += integer_block_bytes(F, rows), w += size * kPanelRows) {
+    for (int m = 0; m < rows; ++m) {
+      int32_t correction;
+      float scale;
+      std::memcpy(&correction, x + rows * size + 4 * m, 4);
+      std::memcpy(&scale, x + rows * (size + 4) + 4 * m, 4);
+      for (int r = 0; r < kPanelRows; ++r) {
+        int32_t dot = correction;
+        for (int k = 0; k < size; ++k) {
+          const int8_t code = static_cast<int8_t>(x[(k / 4 * rows + m) * 4 + k % 4]);
+          dot += code * w[(k / 4 * kPanelRows + r) * 4 + k % 4];
+        }
+        sum[m * kPanelRows + r] += static_cast<float>(dot) * (scale * w_scales[b * kPanelRows + r]);
+      }
+    }
+  }
+}
+
+float from_half(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t magnitude = half & 0x7FFF;
+  if (magnitude >= 0x7C00) return from_bits(sign | 0x7F800000 | (magnitude << 13));
+  if (magnitude < 0x400) return from_bits(sign | to_bits(static_cast<float>(magnitude) * 0x1p-24f));
+  return from_bits(sign | ((magnitude << 13) + (112u << 23)));
+}
+
+uint16_t to_half(float value) {
+  const uint32_t bits = to_bits(value);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  const uint32_t magnitude = bits & 0x7FFFFFFF;
+  if (magnitude > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);
+  if (magnitude >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);  // 65520 and more
+  if (magnitude < 0x38800000) {
+    // Subnormal halves are multiples of 2^-24: adding 0.5 rounds to one, in the last bits of the sum.
+    return static_cast<uint16_t>(sign | (to_bits(from_bits(magnitude) + 0.5f) - 0x3F000000));
+  }
+  return static_cast<uint16_t>(sign | ((magnitude - (112u << 23) + 0xFFF + (magnitude >> 13 & 1)) >> 13));
+}
+
+uint16_t to_bfloat16(float value) {
+  const uint32_t bits = to_bits(value);
+  if ((bits & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+void load(const void* from, Dtype dtype, int64_t n, float* to) {
+  if (dtype == Dtype::float32) {
+    std::memcpy(to, from, n * sizeof(float));
+    return;
+  }
+  const uint16_t* half = static_cast<const uint16_t*>(from);
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = dtype == Dtype::float16 ? from_half(half[i]) : from_bits(static_cast<uint32_t>(half[i]) << 16);
+  }
+}
+
+void store(const float* from, Dtype dtype, int64_t n, void* to) {
+  if (dtype == Dtype::float32) {
+    std::memcpy(to, from, n * sizeof(float));
+    return;
+  }
+  uint16_t* half = static_cast<uint16_t*>(to);
+  for (int64_t i = 0; i < n; ++i) half[i] = dtype == Dtype::float16 ? to_half(from[i]) : to_bfloat16(from[i]);
+}
+
+}  // namespace
+
+const Kernels kScalarKernels = {
+    1,
+    4,
+    4,
+    {gemv<Format::nvfp4>, gemv<Format::mxfp4>},
+    {decode_float<Format::nvfp4>, decode_float<Format::mxfp4>},
+    multiply_float,
+    {decode_integer<Format::nvfp4>, decode_integer<Format::mxfp4>},
+    {multiply_integer<Format::nvfp4>, multiply_integer<Format::mxfp4>},
+    load,
+    store,
+};
+
+}  // namespace fp4::cpu

@@ -1,0 +1,60 @@
+"""Backends, and the choice of one. A module asks once, when its weights arrive on a device; never in ``forward``."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+from fp4.backends.base import Backend
+from fp4.backends.reference import ReferenceBackend
+from fp4.formats import NVFP4
+from fp4.scheme import Scheme
+
+logger = logging.getLogger("fp4")
+
+# In order of preference; the first that does not refuse is taken.
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (ReferenceBackend(),)}
+REFERENCE = BACKENDS["reference"]
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)
+
+
+def _reason_against(backend: Backend, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
+    return backend.unavailable() or backend.refuses(scheme, device, shape)
+
+
+def for_device(device: torch.device) -> Backend:
+    """The backend whose quantize and dequantize kernels serve tensors on ``device``."""
+    probe = Scheme(NVFP4, activations="model")
+    return next(b for b in BACKENDS.values() if _reason_against(b, probe, device, (8, 64)) is None)
+
+
+def select(
+    scheme: Scheme, device: torch.device, shape: tuple[int, ...], preference: str = "auto"
+) -> tuple[Backend, bool]:
+    """Choose who runs a weight of ``shape`` ``[..., N, K]`` on ``device``.
+
+    Returns:
+        the backend, and whether activations are quantized to FP4 (W4A4).
+
+    Raises:
+        ValueError: ``preference`` names a backend that is unknown or cannot run this weight here; the message says why.
+    """
+    if preference != "auto":
+        if preference not in BACKENDS:
+            raise ValueError(f"backend {preference!r} is unknown; use 'auto' or one of {', '.join(BACKENDS)}")
+        chosen = BACKENDS[preference]
+        reason = _reason_against(chosen, scheme, device, shape)
+        if reason is not None:
+            raise ValueError(f"backend {preference!r} cannot run {scheme.format.name} {shape} on {device}: {reason}")
+    else:
+        chosen = next(b for b in BACKENDS.values() if _reason_against(b, scheme, device, shape) is None)
+    w4a4 = scheme.activations == "fp4" or (scheme.activations == "auto" and chosen.multiplies_fp4(device))
+    precision = "FP4" if w4a4 else "unquantized"
+    _log_once(f"{scheme.format.name} weights on {device.type} run through the {chosen.name} backend, {precision} activations")
+    return chosen, w4a4

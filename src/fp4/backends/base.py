@@ -1,0 +1,70 @@
+"""What a backend is: a layout for packed weights, and the operators that run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4 import ops
+from fp4.formats import Format, QuantizedTensor, global_scale_for
+from fp4.scheme import Scheme
+
+
+class Backend:
+    """Runs packed weights on some device. Stateless: one instance a backend, shared by all modules.
+
+    A subclass names itself, says when it cannot run, and may lay weights out in its own way. ``pack`` and ``unpack`` are
+    exact inverses, and what ``pack`` returns replaces the canonical tensors: no weight is held twice.
+    """
+
+    name: str
+    #: Whether ``pack`` leaves the canonical layout as it is.
+    keeps_layout = True
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run in this process at all, or None if it can."""
+        return None
+
+    def refuses(self, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
+        """Why it cannot run weights of ``shape`` ``[..., N, K]`` by ``scheme`` on ``device``, or None if it can."""
+        return None
+
+    def multiplies_fp4(self, device: torch.device) -> bool:
+        """Whether FP4 activations are what ``device`` is fastest with, i.e. what ``activations="auto"`` means there."""
+        return False
+
+    def pack(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Canonical codes ``[..., N, K/2]`` and scales ``[..., N, K/B]`` -> this backend's ``weight, weight_scale``."""
+        return codes, scales
+
+    def unpack(self, weight: Tensor, weight_scale: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+        """Inverse of :meth:`pack`; ``out_features`` is N, which a padded layout no longer shows."""
+        return weight, weight_scale
+
+    def quantize(
+        self, x: Tensor, fmt: Format, rule: str = "abs_max", global_scale: Tensor | None = None
+    ) -> QuantizedTensor:
+        """``formats.quantize`` on this backend's kernels: x ``[..., N, K]`` -> canonical triple, the same bits."""
+        fmt.require_rule(rule)
+        if fmt.needs_global_scale and global_scale is None:
+            low, high = torch.aminmax(x.flatten(-2), dim=-1)
+            global_scale = global_scale_for(torch.maximum(-low, high), rule)
+        codes, scales = ops.operator(self.name, "quantize")(x, global_scale, fmt.name, rule)
+        return QuantizedTensor(codes, scales, global_scale)
+
+    def dequantize(self, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+        """``formats.dequantize`` on this backend's kernels: canonical triple -> ``[..., N, K]``, the same bits."""
+        values: Tensor = ops.operator(self.name, "dequantize")(*weight, dtype)
+        return values
+
+    @cached_property
+    def linear(self) -> Callable[..., Any]:
+        return ops.operator(self.name, "linear")
+
+    @cached_property
+    def linear_w4a4(self) -> Callable[..., Any]:
+        return ops.operator(self.name, "linear_w4a4")

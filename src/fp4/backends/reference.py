@@ -1,0 +1,148 @@
+"""The reference backend: pure torch on the canonical layout, on any device. It defines what every kernel must compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fp4 import formats, ops, rotation
+from fp4.backends.base import Backend
+
+# Weights are dequantized in row tiles of this many elements (8 MB of float32), so that no layer is ever held dense.
+_TILE_ELEMENTS = 1 << 21
+
+
+def _matmul(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, global_scale: Tensor | None, bias: Tensor | None, out: Tensor
+) -> None:
+    """``out[t, n] = sum_k x[t, k] w[n, k] + bias[n]`` in float32, rounded to ``out.dtype`` once."""
+    step = max(1, _TILE_ELEMENTS // (2 * weight.shape[-1]))
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        tile = formats.dequantize(weight[rows], weight_scale[rows], global_scale)
+        result = x @ tile.T
+        if bias is not None:
+            result += bias[rows].float()
+        out[:, rows] = result
+
+
+def quantize_activation(
+    x: Tensor,
+    fmt: formats.Format,
+    rotate_by: Tensor | None,
+    global_scale: Tensor | None,
+    rule: str,
+) -> Tensor:
+    """The values that W4A4 multiplies: x ``[T, K]`` rotated, quantized and dequantized, float32 ``[T, K]``."""
+    if rotate_by is not None:
+        x = rotation.rotate(x, rotate_by)
+    return formats.dequantize(*formats.quantize(x, fmt, rule, global_scale))
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """W4A16: x ``[..., K]`` in its own precision against packed weights."""
+    out = x.new_empty(*x.shape[:-1], out_features)
+    _matmul(x.reshape(-1, x.shape[-1]).float(), weight, weight_scale, global_scale, bias, out.view(-1, out_features))
+    return out
+
+
+def linear_w4a4(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    rotate_by: Tensor | None,
+    input_global_scale: Tensor | None,
+    rule: str,
+) -> Tensor:
+    """W4A4: x ``[..., K]`` is rotated and quantized first. This is the emulation that all W4A4 kernels are held to."""
+    fmt = formats.format_of(weight_scale)
+    rows = quantize_activation(x.reshape(-1, x.shape[-1]), fmt, rotate_by, input_global_scale, rule)
+    out = x.new_empty(*x.shape[:-1], out_features)
+    _matmul(rows, weight, weight_scale, global_scale, bias, out.view(-1, out_features))
+    return out
+
+
+def _grouped(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor,
+    out_features: int,
+    prepare: Callable[[Tensor], Tensor],
+) -> Tensor:
+    out = x.new_empty(x.shape[0], out_features)
+    bounds = offsets.tolist()
+    for expert, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if start == end:
+            continue
+        scale = None if global_scale is None else global_scale[expert]
+        expert_bias = None if bias is None else bias[expert]
+        rows = prepare(x[start:end])
+        _matmul(rows, weight[expert], weight_scale[expert], scale, expert_bias, out[start:end])
+    return out
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor,
+    out_features: int,
+) -> Tensor:
+    """W4A16 over experts: rows ``offsets[e]:offsets[e+1]`` of x ``[T, K]`` meet weight ``e`` of ``[E, N, K/2]``."""
+    return _grouped(x, weight, weight_scale, global_scale, bias, offsets, out_features, Tensor.float)
+
+
+def grouped_linear_w4a4(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor,
+    out_features: int,
+    rotate_by: Tensor | None,
+    input_global_scale: Tensor | None,
+    rule: str,
+) -> Tensor:
+    """W4A4 over experts. A dynamic global scale is taken over all rows of the call, as one kernel launch would."""
+    fmt = formats.format_of(weight_scale)
+    rows = quantize_activation(x, fmt, rotate_by, input_global_scale, rule)
+    # Rounded to x.dtype only at the very end: `out` takes its dtype from x, the products are of float32 values.
+    out = _grouped(
+        rows, weight, weight_scale, global_scale, bias, offsets, out_features, lambda expert_rows: expert_rows
+    )
+    return out.to(x.dtype)
+
+
+def quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> tuple[Tensor, Tensor]:
+    """Canonical codes and scales of x under a given global scale."""
+    codes, scales, _ = formats.quantize(x, formats.FORMATS[format], rule, global_scale)
+    return codes, scales
+
+
+for _function in (linear, linear_w4a4, grouped_linear, grouped_linear_w4a4, quantize):
+    ops.implement(f"reference_{_function.__name__}", _function)
+ops.implement("reference_dequantize", formats.dequantize)
+
+
+class ReferenceBackend(Backend):
+    """Runs everywhere, slowly."""
+
+    name = "reference"

@@ -1,0 +1,315 @@
+"""The numerics of 4-bit floating point, in pure torch. Every kernel of this package is tested against this file.
+
+A quantized tensor is **codes x block scales x global scale**:
+
+    value[n, k] = E2M1(code[n, k]) * float32(block_scale[n, k // B] * global_scale)        B = 16 (NVFP4) or 32 (MXFP4)
+
+* codes: ``uint8 [..., N, K/2]``, two per byte, the even column in the low nibble, bit 3 of a nibble is the sign;
+* block scales: ``float8_e4m3fn [..., N, K/16]`` (NVFP4) or ``float8_e8m0fnu [..., N, K/32]`` (MXFP4). Their dtype names
+  the format, so a pair of tensors is enough to know what it holds;
+* global scale: ``float64 [...]``, one per matrix, multiplied; usually ``None`` for MXFP4. It is float64 because half of
+  the checkpoint formats store its reciprocal in float32: ``float32(1 / float64(1 / x)) == x`` holds for every normal
+  x, so those formats round-trip to the bit.
+
+Rounding is to nearest, ties to the even code, of the IEEE float32 quotient ``x / effective_scale``, saturating at 6, as
+the ``cvt.rn.satfinite.e2m1x2`` instruction does. Element formats: OCP Microscaling Formats (MX) v1.0, section 5.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+E4M3_TINY = 2.0**-9  # smallest positive (subnormal) E4M3; a stored block scale is never smaller
+FOUR_OVER_SIX_E4M3_MAX = 256.0  # leaves room for amax/4, which is 1.5 times amax/6 (arXiv 2512.02010)
+
+# E2M1 rounding as "count the thresholds below |x|". A tie goes to the even code: at 0.25, 1.25, 2.5 and 5 that is the
+# lower one, at 0.75, 1.75 and 3.5 the upper one, so there the threshold is the float just below the tie.
+_TIES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+_TIE_GOES_UP = torch.tensor([False, True, False, True, False, True, False])
+_THRESHOLDS = torch.where(_TIE_GOES_UP, torch.nextafter(_TIES, torch.zeros(7)), _TIES).tolist()
+_NIBBLE_VALUES = torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES))
+_BYTE_VALUES = torch.stack([_NIBBLE_VALUES.repeat(16), _NIBBLE_VALUES.repeat_interleave(16)], dim=-1)  # [256, 2]
+
+# Rows are handled in tiles of about this many elements, so that temporaries stay small beside the tensor itself.
+_TILE_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Format:
+    """A block format: ``block_size`` E2M1 codes share one scale of ``scale_dtype``; ``rules`` can choose that scale."""
+
+    name: str
+    block_size: int
+    scale_dtype: torch.dtype
+    rules: tuple[str, ...]
+
+    @property
+    def needs_global_scale(self) -> bool:
+        """Whether the block scales alone lack the range of a weight, so that a global scale is taken from the data."""
+        return self.scale_dtype == torch.float8_e4m3fn
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of code and block scale per element (4.5 for NVFP4, 4.25 for MXFP4), global scale not counted."""
+        return 4 + 8 / self.block_size
+
+    def require_rule(self, rule: str) -> None:
+        if rule not in self.rules:
+            raise ValueError(f"scale rule {rule!r} is not defined for {self.name}; use one of {', '.join(self.rules)}")
+
+
+NVFP4 = Format("nvfp4", 16, torch.float8_e4m3fn, ("abs_max", "mse", "four_over_six"))
+MXFP4 = Format("mxfp4", 32, torch.float8_e8m0fnu, ("abs_max", "even", "ceil", "below_six", "mse", "quest"))
+FORMATS = {fmt.name: fmt for fmt in (NVFP4, MXFP4)}
+
+
+class QuantizedTensor(NamedTuple):
+    """codes ``uint8 [..., N, K/2]``, scales ``[..., N, K/B]`` and global scale ``float64 [...]`` (or None)."""
+
+    codes: Tensor
+    scales: Tensor
+    global_scale: Tensor | None
+
+
+def format_of(scales: Tensor) -> Format:
+    """The format that block scales of this dtype belong to. Raises ValueError for any other dtype."""
+    for fmt in FORMATS.values():
+        if scales.dtype == fmt.scale_dtype:
+            return fmt
+    known = ", ".join(f"{fmt.scale_dtype} ({fmt.name})" for fmt in FORMATS.values())
+    raise ValueError(f"block scales have dtype {scales.dtype}; expected one of {known}")
+
+
+def require_finite(tensor: Tensor, name: str) -> None:
+    """Raises ValueError naming ``name`` if ``tensor`` holds NaN or infinity."""
+    low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
+    if not (torch.isfinite(low) & torch.isfinite(high)):
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        raise ValueError(
+            f"{name} holds {bad} NaN or infinite values out of {tensor.numel()}; such a weight cannot be quantized. "
+            "Check that the checkpoint is intact, or keep the layer as it is through modules_to_not_convert"
+        )
+
+
+# --- codes -----------------------------------------------------------------------------------------------------------
+
+
+def encode_e2m1(x: Tensor) -> Tensor:
+    """Nearest E2M1 code of each element (ties to even, saturating): float32 ``[...]`` -> uint8 ``[...]`` in 0..15."""
+    magnitude = x.abs()
+    code = torch.signbit(x).to(torch.uint8) << 3
+    for threshold in _THRESHOLDS:
+        code += magnitude > threshold
+    return code
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """Value of each unpacked code: uint8 ``[...]`` in 0..15 -> float32 ``[...]``."""
+    return _NIBBLE_VALUES.to(codes.device)[codes.int()]
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """Two codes a byte, the even column in the low nibble: uint8 ``[..., K]`` -> uint8 ``[..., K/2]``."""
+    if codes.shape[-1] % 2:
+        raise ValueError(f"cannot pack {codes.shape[-1]} codes a row two to a byte; expected an even number")
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_codes(packed: Tensor) -> Tensor:
+    """Inverse of :func:`pack_codes`: uint8 ``[..., K/2]`` -> uint8 ``[..., K]``."""
+    return torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)
+
+
+# --- block scales ----------------------------------------------------------------------------------------------------
+
+
+def encode_e4m3(x: Tensor) -> Tensor:
+    """Nearest E4M3 block scale, kept in [2^-9, 448] so that no block has scale zero: float32 -> float8_e4m3fn."""
+    return x.clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def encode_e8m0(exponent: Tensor) -> Tensor:
+    """The scale ``2**exponent``, exponent clamped to [-127, 127]: int32 -> float8_e8m0fnu."""
+    return (exponent.clamp(-127, 127) + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def effective_scales(scales: Tensor, global_scale: Tensor | None) -> Tensor:
+    """float32 of block scale x global scale, which broadcasts against ``scales``; rounded to float32 once.
+
+    Both factors are exact in float64, and a product of a 4-bit significand with a float64 that came from a float32 or
+    from the reciprocal of one is never close enough to a rounding boundary for the double rounding to show.
+    """
+    decoded = scales.to(torch.float32)
+    return decoded if global_scale is None else (decoded.double() * global_scale).float()
+
+
+def _floor_log2(x: Tensor) -> Tensor:
+    """floor(log2 x) for float32 x >= 0 as int32, from the exponent field; -127 for zero and subnormals."""
+    return (x.view(torch.int32) >> 23) - 127
+
+
+def _sum_by_halving(x: Tensor) -> Tensor:
+    """Sum over the last axis (a power of two long), folding it in half: an order that any vector unit can keep."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
+
+
+def _mx_exponents(blocks: Tensor, rule: str, unit: Tensor | float) -> Tensor:
+    """MXFP4 block exponents: float32 ``[..., B]`` -> int32 ``[...]``; ``unit`` is the float32 global scale, or 1."""
+    if rule == "quest":
+        # The clipping factor that minimises the squared error of a Gaussian block (QuEST, arXiv 2502.05003).
+        size = blocks.shape[-1]
+        centred = blocks - (_sum_by_halving(blocks) / size)[..., None]
+        std = torch.sqrt(_sum_by_halving(centred * centred) / size)
+        return _floor_log2((std * (2.92247856 / E2M1_MAX) + 1e-8) / unit)
+    amax = blocks.abs().amax(dim=-1)
+    if rule == "below_six":
+        # The smallest power of two under which amax stays strictly below 6.
+        return _floor_log2(amax / (unit * E2M1_MAX)) + 1
+    if rule == "ceil":
+        # The smallest power of two that clips nothing: carry any mantissa bit of amax/6 into the exponent field.
+        return ((amax / (unit * E2M1_MAX)).view(torch.int32) + 0x7FFFFF >> 23) - 127
+    amax = amax / unit
+    if rule == "even":
+        # amax is first rounded to E2M1's one mantissa bit (half a step added), so that 1.75 and more round up.
+        amax = (amax.view(torch.int32) + (1 << 21)).view(torch.float32)
+    return _floor_log2(amax) - 2  # 2 is E2M1's largest exponent (OCP MX v1.0, section 6.3)
+
+
+def _squared_error(blocks: Tensor, scales: Tensor, global_scale: Tensor | None) -> Tensor:
+    """float32 ``[...]``: the squared rounding error of each block ``[..., B]`` under a scale."""
+    effective = effective_scales(scales, global_scale)
+    error = decode_e2m1(_encode_blocks(blocks, effective)) * effective[..., None] - blocks
+    return _sum_by_halving(error * error)
+
+
+def _best_of(blocks: Tensor, candidates: list[Tensor], global_scale: Tensor | None) -> Tensor:
+    """Per block the candidate with the least squared error; the earliest on a tie."""
+    best = candidates[0]
+    least = _squared_error(blocks, best, global_scale)
+    for candidate in candidates[1:]:
+        error = _squared_error(blocks, candidate, global_scale)
+        better = error < least
+        best = torch.where(better, candidate.view(torch.uint8), best.view(torch.uint8)).view(best.dtype)
+        least = torch.where(better, error, least)
+    return best
+
+
+def _neighbours(scales: Tensor, offsets: tuple[int, ...], low: int, high: int) -> list[Tensor]:
+    """The scales ``offset`` representable steps away (bytes of both scale types are ordered as their values)."""
+    bits = scales.view(torch.uint8).to(torch.int16)
+    return [(bits + o).clamp(low, high).to(torch.uint8).view(scales.dtype) for o in offsets]
+
+
+# Offsets of the search, nearest first so that ties keep the scale closest to abs_max. E4M3: one binade either way.
+_NVFP4_OFFSETS = tuple(sorted(range(-8, 9), key=lambda o: (abs(o), o)))
+_MXFP4_OFFSETS = (0, 1, -1, 2)
+
+
+def _block_scales(blocks: Tensor, fmt: Format, rule: str, global_scale: Tensor | None) -> Tensor:
+    """Block scales by ``rule``: float32 ``[..., B]`` -> ``fmt.scale_dtype [...]``; global scale broadcasts over ``...``."""
+    if fmt is MXFP4:
+        unit = 1.0 if global_scale is None else global_scale.float()
+        if rule == "mse":
+            scales = encode_e8m0(_mx_exponents(blocks, "abs_max", unit))
+            return _best_of(blocks, _neighbours(scales, _MXFP4_OFFSETS, 0, 254), global_scale)
+        return encode_e8m0(_mx_exponents(blocks, rule, unit))
+    assert global_scale is not None
+    amax = blocks.abs().amax(dim=-1)
+    unit = global_scale.float()
+    scales = encode_e4m3(amax / (unit * E2M1_MAX))
+    if rule == "four_over_six":
+        return _best_of(blocks, [scales, encode_e4m3(amax / (unit * 4.0))], global_scale)
+    if rule == "mse":
+        return _best_of(blocks, _neighbours(scales, _NVFP4_OFFSETS, 1, 126), global_scale)
+    return scales
+
+
+# --- whole tensors ---------------------------------------------------------------------------------------------------
+
+
+def global_scale_for(amax: Tensor, rule: str = "abs_max") -> Tensor:
+    """NVFP4 global scale from the largest magnitude: float ``[...]`` -> float64 ``[...]``; 1 where that would be zero.
+
+    It puts the largest block scale at 448 (at 256 for ``four_over_six``); computed in float32, as all tools do.
+    """
+    limit = FOUR_OVER_SIX_E4M3_MAX if rule == "four_over_six" else E4M3_MAX
+    scale = amax.float() / (E2M1_MAX * limit)
+    return torch.where(scale == 0, 1.0, scale).double()
+
+
+def _encode_blocks(blocks: Tensor, effective: Tensor) -> Tensor:
+    # An effective scale that underflowed to zero leaves nothing to represent: dividing by infinity gives code 0.
+    divisor = torch.where(effective == 0, torch.inf, effective)
+    return encode_e2m1(blocks / divisor[..., None])
+
+
+def quantize(x: Tensor, fmt: Format, rule: str = "abs_max", global_scale: Tensor | None = None) -> QuantizedTensor:
+    """Quantize the last axis of ``x`` in blocks.
+
+    Args:
+        x: float32, bfloat16 or float16 ``[..., N, K]``, K a multiple of ``fmt.block_size``.
+        rule: how a block's scale is chosen, one of ``fmt.rules``. ``abs_max`` maps the largest magnitude to 6 (for
+            MXFP4 by the OCP floor rule), ``mse`` takes the representable scale of least squared error,
+            ``four_over_six`` the better of amax/6 and amax/4, ``quest`` the Gaussian optimum; ``even``, ``ceil`` and
+            ``below_six`` are the other exponent rules in use for MXFP4.
+        global_scale: float64, broadcastable to the leading axes. By default NVFP4 takes it from ``x``, one per matrix
+            (:func:`global_scale_for`), and MXFP4 has none.
+
+    Returns:
+        :class:`QuantizedTensor` in canonical form. NaN in ``x`` becomes a NaN scale, so that it is never hidden.
+
+    Raises:
+        ValueError: for a K that is no multiple of the block, or a rule the format does not define.
+    """
+    fmt.require_rule(rule)
+    if x.shape[-1] % fmt.block_size:
+        raise ValueError(f"last axis has {x.shape[-1]} elements; {fmt.name} needs a multiple of {fmt.block_size}")
+    lead = x.shape[:-2]
+    if global_scale is not None:
+        global_scale = global_scale.to(device=x.device, dtype=torch.float64)
+    elif fmt.needs_global_scale:
+        amax = x.abs().amax(dim=(-2, -1)) if x.numel() else x.new_zeros(lead)
+        global_scale = global_scale_for(amax, rule)
+
+    rows = x.reshape(-1, x.shape[-1])
+    unit = None
+    if global_scale is not None:
+        unit = global_scale.expand(lead)[..., None].expand(x.shape[:-1]).reshape(-1)
+    codes = torch.empty(rows.shape[0], rows.shape[1] // 2, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(rows.shape[0], rows.shape[1] // fmt.block_size, dtype=torch.uint8, device=x.device)
+    step = max(1, _TILE_ELEMENTS // max(1, rows.shape[1]))
+    for start in range(0, rows.shape[0], step):
+        tile = slice(start, start + step)
+        blocks = rows[tile].float().unflatten(-1, (-1, fmt.block_size))
+        tile_unit = None if unit is None else unit[tile, None]
+        tile_scales = _block_scales(blocks, fmt, rule, tile_unit)
+        scales[tile] = tile_scales.view(torch.uint8)
+        codes[tile] = pack_codes(_encode_blocks(blocks, effective_scales(tile_scales, tile_unit)).flatten(-2))
+    return QuantizedTensor(
+        codes.reshape(*x.shape[:-1], -1), scales.view(fmt.scale_dtype).reshape(*x.shape[:-1], -1), global_scale
+    )
+
+
+def dequantize(
+    codes: Tensor, scales: Tensor, global_scale: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The values of a canonical triple: ``[..., N, K]`` in ``dtype`` (computed in float32, then rounded once)."""
+    fmt = format_of(scales)
+    if codes.shape[:-1] != scales.shape[:-1] or codes.shape[-1] * 2 != scales.shape[-1] * fmt.block_size:
+        raise ValueError(
+            f"codes {tuple(codes.shape)} and {fmt.name} scales {tuple(scales.shape)} do not belong together: expected "
+            f"scales of shape {(*codes.shape[:-1], codes.shape[-1] * 2 // fmt.block_size)}"
+        )
+    effective = effective_scales(scales, None if global_scale is None else global_scale[..., None, None])
+    values = torch.nn.functional.embedding(codes.int(), _BYTE_VALUES.to(codes.device)).flatten(-2)
+    return (values.unflatten(-1, (-1, fmt.block_size)) * effective[..., None]).flatten(-2).to(dtype)

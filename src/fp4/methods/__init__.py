@@ -1,0 +1,1 @@
+"""Quantization methods: functions from a weight to its canonical triple. They know no models, files or devices."""

@@ -1,0 +1,199 @@
+"""A Linear layer whose weight stays packed on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4 import backends
+from fp4.formats import QuantizedTensor
+from fp4.methods.rtn import rtn
+from fp4.rotation import ROTATIONS, rotate, share
+from fp4.scheme import Scheme
+
+_CANONICAL = ("weight", "weight_scale")
+
+
+class FP4Linear(nn.Module):
+    """``y = x W^T + bias`` with W in NVFP4 or MXFP4, never dense in memory.
+
+    Parameters (none needs a gradient but ``bias``), in the canonical form of :mod:`fp4.formats` until a backend lays
+    them out in its own way; ``state_dict`` always shows the canonical form:
+
+    * ``weight``: uint8 ``[N, K/2]``, the codes;
+    * ``weight_scale``: ``float8_e4m3fn [N, K/16]`` or ``float8_e8m0fnu [N, K/32]``;
+    * ``global_scale``: float64 ``[]``, or None for an MXFP4 weight without one;
+    * ``input_global_scale``: float64 ``[]``, or None: taken from each call's activations (NVFP4) or absent (MXFP4);
+    * ``bias``: ``[N]`` in the model's dtype, or None.
+
+    ``rotation`` ``[h, h]`` float32 is shared between all layers that use the same one, so it is no parameter.
+
+    Args:
+        in_features: K, a multiple of ``scheme.k_multiple``.
+        out_features: N, any.
+        bias: whether there is one.
+        scheme: formats, rules and rotation.
+        backend: ``"auto"`` or the name of one, which must then be able to run this layer.
+        dtype, device: of the bias, and of everything.
+    """
+
+    bias: nn.Parameter | None
+    global_scale: nn.Parameter | None
+    input_global_scale: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        scheme: Scheme,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if in_features % scheme.k_multiple:
+            raise ValueError(f"in_features is {in_features}; this scheme needs a multiple of {scheme.k_multiple}")
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme = scheme
+        self.backend_preference = backend
+        self.backend = backends.REFERENCE
+        self.quantizes_input = False
+        fmt = scheme.format
+        self.weight = _frozen(torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device))
+        self.weight_scale = _frozen(
+            torch.empty(out_features, in_features // fmt.block_size, dtype=fmt.scale_dtype, device=device)
+        )
+        scalar = torch.ones((), dtype=torch.float64, device=device)
+        has_global_scale = fmt.needs_global_scale or scheme.global_scale is not None
+        self.global_scale = _frozen(scalar) if has_global_scale else None
+        self.input_global_scale = _frozen(scalar.clone()) if scheme.global_scale is not None else None
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.rotation: Tensor | None = None
+        if scheme.rotation != "identity":
+            self.rotation = share(ROTATIONS[scheme.rotation](scheme.group_size).float())
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, scheme: Scheme, backend: str = "auto", name: str = "weight"
+    ) -> FP4Linear:
+        """Round ``linear`` to nearest under ``scheme``. Raises ValueError naming ``name`` if it holds NaN or infinity."""
+        module = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, scheme, backend, device="meta"
+        )
+        module.bias = linear.bias
+        rotation = None if module.rotation is None else module.rotation.to(linear.weight.device)
+        module.load_canonical(rtn(linear.weight.detach(), scheme, rotation, name))
+        if module.input_global_scale is not None:
+            module.input_global_scale = _frozen(torch.full_like(module.input_global_scale, scheme.global_scale or 1, device=linear.weight.device))
+        module.settle()
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[..., K]`` float32, bfloat16 or float16 -> ``[..., N]`` in the same dtype."""
+        if self.quantizes_input:
+            out: Tensor = self.backend.linear_w4a4(
+                x,
+                self.weight,
+                self.weight_scale,
+                self.global_scale,
+                self.bias,
+                self.out_features,
+                self.rotation,
+                self.input_global_scale,
+                self.scheme.activation_rule,
+            )
+            return out
+        if self.rotation is not None:
+            x = rotate(x, self.rotation).to(x.dtype)
+        out = self.backend.linear(
+            x, self.weight, self.weight_scale, self.global_scale, self.bias, self.out_features
+        )
+        return out
+
+    def canonical(self) -> QuantizedTensor:
+        """The weight in canonical form; copies only where the backend's layout differs from it."""
+        codes, scales = self.backend.unpack(self.weight, self.weight_scale, self.out_features)
+        return QuantizedTensor(codes, scales, self.global_scale)
+
+    def load_canonical(self, weight: QuantizedTensor) -> None:
+        """Take over canonical tensors as they are; :meth:`settle` then finds a backend for the device they are on."""
+        self.backend = backends.REFERENCE
+        self.weight, self.weight_scale = _frozen(weight.codes), _frozen(weight.scales)
+        self.global_scale = None if weight.global_scale is None else _frozen(weight.global_scale)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight ``[N, K]`` that this layer multiplies with, rotated back where it is rotated."""
+        dense = backends.for_device(self.weight.device).dequantize(self.canonical(), torch.float32)
+        if self.rotation is not None:
+            # Orthogonal up to rounding: the inverse, not the transpose, gives back exactly what is multiplied.
+            dense = rotate(dense, torch.linalg.inv(self.rotation.double()).float())
+        return dense.to(dtype)
+
+    def settle(self, device: torch.device | None = None) -> None:
+        """Choose the backend for the device the weights are on and lay them out for it. Idempotent.
+
+        Args:
+            device: where the layer will run, if the weights are only brought there for each call (offloading); such
+                weights keep the canonical layout.
+        """
+        offloaded = device is not None
+        device = device or self.weight.device
+        if device.type == "meta":
+            return
+        chosen, self.quantizes_input = backends.select(
+            self.scheme, device, (self.out_features, self.in_features), self.backend_preference
+        )
+        if self.rotation is not None:
+            self.rotation = share(self.rotation.to(device))
+        if offloaded and not chosen.keeps_layout:
+            chosen = backends.REFERENCE
+        if chosen is self.backend:
+            return
+        codes, scales, _ = self.canonical()
+        weight, weight_scale = chosen.pack(codes, scales)
+        self.weight, self.weight_scale = _frozen(weight), _frozen(weight_scale)
+        self.backend = chosen
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FP4Linear:
+        bias = self.bias
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            # A cast of the model (`.half()`, `.to(bfloat16)`) is meant for floating-point weights, not for packed ones.
+            if tensor is bias or moved.dtype == tensor.dtype:
+                return moved
+            return tensor.to(moved.device)
+
+        before = self.weight.device
+        super()._apply(move, recurse)
+        if self.weight.device != before and before.type != "meta":
+            self.settle()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.backend.keeps_layout and self.weight.device.type != "meta":
+            codes, scales, _ = self.canonical()
+            destination[prefix + "weight"], destination[prefix + "weight_scale"] = codes, scales
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if not self.backend.keeps_layout:
+            self.load_canonical(self.canonical())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.settle()
+
+    def extra_repr(self) -> str:
+        activations = f"fp4 ({self.scheme.activation_rule})" if self.quantizes_input else "unquantized"
+        rotation = "" if self.rotation is None else f", rotation={self.scheme.rotation}{self.rotation.shape[0]}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={self.scheme.format.name}, activations={activations}{rotation}, backend={self.backend.name}"
+        )
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,62 @@
+"""Block rotations: small orthogonal matrices applied to groups of ``h`` neighbouring columns of input and weight.
+
+For an orthogonal R, ``(x R)(w R)^T = x w^T``, so a rotation changes what is rounded but not what is computed. All
+matrices are built in float64; they are applied as ``x @ R`` in float32.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def _sylvester(size: int) -> Tensor:
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"a Hadamard matrix of size {size} was asked for; expected a power of two")
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
+
+
+def hadamard(size: int) -> Tensor:
+    """Sylvester's Hadamard matrix over sqrt(size), symmetric: float64 ``[size, size]``, size a power of two."""
+    return _sylvester(size) / size**0.5
+
+
+def identity(size: int) -> Tensor:
+    """No rotation: float64 ``[size, size]``."""
+    return torch.eye(size, dtype=torch.float64)
+
+
+def gsr(size: int) -> Tensor:
+    """Walsh matrix, i.e. Hadamard rows ordered by sequency (number of sign changes): float64 ``[size, size]``.
+
+    Used group by group it is the grouped sequency-arranged rotation of arXiv 2505.03810.
+    """
+    matrix = _sylvester(size)
+    changes = (matrix[:, 1:] != matrix[:, :-1]).sum(dim=1)
+    return matrix[torch.argsort(changes)] / size**0.5
+
+
+ROTATIONS: dict[str, Callable[[int], Tensor]] = {"hadamard": hadamard, "identity": identity, "gsr": gsr}
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate groups of the last axis: ``[..., K]``, rotation ``[h, h]`` with h dividing K -> float32 ``[..., K]``."""
+    groups = x.float().unflatten(-1, (-1, rotation.shape[0]))
+    return (groups @ rotation.float()).flatten(-2)
+
+
+_shared: weakref.WeakValueDictionary[tuple[object, ...], Tensor] = weakref.WeakValueDictionary()
+
+
+def share(rotation: Tensor) -> Tensor:
+    """One tensor for all equal rotations on a device, so that a model holds each matrix once."""
+    if rotation.device.type == "meta":
+        return rotation
+    key = (rotation.device, rotation.dtype, rotation.shape[0], rotation.cpu().numpy().tobytes())
+    return _shared.setdefault(key, rotation)
