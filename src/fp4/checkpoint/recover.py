@@ -111,7 +111,11 @@ def recover(dqweight: Tensor, fmt: Format, global_scale: Tensor | None = None) -
                 break
             retry = _explain(blocks[open_blocks], fmt, units[open_blocks], dqweight.dtype, largest)
             found = open_blocks[retry[2]]
-            codes[found], scale_bits[found], exact[found] = retry[0][retry[2]], retry[1].view(torch.uint8)[retry[2]], True
+            codes[found], scale_bits[found], exact[found] = (
+                retry[0][retry[2]],
+                retry[1].view(torch.uint8)[retry[2]],
+                True,
+            )
         all_codes[tile] = pack_codes(codes.reshape(-1, rows.shape[1]))
         all_scales[tile] = scale_bits.reshape(-1, per_row)
         all_exact[tile] = exact.reshape(-1, per_row)
