@@ -50,31 +50,34 @@ void fill_row(ScaleRow& row, float effective, Dtype dtype) {
   }
 }
 
-double e4m3_value(int byte) {  // 0..127
-  if (byte == 127) return NAN;
-  const int exponent = byte >> 3, mantissa = byte & 7;
-  return exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+double e4m3_value(int byte) {
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  if ((byte & 127) == 127) return NAN;
+  const double magnitude = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+  return byte < 128 ? magnitude : -magnitude;
 }
 
-const double* e4m3_values() {
+double e8m0_value(int byte) { return byte == 255 ? NAN : std::ldexp(1.0, byte - 127); }
+
+float effective_scale(Format format, int byte, double global_scale) {
   static const struct Table {
-    double value[128];
+    double value[2][256];
     Table() {
-      for (int byte = 0; byte < 128; ++byte) value[byte] = e4m3_value(byte);
+      for (int i = 0; i < 256; ++i) {
+        value[static_cast<int>(Format::nvfp4)][i] = e4m3_value(i);
+        value[static_cast<int>(Format::mxfp4)][i] = e8m0_value(i);
+      }
     }
   } table;
-  return table.value;
+  return static_cast<float>(table.value[static_cast<int>(format)][byte] * global_scale);
 }
-
-// 2^(byte - 127) and the quiet NaN that byte 255 stands for.
-float e8m0_value(int byte) { return byte == 255 ? NAN : static_cast<float>(std::ldexp(1.0, byte - 127)); }
 
 const ScaleRow* mxfp4_rows(Dtype dtype) {
   static const struct Table {
     ScaleRow row[3][256];
     Table() {
       for (int d = 0; d < 3; ++d) {
-        for (int byte = 0; byte < 256; ++byte) fill_row(row[d][byte], e8m0_value(byte), static_cast<Dtype>(d));
+        for (int byte = 0; byte < 256; ++byte) fill_row(row[d][byte], effective_scale(Format::mxfp4, byte, 1.0), static_cast<Dtype>(d));
       }
     }
   } table;
@@ -178,19 +181,22 @@ double global_scale_for(float amax, Rule rule) {
 }
 
 Quantizer::Quantizer(Format format, Rule rule, Dtype dtype, double global_scale)
-    : format_(format), rule_(rule), dtype_(dtype), lane_dtype_(needs_values(rule) ? Dtype::float32 : dtype) {
-  if (format == Format::mxfp4) {
+    : format_(format),
+      rule_(rule),
+      dtype_(dtype),
+      lane_dtype_(needs_values(rule) ? Dtype::float32 : dtype),
+      unit_(static_cast<float>(global_scale)),
+      six_units_(unit_ * 6.0f),
+      four_units_(unit_ * 4.0f),
+      rows_(own_) {
+  if (format == Format::mxfp4 && global_scale == 1.0) {
     rows_ = mxfp4_rows(lane_dtype_);
     return;
   }
-  const float unit = static_cast<float>(global_scale);
-  six_units_ = unit * 6.0f;
-  four_units_ = unit * 4.0f;
-  const double* values = e4m3_values();
-  for (int byte = 0; byte < 128; ++byte) {
-    fill_row(own_[byte], static_cast<float>(values[byte] * global_scale), lane_dtype_);
+  const int count = format == Format::nvfp4 ? 128 : 256;
+  for (int byte = 0; byte < count; ++byte) {
+    fill_row(own_[byte], effective_scale(format, byte, global_scale), lane_dtype_);
   }
-  rows_ = own_;
 }
 
 void Quantizer::quantize(const void* x, int64_t first, int64_t last, uint8_t* codes, uint8_t* scales) const {
@@ -211,14 +217,7 @@ void Quantizer::quantize_doubled(const void* x, int64_t first, int64_t last, int
 void dequantize(Format format, const uint8_t* codes, const uint8_t* scales, double global_scale, Dtype dtype,
                 int64_t first, int64_t last, void* out) {
   float effective[256];
-  for (int byte = 0; byte < 256; ++byte) {
-    if (format == Format::mxfp4) {
-      effective[byte] = mxfp4_rows(Dtype::float32)[byte].effective;
-    } else {
-      const float value = static_cast<float>(e4m3_values()[byte & 127] * global_scale);
-      effective[byte] = byte < 128 ? value : -value;
-    }
-  }
+  for (int byte = 0; byte < 256; ++byte) effective[byte] = effective_scale(format, byte, global_scale);
   const int block = block_size(format);
   kernels().dequantize[static_cast<int>(format)][static_cast<int>(dtype)](
       codes + first * (block / 2), scales + first, effective, last - first,

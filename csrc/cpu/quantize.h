@@ -13,7 +13,7 @@ namespace fp4::cpu {
 
 enum class Dtype { float32, bfloat16, float16 };
 enum class Format { nvfp4, mxfp4 };
-enum class Rule { abs_max, mse, four_over_six, even, ceil, quest };
+enum class Rule { abs_max, mse, four_over_six, even, ceil, below_six, quest };
 
 constexpr int block_size(Format format) { return format == Format::nvfp4 ? 16 : 32; }
 constexpr int kBlockGroup = 8;  // blocks that a vector path handles at a time
@@ -24,13 +24,13 @@ struct ScaleRow {
   float effective;         // float32(block scale * global scale)
 };
 
-// How to quantize: built once per matrix (about 1 us for NVFP4), shared by all threads that work on it.
+// How to quantize: built once per matrix (microseconds), shared by all threads that work on it.
 class Quantizer {
  public:
   Quantizer(const Quantizer&) = delete;
   Quantizer& operator=(const Quantizer&) = delete;
 
-  // global_scale is ignored for mxfp4. The rule must be one that the format defines (is_defined).
+  // global_scale is 1 where there is none. The rule must be one that the format defines (is_defined).
   Quantizer(Format format, Rule rule, Dtype dtype, double global_scale);
 
   // Blocks [first, last) of x, which holds them from block 0: block_size / 2 bytes of codes and one scale byte each.
@@ -45,6 +45,7 @@ class Quantizer {
   Rule rule() const { return rule_; }
   // What the kernels read: dtype, or float32 for rules that measure errors (their input is widened first).
   Dtype lane_dtype() const { return lane_dtype_; }
+  float unit() const { return unit_; }              // float32(global scale)
   float six_units() const { return six_units_; }    // float32(6 * global scale)
   float four_units() const { return four_units_; }  // float32(4 * global scale)
 
@@ -53,10 +54,11 @@ class Quantizer {
   Rule rule_;
   Dtype dtype_;
   Dtype lane_dtype_;
-  float six_units_ = 0;
-  float four_units_ = 0;
-  const ScaleRow* rows_ = nullptr;  // own_ for nvfp4, a constant table for mxfp4
-  ScaleRow own_[128];
+  float unit_;
+  float six_units_;
+  float four_units_;
+  const ScaleRow* rows_;  // own_, or a constant table for mxfp4 without a global scale
+  ScaleRow own_[256];
 };
 
 // float32 global scale of formats.global_scale_for: amax / 2688 (1536 for four_over_six), 1 where that is zero.

@@ -50,7 +50,7 @@ float sum_by_halving(float* values) {
 }
 
 template <int B>
-uint8_t quest_scale(const float* values) {
+uint8_t quest_scale(const float* values, float unit) {
   float sums[B];
   std::memcpy(sums, values, sizeof sums);
   const float mean = sum_by_halving<B>(sums) / B;
@@ -59,7 +59,7 @@ uint8_t quest_scale(const float* values) {
     sums[i] = deviation * deviation;
   }
   const float std = std::sqrt(sum_by_halving<B>(sums) / B);
-  const int32_t bits = static_cast<int32_t>(bits_of(std * kQuestFactor + 1e-8f));
+  const int32_t bits = static_cast<int32_t>(bits_of((std * kQuestFactor + 1e-8f) / unit));
   return static_cast<uint8_t>(clamp_int(bits >> 23, 0, 254));
 }
 
@@ -95,7 +95,6 @@ struct Best {
 
 template <int B>
 uint8_t scale_of(const Quantizer& q, float amax, const float* values) {
-  const int32_t bits = static_cast<int32_t>(bits_of(amax));
   if constexpr (B == 16) {
     const uint8_t scale = encode_e4m3(amax / q.six_units());
     if (q.rule() == Rule::abs_max) return scale;
@@ -108,15 +107,18 @@ uint8_t scale_of(const Quantizer& q, float amax, const float* values) {
     for (int8_t offset : kNvfp4Offsets) best.offer(static_cast<uint8_t>(clamp_int(scale + offset, 1, 126)));
     return best.scale;
   } else {
+    const int32_t bits = static_cast<int32_t>(bits_of(amax / q.unit()));
+    const int32_t sixth = static_cast<int32_t>(bits_of(amax / q.six_units()));
     const int floor = clamp_int((bits >> 23) - 2, 0, 254);
     switch (q.rule()) {
       case Rule::even:
         return static_cast<uint8_t>(clamp_int(((bits + (1 << 21)) >> 23) - 2, 0, 254));
       case Rule::ceil:
-        return static_cast<uint8_t>(
-            clamp_int(static_cast<int32_t>(bits_of(amax / 6.0f) + 0x7fffff) >> 23, 0, 254));
+        return static_cast<uint8_t>(clamp_int((sixth + 0x7fffff) >> 23, 0, 254));
+      case Rule::below_six:
+        return static_cast<uint8_t>(clamp_int((sixth >> 23) + 1, 0, 254));
       case Rule::quest:
-        return quest_scale<B>(values);
+        return quest_scale<B>(values, q.unit());
       case Rule::mse: {
         Best<B> best(q, values, static_cast<uint8_t>(floor));
         for (int8_t offset : kMxfp4Offsets) best.offer(static_cast<uint8_t>(clamp_int(floor + offset, 0, 254)));
@@ -140,7 +142,7 @@ void quantize_groups(const Quantizer& q, const void* lanes, int64_t groups, void
       const typename L::Bits magnitude = x[i] & L::kMagnitude;
       if (magnitude > largest) largest = magnitude;
     }
-    float values[B];
+    float values[B] = {};
     if (D == Dtype::float32) std::memcpy(values, x, sizeof values);  // rules that read values have float32 lanes
     scales[block] = scale_of<B>(q, L::value(largest), values);
     const ScaleRow& row = q.rows()[scales[block]];
