@@ -18,8 +18,10 @@ def triple(fmt: Format, codes: torch.Tensor, scale_bytes: torch.Tensor) -> tuple
 def assert_same_values(fmt: Format, values: torch.Tensor, unit: torch.Tensor | None) -> None:
     codes, scales, exact = recover(values, fmt, unit)
     assert exact.all()
-    assert codes.shape == (*values.shape[:-1], values.shape[-1] // 2) and codes.dtype == torch.uint8
-    assert scales.shape == (*values.shape[:-1], values.shape[-1] // fmt.block_size) and scales.dtype == fmt.scale_dtype
+    assert codes.shape == (*values.shape[:-1], values.shape[-1] // 2)
+    assert codes.dtype == torch.uint8
+    assert scales.shape == (*values.shape[:-1], values.shape[-1] // fmt.block_size)
+    assert scales.dtype == fmt.scale_dtype
     again = dequantize(codes, scales, unit, values.dtype)
     bits = torch.int32 if values.dtype == torch.float32 else torch.int16
     assert torch.equal(again.view(bits), values.view(bits))
@@ -39,7 +41,8 @@ def test_nvfp4_codes_and_scales_come_back(dtype: torch.dtype, unit: float | None
     assert_same_values(NVFP4, values, scale)
     if dtype != torch.float16:
         found = recover(values, NVFP4, scale)
-        assert torch.equal(found.codes, codes) and torch.equal(found.scales.view(torch.uint8), scales.view(torch.uint8))
+        assert torch.equal(found.codes, codes)
+        assert torch.equal(found.scales.view(torch.uint8), scales.view(torch.uint8))
 
 
 @pytest.mark.parametrize("rule", ["abs_max", "even", "ceil", "quest"])

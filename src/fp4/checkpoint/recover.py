@@ -1,9 +1,10 @@
 """Codes and block scales from dequantized values: the inverse of "pseudo-quantization".
 
 FP-Quant's pseudo-quantized checkpoints hold no codes, only ``dqweight``, the products ``code * scale`` rounded to the
-model's dtype. In bfloat16 that rounding moves a value by at most 1/512 of itself, while neighbouring scales (E4M3: 1/15,
-E8M0: a factor 2) and neighbouring codes (1/4) lie much further apart. So once one element's code is fixed its block's
-scale is fixed too, and a block can be explained in at most seven ways, one for each code its largest element may have.
+model's dtype. In bfloat16 that rounding moves a value by at most 1/512 of itself, while neighbouring scales (E4M3: 1/15
+apart, E8M0: a factor 2) and neighbouring codes (1/4) differ by far more. So once one element's code is fixed its
+block's scale is fixed too, and a block can be explained in at most seven ways, one for each code its largest element
+may have.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _scales_for(amax: Tensor, fmt: Format, unit: Tensor, largest: float) -> Tens
 def _explain(
     blocks: Tensor, fmt: Format, unit: Tensor, dtype: torch.dtype, largest: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Unpacked codes ``[n, B]``, scales ``[n]`` and exactness ``[n]`` of float32 ``blocks [n, B]``, ``unit`` float64 [n]."""
+    """float32 ``blocks [n, B]``, float64 ``unit [n]`` -> unpacked codes ``[n, B]``, scales and exactness ``[n]``."""
     scales = _scales_for(blocks.abs().amax(dim=-1), fmt, unit, largest)
     effective = effective_scales(scales, unit)[:, None]
     codes = encode_e2m1(blocks / torch.where(effective == 0, torch.inf, effective))
