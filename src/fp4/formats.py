@@ -216,7 +216,7 @@ _MXFP4_OFFSETS = (0, 1, -1, 2)
 
 
 def _block_scales(blocks: Tensor, fmt: Format, rule: str, global_scale: Tensor | None) -> Tensor:
-    """Block scales by ``rule``: float32 ``[..., B]`` -> ``fmt.scale_dtype [...]``; global scale broadcasts over ``...``."""
+    """Block scales by ``rule``: float32 ``[..., B]`` -> ``fmt.scale_dtype [...]``, as the global scale broadcasts."""
     if fmt is MXFP4:
         unit = 1.0 if global_scale is None else global_scale.float()
         if rule == "mse":
@@ -237,6 +237,13 @@ def _block_scales(blocks: Tensor, fmt: Format, rule: str, global_scale: Tensor |
 # --- whole tensors ---------------------------------------------------------------------------------------------------
 
 
+def largest_magnitude(x: Tensor) -> Tensor:
+    """max |x| of each matrix, without a copy: ``[..., N, K]`` -> ``[...]``; 0 for an empty one."""
+    if not x.numel():
+        return x.new_zeros(x.shape[:-2])
+    return torch.maximum(x.amax(dim=(-2, -1)), -x.amin(dim=(-2, -1)))
+
+
 def global_scale_for(amax: Tensor, rule: str = "abs_max") -> Tensor:
     """NVFP4 global scale from the largest magnitude: float ``[...]`` -> float64 ``[...]``; 1 where that would be zero.
 
@@ -245,6 +252,17 @@ def global_scale_for(amax: Tensor, rule: str = "abs_max") -> Tensor:
     limit = FOUR_OVER_SIX_E4M3_MAX if rule == "four_over_six" else E4M3_MAX
     scale = amax.float() / (E2M1_MAX * limit)
     return torch.where(scale == 0, 1.0, scale).double()
+
+
+def portable_global_scale_for(amax: Tensor, rule: str = "abs_max") -> Tensor:
+    """The power of two at or above :func:`global_scale_for`: float ``[...]`` -> float64 ``[...]``.
+
+    Block scales are floating point, so nothing is lost by it, and it is the one kind of global scale that every
+    checkpoint format, the ones that store the reciprocal or round to bfloat16 too, holds exactly.
+    """
+    mantissa, exponent = torch.frexp(global_scale_for(amax, rule))
+    scale: Tensor = torch.ldexp(torch.ones_like(mantissa), torch.where(mantissa == 0.5, exponent - 1, exponent))
+    return scale
 
 
 def _encode_blocks(blocks: Tensor, effective: Tensor) -> Tensor:
@@ -278,8 +296,7 @@ def quantize(x: Tensor, fmt: Format, rule: str = "abs_max", global_scale: Tensor
     if global_scale is not None:
         global_scale = global_scale.to(device=x.device, dtype=torch.float64)
     elif fmt.needs_global_scale:
-        amax = x.abs().amax(dim=(-2, -1)) if x.numel() else x.new_zeros(lead)
-        global_scale = global_scale_for(amax, rule)
+        global_scale = global_scale_for(largest_magnitude(x), rule)
 
     rows = x.reshape(-1, x.shape[-1])
     unit = None
@@ -311,5 +328,5 @@ def dequantize(
             f"scales of shape {(*codes.shape[:-1], codes.shape[-1] * 2 // fmt.block_size)}"
         )
     effective = effective_scales(scales, None if global_scale is None else global_scale[..., None, None])
-    values = torch.nn.functional.embedding(codes.int(), _BYTE_VALUES.to(codes.device)).flatten(-2)
+    values: Tensor = torch.nn.functional.embedding(codes.int(), _BYTE_VALUES.to(codes.device)).flatten(-2)
     return (values.unflatten(-1, (-1, fmt.block_size)) * effective[..., None]).flatten(-2).to(dtype)

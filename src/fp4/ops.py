@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp4.formats import FORMATS
+
 _LIBRARY = torch.library.Library("fp4", "DEF")
 
 BACKENDS = ("reference", "cpu", "triton", "cutlass")
@@ -40,8 +42,6 @@ def _fake_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, global_scale: 
 
 
 def _fake_quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> tuple[Tensor, Tensor]:
-    from fp4.formats import FORMATS
-
     fmt = FORMATS[format]
     lead, k = x.shape[:-1], x.shape[-1]
     codes = x.new_empty(*lead, k // 2, dtype=torch.uint8)
@@ -52,10 +52,12 @@ def _fake_dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor | None,
     return codes.new_empty(*codes.shape[:-1], codes.shape[-1] * 2, dtype=dtype)
 
 
+_FAKES: dict[str, Callable[..., Any]] = {"quantize": _fake_quantize, "dequantize": _fake_dequantize}
+
 for _backend in BACKENDS:
     for _name, _schema in _SCHEMAS.items():
         _LIBRARY.define(f"{_backend}_{_name}{_schema}")
-        _fake = {"quantize": _fake_quantize, "dequantize": _fake_dequantize}.get(_name, _fake_linear)
+        _fake = _FAKES.get(_name, _fake_linear)
         torch.library.register_fake(f"fp4::{_backend}_{_name}", _fake, lib=_LIBRARY)
 
 

@@ -6,6 +6,7 @@ matrices are built in float64; they are applied as ``x @ R`` in float32.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from torch import Tensor
 def _sylvester(size: int) -> Tensor:
     if size < 1 or size & (size - 1):
         raise ValueError(f"a Hadamard matrix of size {size} was asked for; expected a power of two")
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix
@@ -24,12 +25,12 @@ def _sylvester(size: int) -> Tensor:
 
 def hadamard(size: int) -> Tensor:
     """Sylvester's Hadamard matrix over sqrt(size), symmetric: float64 ``[size, size]``, size a power of two."""
-    return _sylvester(size) / size**0.5
+    return _sylvester(size) / math.sqrt(size)
 
 
 def identity(size: int) -> Tensor:
     """No rotation: float64 ``[size, size]``."""
-    return torch.eye(size, dtype=torch.float64)
+    return torch.eye(size, dtype=torch.float64, device="cpu")
 
 
 def gsr(size: int) -> Tensor:
@@ -39,7 +40,7 @@ def gsr(size: int) -> Tensor:
     """
     matrix = _sylvester(size)
     changes = (matrix[:, 1:] != matrix[:, :-1]).sum(dim=1)
-    return matrix[torch.argsort(changes)] / size**0.5
+    return matrix[torch.argsort(changes)] / math.sqrt(size)
 
 
 ROTATIONS: dict[str, Callable[[int], Tensor]] = {"hadamard": hadamard, "identity": identity, "gsr": gsr}
@@ -48,7 +49,8 @@ ROTATIONS: dict[str, Callable[[int], Tensor]] = {"hadamard": hadamard, "identity
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate groups of the last axis: ``[..., K]``, rotation ``[h, h]`` with h dividing K -> float32 ``[..., K]``."""
     groups = x.float().unflatten(-1, (-1, rotation.shape[0]))
-    return (groups @ rotation.float()).flatten(-2)
+    rotated: Tensor = groups @ rotation.float()
+    return rotated.flatten(-2)
 
 
 _shared: weakref.WeakValueDictionary[tuple[object, ...], Tensor] = weakref.WeakValueDictionary()

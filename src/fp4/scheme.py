@@ -17,8 +17,8 @@ class Scheme:
     Attributes:
         format: of the weight, and of the activations where those are FP4.
         weight_rule: how block scales of the weight are chosen (``formats.quantize``).
-        activations: ``"fp4"`` quantizes them on every call (W4A4), ``"model"`` leaves them in the model's dtype (W4A16),
-            ``"auto"`` is W4A4 where the hardware multiplies FP4 and W4A16 elsewhere.
+        activations: ``"fp4"`` quantizes them on every call (W4A4), ``"model"`` leaves them in the model's dtype
+            (W4A16), ``"auto"`` is W4A4 where the hardware multiplies FP4 and W4A16 elsewhere.
         activation_rule: how block scales of the activations are chosen.
         rotation: a name of ``rotation.ROTATIONS``; ``"identity"`` is none.
         group_size: size of the rotation.

@@ -56,5 +56,7 @@ def select(
         chosen = next(b for b in BACKENDS.values() if _reason_against(b, scheme, device, shape) is None)
     w4a4 = scheme.activations == "fp4" or (scheme.activations == "auto" and chosen.multiplies_fp4(device))
     precision = "FP4" if w4a4 else "unquantized"
-    _log_once(f"{scheme.format.name} weights on {device.type} run through the {chosen.name} backend, {precision} activations")
+    _log_once(
+        f"{scheme.format.name} weights on {device.type} run through the {chosen.name} backend, {precision} activations"
+    )
     return chosen, w4a4

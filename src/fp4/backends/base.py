@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from fp4 import ops
-from fp4.formats import Format, QuantizedTensor, global_scale_for
+from fp4.formats import Format, QuantizedTensor, global_scale_for, largest_magnitude
 from fp4.scheme import Scheme
 
 
 class Backend:
     """Runs packed weights on some device. Stateless: one instance a backend, shared by all modules.
 
-    A subclass names itself, says when it cannot run, and may lay weights out in its own way. ``pack`` and ``unpack`` are
-    exact inverses, and what ``pack`` returns replaces the canonical tensors: no weight is held twice.
+    A subclass names itself, says when it cannot run, and may lay weights out in its own way. ``pack`` and ``unpack``
+    are exact inverses, and what ``pack`` returns replaces the canonical tensors: no weight is held twice.
     """
 
     name: str
@@ -51,8 +51,7 @@ class Backend:
         """``formats.quantize`` on this backend's kernels: x ``[..., N, K]`` -> canonical triple, the same bits."""
         fmt.require_rule(rule)
         if fmt.needs_global_scale and global_scale is None:
-            low, high = torch.aminmax(x.flatten(-2), dim=-1)
-            global_scale = global_scale_for(torch.maximum(-low, high), rule)
+            global_scale = global_scale_for(largest_magnitude(x), rule)
         codes, scales = ops.operator(self.name, "quantize")(x, global_scale, fmt.name, rule)
         return QuantizedTensor(codes, scales, global_scale)
 

@@ -1,10 +1,10 @@
-"""The reference backend: pure torch on the canonical layout, on any device. It defines what every kernel must compute."""
+"""The reference backend: pure torch on the canonical layout, on any device. Every kernel is held to it."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from fp4 import formats, ops, rotation
@@ -86,7 +86,7 @@ def _grouped(
 ) -> Tensor:
     out = x.new_empty(x.shape[0], out_features)
     bounds = offsets.tolist()
-    for expert, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
         if start == end:
             continue
         scale = None if global_scale is None else global_scale[expert]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fp4 import backends
-from fp4.formats import QuantizedTensor, require_finite
+from fp4.formats import QuantizedTensor, largest_magnitude, portable_global_scale_for, require_finite
 from fp4.rotation import rotate
 from fp4.scheme import Scheme
 
@@ -23,5 +23,7 @@ def rtn(weight: Tensor, scheme: Scheme, rotation: Tensor | None = None, name: st
     global_scale = None
     if scheme.global_scale is not None:
         global_scale = torch.full(weight.shape[:-2], scheme.global_scale, dtype=torch.float64, device=weight.device)
+    elif scheme.format.needs_global_scale:
+        global_scale = portable_global_scale_for(largest_magnitude(weight), scheme.weight_rule)
     backend = backends.for_device(weight.device)
     return backend.quantize(weight, scheme.format, scheme.weight_rule, global_scale)

@@ -14,8 +14,6 @@ from fp4.methods.rtn import rtn
 from fp4.rotation import ROTATIONS, rotate, share
 from fp4.scheme import Scheme
 
-_CANONICAL = ("weight", "weight_scale")
-
 
 class FP4Linear(nn.Module):
     """``y = x W^T + bias`` with W in NVFP4 or MXFP4, never dense in memory.
@@ -74,23 +72,31 @@ class FP4Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.rotation: Tensor | None = None
         if scheme.rotation != "identity":
-            self.rotation = share(ROTATIONS[scheme.rotation](scheme.group_size).float())
+            # Rounded to the model's dtype because that is how checkpoints store it; applied in float32.
+            matrix = ROTATIONS[scheme.rotation](scheme.group_size).to(dtype or torch.get_default_dtype())
+            self.rotation = share(matrix.float())
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, scheme: Scheme, backend: str = "auto", name: str = "weight"
-    ) -> FP4Linear:
-        """Round ``linear`` to nearest under ``scheme``. Raises ValueError naming ``name`` if it holds NaN or infinity."""
-        module = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, scheme, backend, device="meta"
-        )
+    def from_linear(cls, linear: nn.Linear, scheme: Scheme, backend: str = "auto", name: str = "weight") -> FP4Linear:
+        """Round ``linear`` to nearest. Raises ValueError naming ``name`` if it holds NaN or infinity."""
+        weight = linear.weight.detach()
+        module = cls(linear.in_features, linear.out_features, False, scheme, backend, weight.dtype, "meta")
         module.bias = linear.bias
-        rotation = None if module.rotation is None else module.rotation.to(linear.weight.device)
-        module.load_canonical(rtn(linear.weight.detach(), scheme, rotation, name))
-        if module.input_global_scale is not None:
-            module.input_global_scale = _frozen(torch.full_like(module.input_global_scale, scheme.global_scale or 1, device=linear.weight.device))
+        for parameter, value in module.round(weight, name).items():
+            setattr(module, parameter, _frozen(value))
         module.settle()
         return module
+
+    def round(self, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
+        """Canonical parameters for a dense weight ``[N, K]``, on its device. Raises ValueError on NaN or infinity."""
+        rotation = None if self.rotation is None else self.rotation.to(weight.device)
+        codes, scales, global_scale = rtn(weight, self.scheme, rotation, name)
+        parameters = {"weight": codes, "weight_scale": scales}
+        if global_scale is not None:
+            parameters["global_scale"] = global_scale
+        if self.input_global_scale is not None and global_scale is not None:
+            parameters["input_global_scale"] = global_scale.clone()
+        return parameters
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., K]`` float32, bfloat16 or float16 -> ``[..., N]`` in the same dtype."""
@@ -109,10 +115,8 @@ class FP4Linear(nn.Module):
             return out
         if self.rotation is not None:
             x = rotate(x, self.rotation).to(x.dtype)
-        out = self.backend.linear(
-            x, self.weight, self.weight_scale, self.global_scale, self.bias, self.out_features
-        )
-        return out
+        out = self.backend.linear(x, self.weight, self.weight_scale, self.global_scale, self.bias, self.out_features)
+        return out  # noqa: RET504  (names the type)
 
     def canonical(self) -> QuantizedTensor:
         """The weight in canonical form; copies only where the backend's layout differs from it."""

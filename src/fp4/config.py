@@ -1,0 +1,220 @@
+"""What the user asks for, validated loudly: a superset of Transformers' own ``FPQuantConfig``."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
+
+from fp4.formats import FORMATS, MXFP4, NVFP4
+from fp4.rotation import ROTATIONS
+from fp4.scheme import Scheme
+
+# FP-Quant quantizes under a fixed global scale: blocks are scaled by 3 before their scale is taken, by 1 for QuEST.
+_FP_QUANT_GLOBAL_SCALE = 1 / 3
+
+# What measurement shows best without calibration data (benchmarks/default_scheme.py): rotation, its size, scale rule of
+# the weights, scale rule of the activations.
+_BEST = {
+    "nvfp4": ("identity", 16, "mse", "abs_max"),
+    "mxfp4": ("hadamard", 64, "mse", "even"),
+}
+
+_OVERRIDABLE = (
+    "forward_dtype",
+    "forward_method",
+    "hadamard_group_size",
+    "transform_init",
+    "scale_rule",
+    "activation_dtype",
+    "activation_rule",
+    "backend",
+)
+
+
+def _require(value: object, allowed: tuple[object, ...], option: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"{option} is {value!r}; expected one of {', '.join(repr(a) for a in allowed)}")
+
+
+class FPQuantConfig(QuantizationConfigMixin):
+    """How a model is quantized to FP4 and run. All options of Transformers' ``FPQuantConfig`` mean the same here.
+
+    Args:
+        forward_dtype: ``"nvfp4"`` (blocks of 16, E4M3 scales) or ``"mxfp4"`` (blocks of 32, power-of-two scales).
+        forward_method: FP-Quant's choice of scale, ``"abs_max"`` or, for MXFP4, ``"quest"``.
+        backward_dtype: precision of the gradients in quantization-aware training; ``"bf16"``.
+        store_master_weights: keep the unquantized weight and quantize it in every forward, for training.
+        hadamard_group_size: columns rotated together, a power of two of at least one block. Default: 16 for NVFP4
+            and 32 for MXFP4 when ``transform_init`` is given, else the best measured.
+        pseudoquantization: emulate W4A4 to the bit in pure torch; weights stay packed.
+        transform_init: ``"hadamard"``, ``"identity"`` or ``"gsr"``. Default: the best measured for the format without
+            calibration data. Naming one asks for FP-Quant's behaviour, its scales included.
+        modules_to_not_convert: layers to keep, as names, suffixes or regular expressions. Default: the output
+            embedding. Embeddings and layers tied to them are always kept.
+        scale_rule: how block scales of weights are chosen: ``"fp_quant"`` (``forward_method`` under FP-Quant's fixed
+            global scale) or a rule of the format (``formats.NVFP4.rules``, ``formats.MXFP4.rules``).
+        activation_dtype: ``"fp4"`` (W4A4), ``"model"`` (W4A16: activations keep the model's dtype) or ``"auto"``: W4A4
+            where the hardware multiplies FP4, W4A16 elsewhere.
+        activation_rule: like ``scale_rule``, for activations; no ``"mse"``.
+        activation_scaling: ``"dynamic"`` takes the global scale of NVFP4 activations from each call, ``"static"`` uses
+            the one stored with the weights.
+        backend: ``"auto"`` or the backend that must run the model; an error where it cannot.
+        overrides: other values of these options for some layers, ``{"*.down_proj": {"forward_dtype": "mxfp4"}}``; None
+            in place of the dictionary keeps a layer. The first pattern (``fnmatch``, on the full name) that fits wins.
+        strict: whether a layer that cannot be quantized is an error instead of being kept.
+
+    Raises:
+        ValueError: for any value or combination that has no meaning; the message says what is allowed.
+    """
+
+    def __init__(
+        self,
+        forward_dtype: str = "nvfp4",
+        forward_method: str = "abs_max",
+        backward_dtype: str = "bf16",
+        store_master_weights: bool = False,
+        hadamard_group_size: int | None = None,
+        pseudoquantization: bool = False,
+        transform_init: str | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        scale_rule: str | None = None,
+        activation_dtype: str = "auto",
+        activation_rule: str | None = None,
+        activation_scaling: str | None = None,
+        backend: str = "auto",
+        overrides: dict[str, dict[str, Any] | None] | None = None,
+        strict: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = QuantizationMethod.FPQUANT
+        _require(kwargs.pop("quant_method", self.quant_method), (self.quant_method,), "quant_method")
+        if kwargs:
+            known = ", ".join(name for name in inspect.signature(FPQuantConfig).parameters if name != "kwargs")
+            raise ValueError(f"FPQuantConfig has no option {', '.join(sorted(kwargs))}; it has {known}")
+        self.forward_dtype = forward_dtype
+        self.forward_method = forward_method
+        self.backward_dtype = backward_dtype
+        self.store_master_weights = store_master_weights
+        self.hadamard_group_size = hadamard_group_size
+        self.pseudoquantization = pseudoquantization
+        self.transform_init = transform_init
+        self.modules_to_not_convert = modules_to_not_convert
+        self.scale_rule = scale_rule
+        self.activation_dtype = activation_dtype
+        self.activation_rule = activation_rule
+        self.activation_scaling = activation_scaling
+        self.backend = backend
+        self.overrides = overrides or {}
+        self.strict = strict
+        self.post_init()
+
+    def post_init(self) -> None:
+        """Fill in what was left open and check everything. Idempotent."""
+        _require(self.forward_dtype, tuple(FORMATS), "forward_dtype")
+        fmt = FORMATS[self.forward_dtype]
+        methods = ("abs_max", "quest") if fmt is MXFP4 else ("abs_max",)
+        _require(self.forward_method, methods, f"forward_method (of {fmt.name})")
+        _require(self.backward_dtype, ("bf16", "mxfp8", "mxfp4"), "backward_dtype")
+        if self.backward_dtype != "bf16" and fmt is not MXFP4:
+            raise ValueError(f"backward_dtype {self.backward_dtype!r} needs forward_dtype 'mxfp4', found {fmt.name!r}")
+
+        rotation, group_size, weight_rule, activation_rule = _BEST[fmt.name]
+        as_fp_quant = self.scale_rule == "fp_quant" or (self.scale_rule is None and self.transform_init is not None)
+        if self.transform_init is not None:
+            rotation, group_size = self.transform_init, fmt.block_size
+        _require(rotation, tuple(ROTATIONS), "transform_init")
+        self.transform_init = rotation
+        self.hadamard_group_size = self.hadamard_group_size or group_size
+        size = self.hadamard_group_size
+        if not isinstance(size, int) or size < fmt.block_size or size & (size - 1):
+            raise ValueError(
+                f"hadamard_group_size is {size!r}; {fmt.name} needs a power of two of at least {fmt.block_size}"
+            )
+        if as_fp_quant:
+            weight_rule = activation_rule = "fp_quant"
+        self.scale_rule = self.scale_rule or weight_rule
+        self.activation_rule = self.activation_rule or activation_rule
+        self.activation_scaling = self.activation_scaling or ("static" if as_fp_quant else "dynamic")
+        _require(self.scale_rule, ("fp_quant", *fmt.rules), f"scale_rule (of {fmt.name})")
+        on_the_fly = tuple(rule for rule in fmt.rules if rule != "mse")
+        _require(self.activation_rule, ("fp_quant", *on_the_fly), f"activation_rule (of {fmt.name})")
+        _require(self.activation_scaling, ("dynamic", "static"), "activation_scaling")
+
+        _require(self.activation_dtype, ("auto", "fp4", "model"), "activation_dtype")
+        if self.pseudoquantization:
+            if self.activation_dtype == "model":
+                raise ValueError(
+                    "pseudoquantization emulates FP4 activations, but activation_dtype is 'model'; set one of them only"
+                )
+            if self.backend not in ("auto", "reference"):
+                raise ValueError(
+                    f"pseudoquantization runs on the reference backend, but backend is {self.backend!r}; "
+                    "use 'auto' or 'reference'"
+                )
+        for option in ("store_master_weights", "pseudoquantization", "strict"):
+            if not isinstance(getattr(self, option), bool):
+                raise ValueError(f"{option} is {getattr(self, option)!r}; expected True or False")
+        for pattern, options in self.overrides.items():
+            unknown = set(options or {}) - set(_OVERRIDABLE)
+            if unknown:
+                raise ValueError(
+                    f"overrides[{pattern!r}] sets {', '.join(sorted(unknown))}; "
+                    f"a layer can override {', '.join(_OVERRIDABLE)}"
+                )
+            if options is not None:
+                self._overridden(options)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read a ``quantization_config`` of config.json. One without fp4's own options was written by FP-Quant."""
+        if "scale_rule" not in config_dict:
+            config_dict = {"transform_init": "hadamard", **config_dict}
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_stock(cls, config: Any) -> FPQuantConfig:
+        """The same request as a ``transformers.FPQuantConfig``."""
+        options = config.to_dict()
+        return cls(**{name: options[name] for name in inspect.signature(cls).parameters if name in options})
+
+    @property
+    def uses_static_scales(self) -> bool:
+        """Whether global scales of activations come from the checkpoint."""
+        return self.activation_scaling == "static"
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Options that may be chosen anew when a quantized checkpoint is loaded, where they differ from the default."""
+        chosen = {"activation_dtype": self.activation_dtype, "backend": self.backend}
+        return {name: value for name, value in chosen.items() if value != "auto"}
+
+    def _overridden(self, options: dict[str, Any]) -> FPQuantConfig:
+        own = {name: getattr(self, name) for name in ("activation_dtype", "backend", "pseudoquantization")}
+        if options.get("forward_dtype", self.forward_dtype) == self.forward_dtype:
+            names = ("forward_method", "hadamard_group_size", "transform_init", "scale_rule", "activation_rule")
+            own |= {name: getattr(self, name) for name in names}
+            own["forward_dtype"] = self.forward_dtype
+        return FPQuantConfig(**(own | options))
+
+    def scheme_for(self, name: str) -> tuple[Scheme, str] | None:
+        """Scheme and backend preference of the layer called ``name``, or None if an override keeps it."""
+        for pattern, options in self.overrides.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return None if options is None else self._overridden(options).scheme_for(name)
+        fmt = FORMATS[self.forward_dtype]
+        fp_quant_rule = "abs_max" if fmt is NVFP4 else {"abs_max": "below_six", "quest": "quest"}[self.forward_method]
+        fixed = None
+        if self.scale_rule == "fp_quant":
+            fixed = 1.0 if self.forward_method == "quest" else _FP_QUANT_GLOBAL_SCALE
+        scheme = Scheme(
+            format=fmt,
+            weight_rule=fp_quant_rule if self.scale_rule == "fp_quant" else str(self.scale_rule),
+            activations="fp4" if self.pseudoquantization else self.activation_dtype,  # type: ignore[arg-type]
+            activation_rule=fp_quant_rule if self.activation_rule == "fp_quant" else str(self.activation_rule),
+            rotation=str(self.transform_init),
+            group_size=int(self.hadamard_group_size or fmt.block_size),
+            global_scale=fixed,
+        )
+        return scheme, "reference" if self.pseudoquantization else self.backend

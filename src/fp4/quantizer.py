@@ -1,0 +1,201 @@
+"""The quantizer that ``from_pretrained`` calls: swap modules, load or round weights, settle backends, save."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+
+from fp4.checkpoint import fp_quant
+from fp4.config import FPQuantConfig
+from fp4.nn import FP4Linear, swap_linears
+from fp4.rotation import share
+from fp4.saving import save_atomically
+from fp4.scheme import Scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger("fp4")
+
+
+class RoundToNearest(ConversionOps):
+    """Rounds one dense weight as soon as it is read, so that no more than one is ever in memory."""
+
+    def __init__(self, quantizer: FPQuantHfQuantizer) -> None:
+        self.hf_quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], *, model: nn.Module | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        ((name, value),) = input_dict.items()
+        weight = value[0] if isinstance(value, list) else value
+        module, _ = get_module_from_name(model, name)
+        layer = name.rpartition(".")[0]
+        try:
+            parameters = module.round(weight, name)
+        except ValueError as error:
+            self.hf_quantizer.problems[layer] = str(error)
+            return {}
+        return {f"{layer}.{parameter}": tensor for parameter, tensor in parameters.items()}
+
+
+class ReadFPQuant(ConversionOps):
+    """Gathers the stored tensors of one layer into its canonical parameters."""
+
+    def __init__(self, quantizer: FPQuantHfQuantizer) -> None:
+        self.hf_quantizer = quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *,
+        model: nn.Module | None = None,
+        full_layer_name: str = "",
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        layer = full_layer_name.rpartition(".")[0]
+        module, _ = get_module_from_name(model, full_layer_name)
+        tensors = {pattern.rpartition(".")[2]: values[0] for pattern, values in input_dict.items()}
+        try:
+            if not isinstance(module, FP4Linear):
+                raise ValueError("the checkpoint holds a quantized weight, but the configuration keeps this layer")
+            stored = fp_quant.read(tensors, module.scheme.format, module.out_features, module.in_features)
+        except ValueError as error:
+            self.hf_quantizer.problems[layer] = str(error)
+            return {}
+        module.rotation = None if stored.rotation is None else share(stored.rotation)
+        loaded = {"weight": stored.weight.codes, "weight_scale": stored.weight.scales}
+        if stored.weight.global_scale is not None:
+            loaded["global_scale"] = stored.weight.global_scale
+        if stored.input_global_scale is not None and self.hf_quantizer.quantization_config.uses_static_scales:
+            loaded["input_global_scale"] = stored.input_global_scale
+        for name, tensor in loaded.items():
+            if getattr(module, name) is None:  # a parameter that only some checkpoints have
+                setattr(module, name, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
+        return {f"{layer}.{name}": tensor for name, tensor in loaded.items()}
+
+
+class FPQuantHfQuantizer(HfQuantizer):
+    """Runs models in packed FP4 on any device: quantizes while loading, or reads and writes fp_quant checkpoints."""
+
+    requires_calibration = False
+    quantization_config: FPQuantConfig
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        if not isinstance(quantization_config, FPQuantConfig):
+            quantization_config = FPQuantConfig.from_stock(quantization_config)
+        quantization_config.post_init()
+        super().__init__(quantization_config, **kwargs)
+        #: What went wrong with which layer while loading; reported together, after the last one.
+        self.problems: dict[str, str] = {}
+
+    # --- before the weights are read
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if config.modules_to_not_convert is None:
+            head = model.get_output_embeddings()
+            config.modules_to_not_convert = [name for name, module in model.named_modules() if module is head]
+        tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
+        patterns = [*config.modules_to_not_convert, *(model._keep_in_fp32_modules or [])]
+
+        def choose(name: str) -> tuple[Scheme, str] | None:
+            return config.scheme_for(name) if name not in tied and should_convert_module(name, patterns) else None
+
+        report = swap_linears(model, choose)
+        if not report.quantized:
+            logger.warning("no layer of %s was quantized; all Linear layers are kept", type(model).__name__)
+        if report.unsupported():
+            if config.strict:
+                raise ValueError(f"strict=True, but these layers cannot be quantized: {report.describe_unsupported()}")
+            logger.warning("kept unquantized: %s", report.describe_unsupported())
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        module, tensor_name = get_module_from_name(model, param_name)
+        return isinstance(module, FP4Linear) and tensor_name == "weight"
+
+    # --- while they are read
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return RoundToNearest(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        if not self.pre_quantized:
+            return []
+        return [WeightConverter([f"\\.{name}" for name in fp_quant.SUFFIXES], ".weight", [ReadFPQuant(self)])]
+
+    # --- after that
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FP4Linear)]
+        for name, module in layers:
+            absent = [key for key, value in module.named_parameters() if not _was_loaded(value)]
+            if absent:
+                self.problems.setdefault(name, f"the checkpoint has no {' and no '.join(absent)} for it")
+        if self.problems:
+            listed = "\n".join(f"  {name}: {problem}" for name, problem in sorted(self.problems.items()))
+            raise ValueError(f"{len(self.problems)} layers could not be loaded:\n{listed}")
+        for _, module in layers:
+            hook: Any = getattr(module, "_hf_hook", None)
+            module.settle(torch.device(hook.execution_device) if getattr(hook, "offload", False) else None)
+        # The converters above are for reading; `get_state_dict_and_metadata` writes.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in conversions if not _reads_fp_quant(c)]
+        save_atomically(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        from accelerate.utils import align_module_device
+
+        state_dict = model.state_dict()
+        for name, module in model.named_modules():
+            if not isinstance(module, FP4Linear):
+                continue
+            prefix = f"{name}." if name else ""
+            with align_module_device(module):
+                for key in ("weight", "weight_scale", "global_scale", "input_global_scale"):
+                    state_dict.pop(prefix + key, None)
+                pseudo = self.quantization_config.pseudoquantization
+                stored = fp_quant.write(
+                    module.canonical(),
+                    module.input_global_scale,
+                    module.rotation,
+                    (module.bias if module.bias is not None else model).dtype if pseudo else None,
+                )
+                state_dict |= {prefix + key: tensor for key, tensor in stored.items()}
+        return state_dict, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        dtype = dtype or model.dtype
+        for name, module in list(model.named_modules()):
+            if isinstance(module, FP4Linear):
+                dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+                dense.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+                dense.bias = module.bias  # type: ignore[assignment]
+                model.set_submodule(name, dense)
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+
+def _was_loaded(parameter: nn.Parameter) -> bool:
+    return parameter.device.type == "meta" or getattr(parameter, "_is_hf_initialized", False)
+
+
+def _reads_fp_quant(conversion: Any) -> bool:
+    return any(isinstance(op, ReadFPQuant) for op in getattr(conversion, "operations", ()))

@@ -1,0 +1,48 @@
+"""Saving a model so that a folder holds either all of it or what it held before."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def save_atomically(model: PreTrainedModel) -> None:
+    """Make ``model.save_pretrained`` write beside its target and move the files in once they are all there.
+
+    Transformers writes shard by shard into the target, so that a full disk leaves a folder that looks like a model and
+    is not one. The method is replaced on this instance alone.
+    """
+    model.save_pretrained = MethodType(_save_pretrained, model)
+
+
+def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    target = Path(save_directory)
+    if target.is_file():
+        raise ValueError(f"cannot save to {target}: it is a file; name a folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    kwargs.setdefault("repo_id", target.name) if kwargs.get("push_to_hub") else None
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        type(model).save_pretrained(model, staging, *args, **kwargs)
+        target.mkdir(exist_ok=True)
+        written = [path.name for path in staging.iterdir()]
+        for path in staging.iterdir():
+            os.replace(path, target / path.name)
+        if any(_WEIGHT_FILE.fullmatch(name) for name in written):
+            for path in target.iterdir():
+                if _WEIGHT_FILE.fullmatch(path.name) and path.name not in written:
+                    path.unlink()  # a shard or index of a model saved here before
+    except OSError as error:
+        raise OSError(f"could not save the model to {target}: {error}; nothing there was changed") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
