@@ -44,9 +44,10 @@ void fill_row(ScaleRow& row, float effective, Dtype dtype) {
   for (int i = 0; i < 7; ++i) {
     // A scale that underflowed to zero represents nothing: every code is 0.
     const uint32_t bits = effective == 0 ? kInfinityBits : truncated_to_float(effective * kBoundaries[i]);
-    if (dtype == Dtype::float32) row.thresholds[i] = bits;
-    if (dtype == Dtype::bfloat16) row.thresholds[i] = (bits >> 16) * 0x10001u;
-    if (dtype == Dtype::float16) row.thresholds[i] = truncated_to_half(from_bits(bits)) * 0x10001u;
+    uint32_t word = bits;
+    if (dtype == Dtype::bfloat16) word = (bits >> 16) * 0x10001u;
+    if (dtype == Dtype::float16) word = truncated_to_half(from_bits(bits)) * 0x10001u;
+    for (uint32_t& lane : row.thresholds[i]) lane = word;
   }
 }
 
@@ -187,13 +188,14 @@ Quantizer::Quantizer(Format format, Rule rule, Dtype dtype, double global_scale)
       lane_dtype_(needs_values(rule) ? Dtype::float32 : dtype),
       unit_(static_cast<float>(global_scale)),
       six_units_(unit_ * 6.0f),
-      four_units_(unit_ * 4.0f),
-      rows_(own_) {
+      four_units_(unit_ * 4.0f) {
   if (format == Format::mxfp4 && global_scale == 1.0) {
     rows_ = mxfp4_rows(lane_dtype_);
     return;
   }
   const int count = format == Format::nvfp4 ? 128 : 256;
+  own_.reset(new ScaleRow[static_cast<size_t>(count)]);
+  rows_ = own_.get();
   for (int byte = 0; byte < count; ++byte) {
     fill_row(own_[byte], effective_scale(format, byte, global_scale), lane_dtype_);
   }

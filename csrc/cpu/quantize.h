@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 namespace fp4::cpu {
 
@@ -18,10 +19,11 @@ enum class Rule { abs_max, mse, four_over_six, even, ceil, below_six, quest };
 constexpr int block_size(Format format) { return format == Format::nvfp4 ? 16 : 32; }
 constexpr int kBlockGroup = 8;  // blocks that a vector path handles at a time
 
-// What one block scale byte means for the elements under it: |x| gets code `number of thresholds below bits(|x|)`.
-struct ScaleRow {
-  uint32_t thresholds[7];  // in the bits of the lane dtype; a 16-bit pattern stands in both halves of the word
-  float effective;         // float32(block scale * global scale)
+// What one block scale byte means for the elements under it: |x| gets code `number of thresholds below bits(|x|)`. Each
+// threshold, in the bits of the lane dtype, is repeated to fill a vector, so that comparing needs no load of its own.
+struct alignas(32) ScaleRow {
+  uint32_t thresholds[7][8];  // a 16-bit pattern stands in both halves of a word
+  float effective;            // float32(block scale * global scale)
 };
 
 // How to quantize: built once per matrix (microseconds), shared by all threads that work on it.
@@ -58,7 +60,7 @@ class Quantizer {
   float six_units_;
   float four_units_;
   const ScaleRow* rows_;  // own_, or a constant table for mxfp4 without a global scale
-  ScaleRow own_[256];
+  std::unique_ptr<ScaleRow[]> own_;
 };
 
 // float32 global scale of formats.global_scale_for: amax / 2688 (1536 for four_over_six), 1 where that is zero.

@@ -9,7 +9,7 @@
 #include "quantize_impl.h"
 
 // FMA is left out of the target on purpose: a compiler must not fuse what the reference rounds twice.
-#define FP4_INLINE FP4_TARGET_AVX2 static inline
+#define FP4_INLINE FP4_TARGET_AVX2 __attribute__((always_inline)) static inline
 
 namespace fp4::cpu::detail {
 
@@ -19,73 +19,108 @@ FP4_INLINE __m256 magnitudes_of_codes() { return _mm256_setr_ps(0.0f, 0.5f, 1.0f
 
 FP4_INLINE __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
-FP4_INLINE __m256i broadcast(uint32_t word) { return _mm256_set1_epi32(static_cast<int>(word)); }
-
 // --- codes -----------------------------------------------------------------------------------------------------------
 
 // Minus the number of thresholds that each of 8 (or, for 16-bit lanes, 16) magnitudes passes.
 FP4_INLINE __m256i passed32(__m256i magnitude, const ScaleRow& row) {
-  __m256i sum = _mm256_cmpgt_epi32(magnitude, broadcast(row.thresholds[0]));
-  for (int i = 1; i < 7; ++i) {
-    sum = _mm256_add_epi32(sum, _mm256_cmpgt_epi32(magnitude, broadcast(row.thresholds[i])));
-  }
+  __m256i sum = _mm256_cmpgt_epi32(magnitude, load(row.thresholds[0]));
+  for (int i = 1; i < 7; ++i) sum = _mm256_add_epi32(sum, _mm256_cmpgt_epi32(magnitude, load(row.thresholds[i])));
   return sum;
 }
 
 FP4_INLINE __m256i passed16(__m256i magnitude, const ScaleRow& row) {
-  __m256i sum = _mm256_cmpgt_epi16(magnitude, broadcast(row.thresholds[0]));
-  for (int i = 1; i < 7; ++i) {
-    sum = _mm256_add_epi16(sum, _mm256_cmpgt_epi16(magnitude, broadcast(row.thresholds[i])));
-  }
+  __m256i sum = _mm256_cmpgt_epi16(magnitude, load(row.thresholds[0]));
+  for (int i = 1; i < 7; ++i) sum = _mm256_add_epi16(sum, _mm256_cmpgt_epi16(magnitude, load(row.thresholds[i])));
   return sum;
 }
 
-FP4_INLINE __m256i codes_of_8(const uint32_t* x, const ScaleRow& row) {
-  const __m256i bits = load(x);
-  const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, 28), _mm256_set1_epi32(8));
-  return _mm256_sub_epi32(sign, passed32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)), row));
+// Codes of 32 elements, one a byte, from elements and sums of `passed` both narrowed to bytes (whose sign they keep).
+FP4_INLINE __m256i join(__m256i narrow_x, __m256i narrow_sum) {
+  const __m256i sign = _mm256_and_si256(_mm256_srli_epi16(narrow_x, 4), _mm256_set1_epi8(8));
+  return _mm256_sub_epi8(sign, narrow_sum);
 }
 
-FP4_INLINE __m256i codes_of_16(const uint16_t* x, const ScaleRow& row) {
-  const __m256i bits = load(x);
-  const __m256i sign = _mm256_and_si256(_mm256_srli_epi16(bits, 12), _mm256_set1_epi16(8));
-  return _mm256_sub_epi16(sign, passed16(_mm256_and_si256(bits, _mm256_set1_epi16(0x7fff)), row));
-}
-
-// Codes of 32 elements in order, one a byte; `low` scales the first 16, `high` the others.
+// Codes of 32 elements, the first 16 under scale `low`. Eight-byte pieces come in the order 0 2 1 3.
 FP4_INLINE __m256i codes_of_32(const uint16_t* x, const ScaleRow& low, const ScaleRow& high) {
-  const __m256i packed = _mm256_packus_epi16(codes_of_16(x, low), codes_of_16(x + 16, high));
-  return _mm256_permute4x64_epi64(packed, 0xd8);
+  const __m256i mask = _mm256_set1_epi16(0x7fff);
+  const __m256i a = load(x), b = load(x + 16);
+  return join(_mm256_packs_epi16(a, b), _mm256_packs_epi16(passed16(_mm256_and_si256(a, mask), low),
+                                                           passed16(_mm256_and_si256(b, mask), high)));
 }
 
 FP4_INLINE __m256i codes_of_32(const uint32_t* x, const ScaleRow& low, const ScaleRow& high) {
-  const __m256i first = _mm256_packs_epi32(codes_of_8(x, low), codes_of_8(x + 8, low));
-  const __m256i second = _mm256_packs_epi32(codes_of_8(x + 16, high), codes_of_8(x + 24, high));
-  return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, second), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  __m256i bits[4], sum[4];
+  for (int i = 0; i < 4; ++i) {
+    bits[i] = load(x + 8 * i);
+    sum[i] = passed32(_mm256_and_si256(bits[i], mask), i < 2 ? low : high);
+  }
+  const __m256i narrow_x = _mm256_packs_epi16(_mm256_packs_epi32(bits[0], bits[1]), _mm256_packs_epi32(bits[2], bits[3]));
+  const __m256i narrow_sum = _mm256_packs_epi16(_mm256_packs_epi32(sum[0], sum[1]), _mm256_packs_epi32(sum[2], sum[3]));
+  // Four-byte pieces 0 2 4 6 1 3 5 7 become those of the 16-bit form: 0 1 4 5 2 3 6 7.
+  return _mm256_permutevar8x32_epi32(join(narrow_x, narrow_sum), _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7));
 }
 
 // --- block scales ----------------------------------------------------------------------------------------------------
 
-FP4_INLINE float largest_of_block(const uint16_t* x, int block, bool is_half) {
-  const __m256i mask = _mm256_set1_epi16(0x7fff);
-  __m256i all = _mm256_and_si256(load(x), mask);
-  if (block == 32) all = _mm256_max_epi16(all, _mm256_and_si256(load(x + 16), mask));
-  const __m128i half = _mm_max_epi16(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-  // The only horizontal instruction there is finds a minimum.
-  const __m128i ones = _mm_set1_epi16(-1);
-  const __m128i most = _mm_xor_si128(_mm_minpos_epu16(_mm_xor_si128(half, ones)), ones);
-  if (is_half) return _mm_cvtss_f32(_mm_cvtph_ps(most));
-  return from_bits(static_cast<uint32_t>(_mm_cvtsi128_si32(most)) << 16);
+// Folds each of eight vectors of eight lanes in half until one lane is left, with Op: lane i of the result is vector i's.
+template <typename Op>
+FP4_INLINE __m256 fold(const __m256* v) {
+  __m256 pair[4];
+  for (int i = 0; i < 4; ++i) {
+    pair[i] = Op::apply(_mm256_permute2f128_ps(v[2 * i], v[2 * i + 1], 0x20),
+                        _mm256_permute2f128_ps(v[2 * i], v[2 * i + 1], 0x31));
+  }
+  __m256 four[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m256d a = _mm256_castps_pd(pair[2 * i]), b = _mm256_castps_pd(pair[2 * i + 1]);
+    four[i] = Op::apply(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+  }
+  const __m256 all = Op::apply(_mm256_shuffle_ps(four[0], four[1], 0x88), _mm256_shuffle_ps(four[0], four[1], 0xdd));
+  return _mm256_permutevar8x32_ps(all, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
-FP4_INLINE float largest_of_block(const uint32_t* x, int block, bool) {
+struct Add {
+  FP4_INLINE __m256 apply(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
+};
+struct Max32 {
+  FP4_INLINE __m256 apply(__m256 a, __m256 b) {
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+  }
+};
+struct Max16 {
+  FP4_INLINE __m256 apply(__m256 a, __m256 b) {
+    return _mm256_castsi256_ps(_mm256_max_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+  }
+};
+
+// The largest magnitude of each block of a group.
+template <int B, bool kIsHalf>
+FP4_INLINE __m256 largest_of_blocks(const uint16_t* x) {
+  const __m256i mask = _mm256_set1_epi16(0x7fff);
+  __m256 v[kBlockGroup];
+  for (int block = 0; block < kBlockGroup; ++block) {
+    __m256i most = _mm256_and_si256(load(x + block * B), mask);
+    if (B == 32) most = _mm256_max_epi16(most, _mm256_and_si256(load(x + block * B + 16), mask));
+    v[block] = _mm256_castsi256_ps(most);
+  }
+  const __m256i pairs = _mm256_castps_si256(fold<Max16>(v));
+  const __m256i most = _mm256_max_epi16(pairs, _mm256_slli_epi32(pairs, 16));  // in the upper half of each lane
+  if (!kIsHalf) return _mm256_castsi256_ps(_mm256_and_si256(most, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  const __m256i words = _mm256_srli_epi32(most, 16);
+  return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+template <int B, bool kIsHalf>
+FP4_INLINE __m256 largest_of_blocks(const uint32_t* x) {
   const __m256i mask = _mm256_set1_epi32(0x7fffffff);
-  __m256i all = _mm256_setzero_si256();
-  for (int i = 0; i < block; i += 8) all = _mm256_max_epi32(all, _mm256_and_si256(load(x + i), mask));
-  __m128i most = _mm_max_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4e));
-  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0xb1));
-  return from_bits(static_cast<uint32_t>(_mm_cvtsi128_si32(most)));
+  __m256 v[kBlockGroup];
+  for (int block = 0; block < kBlockGroup; ++block) {
+    __m256i most = _mm256_and_si256(load(x + block * B), mask);
+    for (int i = 8; i < B; i += 8) most = _mm256_max_epi32(most, _mm256_and_si256(load(x + block * B + i), mask));
+    v[block] = _mm256_castsi256_ps(most);
+  }
+  return fold<Max32>(v);
 }
 
 // Eight scales to the nearest E4M3 byte, ties to even, kept in [2^-9, 448]; NaN stays NaN. See quantize_scalar.cpp.
@@ -126,108 +161,122 @@ FP4_INLINE void store_bytes(__m256i words, uint8_t* out) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(shorts, shorts));
 }
 
-// Sum of B floats, the upper half added to the lower until one is left. B / 8 vectors.
-template <int B>
-FP4_INLINE float sum_by_halving(const __m256* v) {
-  const __m256 eight = B == 16 ? _mm256_add_ps(v[0], v[1])
-                               : _mm256_add_ps(_mm256_add_ps(v[0], v[2]), _mm256_add_ps(v[1], v[3]));
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+FP4_INLINE __m256i load_bytes(const uint8_t* bytes) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
 }
 
+// A block's B floats down to eight, the upper half added to the lower one.
 template <int B>
-FP4_INLINE float squared_error(const float* x, const ScaleRow& row) {
+FP4_INLINE __m256 halve_to_8(const __m256* v) {
+  return B == 16 ? _mm256_add_ps(v[0], v[1]) : _mm256_add_ps(_mm256_add_ps(v[0], v[2]), _mm256_add_ps(v[1], v[3]));
+}
+
+// The squared error of each block of a group under the scale bytes.
+template <int B>
+FP4_INLINE __m256 squared_errors(const Quantizer& q, const float* x, const uint8_t* scales) {
   const __m256 table = magnitudes_of_codes();
-  const __m256 scale = _mm256_set1_ps(row.effective);
-  __m256 errors[B / 8];
-  for (int i = 0; i < B / 8; ++i) {
-    const __m256i magnitude = _mm256_and_si256(load(x + 8 * i), _mm256_set1_epi32(0x7fffffff));
-    const __m256i code = _mm256_sub_epi32(_mm256_setzero_si256(), passed32(magnitude, row));
-    const __m256 value = _mm256_mul_ps(_mm256_permutevar8x32_ps(table, code), scale);
-    const __m256 error = _mm256_sub_ps(value, _mm256_castsi256_ps(magnitude));
-    errors[i] = _mm256_mul_ps(error, error);
-  }
-  return sum_by_halving<B>(errors);
-}
-
-template <int B>
-FP4_INLINE uint8_t quest_scale(const float* x, float unit) {
-  __m256 v[B / 8];
-  for (int i = 0; i < B / 8; ++i) v[i] = _mm256_loadu_ps(x + 8 * i);
-  const __m256 mean = _mm256_set1_ps(sum_by_halving<B>(v) / B);
-  for (int i = 0; i < B / 8; ++i) {
-    const __m256 deviation = _mm256_sub_ps(v[i], mean);
-    v[i] = _mm256_mul_ps(deviation, deviation);
-  }
-  const float std = _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(sum_by_halving<B>(v) / B)));
-  const int32_t bits = static_cast<int32_t>(bits_of((std * kQuestFactor + 1e-8f) / unit));
-  return static_cast<uint8_t>(clamp_int(bits >> 23, 0, 254));
-}
-
-// The better of scale bytes: `first`, then `count` candidates, an earlier one on a tie.
-template <int B>
-FP4_INLINE uint8_t best_scale(const Quantizer& q, const float* x, uint8_t first, const uint8_t* candidates, int count) {
-  uint8_t best = first;
-  float least = squared_error<B>(x, q.rows()[first]);
-  for (int i = 0; i < count; ++i) {
-    const float error = squared_error<B>(x, q.rows()[candidates[i]]);
-    if (error < least) {
-      least = error;
-      best = candidates[i];
-    }
-  }
-  return best;
-}
-
-template <int B>
-FP4_INLINE void search_scales(const Quantizer& q, const float* x, const uint8_t* alternative, uint8_t* scales) {
+  __m256 sums[kBlockGroup];
   for (int block = 0; block < kBlockGroup; ++block, x += B) {
-    if (q.rule() == Rule::quest) {
-      scales[block] = quest_scale<B>(x, q.unit());
-    } else if (q.rule() == Rule::four_over_six) {
-      scales[block] = best_scale<B>(q, x, scales[block], alternative + block, 1);
-    } else {
-      constexpr int kCount = B == 16 ? 17 : 4;
-      const int8_t* offsets = B == 16 ? kNvfp4Offsets : kMxfp4Offsets;
-      uint8_t candidates[kCount];
-      for (int i = 0; i < kCount; ++i) {
-        candidates[i] = static_cast<uint8_t>(clamp_int(scales[block] + offsets[i], B == 16 ? 1 : 0, B == 16 ? 126 : 254));
-      }
-      scales[block] = best_scale<B>(q, x, candidates[0], candidates + 1, kCount - 1);
+    const ScaleRow& row = q.rows()[scales[block]];
+    const __m256 scale = _mm256_set1_ps(row.effective);
+    __m256 errors[B / 8];
+    for (int i = 0; i < B / 8; ++i) {
+      const __m256i magnitude = _mm256_and_si256(load(x + 8 * i), _mm256_set1_epi32(0x7fffffff));
+      const __m256i code = _mm256_sub_epi32(_mm256_setzero_si256(), passed32(magnitude, row));
+      const __m256 value = _mm256_mul_ps(_mm256_permutevar8x32_ps(table, code), scale);
+      const __m256 error = _mm256_sub_ps(value, _mm256_castsi256_ps(magnitude));
+      errors[i] = _mm256_mul_ps(error, error);
     }
+    sums[block] = halve_to_8<B>(errors);
   }
+  return fold<Add>(sums);
+}
+
+// Keeps per block the candidate if its error is smaller than the least so far.
+template <int B>
+FP4_INLINE void keep_better(const Quantizer& q, const float* x, __m256i candidates, __m256& least, __m256i& best) {
+  uint8_t bytes[kBlockGroup];
+  store_bytes(candidates, bytes);
+  const __m256 errors = squared_errors<B>(q, x, bytes);
+  const __m256 better = _mm256_cmp_ps(errors, least, _CMP_LT_OQ);
+  least = _mm256_blendv_ps(least, errors, better);
+  best = _mm256_blendv_epi8(best, candidates, _mm256_castps_si256(better));
+}
+
+// The `mse` rule: the best of the neighbours of the abs_max scales.
+template <int B>
+FP4_TARGET_AVX2 __attribute__((noinline)) void search_neighbours(const Quantizer& q, const float* x, uint8_t* scales) {
+  const __m256i low = _mm256_set1_epi32(B == 16 ? 1 : 0), high = _mm256_set1_epi32(B == 16 ? 126 : 254);
+  const int8_t* offsets = B == 16 ? kNvfp4Offsets : kMxfp4Offsets;
+  const __m256i start = load_bytes(scales);
+  __m256i best = _mm256_min_epi32(_mm256_max_epi32(start, low), high);
+  store_bytes(best, scales);
+  __m256 least = squared_errors<B>(q, x, scales);
+  for (int i = 1; i < (B == 16 ? 17 : 4); ++i) {
+    const __m256i candidates = _mm256_add_epi32(start, _mm256_set1_epi32(offsets[i]));
+    keep_better<B>(q, x, _mm256_min_epi32(_mm256_max_epi32(candidates, low), high), least, best);
+  }
+  store_bytes(best, scales);
 }
 
 template <int B>
-FP4_INLINE void choose_scales(const Quantizer& q, const float* amax, const void* lanes, uint8_t* scales) {
-  const __m256 largest = _mm256_load_ps(amax);
-  uint8_t alternative[kBlockGroup] = {};
-  if (B == 16) {
-    store_bytes(encode_e4m3(_mm256_div_ps(largest, _mm256_set1_ps(q.six_units()))), scales);
-    if (q.rule() == Rule::abs_max) return;
-    if (q.rule() == Rule::four_over_six) {
-      store_bytes(encode_e4m3(_mm256_div_ps(largest, _mm256_set1_ps(q.four_units()))), alternative);
-    }
-  } else {
-    store_bytes(mx_exponents(largest, q), scales);
-    if (q.rule() != Rule::mse && q.rule() != Rule::quest) return;
+FP4_INLINE __m256i quest_exponents(const float* x, float unit) {
+  __m256 v[kBlockGroup][B / 8], sums[kBlockGroup];
+  for (int block = 0; block < kBlockGroup; ++block) {
+    for (int i = 0; i < B / 8; ++i) v[block][i] = _mm256_loadu_ps(x + block * B + 8 * i);
+    sums[block] = halve_to_8<B>(v[block]);
   }
-  search_scales<B>(q, static_cast<const float*>(lanes), alternative, scales);
+  alignas(32) float mean[kBlockGroup];
+  _mm256_store_ps(mean, _mm256_mul_ps(fold<Add>(sums), _mm256_set1_ps(1.0f / B)));
+  for (int block = 0; block < kBlockGroup; ++block) {
+    for (int i = 0; i < B / 8; ++i) {
+      const __m256 deviation = _mm256_sub_ps(v[block][i], _mm256_set1_ps(mean[block]));
+      v[block][i] = _mm256_mul_ps(deviation, deviation);
+    }
+    sums[block] = halve_to_8<B>(v[block]);
+  }
+  const __m256 std = _mm256_sqrt_ps(_mm256_mul_ps(fold<Add>(sums), _mm256_set1_ps(1.0f / B)));
+  const __m256 scaled = _mm256_add_ps(_mm256_mul_ps(std, _mm256_set1_ps(kQuestFactor)), _mm256_set1_ps(1e-8f));
+  const __m256i biased = _mm256_srai_epi32(_mm256_castps_si256(_mm256_div_ps(scaled, _mm256_set1_ps(unit))), 23);
+  return _mm256_min_epi32(_mm256_max_epi32(biased, _mm256_setzero_si256()), _mm256_set1_epi32(254));
+}
+
+// Block scales of a group. Rules that look at the values have float32 lanes.
+template <int B, bool kIsHalf, typename Bits>
+FP4_INLINE void choose_scales(const Quantizer& q, const Bits* x, uint8_t* scales) {
+  const __m256 largest = largest_of_blocks<B, kIsHalf>(x);
+  __m256i best;
+  if constexpr (B == 32) {
+    best = mx_exponents(largest, q);
+  } else {
+    best = encode_e4m3(_mm256_div_ps(largest, _mm256_set1_ps(q.six_units())));
+  }
+  store_bytes(best, scales);
+  if constexpr (sizeof(Bits) == 4) {
+    const auto* values = reinterpret_cast<const float*>(x);
+    if (q.rule() == Rule::mse) search_neighbours<B>(q, values, scales);
+    if (B == 32 && q.rule() == Rule::quest) store_bytes(quest_exponents<B>(values, q.unit()), scales);
+    if (B == 16 && q.rule() == Rule::four_over_six) {
+      __m256 least = squared_errors<B>(q, values, scales);
+      keep_better<B>(q, values, encode_e4m3(_mm256_div_ps(largest, _mm256_set1_ps(q.four_units()))), least, best);
+      store_bytes(best, scales);
+    }
+  }
 }
 
 // --- groups ----------------------------------------------------------------------------------------------------------
 
-FP4_INLINE __m256i pack_64(__m256i first, __m256i second) {  // 64 codes, one a byte -> 32 bytes of two
-  const __m256i nibbles = _mm256_set1_epi16(0x1001);         // even column + 16 * odd column
+// Two results of codes_of_32 -> 32 bytes of two codes, in order.
+FP4_INLINE __m256i pack_64(__m256i first, __m256i second) {
+  const __m256i nibbles = _mm256_set1_epi16(0x1001);  // even column + 16 * odd column
   const __m256i packed = _mm256_packus_epi16(_mm256_maddubs_epi16(first, nibbles), _mm256_maddubs_epi16(second, nibbles));
-  return _mm256_permute4x64_epi64(packed, 0xd8);
+  return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
 FP4_INLINE __m256i doubled_values(__m256i codes) {
   const __m256i table = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
-  return _mm256_shuffle_epi8(table, codes);
+  return _mm256_shuffle_epi8(table, _mm256_permute4x64_epi64(codes, 0xd8));
 }
 
 template <int B, typename Bits, bool kIsHalf, bool kIsDoubled>
@@ -236,25 +285,34 @@ FP4_TARGET_AVX2 void quantize_groups(const Quantizer& q, const void* lanes, int6
   const Bits* x = static_cast<const Bits*>(lanes);
   uint8_t* out = static_cast<uint8_t*>(codes);
   const ScaleRow* rows = q.rows();
-  for (int64_t group = 0; group < groups; ++group) {
-    alignas(32) float amax[kBlockGroup];
-    for (int block = 0; block < kBlockGroup; ++block) amax[block] = largest_of_block(x + block * B, B, kIsHalf);
-    choose_scales<B>(q, amax, x, scales);
-    for (int at = 0; at < kBlockGroup * B; at += 64) {
-      const __m256i first = codes_of_32(x + at, rows[scales[at / B]], rows[scales[(at + 16) / B]]);
-      const __m256i second = codes_of_32(x + at + 32, rows[scales[(at + 32) / B]], rows[scales[(at + 48) / B]]);
+  // Scales of a few groups first, then their codes: the long way from a magnitude to its scale overlaps between groups.
+  constexpr int64_t kAhead = 8;
+  while (groups > 0) {
+    const int64_t now = groups < kAhead ? groups : kAhead;
+    for (int64_t group = 0; group < now; ++group) {
+      choose_scales<B, kIsHalf>(q, x + group * kBlockGroup * B, scales + group * kBlockGroup);
+    }
+    const uint8_t* scale = scales;
+    for (int64_t i = 0; i < now * kBlockGroup * B / 64; ++i, x += 64, scale += 64 / B) {
+      const ScaleRow* row[4];  // of each 16 elements
+      for (int j = 0; j < 4; ++j) row[j] = rows + scale[j * 16 / B];
+      const __m256i first = codes_of_32(x, *row[0], *row[1]);
+      const __m256i second = codes_of_32(x + 32, *row[2], *row[3]);
       if (kIsDoubled) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at), doubled_values(first));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at + 32), doubled_values(second));
-      } else if (stream) {
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(out + at / 2), pack_64(first, second));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), doubled_values(first));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32), doubled_values(second));
+        out += 64;
       } else {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at / 2), pack_64(first, second));
+        if (stream) {
+          _mm256_stream_si256(reinterpret_cast<__m256i*>(out), pack_64(first, second));
+        } else {
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), pack_64(first, second));
+        }
+        out += 32;
       }
     }
-    x += kBlockGroup * B;
-    out += kBlockGroup * B / (kIsDoubled ? 1 : 2);
-    scales += kBlockGroup;
+    scales += now * kBlockGroup;
+    groups -= now;
   }
   if (stream) _mm_sfence();
 }

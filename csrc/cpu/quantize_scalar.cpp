@@ -69,7 +69,7 @@ float squared_error(const float* values, const ScaleRow& row) {
   for (int i = 0; i < B; ++i) {
     const uint32_t magnitude = bits_of(values[i]) & 0x7fffffff;
     int code = 0;
-    for (uint32_t threshold : row.thresholds) code += magnitude > threshold;
+    for (const auto& threshold : row.thresholds) code += magnitude > threshold[0];
     const float error = kE2m1[code] * row.effective - from_bits(magnitude);
     errors[i] = error * error;
   }
@@ -147,8 +147,8 @@ void quantize_groups(const Quantizer& q, const void* lanes, int64_t groups, void
     scales[block] = scale_of<B>(q, L::value(largest), values);
     const ScaleRow& row = q.rows()[scales[block]];
     uint8_t code[B] = {};
-    for (uint32_t word : row.thresholds) {
-      const typename L::Bits threshold = L::threshold(word);
+    for (const auto& word : row.thresholds) {
+      const typename L::Bits threshold = L::threshold(word[0]);
       for (int i = 0; i < B; ++i) code[i] += (x[i] & L::kMagnitude) > threshold;
     }
     for (int i = 0; i < B; ++i) code[i] |= static_cast<uint8_t>(x[i] >> L::kSignShift << 3);
