@@ -28,7 +28,7 @@ constexpr int block_bytes(Format format) { return kPanelRows * block_size(format
 // Where the byte of (row of the panel, byte column jj of two) stands within its 32.
 constexpr int byte_position(int row, int jj) { return (row % 8 / 4) * 16 + jj * 8 + (row % 4) * 2 + row / 8; }
 
-// The order in which decoded integer weights (kernels.h) keep the rows of a panel: what two rounds of byte interleaving
+// The order in which decoded integer weights (matmul_kernels.h) keep the rows of a panel: what two rounds of byte interleaving
 // make of the layout above.
 constexpr int kIntegerRow[kPanelRows] = {0, 8, 1, 9, 4, 12, 5, 13, 2, 10, 3, 11, 6, 14, 7, 15};
 

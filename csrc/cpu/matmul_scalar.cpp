@@ -1,7 +1,7 @@
 // Portable kernels: what every other instruction set is tested against, and what a CPU without AVX2 runs.
 #include <cstring>
 
-#include "kernels.h"
+#include "matmul_kernels.h"
 
 namespace fp4::cpu {
 namespace {
@@ -155,7 +155,7 @@ void store(const float* from, Dtype dtype, int64_t n, void* to) {
 
 }  // namespace
 
-const Kernels kScalarKernels = {
+const MatmulKernels kScalarMatmul = {
     1,
     4,
     4,

@@ -1,13 +1,12 @@
 // AVX2 + FMA + F16C kernels. Every function carries its target, so the file is compiled with the default flags and its
 // code runs only where isa.h found the instructions.
-#ifdef __x86_64__
+#include "matmul_kernels.h"
+
+#ifdef FP4_X86
 
 #include <immintrin.h>
 
 #include <cstring>
-
-#include "isa.h"
-#include "kernels.h"
 
 #define AVX2 FP4_TARGET_AVX2_FMA
 #define AVX2_INLINE FP4_TARGET_AVX2_FMA __attribute__((always_inline)) inline
@@ -274,9 +273,9 @@ AVX2 void load(const void* from, Dtype dtype, int64_t n, float* to) {
       _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i))));
     }
   } else {
-    return kScalarKernels.load(from, dtype, n, to);
+    return kScalarMatmul.load(from, dtype, n, to);
   }
-  kScalarKernels.load(half + whole, dtype, n - whole, to + whole);
+  kScalarMatmul.load(half + whole, dtype, n - whole, to + whole);
 }
 
 AVX2 void store(const float* from, Dtype dtype, int64_t n, void* to) {
@@ -300,14 +299,14 @@ AVX2 void store(const float* from, Dtype dtype, int64_t n, void* to) {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i), packed);
     }
   } else {
-    return kScalarKernels.store(from, dtype, n, to);
+    return kScalarMatmul.store(from, dtype, n, to);
   }
-  kScalarKernels.store(from + whole, dtype, n - whole, half + whole);
+  kScalarMatmul.store(from + whole, dtype, n - whole, half + whole);
 }
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {
+const MatmulKernels kAvx2Matmul = {
     2,
     6,
     3,

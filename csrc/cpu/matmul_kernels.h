@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "isa.h"
 #include "layout.h"
 
 namespace fp4::cpu {
@@ -15,7 +16,7 @@ constexpr int kIntegerBias = 12;
 constexpr int64_t integer_block_bytes(Format format, int64_t rows) { return rows * (block_size(format) + 8); }
 
 // `codes` and `scales` point at a block of a panel (layout.h) and `blocks` blocks are read from there. Indexed by Format.
-struct Kernels {
+struct MatmulKernels {
   int gemv_rows;     // most rows of x that `gemv` takes
   int float_tile;    // most rows of x that `multiply_float` takes
   int integer_tile;  // most rows of x that `multiply_integer` takes
@@ -43,14 +44,14 @@ struct Kernels {
   void (*store)(const float* from, Dtype dtype, int64_t n, void* to);
 };
 
-extern const Kernels kScalarKernels;
-#ifdef __x86_64__
-extern const Kernels kAvx2Kernels;
-extern const Kernels kAvx512Kernels;
+extern const MatmulKernels kScalarMatmul;
+#ifdef FP4_X86
+extern const MatmulKernels kAvx2Matmul;
+extern const MatmulKernels kAvx512Matmul;
 #endif
 
 // Those of the instruction set in use (isa.h).
-const Kernels& kernels();
+const MatmulKernels& matmul_kernels();
 
 constexpr int64_t element_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 

@@ -1,0 +1,64 @@
+#include "matmul.h"
+
+#include <algorithm>
+
+namespace fp4::cpu {
+
+namespace {
+
+// Tiles of x that are multiplied with a panel while it is decoded: many, so that decoding costs little beside them, but
+// few enough for their chunk of x to stay in the second-level cache.
+constexpr int64_t kTilesPerTask = 32;
+
+int64_t tasks_of(const Segment& segment, int tile, int64_t panels) {
+  return (Tiling(segment.rows, tile).count + kTilesPerTask - 1) / kTilesPerTask * panels;
+}
+
+}  // namespace
+
+Matmul::Matmul(const Product& product, int tile, int64_t chunk)
+    : product_(product),
+      kernels_(matmul_kernels()),
+      tile_(tile),
+      chunk_(chunk),
+      panels_(panels_of(product.n)),
+      starts_{0},
+      prepare_starts_{0} {
+  for (const Segment& segment : product.segments) {
+    starts_.push_back(starts_.back() + tasks_of(segment, tile, panels_));
+    prepare_starts_.push_back(prepare_starts_.back() + Tiling(segment.rows, tile).count);
+  }
+}
+
+Matmul::Piece Matmul::piece_at(int64_t task, int64_t end) const {
+  const size_t index = std::upper_bound(starts_.begin(), starts_.end(), task) - starts_.begin() - 1;
+  const Segment& segment = product_.segments[index];
+  const int64_t within = task - starts_[index], batch = within / panels_, panel = within % panels_;
+  const int64_t tiles = Tiling(segment.rows, tile_).count;
+  return {&segment, batch * kTilesPerTask, std::min(tiles, (batch + 1) * kTilesPerTask), panel,
+          std::min(panels_, panel + end - task)};
+}
+
+Matmul::Tile Matmul::tile_at(int64_t task) const {
+  const size_t index = std::upper_bound(prepare_starts_.begin(), prepare_starts_.end(), task) - prepare_starts_.begin() - 1;
+  const Segment& segment = product_.segments[index];
+  return {&segment, tiling(segment), task - prepare_starts_[index]};
+}
+
+void Matmul::finish(const Segment& segment, int64_t row, int64_t rows, int64_t panel, const float* sums) const {
+  const int64_t column = panel * kPanelRows;
+  const int64_t columns = std::min<int64_t>(kPanelRows, product_.n - column);
+  float bias[kPanelRows] = {};
+  if (segment.bias != nullptr) {
+    const int64_t offset = column * element_size(product_.bias_dtype);
+    kernels_.load(static_cast<const uint8_t*>(segment.bias) + offset, product_.bias_dtype, columns, bias);
+  }
+  for (int64_t m = 0; m < rows; ++m, sums += kPanelRows) {
+    float values[kPanelRows];
+    for (int r = 0; r < kPanelRows; ++r) values[r] = sums[r] + bias[r];
+    const int64_t offset = ((segment.first_row + row + m) * product_.n + column) * element_size(product_.out_dtype);
+    kernels_.store(values, product_.out_dtype, columns, static_cast<uint8_t*>(product_.out) + offset);
+  }
+}
+
+}  // namespace fp4::cpu

@@ -1,0 +1,122 @@
+// Products of activations with packed weights: how the work is cut, common to all instruction sets. No torch here: the
+// caller owns the threads. Each class is used in the same way:
+//
+//   prepare(begin, end)  for ranges that cover [0, prepare_tasks()), in any order, on any threads; then
+//   run(begin, end)      for ranges that cover [0, tasks()).
+//
+// A task computes sixteen output columns for some rows over all of K, in an order that depends on the shape alone, so
+// results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "matmul_kernels.h"
+
+namespace fp4::cpu {
+
+// Rows [first_row, first_row + rows) of x times one packed weight (layout.h). A plain linear layer is one segment, a
+// layer of experts one for each expert with rows.
+struct Segment {
+  int64_t first_row;
+  int64_t rows;
+  const uint8_t* codes;
+  const uint8_t* scales;
+  double global_scale;  // 1 for mxfp4
+  const void* bias;     // [n], or null
+};
+
+// out [.., n] = x [.., k] weight^T + bias, rounded once to out_dtype.
+struct Product {
+  Format format;
+  int64_t n;
+  int64_t k;
+  Dtype bias_dtype;
+  Dtype out_dtype;
+  void* out;
+  std::vector<Segment> segments;
+};
+
+// Cuts `rows` rows into tiles of at most `most`, as even as possible: a lone last row would waste a whole tile's time.
+struct Tiling {
+  Tiling(int64_t rows, int64_t most) : count((rows + most - 1) / most), rows(rows) {}
+  int64_t start(int64_t tile) const {
+    const int64_t small = rows / count, larger = rows % count;
+    return tile * small + (tile < larger ? tile : larger);
+  }
+  int64_t count;
+  int64_t rows;
+};
+
+// Everything the two products below share: the tasks of a call, and the way from sums to output.
+class Matmul {
+ public:
+  // `k` rows of a tile are stored chunk after chunk of K (`chunk` columns), so that what the inner loop reads is
+  // contiguous: chunk c of a segment starts at element c * chunk * rows, and a tile within it at start * chunk length.
+  Matmul(const Product& product, int tile, int64_t chunk);
+
+  int64_t prepare_tasks() const { return prepare_starts_.back(); }
+  int64_t tasks() const { return starts_.back(); }
+
+ protected:
+  // A run of panels [first_panel, last_panel) for the tiles [first_tile, last_tile) of one segment.
+  struct Piece {
+    const Segment* segment;
+    int64_t first_tile, last_tile;
+    int64_t first_panel, last_panel;
+  };
+  struct Tile {
+    const Segment* segment;
+    Tiling tiling;
+    int64_t index;
+  };
+
+  Piece piece_at(int64_t task, int64_t end) const;
+  Tile tile_at(int64_t task) const;
+  Tiling tiling(const Segment& segment) const { return Tiling(segment.rows, tile_); }
+
+  // Writes the 16 sums of each of `rows` rows (from `row` on) as columns of `panel`.
+  void finish(const Segment& segment, int64_t row, int64_t rows, int64_t panel, const float* sums) const;
+
+  const Product& product_;
+  const MatmulKernels& kernels_;
+  const int tile_;
+  const int64_t chunk_;
+  const int64_t panels_;
+
+ private:
+  std::vector<int64_t> starts_;          // first task of each segment, then their number
+  std::vector<int64_t> prepare_starts_;  // the same of tiles
+};
+
+// Weight-only: x in its own precision, sums in float32.
+class WeightOnly : public Matmul {
+ public:
+  // `tiles` holds k floats for each row of x. It is written by prepare.
+  WeightOnly(const Product& product, const void* x, Dtype x_dtype, float* tiles);
+  void prepare(int64_t begin, int64_t end) const;
+  void run(int64_t begin, int64_t end) const;
+
+ private:
+  const void* x_;
+  Dtype x_dtype_;
+  float* tiles_;
+};
+
+// W4A4: x is quantized by `quantizer`, products are exact integers, block scales are applied in float32.
+class IntegerProduct : public Matmul {
+ public:
+  // `tiles` holds tile_bytes(format, k) bytes for each row of x. It is written by prepare.
+  IntegerProduct(const Product& product, const void* x, Dtype x_dtype, const Quantizer& quantizer, uint8_t* tiles);
+  static int64_t tile_bytes(Format format, int64_t k) { return k / block_size(format) * integer_block_bytes(format, 1); }
+  void prepare(int64_t begin, int64_t end) const;
+  void run(int64_t begin, int64_t end) const;
+
+ private:
+  const void* x_;
+  Dtype x_dtype_;
+  const Quantizer& quantizer_;
+  uint8_t* tiles_;
+};
+
+}  // namespace fp4::cpu

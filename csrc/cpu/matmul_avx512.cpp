@@ -1,0 +1,210 @@
+// AVX-512 kernels (F, BW, VL, DQ, VNNI): sixteen rows of a panel are one vector. What is not the inner loop is AVX2's.
+#include "matmul_kernels.h"
+
+#ifdef FP4_X86
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own header (_mm512_undefined_epi32)
+#endif
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#define AVX512 FP4_TARGET_AVX512
+#define AVX512_INLINE FP4_TARGET_AVX512 __attribute__((always_inline)) inline
+
+namespace fp4::cpu {
+namespace {
+
+// Block scales of the sixteen rows (see matmul_avx2.cpp).
+template <Format F>
+AVX512_INLINE __m512 load_scales(const uint8_t* scales, __m512 unit) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
+  if constexpr (F == Format::nvfp4) {
+    const __m256i shifted = _mm256_srai_epi16(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8), 1);
+    const __m256i half = _mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<short>(0xBFFF)));
+    return _mm512_mul_ps(_mm512_cvtph_ps(half), unit);
+  } else {
+    const __m512i exponent = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
+    return _mm512_castsi512_ps(_mm512_max_epi32(exponent, _mm512_set1_epi32(0x00400000)));
+  }
+}
+
+template <Format F>
+AVX512_INLINE __m512 scale_unit(float global_scale) {
+  return _mm512_set1_ps(F == Format::nvfp4 ? global_scale * 256.0f : 1.0f);
+}
+
+// Four columns of the sixteen rows.
+struct Columns {
+  __m512 k0, k1, k2, k3;
+};
+
+AVX512_INLINE Columns load_columns(const uint8_t* codes) {
+  const __m512 values = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
+  // Bytes of the rows 0 8 1 9 .. in eights, alternately of columns (k0, k1) and (k2, k3) -> rows in order, by columns.
+  const __m256i in_order = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+  const __m256i bytes = _mm256_shuffle_epi8(
+      _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), 0xD8), in_order);
+  const __m512i k01 = _mm512_cvtepu8_epi32(_mm256_castsi256_si128(bytes));
+  const __m512i k23 = _mm512_cvtepu8_epi32(_mm256_extracti128_si256(bytes, 1));
+  // The permutation looks at the low four bits of an index only.
+  return {_mm512_permutexvar_ps(k01, values), _mm512_permutexvar_ps(_mm512_srli_epi32(k01, 4), values),
+          _mm512_permutexvar_ps(k23, values), _mm512_permutexvar_ps(_mm512_srli_epi32(k23, 4), values)};
+}
+
+template <Format F, int M>
+AVX512 void gemv_rows(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const float* x,
+                      float* y) {
+  constexpr int size = block_size(F);
+  const __m512 unit = scale_unit<F>(global_scale);
+  __m512 sum[M];
+  for (int m = 0; m < M; ++m) sum[m] = _mm512_setzero_ps();
+  for (int64_t b = 0; b < blocks; ++b, codes += block_bytes(F), scales += kPanelRows, x += size * M) {
+    __m512 even[M], odd[M];
+    for (int m = 0; m < M; ++m) even[m] = odd[m] = _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int k = 0; k < size; k += 4) {
+      const Columns w = load_columns(codes + 8 * k);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        even[m] = _mm512_fmadd_ps(w.k0, _mm512_set1_ps(x[(k + 0) * M + m]), even[m]);
+        odd[m] = _mm512_fmadd_ps(w.k1, _mm512_set1_ps(x[(k + 1) * M + m]), odd[m]);
+        even[m] = _mm512_fmadd_ps(w.k2, _mm512_set1_ps(x[(k + 2) * M + m]), even[m]);
+        odd[m] = _mm512_fmadd_ps(w.k3, _mm512_set1_ps(x[(k + 3) * M + m]), odd[m]);
+      }
+    }
+    const __m512 s = load_scales<F>(scales, unit);
+    for (int m = 0; m < M; ++m) sum[m] = _mm512_fmadd_ps(_mm512_add_ps(even[m], odd[m]), s, sum[m]);
+  }
+  for (int m = 0; m < M; ++m) _mm512_storeu_ps(y + m * kPanelRows, sum[m]);
+}
+
+template <Format F>
+AVX512 void gemv(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const float* x,
+                 int rows, float* y) {
+  switch (rows) {
+    case 1: return gemv_rows<F, 1>(codes, scales, blocks, global_scale, x, y);
+    case 2: return gemv_rows<F, 2>(codes, scales, blocks, global_scale, x, y);
+    case 3: return gemv_rows<F, 3>(codes, scales, blocks, global_scale, x, y);
+    default: return gemv_rows<F, 4>(codes, scales, blocks, global_scale, x, y);
+  }
+}
+
+template <Format F>
+AVX512 void decode_float(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, float* out) {
+  constexpr int size = block_size(F);
+  const __m512 unit = scale_unit<F>(global_scale);
+  for (int64_t b = 0; b < blocks; ++b, scales += kPanelRows) {
+    const __m512 s = load_scales<F>(scales, unit);
+    for (int k = 0; k < size; k += 4, codes += 32, out += 4 * kPanelRows) {
+      const Columns w = load_columns(codes);
+      _mm512_storeu_ps(out + 0, _mm512_mul_ps(w.k0, s));
+      _mm512_storeu_ps(out + 16, _mm512_mul_ps(w.k1, s));
+      _mm512_storeu_ps(out + 32, _mm512_mul_ps(w.k2, s));
+      _mm512_storeu_ps(out + 48, _mm512_mul_ps(w.k3, s));
+    }
+  }
+}
+
+template <int M>
+AVX512 void multiply_float_rows(const float* x, const float* w, int64_t k, float* sum) {
+  __m512 total[M];
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m) total[m] = _mm512_loadu_ps(sum + m * kPanelRows);
+  for (int64_t i = 0; i < k; ++i, x += M, w += kPanelRows) {
+    const __m512 column = _mm512_loadu_ps(w);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) total[m] = _mm512_fmadd_ps(column, _mm512_set1_ps(x[m]), total[m]);
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m) _mm512_storeu_ps(sum + m * kPanelRows, total[m]);
+}
+
+AVX512 void multiply_float(const float* x, int rows, const float* w, int64_t k, float* sum) {
+  switch (rows) {
+    case 1: return multiply_float_rows<1>(x, w, k, sum);
+    case 2: return multiply_float_rows<2>(x, w, k, sum);
+    case 3: return multiply_float_rows<3>(x, w, k, sum);
+    case 4: return multiply_float_rows<4>(x, w, k, sum);
+    case 5: return multiply_float_rows<5>(x, w, k, sum);
+    case 6: return multiply_float_rows<6>(x, w, k, sum);
+    case 7: return multiply_float_rows<7>(x, w, k, sum);
+    case 8: return multiply_float_rows<8>(x, w, k, sum);
+    case 9: return multiply_float_rows<9>(x, w, k, sum);
+    case 10: return multiply_float_rows<10>(x, w, k, sum);
+    case 11: return multiply_float_rows<11>(x, w, k, sum);
+    default: return multiply_float_rows<12>(x, w, k, sum);
+  }
+}
+
+template <Format F, int M>
+AVX512 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const float* w_scales, int64_t blocks,
+                                  float* sum) {
+  constexpr int size = block_size(F);
+  __m512 total[M];
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m) total[m] = _mm512_loadu_ps(sum + m * kPanelRows);
+  for (int64_t b = 0; b < blocks; ++b, x += integer_block_bytes(F, M), w_scales += kPanelRows) {
+    __m512i dot[M];
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m) {
+      int32_t correction;
+      std::memcpy(&correction, x + M * size + 4 * m, 4);
+      dot[m] = _mm512_set1_epi32(correction);
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < size / 4; ++q, w += 4 * kPanelRows) {
+      const __m512i weights = _mm512_loadu_si512(w);
+#pragma GCC unroll 6
+      for (int m = 0; m < M; ++m) {
+        int32_t four;
+        std::memcpy(&four, x + (q * M + m) * 4, 4);
+        dot[m] = _mm512_dpbusd_epi32(dot[m], weights, _mm512_set1_epi32(four));
+      }
+    }
+    const __m512 s = _mm512_loadu_ps(w_scales);
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m) {
+      float scale;
+      std::memcpy(&scale, x + M * (size + 4) + 4 * m, 4);
+      total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m]), _mm512_mul_ps(s, _mm512_set1_ps(scale)), total[m]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m) _mm512_storeu_ps(sum + m * kPanelRows, total[m]);
+}
+
+template <Format F>
+AVX512 void multiply_integer(const uint8_t* x, int rows, const uint8_t* w, const float* w_scales, int64_t blocks,
+                             float* sum) {
+  switch (rows) {
+    case 1: return multiply_integer_rows<F, 1>(x, w, w_scales, blocks, sum);
+    case 2: return multiply_integer_rows<F, 2>(x, w, w_scales, blocks, sum);
+    case 3: return multiply_integer_rows<F, 3>(x, w, w_scales, blocks, sum);
+    case 4: return multiply_integer_rows<F, 4>(x, w, w_scales, blocks, sum);
+    case 5: return multiply_integer_rows<F, 5>(x, w, w_scales, blocks, sum);
+    default: return multiply_integer_rows<F, 6>(x, w, w_scales, blocks, sum);
+  }
+}
+
+}  // namespace
+
+const MatmulKernels kAvx512Matmul = {
+    4,
+    12,
+    6,
+    {gemv<Format::nvfp4>, gemv<Format::mxfp4>},
+    {decode_float<Format::nvfp4>, decode_float<Format::mxfp4>},
+    multiply_float,
+    {kAvx2Matmul.decode_integer[0], kAvx2Matmul.decode_integer[1]},
+    {multiply_integer<Format::nvfp4>, multiply_integer<Format::mxfp4>},
+    kAvx2Matmul.load,
+    kAvx2Matmul.store,
+};
+
+}  // namespace fp4::cpu
+
+#endif

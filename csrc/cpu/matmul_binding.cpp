@@ -1,0 +1,276 @@
+// fp4::cpu_linear, cpu_linear_w4a4 and their grouped forms: checks, and the way from tensors to matmul.h. Schemas are in
+// src/fp4/ops.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "matmul.h"
+
+namespace fp4::cpu {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Multiplications that a thread takes at least: below this a second thread costs more than it saves.
+constexpr int64_t kGrainProducts = 1 << 16;
+constexpr int64_t kGrainElements = 1 << 15;
+
+Dtype dtype_of(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  if (type == ScalarType::Float) return Dtype::float32;
+  if (type == ScalarType::BFloat16) return Dtype::bfloat16;
+  STD_TORCH_CHECK(type == ScalarType::Half, name, " must be float32, bfloat16 or float16");
+  return Dtype::float16;
+}
+
+std::string shape_text(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  return text + "]";
+}
+
+Rule rule_of(Format format, const std::string& name) {
+  struct Named {
+    const char* name;
+    Rule rule;
+  };
+  constexpr Named kActivationRules[] = {{"abs_max", Rule::abs_max}, {"four_over_six", Rule::four_over_six},
+                                        {"mse", Rule::mse},         {"even", Rule::even},
+                                        {"ceil", Rule::ceil},       {"quest", Rule::quest}};
+  for (const Named& named : kActivationRules) {
+    if (name == named.name && is_defined(format, named.rule)) return named.rule;
+  }
+  STD_TORCH_CHECK(false, "scale rule ", name, " is not defined for ", format == Format::nvfp4 ? "nvfp4" : "mxfp4");
+  return Rule::abs_max;
+}
+
+// The packed weight of a call, checked: [experts or none, panels, K / B, bytes of a block].
+struct PackedWeight {
+  PackedWeight(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, int64_t out_features, bool grouped)
+      : format(weight_scale.scalar_type() == ScalarType::Float8_e4m3fn ? Format::nvfp4 : Format::mxfp4),
+        n(out_features),
+        codes(weight),
+        scales(weight_scale) {
+    STD_TORCH_CHECK(format == Format::nvfp4 || weight_scale.scalar_type() == ScalarType::Float8_e8m0fnu,
+                    "weight_scale must be float8_e4m3fn (nvfp4) or float8_e8m0fnu (mxfp4)");
+    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Byte, "weight must be uint8, packed by the cpu backend");
+    STD_TORCH_CHECK(x.dim() >= 1, "x must have at least one axis");
+    k = x.size(x.dim() - 1);
+    const int block = block_size(format);
+    STD_TORCH_CHECK(k > 0 && k % block == 0, "x has ", k, " columns; expected a multiple of ", block);
+    const int64_t lead = grouped ? 1 : 0, panels = panels_of(n);
+    experts = grouped && weight.dim() > 0 ? weight.size(0) : 1;
+    const auto fits = [&](const Tensor& t, int64_t bytes) {
+      return t.dim() == lead + 3 && (!grouped || t.size(0) == experts) && t.size(lead) == panels &&
+             t.size(lead + 1) == k / block && t.size(lead + 2) == bytes && t.is_contiguous();
+    };
+    STD_TORCH_CHECK(fits(weight, block_bytes(format)) && fits(weight_scale, kPanelRows), "weight ", shape_text(weight),
+                    " and weight_scale ", shape_text(weight_scale), " are not the cpu layout of ", n, " x ", k,
+                    ": expected contiguous [", grouped ? "experts, " : "", panels, ", ", k / block, ", ",
+                    block_bytes(format), "] and [", grouped ? "experts, " : "", panels, ", ", k / block, ", ",
+                    kPanelRows, "]");
+  }
+
+  const uint8_t* expert_codes(int64_t e) const {
+    return static_cast<const uint8_t*>(codes.const_data_ptr()) + e * (codes.numel() / experts);
+  }
+  const uint8_t* expert_scales(int64_t e) const {
+    return static_cast<const uint8_t*>(scales.const_data_ptr()) + e * (scales.numel() / experts);
+  }
+
+  Format format;
+  int64_t n, k, experts;
+  const Tensor& codes;
+  const Tensor& scales;
+};
+
+// float64 [] or [experts]; 1 for mxfp4, which has none.
+std::vector<double> global_scales(const std::optional<Tensor>& given, const PackedWeight& weight) {
+  if (weight.format == Format::mxfp4) {
+    STD_TORCH_CHECK(!given.has_value(), "mxfp4 has no global scale, but one was given");
+    return std::vector<double>(weight.experts, 1.0);
+  }
+  STD_TORCH_CHECK(given.has_value(), "nvfp4 needs a global scale");
+  STD_TORCH_CHECK(given->scalar_type() == ScalarType::Double, "the global scale must be float64");
+  STD_TORCH_CHECK(given->numel() == weight.experts, "got ", given->numel(), " global scales for ", weight.experts,
+                  " weights");
+  const Tensor values = torch::stable::contiguous(*given);
+  const double* data = static_cast<const double*>(values.const_data_ptr());
+  return std::vector<double>(data, data + weight.experts);
+}
+
+// Row ranges of the experts: offsets int32 [experts + 1], or one range over all rows.
+std::vector<int64_t> row_ranges(const std::optional<Tensor>& offsets, int64_t experts, int64_t rows) {
+  if (!offsets.has_value()) return {0, rows};
+  STD_TORCH_CHECK(offsets->scalar_type() == ScalarType::Int && offsets->dim() == 1 && offsets->size(0) == experts + 1,
+                  "offsets must be int32 [", experts + 1, "], got ", shape_text(*offsets));
+  const Tensor values = torch::stable::contiguous(*offsets);
+  const int32_t* data = static_cast<const int32_t*>(values.const_data_ptr());
+  std::vector<int64_t> ranges(data, data + experts + 1);
+  STD_TORCH_CHECK(ranges.front() == 0 && ranges.back() == rows && std::is_sorted(ranges.begin(), ranges.end()),
+                  "offsets must rise from 0 to the ", rows, " rows of x");
+  return ranges;
+}
+
+template <typename Work>
+void execute(const Work& work, const Product& product, int64_t rows) {
+  torch::stable::parallel_for(0, work.prepare_tasks(), std::max<int64_t>(1, kGrainElements / product.k),
+                              [&](int64_t begin, int64_t end) { work.prepare(begin, end); });
+  const int64_t products_per_task = rows * kPanelRows * product.k * panels_of(product.n) / work.tasks();
+  torch::stable::parallel_for(0, work.tasks(), std::max<int64_t>(1, kGrainProducts / products_per_task),
+                              [&](int64_t begin, int64_t end) { work.run(begin, end); });
+}
+
+// How activations are quantized, where they are.
+struct Activation {
+  const std::optional<Tensor>& rotation;
+  const std::optional<Tensor>& global_scale;
+  const std::string& rule;
+};
+
+// float32 of x [.., K] in groups times the rotation [h, h], as rotation.py computes it: the same operation of torch, so
+// that no code differs from the reference by the order of a sum.
+Tensor rotated(const Tensor& x, const Tensor& rotation) {
+  STD_TORCH_CHECK(rotation.dim() == 2 && rotation.size(0) == rotation.size(1) && x.size(x.dim() - 1) % rotation.size(0) == 0,
+                  "rotation ", shape_text(rotation), " must be square and its size divide the columns of x ",
+                  shape_text(x));
+  const Tensor groups = torch::stable::reshape(torch::stable::to(x, ScalarType::Float), {-1, rotation.size(0)});
+  return torch::stable::contiguous(torch::stable::matmul(groups, torch::stable::to(rotation, ScalarType::Float)));
+}
+
+float largest(const void* x, Dtype dtype, int64_t elements) {
+  const int64_t pieces = (elements + kGrainElements - 1) / kGrainElements;
+  std::vector<float> partial(pieces);
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t start = i * kGrainElements, n = std::min(kGrainElements, elements - start);
+      partial[i] = abs_max(static_cast<const uint8_t*>(x) + start * element_size(dtype), dtype, n);
+    }
+  });
+  float result = 0;
+  for (const float value : partial) {
+    if (!(value <= result)) result = value;  // a NaN is kept
+    if (result != result) break;
+  }
+  return result;
+}
+
+double activation_scale(const Activation& activation, Format format, Rule rule, const Tensor& x, Dtype dtype) {
+  if (format == Format::mxfp4) return 1.0;
+  if (activation.global_scale.has_value()) {
+    STD_TORCH_CHECK(activation.global_scale->numel() == 1, "input_global_scale must hold one element, got ",
+                    shape_text(*activation.global_scale));
+    const Tensor value = torch::stable::to(*activation.global_scale, ScalarType::Double);
+    return *static_cast<const double*>(value.const_data_ptr());
+  }
+  return global_scale_for(largest(x.const_data_ptr(), dtype, x.numel()), rule);
+}
+
+Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& offsets, int64_t out_features, const Activation* activation) {
+  const PackedWeight packed(x, weight, weight_scale, out_features, offsets.has_value());
+  const Dtype dtype = dtype_of(x, "x");
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) shape.push_back(x.size(d));
+  shape.push_back(out_features);
+  const std::vector<double> scales = global_scales(global_scale, packed);
+  const int64_t rows = x.numel() / packed.k;
+  const std::vector<int64_t> ranges = row_ranges(offsets, packed.experts, rows);
+  std::optional<Tensor> bias_values;
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->numel() == packed.experts * packed.n && bias->size(bias->dim() - 1) == packed.n, "bias ",
+                    shape_text(*bias), " does not fit ", packed.experts, " weights with ", packed.n, " rows");
+    bias_values = torch::stable::contiguous(*bias);
+  }
+  Tensor out = torch::stable::new_empty(x, shape);
+  if (rows == 0 || packed.n == 0) return out;
+
+  Product product{packed.format, packed.n, packed.k, Dtype::float32, dtype, out.mutable_data_ptr(), {}};
+  if (bias_values.has_value()) product.bias_dtype = dtype_of(*bias_values, "bias");
+  for (int64_t e = 0; e < packed.experts; ++e) {
+    if (ranges[e] == ranges[e + 1]) continue;
+    const uint8_t* expert_bias = nullptr;
+    if (bias_values.has_value()) {
+      expert_bias = static_cast<const uint8_t*>(bias_values->const_data_ptr()) +
+                    e * packed.n * element_size(product.bias_dtype);
+    }
+    product.segments.push_back({ranges[e], ranges[e + 1] - ranges[e], packed.expert_codes(e), packed.expert_scales(e),
+                                scales[e], expert_bias});
+  }
+
+  if (activation == nullptr) {
+    const Tensor input = torch::stable::contiguous(x);
+    Tensor tiles = torch::stable::new_empty(x, {rows * packed.k}, ScalarType::Float);
+    execute(WeightOnly(product, input.const_data_ptr(), dtype, static_cast<float*>(tiles.mutable_data_ptr())), product,
+            rows);
+    return out;
+  }
+  const Rule rule = rule_of(packed.format, activation->rule);
+  const bool rotates = activation->rotation.has_value();
+  const Tensor input = rotates ? rotated(x, *activation->rotation) : torch::stable::contiguous(x);
+  const Dtype input_dtype = rotates ? Dtype::float32 : dtype;
+  const Quantizer quantizer(packed.format, rule, input_dtype,
+                            activation_scale(*activation, packed.format, rule, input, input_dtype));
+  Tensor tiles =
+      torch::stable::new_empty(x, {rows * IntegerProduct::tile_bytes(packed.format, packed.k)}, ScalarType::Byte);
+  execute(IntegerProduct(product, input.const_data_ptr(), input_dtype, quantizer,
+                         static_cast<uint8_t*>(tiles.mutable_data_ptr())),
+          product, rows);
+  return out;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+              const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias, int64_t out_features) {
+  return multiply(x, weight, weight_scale, global_scale, bias, std::nullopt, out_features, nullptr);
+}
+
+Tensor linear_w4a4(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                   const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias, int64_t out_features,
+                   const std::optional<Tensor>& rotation, const std::optional<Tensor>& input_global_scale,
+                   const std::string& rule) {
+  const Activation activation{rotation, input_global_scale, rule};
+  return multiply(x, weight, weight_scale, global_scale, bias, std::nullopt, out_features, &activation);
+}
+
+Tensor grouped_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                      const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias,
+                      const Tensor& offsets, int64_t out_features) {
+  return multiply(x, weight, weight_scale, global_scale, bias, offsets, out_features, nullptr);
+}
+
+Tensor grouped_linear_w4a4(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                           const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias,
+                           const Tensor& offsets, int64_t out_features, const std::optional<Tensor>& rotation,
+                           const std::optional<Tensor>& input_global_scale, const std::string& rule) {
+  const Activation activation{rotation, input_global_scale, rule};
+  return multiply(x, weight, weight_scale, global_scale, bias, offsets, out_features, &activation);
+}
+
+std::string isa_name() {
+  constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
+  return kNames[static_cast<int>(isa())];
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, m) {
+  m.impl("cpu_linear", TORCH_BOX(&linear));
+  m.impl("cpu_linear_w4a4", TORCH_BOX(&linear_w4a4));
+  m.impl("cpu_grouped_linear", TORCH_BOX(&grouped_linear));
+  m.impl("cpu_grouped_linear_w4a4", TORCH_BOX(&grouped_linear_w4a4));
+}
+
+// About the build rather than about tensors, so it is no operator of ops.py: the instruction set that the kernels use.
+STABLE_TORCH_LIBRARY_FRAGMENT(fp4, m) { m.def("cpu_isa() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(fp4, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&isa_name)); }
+
+}  // namespace fp4::cpu

@@ -1,0 +1,102 @@
+#include <algorithm>
+#include <cstring>
+
+#include "matmul.h"
+#include "scratch.h"
+
+namespace fp4::cpu {
+
+namespace {
+
+constexpr int64_t kChunk = 1024;  // columns of a decoded panel: 16 KB, half of a first-level cache
+constexpr int64_t kPanelGroup = 8;
+
+}  // namespace
+
+IntegerProduct::IntegerProduct(const Product& product, const void* x, Dtype x_dtype, const Quantizer& quantizer,
+                               uint8_t* tiles)
+    : Matmul(product, matmul_kernels().integer_tile, kChunk),
+      x_(x),
+      x_dtype_(x_dtype),
+      quantizer_(quantizer),
+      tiles_(tiles) {}
+
+void IntegerProduct::prepare(int64_t begin, int64_t end) const {
+  const int64_t k = product_.k;
+  const int block = block_size(product_.format);
+  auto codes = scratch<int8_t>(k);
+  auto effective = scratch<float>(k / block);
+  for (int64_t task = begin; task < end; ++task) {
+    const Tile tile = tile_at(task);
+    const Segment& segment = *tile.segment;
+    const int64_t start = tile.tiling.start(tile.index), rows = tile.tiling.start(tile.index + 1) - start;
+    uint8_t* segment_tiles = tiles_ + segment.first_row * tile_bytes(product_.format, k);
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t offset = (segment.first_row + start + m) * k * element_size(x_dtype_);
+      quantizer_.quantize_doubled(static_cast<const uint8_t*>(x_) + offset, 0, k / block, codes.get(), effective.get());
+      for (int64_t c = 0; c < k; c += chunk_) {
+        const int64_t length = std::min(chunk_, k - c), per_row = length / block * integer_block_bytes(product_.format, 1);
+        uint8_t* to = segment_tiles + c / block * integer_block_bytes(product_.format, segment.rows) + start * per_row;
+        for (int64_t b = c / block; b < (c + length) / block; ++b, to += integer_block_bytes(product_.format, rows)) {
+          int32_t sum = 0;
+          for (int i = 0; i < block; ++i) sum += codes[b * block + i];
+          const int32_t correction = -kIntegerBias * sum;
+          for (int q = 0; q < block / 4; ++q) std::memcpy(to + (q * rows + m) * 4, codes.get() + b * block + q * 4, 4);
+          std::memcpy(to + rows * block + m * 4, &correction, 4);
+          std::memcpy(to + rows * (block + 4) + m * 4, &effective[b], 4);
+        }
+      }
+    }
+  }
+}
+
+void IntegerProduct::run(int64_t begin, int64_t end) const {
+  const int64_t k = product_.k;
+  const int block = block_size(product_.format);
+  const int f = static_cast<int>(product_.format);
+  const int64_t panel_codes = k / block * block_bytes(product_.format), panel_scales = k / block * kPanelRows;
+  auto weights = scratch<uint8_t>(std::min(chunk_, k) * kPanelRows);
+  auto weight_scales = scratch<float>(std::min(chunk_, k) / block * kPanelRows);
+  while (begin < end) {
+    const Piece piece = piece_at(begin, end);
+    begin += piece.last_panel - piece.first_panel;
+    const Segment& segment = *piece.segment;
+    const Tiling tiles = tiling(segment);
+    const uint8_t* x = tiles_ + segment.first_row * tile_bytes(product_.format, k);
+    const int64_t first_row = tiles.start(piece.first_tile), rows = tiles.start(piece.last_tile) - first_row;
+    auto sums = scratch<float>(std::min(kPanelGroup, piece.last_panel - piece.first_panel) * rows * kPanelRows);
+    for (int64_t group = piece.first_panel; group < piece.last_panel; group += kPanelGroup) {
+      const int64_t panels = std::min(kPanelGroup, piece.last_panel - group);
+      std::fill_n(sums.get(), panels * rows * kPanelRows, 0.0f);
+      for (int64_t c = 0; c < k; c += chunk_) {
+        const int64_t at = c / block, blocks = std::min(chunk_, k - c) / block;
+        const uint8_t* chunk = x + at * integer_block_bytes(product_.format, segment.rows);
+        const int64_t per_row = blocks * integer_block_bytes(product_.format, 1);
+        for (int64_t p = 0; p < panels; ++p) {
+          kernels_.decode_integer[f](segment.codes + (group + p) * panel_codes + at * block_bytes(product_.format),
+                                     segment.scales + (group + p) * panel_scales + at * kPanelRows, blocks,
+                                     weights.get(), weight_scales.get());
+          for (int64_t t = piece.first_tile; t < piece.last_tile; ++t) {
+            const int64_t start = tiles.start(t);
+            kernels_.multiply_integer[f](chunk + start * per_row, static_cast<int>(tiles.start(t + 1) - start),
+                                         weights.get(), weight_scales.get(), blocks,
+                                         sums.get() + (p * rows + start - first_row) * kPanelRows);
+          }
+        }
+      }
+      // Both factors were doubled, and only the activations' scales include their global scale.
+      const double unit = 0.25 * segment.global_scale;
+      for (int64_t p = 0; p < panels; ++p) {
+        float* panel = sums.get() + p * rows * kPanelRows;
+        for (int64_t m = 0; m < rows; ++m) {
+          float ordered[kPanelRows];
+          for (int r = 0; r < kPanelRows; ++r) ordered[kIntegerRow[r]] = static_cast<float>(unit * panel[m * kPanelRows + r]);
+          std::copy_n(ordered, kPanelRows, panel + m * kPanelRows);
+        }
+        finish(segment, first_row, rows, group + p, panel);
+      }
+    }
+  }
+}
+
+}  // namespace fp4::cpu

@@ -1,0 +1,87 @@
+#include <algorithm>
+
+#include "matmul.h"
+#include "scratch.h"
+
+namespace fp4::cpu {
+
+namespace {
+
+// A decoded panel of this many columns takes 16 KB: half of a first-level cache, where x needs the rest.
+constexpr int64_t kChunk = 256;
+
+// Panels that share a pass over x: their sums fill the second-level cache together with a chunk of x.
+constexpr int64_t kPanelGroup = 8;
+
+}  // namespace
+
+WeightOnly::WeightOnly(const Product& product, const void* x, Dtype x_dtype, float* tiles)
+    : Matmul(product, matmul_kernels().float_tile, kChunk), x_(x), x_dtype_(x_dtype), tiles_(tiles) {}
+
+void WeightOnly::prepare(int64_t begin, int64_t end) const {
+  const int64_t k = product_.k;
+  for (int64_t task = begin; task < end; ++task) {
+    const Tile tile = tile_at(task);
+    const Segment& segment = *tile.segment;
+    const int64_t start = tile.tiling.start(tile.index), rows = tile.tiling.start(tile.index + 1) - start;
+    float* segment_tiles = tiles_ + segment.first_row * k;
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t offset = (segment.first_row + start + m) * k * element_size(x_dtype_);
+      for (int64_t c = 0; c < k; c += chunk_) {
+        const int64_t length = std::min(chunk_, k - c);
+        float row[kChunk];
+        kernels_.load(static_cast<const uint8_t*>(x_) + offset + c * element_size(x_dtype_), x_dtype_, length, row);
+        float* to = segment_tiles + c * segment.rows + start * length + m;
+        for (int64_t i = 0; i < length; ++i) to[i * rows] = row[i];
+      }
+    }
+  }
+}
+
+void WeightOnly::run(int64_t begin, int64_t end) const {
+  const int64_t k = product_.k;
+  const int block = block_size(product_.format);
+  const int f = static_cast<int>(product_.format);
+  const int64_t panel_codes = k / block * block_bytes(product_.format), panel_scales = k / block * kPanelRows;
+  auto weights = scratch<float>(std::min(chunk_, k) * kPanelRows);
+  while (begin < end) {
+    Piece piece = piece_at(begin, end);
+    begin += piece.last_panel - piece.first_panel;
+    const Segment& segment = *piece.segment;
+    const Tiling tiles = tiling(segment);
+    const float global_scale = static_cast<float>(segment.global_scale);
+    const float* x = tiles_ + segment.first_row * k;
+    if (segment.rows <= kernels_.gemv_rows) {
+      float sums[kPanelRows * 8];
+      for (int64_t p = piece.first_panel; p < piece.last_panel; ++p) {
+        kernels_.gemv[f](segment.codes + p * panel_codes, segment.scales + p * panel_scales, k / block, global_scale, x,
+                         static_cast<int>(segment.rows), sums);
+        finish(segment, 0, segment.rows, p, sums);
+      }
+      continue;
+    }
+    const int64_t first_row = tiles.start(piece.first_tile), rows = tiles.start(piece.last_tile) - first_row;
+    auto sums = scratch<float>(std::min(kPanelGroup, piece.last_panel - piece.first_panel) * rows * kPanelRows);
+    for (int64_t group = piece.first_panel; group < piece.last_panel; group += kPanelGroup) {
+      const int64_t panels = std::min(kPanelGroup, piece.last_panel - group);
+      std::fill_n(sums.get(), panels * rows * kPanelRows, 0.0f);
+      for (int64_t c = 0; c < k; c += chunk_) {
+        const int64_t length = std::min(chunk_, k - c), at = c / block;
+        const float* chunk = x + c * segment.rows;
+        for (int64_t p = 0; p < panels; ++p) {
+          kernels_.decode_float[f](segment.codes + (group + p) * panel_codes + at * block_bytes(product_.format),
+                                   segment.scales + (group + p) * panel_scales + at * kPanelRows, length / block,
+                                   global_scale, weights.get());
+          for (int64_t t = piece.first_tile; t < piece.last_tile; ++t) {
+            const int64_t start = tiles.start(t);
+            kernels_.multiply_float(chunk + start * length, static_cast<int>(tiles.start(t + 1) - start), weights.get(),
+                                    length, sums.get() + (p * rows + start - first_row) * kPanelRows);
+          }
+        }
+      }
+      for (int64_t p = 0; p < panels; ++p) finish(segment, first_row, rows, group + p, sums.get() + p * rows * kPanelRows);
+    }
+  }
+}
+
+}  // namespace fp4::cpu

@@ -1,0 +1,78 @@
+"""The CPU backend: compiled kernels (csrc/cpu) on weights regrouped into panels of sixteen rows."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fp4 import ops  # noqa: F401  (the operators' schemas, which the library implements)
+from fp4.backends.base import Backend
+from fp4.formats import Format, format_of
+
+_PANEL_ROWS = 16
+
+try:
+    importlib.import_module("fp4._C_cpu")
+    _UNAVAILABLE = None
+except ImportError as error:
+    _UNAVAILABLE = (
+        "the CPU kernels were not built with this installation; install a C++ compiler and reinstall with FP4_CPU=1, "
+        f"which shows why they cannot be built ({error})"
+    )
+
+
+def isa() -> str | None:
+    """The instruction set that the kernels run with (``scalar``, ``avx2``, ``avx512``), None where they are not built.
+
+    The environment variable ``FP4_CPU_ISA`` chooses a narrower one than the CPU has.
+    """
+    return None if _UNAVAILABLE else str(torch.ops.fp4.cpu_isa())
+
+
+def _panels(rows: Tensor) -> Tensor:
+    """``[..., N, bytes]`` -> ``[..., panels, 16, bytes]``, the last panel padded with zero bytes."""
+    missing = -rows.shape[-2] % _PANEL_ROWS
+    return pad(rows, (0, 0, 0, missing)).unflatten(-2, (-1, _PANEL_ROWS))
+
+
+class CpuBackend(Backend):
+    """Weight-only and W4A4 matmuls on any CPU, with AVX2 or AVX-512 where it has them.
+
+    Layout (csrc/cpu/layout.h says why): ``weight`` uint8 ``[..., panels, K/B, 8*B]`` and ``weight_scale``
+    ``[..., panels, K/B, 16]`` in the dtype that names the format, where a panel is sixteen rows.
+    """
+
+    name = "cpu"
+
+    def unavailable(self) -> str | None:
+        return _UNAVAILABLE
+
+    def refuses(self, fmt: Format, w4a4: bool, device: torch.device, shape: tuple[int, ...]) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on CPUs, not on {device.type}"
+        if shape[-1] % fmt.block_size:
+            return f"{shape[-1]} columns are no multiple of the {fmt.name} block of {fmt.block_size}"
+        return None
+
+    def pack(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        block = format_of(scales).block_size
+        lead = codes.shape[:-2]
+        # Rows of a panel are (h, lane, i), byte columns (c, jj): layout.h wants them as (c, lane, jj, i, h).
+        bytes_ = _panels(codes).unflatten(-2, (2, 2, 4)).unflatten(-1, (-1, 2))
+        at = [*range(len(lead) + 1), *(len(lead) + d for d in (4, 2, 5, 3, 1))]
+        weight = bytes_.permute(at).reshape(*lead, bytes_.shape[len(lead)], -1, block * _PANEL_ROWS // 2)
+        packed = _panels(scales.view(torch.uint8)).transpose(-1, -2).contiguous()
+        return weight.contiguous(), packed.view(scales.dtype)
+
+    def unpack(self, weight: Tensor, weight_scale: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+        lead = weight.shape[:-3]
+        columns = math.prod(weight.shape[-2:]) // _PANEL_ROWS
+        bytes_ = weight.reshape(*lead, -1, columns // 2, 2, 2, 4, 2)
+        at = [*range(len(lead) + 1), *(len(lead) + d for d in (5, 2, 4, 1, 3))]
+        codes = bytes_.permute(at).reshape(*lead, -1, columns)[..., :out_features, :]
+        scales = weight_scale.view(torch.uint8).transpose(-1, -2).flatten(-3, -2)[..., :out_features, :]
+        return codes.contiguous(), scales.contiguous().view(weight_scale.dtype)
