@@ -12,7 +12,7 @@ from fp4.formats import FORMATS, MXFP4, NVFP4
 from fp4.rotation import ROTATIONS
 from fp4.scheme import Scheme
 
-# FP-Quant quantizes under a fixed global scale: blocks are scaled by 3 before their scale is taken, by 1 for QuEST.
+# FP-Quant quantizes under a fixed global scale: blocks are multiplied by 3 before their scale is taken (not for QuEST).
 _FP_QUANT_GLOBAL_SCALE = 1 / 3
 
 # What measurement shows best without calibration data (benchmarks/default_scheme.py): rotation, its size, scale rule of
@@ -207,7 +207,7 @@ class FPQuantConfig(QuantizationConfigMixin):
         fp_quant_rule = "abs_max" if fmt is NVFP4 else {"abs_max": "below_six", "quest": "quest"}[self.forward_method]
         fixed = None
         if self.scale_rule == "fp_quant":
-            fixed = 1.0 if self.forward_method == "quest" else _FP_QUANT_GLOBAL_SCALE
+            fixed = None if self.forward_method == "quest" else _FP_QUANT_GLOBAL_SCALE
         scheme = Scheme(
             format=fmt,
             weight_rule=fp_quant_rule if self.scale_rule == "fp_quant" else str(self.scale_rule),

@@ -329,4 +329,5 @@ def dequantize(
         )
     effective = effective_scales(scales, None if global_scale is None else global_scale[..., None, None])
     values: Tensor = torch.nn.functional.embedding(codes.int(), _BYTE_VALUES.to(codes.device)).flatten(-2)
-    return (values.unflatten(-1, (-1, fmt.block_size)) * effective[..., None]).flatten(-2).to(dtype)
+    values = values.unflatten(-1, (-1, fmt.block_size)) * effective[..., None]
+    return values.flatten(-2).to(dtype)

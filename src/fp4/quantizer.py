@@ -24,11 +24,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fp4")
 
 
-class RoundToNearest(ConversionOps):
-    """Rounds one dense weight as soon as it is read, so that no more than one is ever in memory."""
+class _LoadOp(ConversionOps):
+    """Makes the canonical parameters of one layer; what goes wrong is noted with the quantizer, under the layer's name."""
 
     def __init__(self, quantizer: FPQuantHfQuantizer) -> None:
         self.hf_quantizer = quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _LoadOp:
+        return self  # Transformers copies a converter for every layer; all of them report to the one quantizer
+
+
+class RoundToNearest(_LoadOp):
+    """Rounds one dense weight as soon as it is read, so that no more than one is ever in memory."""
 
     def convert(
         self, input_dict: dict[str, Any], *, model: nn.Module | None = None, **kwargs: Any
@@ -42,14 +49,12 @@ class RoundToNearest(ConversionOps):
         except ValueError as error:
             self.hf_quantizer.problems[layer] = str(error)
             return {}
+        self.hf_quantizer.loaded.add(layer)
         return {f"{layer}.{parameter}": tensor for parameter, tensor in parameters.items()}
 
 
-class ReadFPQuant(ConversionOps):
+class ReadFPQuant(_LoadOp):
     """Gathers the stored tensors of one layer into its canonical parameters."""
-
-    def __init__(self, quantizer: FPQuantHfQuantizer) -> None:
-        self.hf_quantizer = quantizer
 
     def convert(
         self,
@@ -69,6 +74,7 @@ class ReadFPQuant(ConversionOps):
         except ValueError as error:
             self.hf_quantizer.problems[layer] = str(error)
             return {}
+        self.hf_quantizer.loaded.add(layer)
         module.rotation = None if stored.rotation is None else share(stored.rotation)
         loaded = {"weight": stored.weight.codes, "weight_scale": stored.weight.scales}
         if stored.weight.global_scale is not None:
@@ -94,6 +100,7 @@ class FPQuantHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         #: What went wrong with which layer while loading; reported together, after the last one.
         self.problems: dict[str, str] = {}
+        self.loaded: set[str] = set()
 
     # --- before the weights are read
 
@@ -134,13 +141,13 @@ class FPQuantHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FP4Linear)]
-        for name, module in layers:
-            absent = [key for key, value in module.named_parameters() if not _was_loaded(value)]
-            if absent:
-                self.problems.setdefault(name, f"the checkpoint has no {' and no '.join(absent)} for it")
+        for name, _ in layers:
+            if name not in self.loaded:
+                self.problems.setdefault(name, "the checkpoint has no weight for this layer")
         if self.problems:
             listed = "\n".join(f"  {name}: {problem}" for name, problem in sorted(self.problems.items()))
             raise ValueError(f"{len(self.problems)} layers could not be loaded:\n{listed}")
+        self.loaded.clear()
         for _, module in layers:
             hook: Any = getattr(module, "_hf_hook", None)
             module.settle(torch.device(hook.execution_device) if getattr(hook, "offload", False) else None)
@@ -191,10 +198,6 @@ class FPQuantHfQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
-
-
-def _was_loaded(parameter: nn.Parameter) -> bool:
-    return parameter.device.type == "meta" or getattr(parameter, "_is_hf_initialized", False)
 
 
 def _reads_fp_quant(conversion: Any) -> bool:

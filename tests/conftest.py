@@ -1,0 +1,63 @@
+"""Fixtures that several test files use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """Finds a file of the folder with checkpoints of other tools and evaluation text, beside the repository by default.
+
+    Where it is absent the test skips; with FP4_REQUIRE_SHARED=1 it fails instead, so that a machine that has the folder
+    cannot pass by skipping.
+    """
+    root = Path(os.environ.get("FP4_SHARED", REPOSITORY.parent / "shared"))
+
+    def find(name: str) -> Path:
+        path = root / name
+        if not path.exists():
+            message = f"{path} is absent (set FP4_SHARED to the folder with checkpoints of other tools)"
+            if os.environ.get("FP4_REQUIRE_SHARED") == "1":
+                pytest.fail(message)
+            pytest.skip(message)
+        return path
+
+    return find
+
+
+def make_llama(**options: object) -> LlamaForCausalLM:
+    """A small random Llama in bfloat16 whose layer shapes suit every format: K of 128 and 256."""
+    torch.manual_seed(0)
+    settings: dict[str, object] = {
+        "vocab_size": 256,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(settings | options)))
+    return model.to(torch.bfloat16).eval()
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small Llama as an unquantized checkpoint."""
+    path = tmp_path_factory.mktemp("llama")
+    make_llama().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def token_ids() -> torch.Tensor:
+    return torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
