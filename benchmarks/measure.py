@@ -1,0 +1,108 @@
+"""What the CPU benchmarks share: interleaved timing, the memory limit, a description of the machine, saved results.
+
+Times are medians of repetitions in which all contenders take turns (A B A B ...), so that a change of the machine's
+speed meets each of them alike. Contenders get their weights from a set larger than the last-level cache.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+#: One operation; called with a running number, by which it picks one of its weights.
+Operation = Callable[[int], object]
+
+
+def interleaved(
+    contenders: Mapping[str, Operation], repetitions: int = 7, seconds: float = 0.03, pause: float = 0.02
+) -> dict[str, float]:
+    """Median seconds of one operation of each contender.
+
+    A turn lasts ``seconds`` or one operation, whichever is longer. Before it the process sleeps for ``pause``, in which
+    the spinning worker threads of another library fall asleep.
+    """
+    counters = dict.fromkeys(contenders, 0)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for name, operation in contenders.items():
+        operation(0)
+        counters[name] = 1
+    for _ in range(repetitions):
+        for name, operation in contenders.items():
+            time.sleep(pause)
+            operation(counters[name])  # wakes this library's threads
+            first = counters[name] = counters[name] + 1
+            start = time.perf_counter()
+            while (elapsed := time.perf_counter() - start) < seconds or counters[name] == first:
+                operation(counters[name])
+                counters[name] += 1
+            times[name].append(elapsed / (counters[name] - first))
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def read_pass(megabytes: int = 256) -> tuple[Operation, int]:
+    """An operation that reads a buffer once and writes nothing, and the buffer's bytes: the limit of memory."""
+    buffer = torch.ones(megabytes * 2**18, dtype=torch.int32)
+    return lambda _: buffer.max(), buffer.numel() * 4
+
+
+def machine() -> dict[str, Any]:
+    """CPU, threads and versions that the numbers belong to."""
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "fp4", "llama-cpp-python"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose columns line up in a terminal too."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def verdict(ratio: float | None, target: float) -> str:
+    """How a ratio compares with its target, e.g. ``1.31 (>= 1.2: pass)`` or ``1.02 (>= 1.2: 15% short)``."""
+    if ratio is None:
+        return "not installed"
+    outcome = "pass" if ratio >= target else f"{100 * (1 - ratio / target):.0f}% short"
+    return f"{ratio:.2f} (>= {target:g}: {outcome})"
+
+
+def save(name: str, title: str, sections: Mapping[str, str], data: Mapping[str, Any]) -> None:
+    """Write ``results/<name>.md`` for people and ``results/<name>.json`` for programs."""
+    RESULTS.mkdir(exist_ok=True)
+    about = machine()
+    versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
+    text = [f"# {title}", "", f"{about['date']}, {about['cpu']}, {about['threads']} threads; {versions}.", ""]
+    for heading, body in sections.items():
+        text += [f"## {heading}", "", body, ""]
+    (RESULTS / f"{name}.md").write_text("\n".join(text))
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": about, **data}, indent=1) + "\n")
