@@ -293,7 +293,12 @@ FP4_TARGET_AVX2 void quantize_groups(const Quantizer& q, const void* lanes, int6
       choose_scales<B, kIsHalf>(q, x + group * kBlockGroup * B, scales + group * kBlockGroup);
     }
     const uint8_t* scale = scales;
+    const Bits* next = x + now * kBlockGroup * B;  // fetched meanwhile: comparing leaves the memory idle
     for (int64_t i = 0; i < now * kBlockGroup * B / 64; ++i, x += 64, scale += 64 / B) {
+      for (size_t line = 0; line < sizeof(Bits); ++line) {
+        _mm_prefetch(reinterpret_cast<const char*>(next) + line * 64, _MM_HINT_T0);
+      }
+      next += 64;
       const ScaleRow* row[4];  // of each 16 elements
       for (int j = 0; j < 4; ++j) row[j] = rows + scale[j * 16 / B];
       const __m256i first = codes_of_32(x, *row[0], *row[1]);
