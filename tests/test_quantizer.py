@@ -108,7 +108,9 @@ def test_sharded_checkpoints(token_ids: torch.Tensor, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
 
 
-def test_saving_over_an_older_model_leaves_no_stale_shards(llama: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+def test_saving_over_an_older_model_leaves_no_stale_shards(
+    llama: Path, token_ids: torch.Tensor, tmp_path: Path
+) -> None:
     model = load(llama, FPQuantConfig())
     model.save_pretrained(tmp_path / "out", max_shard_size="100KB")
     (tmp_path / "out/notes.txt").write_text("kept")
@@ -175,7 +177,7 @@ def test_layer_that_cannot_be_quantized_is_kept_and_named(
     assert "model.layers.1.mlp.down_proj: in_features 200 is not a multiple of 16" in caplog.text
     assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
     assert_reloads(model, token_ids, tmp_path / "out")
-    with pytest.raises(ValueError, match="strict=True.*down_proj.*not a multiple of 16"):
+    with pytest.raises(ValueError, match=r"strict=True.*down_proj.*not a multiple of 16"):
         load(tmp_path / "dense", FPQuantConfig(strict=True))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from fp4.formats import FORMATS, MXFP4, NVFP4
+from fp4.ops import BACKENDS
 from fp4.rotation import ROTATIONS
 from fp4.scheme import Scheme
 
@@ -45,13 +46,16 @@ class FPQuantConfig(QuantizationConfigMixin):
     Args:
         forward_dtype: ``"nvfp4"`` (blocks of 16, E4M3 scales) or ``"mxfp4"`` (blocks of 32, power-of-two scales).
         forward_method: FP-Quant's choice of scale, ``"abs_max"`` or, for MXFP4, ``"quest"``.
-        backward_dtype: precision of the gradients in quantization-aware training; ``"bf16"``.
+        backward_dtype: FP-Quant's precision of gradients in quantization-aware training. fp4 trains with ``"bf16"``
+            (gradients in the model's dtype); ``"mxfp8"`` and ``"mxfp4"`` are accepted for inference, where they mean
+            nothing.
         store_master_weights: keep the unquantized weight and quantize it in every forward, for training.
-        hadamard_group_size: columns rotated together, a power of two of at least one block. Default: 16 for NVFP4
-            and 32 for MXFP4 when ``transform_init`` is given, else the best measured.
+        hadamard_group_size: columns rotated together, a power of two of at least one block. Default: one block
+            (16 for NVFP4, 32 for MXFP4) where FP-Quant's behaviour is asked for, else the best measured.
         pseudoquantization: emulate W4A4 to the bit in pure torch; weights stay packed.
         transform_init: ``"hadamard"``, ``"identity"`` or ``"gsr"``. Default: the best measured for the format without
-            calibration data. Naming one asks for FP-Quant's behaviour, its scales included.
+            calibration data. Naming this, ``hadamard_group_size`` or ``"quest"`` asks for FP-Quant's behaviour, its
+            scales included (unless ``scale_rule`` says otherwise).
         modules_to_not_convert: layers to keep, as names, suffixes or regular expressions. Default: the output
             embedding. Embeddings and layers tied to them are always kept.
         scale_rule: how block scales of weights are chosen: ``"fp_quant"`` (``forward_method`` under FP-Quant's fixed
@@ -107,7 +111,7 @@ class FPQuantConfig(QuantizationConfigMixin):
         self.activation_rule = activation_rule
         self.activation_scaling = activation_scaling
         self.backend = backend
-        self.overrides = overrides or {}
+        self.overrides = {} if overrides is None else overrides
         self.strict = strict
         self.post_init()
 
@@ -121,23 +125,38 @@ class FPQuantConfig(QuantizationConfigMixin):
         if self.backward_dtype != "bf16" and fmt is not MXFP4:
             raise ValueError(f"backward_dtype {self.backward_dtype!r} needs forward_dtype 'mxfp4', found {fmt.name!r}")
 
+        if self.store_master_weights and self.backward_dtype != "bf16":
+            raise ValueError(
+                f"training computes gradients in the model's dtype, but backward_dtype is {self.backward_dtype!r}; "
+                "use 'bf16' with store_master_weights"
+            )
+
         rotation, group_size, weight_rule, activation_rule = _BEST[fmt.name]
-        as_fp_quant = self.scale_rule == "fp_quant" or (self.scale_rule is None and self.transform_init is not None)
-        if self.transform_init is not None:
-            rotation, group_size = self.transform_init, fmt.block_size
-        _require(rotation, tuple(ROTATIONS), "transform_init")
-        self.transform_init = rotation
-        self.hadamard_group_size = self.hadamard_group_size or group_size
+        # Any option that only FP-Quant has a meaning for asks for all of FP-Quant's behaviour.
+        named = (
+            self.transform_init is not None or self.hadamard_group_size is not None or self.forward_method == "quest"
+        )
+        if named:
+            rotation, group_size = "hadamard", fmt.block_size
+        as_fp_quant = self.scale_rule == "fp_quant" or (self.scale_rule is None and named)
+        if as_fp_quant:
+            weight_rule = activation_rule = "fp_quant"
+        if self.transform_init is None:
+            self.transform_init = rotation
+        if self.hadamard_group_size is None:
+            self.hadamard_group_size = group_size
+        _require(self.transform_init, tuple(ROTATIONS), "transform_init")
         size = self.hadamard_group_size
         if not isinstance(size, int) or size < fmt.block_size or size & (size - 1):
             raise ValueError(
                 f"hadamard_group_size is {size!r}; {fmt.name} needs a power of two of at least {fmt.block_size}"
             )
-        if as_fp_quant:
-            weight_rule = activation_rule = "fp_quant"
-        self.scale_rule = self.scale_rule or weight_rule
-        self.activation_rule = self.activation_rule or activation_rule
-        self.activation_scaling = self.activation_scaling or ("static" if as_fp_quant else "dynamic")
+        if self.scale_rule is None:
+            self.scale_rule = weight_rule
+        if self.activation_rule is None:
+            self.activation_rule = activation_rule
+        if self.activation_scaling is None:
+            self.activation_scaling = "static" if as_fp_quant else "dynamic"
         _require(self.scale_rule, ("fp_quant", *fmt.rules), f"scale_rule (of {fmt.name})")
         on_the_fly = tuple(rule for rule in fmt.rules if rule != "mse")
         _require(self.activation_rule, ("fp_quant", *on_the_fly), f"activation_rule (of {fmt.name})")
@@ -157,7 +176,15 @@ class FPQuantConfig(QuantizationConfigMixin):
         for option in ("store_master_weights", "pseudoquantization", "strict"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"{option} is {getattr(self, option)!r}; expected True or False")
+        _require(self.backend, ("auto", *BACKENDS), "backend")
+        keep = self.modules_to_not_convert
+        if keep is not None and not (isinstance(keep, list) and all(isinstance(name, str) for name in keep)):
+            raise ValueError(f"modules_to_not_convert is {keep!r}; expected a list of names, or None")
+        if not isinstance(self.overrides, dict):
+            raise ValueError(f"overrides is {self.overrides!r}; expected a dictionary from patterns to options")
         for pattern, options in self.overrides.items():
+            if options is not None and not isinstance(options, dict):
+                raise ValueError(f"overrides[{pattern!r}] is {options!r}; expected a dictionary of options, or None")
             unknown = set(options or {}) - set(_OVERRIDABLE)
             if unknown:
                 raise ValueError(
@@ -172,7 +199,9 @@ class FPQuantConfig(QuantizationConfigMixin):
         """Read a ``quantization_config`` of config.json. One without fp4's own options was written by FP-Quant."""
         if "scale_rule" not in config_dict:
             config_dict = {"transform_init": "hadamard", **config_dict}
-        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        result = super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        (result[0] if return_unused_kwargs else result).post_init()
+        return result
 
     @classmethod
     def from_stock(cls, config: Any) -> FPQuantConfig:
@@ -196,6 +225,8 @@ class FPQuantConfig(QuantizationConfigMixin):
             names = ("forward_method", "hadamard_group_size", "transform_init", "scale_rule", "activation_rule")
             own |= {name: getattr(self, name) for name in names}
             own["forward_dtype"] = self.forward_dtype
+        elif self.scale_rule == "fp_quant":
+            own |= {"scale_rule": "fp_quant", "transform_init": self.transform_init}
         return FPQuantConfig(**(own | options))
 
     def scheme_for(self, name: str) -> tuple[Scheme, str] | None:

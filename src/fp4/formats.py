@@ -37,6 +37,8 @@ _THRESHOLDS = torch.where(_TIE_GOES_UP, torch.nextafter(_TIES, torch.zeros(7)), 
 _NIBBLE_VALUES = torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES))
 _BYTE_VALUES = torch.stack([_NIBBLE_VALUES.repeat(16), _NIBBLE_VALUES.repeat_interleave(16)], dim=-1)  # [256, 2]
 
+_INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 # Rows are handled in tiles of about this many elements, so that temporaries stay small beside the tensor itself.
 _TILE_ELEMENTS = 1 << 20
 
@@ -136,8 +138,8 @@ def encode_e4m3(x: Tensor) -> Tensor:
 
 
 def encode_e8m0(exponent: Tensor) -> Tensor:
-    """The scale ``2**exponent``, exponent clamped to [-127, 127]: int32 -> float8_e8m0fnu."""
-    return (exponent.clamp(-127, 127) + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
+    """The scale ``2**exponent``, clamped to [-127, 125] so that 6 times it is finite: int32 -> float8_e8m0fnu."""
+    return (exponent.clamp(-127, 125) + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def effective_scales(scales: Tensor, global_scale: Tensor | None) -> Tensor:
@@ -163,7 +165,7 @@ def _sum_by_halving(x: Tensor) -> Tensor:
     return x[..., 0]
 
 
-def _mx_exponents(blocks: Tensor, rule: str, unit: Tensor | float) -> Tensor:
+def _mx_exponents(blocks: Tensor, amax: Tensor, rule: str, unit: Tensor | float) -> Tensor:
     """MXFP4 block exponents: float32 ``[..., B]`` -> int32 ``[...]``; ``unit`` is the float32 global scale, or 1."""
     if rule == "quest":
         # The clipping factor that minimises the squared error of a Gaussian block (QuEST, arXiv 2502.05003).
@@ -171,7 +173,6 @@ def _mx_exponents(blocks: Tensor, rule: str, unit: Tensor | float) -> Tensor:
         centred = blocks - (_sum_by_halving(blocks) / size)[..., None]
         std = torch.sqrt(_sum_by_halving(centred * centred) / size)
         return _floor_log2((std * (2.92247856 / E2M1_MAX) + 1e-8) / unit)
-    amax = blocks.abs().amax(dim=-1)
     if rule == "below_six":
         # The smallest power of two under which amax stays strictly below 6.
         return _floor_log2(amax / (unit * E2M1_MAX)) + 1
@@ -217,21 +218,22 @@ _MXFP4_OFFSETS = (0, 1, -1, 2)
 
 def _block_scales(blocks: Tensor, fmt: Format, rule: str, global_scale: Tensor | None) -> Tensor:
     """Block scales by ``rule``: float32 ``[..., B]`` -> ``fmt.scale_dtype [...]``, as the global scale broadcasts."""
-    if fmt is MXFP4:
-        unit = 1.0 if global_scale is None else global_scale.float()
-        if rule == "mse":
-            scales = encode_e8m0(_mx_exponents(blocks, "abs_max", unit))
-            return _best_of(blocks, _neighbours(scales, _MXFP4_OFFSETS, 0, 254), global_scale)
-        return encode_e8m0(_mx_exponents(blocks, rule, unit))
-    assert global_scale is not None
     amax = blocks.abs().amax(dim=-1)
-    unit = global_scale.float()
-    scales = encode_e4m3(amax / (unit * E2M1_MAX))
-    if rule == "four_over_six":
-        return _best_of(blocks, [scales, encode_e4m3(amax / (unit * 4.0))], global_scale)
-    if rule == "mse":
-        return _best_of(blocks, _neighbours(scales, _NVFP4_OFFSETS, 1, 126), global_scale)
-    return scales
+    unit = 1.0 if global_scale is None else global_scale.float()
+    if fmt is MXFP4:
+        scales = encode_e8m0(_mx_exponents(blocks, amax, "abs_max" if rule == "mse" else rule, unit))
+        if rule == "mse":
+            scales = _best_of(blocks, _neighbours(scales, _MXFP4_OFFSETS, 0, 252), global_scale)
+        nan = 0xFF
+    else:
+        scales = encode_e4m3(amax / (unit * E2M1_MAX))
+        if rule == "four_over_six":
+            scales = _best_of(blocks, [scales, encode_e4m3(amax / (unit * 4.0))], global_scale)
+        elif rule == "mse":
+            scales = _best_of(blocks, _neighbours(scales, _NVFP4_OFFSETS, 1, 126), global_scale)
+        nan = 0x7F
+    # A NaN must never be hidden: its whole block is NaN.
+    return torch.where(torch.isnan(amax), nan, scales.view(torch.uint8)).view(fmt.scale_dtype)
 
 
 # --- whole tensors ---------------------------------------------------------------------------------------------------
@@ -277,7 +279,8 @@ def quantize(x: Tensor, fmt: Format, rule: str = "abs_max", global_scale: Tensor
     Args:
         x: float32, bfloat16 or float16 ``[..., N, K]``, K a multiple of ``fmt.block_size``.
         rule: how a block's scale is chosen, one of ``fmt.rules``. ``abs_max`` maps the largest magnitude to 6 (for
-            MXFP4 by the OCP floor rule), ``mse`` takes the representable scale of least squared error,
+            MXFP4 by the OCP floor rule), ``mse`` takes the representable scale of least squared error (squares that
+            overflow, |x| > 1e19, leave it at abs_max),
             ``four_over_six`` the better of amax/6 and amax/4, ``quest`` the Gaussian optimum; ``even``, ``ceil`` and
             ``below_six`` are the other exponent rules in use for MXFP4.
         global_scale: float64, broadcastable to the leading axes. By default NVFP4 takes it from ``x``, one per matrix
@@ -287,21 +290,31 @@ def quantize(x: Tensor, fmt: Format, rule: str = "abs_max", global_scale: Tensor
         :class:`QuantizedTensor` in canonical form. NaN in ``x`` becomes a NaN scale, so that it is never hidden.
 
     Raises:
-        ValueError: for a K that is no multiple of the block, or a rule the format does not define.
+        ValueError: for a shape or dtype other than these, or a rule the format does not define.
     """
     fmt.require_rule(rule)
-    if x.shape[-1] % fmt.block_size:
-        raise ValueError(f"last axis has {x.shape[-1]} elements; {fmt.name} needs a multiple of {fmt.block_size}")
+    if x.dtype not in _INPUT_DTYPES:
+        raise ValueError(f"cannot quantize {x.dtype}; expected float32, bfloat16 or float16")
+    if x.ndim < 2 or x.shape[-1] % fmt.block_size:
+        raise ValueError(
+            f"cannot quantize shape {tuple(x.shape)}; {fmt.name} needs [..., N, K], K a multiple of {fmt.block_size}"
+        )
     lead = x.shape[:-2]
     if global_scale is not None:
-        global_scale = global_scale.to(device=x.device, dtype=torch.float64)
+        if global_scale.numel() != 1 and global_scale.shape != lead:
+            raise ValueError(
+                f"global scale has shape {tuple(global_scale.shape)}; expected one number or {tuple(lead)}"
+            )
+        global_scale = global_scale.to(device=x.device, dtype=torch.float64).reshape(
+            lead if global_scale.numel() != 1 else ()
+        )
     elif fmt.needs_global_scale:
         global_scale = global_scale_for(largest_magnitude(x), rule)
 
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.flatten(0, -2)
     unit = None
     if global_scale is not None:
-        unit = global_scale.expand(lead)[..., None].expand(x.shape[:-1]).reshape(-1)
+        unit = global_scale.expand(lead)[..., None].expand(x.shape[:-1]).flatten()
     codes = torch.empty(rows.shape[0], rows.shape[1] // 2, dtype=torch.uint8, device=x.device)
     scales = torch.empty(rows.shape[0], rows.shape[1] // fmt.block_size, dtype=torch.uint8, device=x.device)
     step = max(1, _TILE_ELEMENTS // max(1, rows.shape[1]))
@@ -313,7 +326,9 @@ def quantize(x: Tensor, fmt: Format, rule: str = "abs_max", global_scale: Tensor
         scales[tile] = tile_scales.view(torch.uint8)
         codes[tile] = pack_codes(_encode_blocks(blocks, effective_scales(tile_scales, tile_unit)).flatten(-2))
     return QuantizedTensor(
-        codes.reshape(*x.shape[:-1], -1), scales.view(fmt.scale_dtype).reshape(*x.shape[:-1], -1), global_scale
+        codes.view(*x.shape[:-1], codes.shape[1]),
+        scales.view(fmt.scale_dtype).view(*x.shape[:-1], scales.shape[1]),
+        global_scale,
     )
 
 
@@ -322,6 +337,8 @@ def dequantize(
 ) -> Tensor:
     """The values of a canonical triple: ``[..., N, K]`` in ``dtype`` (computed in float32, then rounded once)."""
     fmt = format_of(scales)
+    if codes.dtype != torch.uint8:
+        raise ValueError(f"codes have dtype {codes.dtype}; expected torch.uint8, two codes a byte")
     if codes.shape[:-1] != scales.shape[:-1] or codes.shape[-1] * 2 != scales.shape[-1] * fmt.block_size:
         raise ValueError(
             f"codes {tuple(codes.shape)} and {fmt.name} scales {tuple(scales.shape)} do not belong together: expected "

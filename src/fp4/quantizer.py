@@ -25,7 +25,7 @@ logger = logging.getLogger("fp4")
 
 
 class _LoadOp(ConversionOps):
-    """Makes the canonical parameters of one layer; what goes wrong is noted with the quantizer, under the layer's name."""
+    """Makes the canonical parameters of one layer; what goes wrong is noted with the quantizer, by layer."""
 
     def __init__(self, quantizer: FPQuantHfQuantizer) -> None:
         self.hf_quantizer = quantizer
@@ -98,6 +98,8 @@ class FPQuantHfQuantizer(HfQuantizer):
             quantization_config = FPQuantConfig.from_stock(quantization_config)
         quantization_config.post_init()
         super().__init__(quantization_config, **kwargs)
+        if quantization_config.store_master_weights:
+            self.pre_quantized = False  # such a checkpoint holds the unquantized weights
         #: What went wrong with which layer while loading; reported together, after the last one.
         self.problems: dict[str, str] = {}
         self.loaded: set[str] = set()
@@ -115,7 +117,7 @@ class FPQuantHfQuantizer(HfQuantizer):
         def choose(name: str) -> tuple[Scheme, str] | None:
             return config.scheme_for(name) if name not in tied and should_convert_module(name, patterns) else None
 
-        report = swap_linears(model, choose)
+        report = swap_linears(model, choose, master_weights=config.store_master_weights)
         if not report.quantized:
             logger.warning("no layer of %s was quantized; all Linear layers are kept", type(model).__name__)
         if report.unsupported():
@@ -190,7 +192,11 @@ class FPQuantHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return self.quantization_config.store_master_weights
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.quantization_config.store_master_weights
 
     @property
     def is_compileable(self) -> bool:

@@ -8,6 +8,7 @@ import logging
 import torch
 
 from fp4.backends.base import Backend
+from fp4.backends.cpu import CpuBackend
 from fp4.backends.reference import ReferenceBackend
 from fp4.formats import NVFP4
 from fp4.scheme import Scheme
@@ -15,7 +16,7 @@ from fp4.scheme import Scheme
 logger = logging.getLogger("fp4")
 
 # In order of preference; the first that does not refuse is taken.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (ReferenceBackend(),)}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
 REFERENCE = BACKENDS["reference"]
 
 

@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 
 from fp4 import ops  # noqa: F401  (the operators' schemas, which the library implements)
 from fp4.backends.base import Backend
-from fp4.formats import Format, format_of
+from fp4.formats import format_of
+from fp4.scheme import Scheme
 
 _PANEL_ROWS = 16
 
@@ -47,16 +48,13 @@ class CpuBackend(Backend):
     """
 
     name = "cpu"
+    keeps_layout = False
 
     def unavailable(self) -> str | None:
         return _UNAVAILABLE
 
-    def refuses(self, fmt: Format, w4a4: bool, device: torch.device, shape: tuple[int, ...]) -> str | None:
-        if device.type != "cpu":
-            return f"it runs on CPUs, not on {device.type}"
-        if shape[-1] % fmt.block_size:
-            return f"{shape[-1]} columns are no multiple of the {fmt.name} block of {fmt.block_size}"
-        return None
+    def refuses(self, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
+        return None if device.type == "cpu" else f"it runs on CPUs, not on {device.type}"
 
     def pack(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         block = format_of(scales).block_size

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fp4.nn.linear import FP4Linear
+from fp4.nn.master import FP4MasterLinear
 from fp4.scheme import Scheme
 
 
@@ -41,12 +42,15 @@ def _obstacle(linear: nn.Linear, scheme: Scheme) -> str | None:
     return None
 
 
-def swap_linears(model: nn.Module, choose: Callable[[str], tuple[Scheme, str] | None]) -> SwapReport:
+def swap_linears(
+    model: nn.Module, choose: Callable[[str], tuple[Scheme, str] | None], master_weights: bool = False
+) -> SwapReport:
     """Put an empty :class:`FP4Linear` in the place of every Linear layer that ``choose`` wants quantized.
 
     Args:
         model: changed in place; a new layer has the device (usually meta) and bias dtype of the one it replaces.
         choose: maps a layer's full name to its scheme and backend preference, or to None to keep it.
+        master_weights: use :class:`FP4MasterLinear`, for training.
     """
     report = SwapReport()
     for name, module in list(model.named_modules()):
@@ -61,16 +65,12 @@ def swap_linears(model: nn.Module, choose: Callable[[str], tuple[Scheme, str] | 
         if obstacle is not None:
             report.kept[name] = obstacle
             continue
-        packed = FP4Linear(
-            module.in_features,
-            module.out_features,
-            module.bias is not None,
-            scheme,
-            backend,
-            module.weight.dtype,
-            module.weight.device,
+        shape = (module.in_features, module.out_features, module.bias is not None, scheme)
+        dtype, device = module.weight.dtype, module.weight.device
+        replacement: nn.Module = (
+            FP4MasterLinear(*shape, dtype, device) if master_weights else FP4Linear(*shape, backend, dtype, device)
         )
-        packed.train(module.training)
-        model.set_submodule(name, packed)
+        replacement.train(module.training)
+        model.set_submodule(name, replacement)
         report.quantized.append(name)
     return report

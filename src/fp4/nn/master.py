@@ -1,0 +1,55 @@
+"""A Linear layer that keeps its unquantized weight and quantizes it in every forward pass, to be trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fp4.rotation import ROTATIONS, rotate, share
+from fp4.scheme import Scheme
+from fp4.training import fake_quantize
+
+
+class FP4MasterLinear(nn.Linear):
+    """``y = Q(x R) Q(W R)^T + bias``; W and bias are trained in their own dtype, Q rounds as ``scheme`` says.
+
+    Args: as for ``nn.Linear``, and the scheme. ``scheme.activations`` other than ``"model"`` means W4A4.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        scheme: Scheme,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.scheme = scheme
+        self.rotation: Tensor | None = None
+        if scheme.rotation != "identity":
+            matrix = ROTATIONS[scheme.rotation](scheme.group_size).to(dtype or torch.get_default_dtype())
+            self.rotation = share(matrix.float())
+
+    def _quantized(self, x: Tensor, rule: str) -> Tensor:
+        if self.rotation is not None:
+            x = rotate(x, self.rotation.to(x.device))
+        fixed = self.scheme.global_scale
+        scale = None if fixed is None else torch.full((), fixed, dtype=torch.float64, device=x.device)
+        return fake_quantize(x, self.scheme.format, rule, scale)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self._quantized(self.weight, self.scheme.weight_rule)
+        rows = input.flatten(0, -2)
+        if self.scheme.activations == "model":
+            rows = rows if self.rotation is None else rotate(rows, self.rotation.to(rows.device))
+            rows = rows.float()
+        else:
+            rows = self._quantized(rows, self.scheme.activation_rule)
+        bias = None if self.bias is None else self.bias.float()
+        out = nn.functional.linear(rows, weight, bias).to(input.dtype)
+        return out.unflatten(0, input.shape[:-1])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self.scheme.format.name}, master weights"
