@@ -172,15 +172,16 @@ def test_dequantize_any_codes_and_scales(fmt: Format, output: torch.dtype) -> No
 
 
 @CASES
-def test_nan_and_infinity_do_not_crash(fmt: Format, rule: str) -> None:
-    x = torch.randn(4, 96)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_shows_in_the_scale_and_infinity_does_not_crash(fmt: Format, rule: str, dtype: torch.dtype) -> None:
+    x = torch.randn(4, 96, generator=torch.Generator().manual_seed(10))
     x[0, 3], x[1, 40], x[2, 70] = torch.nan, torch.inf, -torch.inf
     global_scale = torch.tensor(1e-3, dtype=torch.float64) if fmt.needs_global_scale else None
-    for dtype in DTYPES:
-        codes, scales = ops.operator("cpu", "quantize")(x.to(dtype), global_scale, fmt.name, rule)
-        clean = formats.quantize(x[3:].to(dtype), fmt, rule, global_scale)
-        assert torch.equal(codes[3:], clean.codes)
-        assert torch.equal(scales[3:].view(torch.uint8), clean.scales.view(torch.uint8))
+    codes, scales = ops.operator("cpu", "quantize")(x.to(dtype), global_scale, fmt.name, rule)
+    assert torch.isnan(scales.float())[0].tolist() == [True] + [False] * (scales.shape[1] - 1)
+    clean = formats.quantize(x[3:].to(dtype), fmt, rule, global_scale)
+    assert torch.equal(codes[3:], clean.codes)
+    assert torch.equal(scales[3:].view(torch.uint8), clean.scales.view(torch.uint8))
 
 
 def test_threads_do_not_change_a_bit() -> None:

@@ -153,7 +153,7 @@ FP4_INLINE __m256i mx_exponents(__m256 amax, const Quantizer& q) {
   } else {
     biased = _mm256_sub_epi32(_mm256_srai_epi32(bits, 23), _mm256_set1_epi32(2));
   }
-  return _mm256_min_epi32(_mm256_max_epi32(biased, _mm256_setzero_si256()), _mm256_set1_epi32(254));
+  return _mm256_min_epi32(_mm256_max_epi32(biased, _mm256_setzero_si256()), _mm256_set1_epi32(kE8m0Max));
 }
 
 FP4_INLINE void store_bytes(__m256i words, uint8_t* out) {
@@ -206,7 +206,7 @@ FP4_INLINE void keep_better(const Quantizer& q, const float* x, __m256i candidat
 // The `mse` rule: the best of the neighbours of the abs_max scales.
 template <int B>
 FP4_TARGET_AVX2 __attribute__((noinline)) void search_neighbours(const Quantizer& q, const float* x, uint8_t* scales) {
-  const __m256i low = _mm256_set1_epi32(B == 16 ? 1 : 0), high = _mm256_set1_epi32(B == 16 ? 126 : 254);
+  const __m256i low = _mm256_set1_epi32(B == 16 ? 1 : 0), high = _mm256_set1_epi32(B == 16 ? 126 : kE8m0Max);
   const int8_t* offsets = B == 16 ? kNvfp4Offsets : kMxfp4Offsets;
   const __m256i start = load_bytes(scales);
   __m256i best = _mm256_min_epi32(_mm256_max_epi32(start, low), high);
@@ -238,7 +238,7 @@ FP4_INLINE __m256i quest_exponents(const float* x, float unit) {
   const __m256 std = _mm256_sqrt_ps(_mm256_mul_ps(fold<Add>(sums), _mm256_set1_ps(1.0f / B)));
   const __m256 scaled = _mm256_add_ps(_mm256_mul_ps(std, _mm256_set1_ps(kQuestFactor)), _mm256_set1_ps(1e-8f));
   const __m256i biased = _mm256_srai_epi32(_mm256_castps_si256(_mm256_div_ps(scaled, _mm256_set1_ps(unit))), 23);
-  return _mm256_min_epi32(_mm256_max_epi32(biased, _mm256_setzero_si256()), _mm256_set1_epi32(254));
+  return _mm256_min_epi32(_mm256_max_epi32(biased, _mm256_setzero_si256()), _mm256_set1_epi32(kE8m0Max));
 }
 
 // Block scales of a group. Rules that look at the values have float32 lanes.
@@ -261,6 +261,11 @@ FP4_INLINE void choose_scales(const Quantizer& q, const Bits* x, uint8_t* scales
       keep_better<B>(q, values, encode_e4m3(_mm256_div_ps(largest, _mm256_set1_ps(q.four_units()))), least, best);
       store_bytes(best, scales);
     }
+  }
+  const __m256 nan = _mm256_cmp_ps(largest, largest, _CMP_UNORD_Q);
+  if (_mm256_movemask_ps(nan) != 0) {
+    const __m256i bytes = _mm256_set1_epi32(nan_scale(B));
+    store_bytes(_mm256_blendv_epi8(load_bytes(scales), bytes, _mm256_castps_si256(nan)), scales);
   }
 }
 

@@ -10,6 +10,7 @@ namespace fp4::cpu::detail {
 
 constexpr float kE4m3Tiny = 0x1p-9f;
 constexpr float kE4m3Max = 448.0f;
+constexpr int kE8m0Max = 252;  // 2^125: six times it is still finite
 constexpr float kE2m1[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 
@@ -33,6 +34,9 @@ inline float from_bits(uint32_t bits) {
 }
 
 inline int clamp_int(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
+
+// A block with a NaN gets a NaN scale.
+constexpr uint8_t nan_scale(int block) { return block == 16 ? 0x7f : 0xff; }
 
 inline int element_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 

@@ -60,7 +60,7 @@ uint8_t quest_scale(const float* values, float unit) {
   }
   const float std = std::sqrt(sum_by_halving<B>(sums) / B);
   const int32_t bits = static_cast<int32_t>(bits_of((std * kQuestFactor + 1e-8f) / unit));
-  return static_cast<uint8_t>(clamp_int(bits >> 23, 0, 254));
+  return static_cast<uint8_t>(clamp_int(bits >> 23, 0, kE8m0Max));
 }
 
 template <int B>
@@ -109,19 +109,19 @@ uint8_t scale_of(const Quantizer& q, float amax, const float* values) {
   } else {
     const int32_t bits = static_cast<int32_t>(bits_of(amax / q.unit()));
     const int32_t sixth = static_cast<int32_t>(bits_of(amax / q.six_units()));
-    const int floor = clamp_int((bits >> 23) - 2, 0, 254);
+    const int floor = clamp_int((bits >> 23) - 2, 0, kE8m0Max);
     switch (q.rule()) {
       case Rule::even:
-        return static_cast<uint8_t>(clamp_int(((bits + (1 << 21)) >> 23) - 2, 0, 254));
+        return static_cast<uint8_t>(clamp_int(((bits + (1 << 21)) >> 23) - 2, 0, kE8m0Max));
       case Rule::ceil:
-        return static_cast<uint8_t>(clamp_int((sixth + 0x7fffff) >> 23, 0, 254));
+        return static_cast<uint8_t>(clamp_int((sixth + 0x7fffff) >> 23, 0, kE8m0Max));
       case Rule::below_six:
-        return static_cast<uint8_t>(clamp_int((sixth >> 23) + 1, 0, 254));
+        return static_cast<uint8_t>(clamp_int((sixth >> 23) + 1, 0, kE8m0Max));
       case Rule::quest:
         return quest_scale<B>(values, q.unit());
       case Rule::mse: {
         Best<B> best(q, values, static_cast<uint8_t>(floor));
-        for (int8_t offset : kMxfp4Offsets) best.offer(static_cast<uint8_t>(clamp_int(floor + offset, 0, 254)));
+        for (int8_t offset : kMxfp4Offsets) best.offer(static_cast<uint8_t>(clamp_int(floor + offset, 0, kE8m0Max)));
         return best.scale;
       }
       default:
@@ -144,7 +144,8 @@ void quantize_groups(const Quantizer& q, const void* lanes, int64_t groups, void
     }
     float values[B] = {};
     if (D == Dtype::float32) std::memcpy(values, x, sizeof values);  // rules that read values have float32 lanes
-    scales[block] = scale_of<B>(q, L::value(largest), values);
+    const float amax = L::value(largest);
+    scales[block] = amax == amax ? scale_of<B>(q, amax, values) : nan_scale(B);
     const ScaleRow& row = q.rows()[scales[block]];
     uint8_t code[B] = {};
     for (const auto& word : row.thresholds) {
