@@ -1,0 +1,394 @@
+"""fp4.FPQuantConfig: upstream's meaning of upstream's options, fp4's own, JSON, and every refusal."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+from fp4 import FPQuantConfig
+from fp4.config import _OVERRIDABLE
+from fp4.formats import FORMATS, MXFP4, NVFP4
+from fp4.scheme import Scheme
+
+StockConfig = transformers.FPQuantConfig
+
+# What FP-Quant's own export and Transformers 5.23 write into config.json.
+HARNESS_MXFP4 = {
+    "backward_dtype": "bf16",
+    "forward_dtype": "mxfp4",
+    "forward_method": "abs_max",
+    "hadamard_group_size": 32,
+    "modules_to_not_convert": ["lm_head"],
+    "pseudoquantization": False,
+    "quant_method": "fp_quant",
+    "store_master_weights": False,
+}
+HARNESS_NVFP4 = {**HARNESS_MXFP4, "forward_dtype": "nvfp4", "hadamard_group_size": 16}
+TRANSFORMERS_QUEST = {
+    **HARNESS_MXFP4,
+    "forward_method": "quest",
+    "hadamard_group_size": 128,
+    "modules_to_not_convert": ["lm_head", "model.layers.0"],
+    "pseudoquantization": True,
+    "transform_init": "gsr",
+}
+
+UPSTREAM_VALID = [
+    {
+        "forward_dtype": forward,
+        "forward_method": method,
+        "backward_dtype": backward,
+        "store_master_weights": master,
+        "hadamard_group_size": size,
+        "pseudoquantization": pseudo,
+        "transform_init": init,
+    }
+    for forward, methods, backwards, sizes in [
+        ("nvfp4", ["abs_max"], ["bf16"], [None, 16, 32, 64, 128]),
+        ("mxfp4", ["abs_max", "quest"], ["bf16", "mxfp8", "mxfp4"], [None, 32, 64, 128]),
+    ]
+    for method, backward, size in itertools.product(methods, backwards, sizes)
+    for master, pseudo in itertools.product([False, True], repeat=2)
+    for init in ["hadamard", "identity", "gsr"]
+    # Gradients in 4 or 8 bits are not computed here, so training with them is refused.
+    if not (master and backward != "bf16")
+]
+
+
+def scheme(config: FPQuantConfig, name: str = "model.layers.0.mlp.up_proj") -> Scheme:
+    chosen = config.scheme_for(name)
+    assert chosen is not None
+    return chosen[0]
+
+
+def expected_upstream_scheme(options: dict[str, Any]) -> Scheme:
+    """What FP-Quant 0.3.2 computes: a fixed global scale of 3 (stored as reciprocal), none for QuEST."""
+    fmt = FORMATS[options["forward_dtype"]]
+    quest = options["forward_method"] == "quest"
+    rule = "quest" if quest else ("below_six" if fmt is MXFP4 else "abs_max")
+    return Scheme(
+        format=fmt,
+        weight_rule=rule,
+        activations="fp4" if options["pseudoquantization"] else "auto",
+        activation_rule=rule,
+        rotation=options["transform_init"],
+        group_size=options["hadamard_group_size"] or fmt.block_size,
+        global_scale=None if quest else 1 / 3,
+    )
+
+
+# --- upstream's options ----------------------------------------------------------------------------------------------
+
+
+def test_upstreams_valid_combinations_mean_what_they_mean_upstream() -> None:
+    assert len(UPSTREAM_VALID) > 200
+    for options in UPSTREAM_VALID:
+        stock = StockConfig(**options)
+        config = FPQuantConfig(**options)
+        assert scheme(config) == expected_upstream_scheme(options)
+        assert config.uses_static_scales
+        for name in (*options, "quant_method"):
+            assert getattr(config, name) == getattr(stock, name), name
+        from_stock = FPQuantConfig.from_stock(stock)
+        assert scheme(from_stock) == scheme(config)
+        assert from_stock.modules_to_not_convert == ["lm_head"]
+        read = FPQuantConfig.from_dict(json.loads(stock.to_json_string()))
+        assert read.to_dict() == from_stock.to_dict()
+
+
+def test_options_have_upstreams_names_order_and_defaults() -> None:
+    upstream = [p for p in inspect.signature(StockConfig).parameters.values() if p.name != "kwargs"]
+    ours = list(inspect.signature(FPQuantConfig).parameters.values())[: len(upstream)]
+    assert [p.name for p in ours] == [p.name for p in upstream]
+    # The one default that differs is left open for the best measured rotation.
+    assert {p.name for p, q in zip(ours, upstream, strict=True) if p.default != q.default} == {"transform_init"}
+
+
+def test_stock_defaults_keep_their_meaning() -> None:
+    for forward in ("nvfp4", "mxfp4"):
+        config = FPQuantConfig.from_stock(StockConfig(forward_dtype=forward))
+        options = {"forward_dtype": forward, "forward_method": "abs_max", "pseudoquantization": False}
+        options |= {"transform_init": "hadamard", "hadamard_group_size": None}
+        assert scheme(config) == expected_upstream_scheme(options)
+
+
+@pytest.mark.parametrize("written", [HARNESS_MXFP4, HARNESS_NVFP4, TRANSFORMERS_QUEST], ids=["mx", "nv", "quest"])
+def test_config_json_written_by_upstream_is_read(written: dict[str, Any]) -> None:
+    before = copy.deepcopy(written)
+    for config in (FPQuantConfig.from_dict(written), AutoQuantizationConfig.from_dict(written)):
+        assert isinstance(config, FPQuantConfig)
+        assert scheme(config) == expected_upstream_scheme({"transform_init": "hadamard", **written})
+        assert config.modules_to_not_convert == written["modules_to_not_convert"]
+        assert config.uses_static_scales
+    assert written == before
+
+
+def test_naming_only_quest_asks_for_fp_quants_behaviour() -> None:
+    options = {"forward_dtype": "mxfp4", "forward_method": "quest"}
+    expected = {"transform_init": "hadamard", "hadamard_group_size": 32, "pseudoquantization": False}
+    assert scheme(FPQuantConfig(**options)) == expected_upstream_scheme(options | expected)
+
+
+@pytest.mark.parametrize("forward_dtype", FORMATS)
+def test_naming_only_a_group_size_asks_for_a_rotation_of_that_size(forward_dtype: str) -> None:
+    chosen = scheme(FPQuantConfig(forward_dtype=forward_dtype, hadamard_group_size=64))
+    assert (chosen.rotation, chosen.group_size) == ("hadamard", 64)
+
+
+def test_rotations_larger_than_upstream_allows() -> None:
+    assert scheme(FPQuantConfig(transform_init="hadamard", hadamard_group_size=256)).group_size == 256
+
+
+# --- fp4's own options -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forward_dtype", FORMATS)
+def test_defaults_are_complete_and_need_no_calibration(forward_dtype: str) -> None:
+    config = FPQuantConfig(forward_dtype=forward_dtype)
+    chosen = scheme(config)
+    assert chosen.format is FORMATS[forward_dtype]
+    assert chosen.weight_rule in chosen.format.rules
+    assert chosen.activation_rule in set(chosen.format.rules) - {"mse"}
+    assert chosen.activations == "auto"
+    assert chosen.global_scale is None
+    assert not config.uses_static_scales
+    assert config.scheme_for("lm_head") is not None, "which layers are kept is not decided by name here"
+
+
+@pytest.mark.parametrize(("fmt", "rule"), [(f, r) for f in FORMATS.values() for r in f.rules], ids=str)
+def test_every_rule_of_a_format_can_be_named(fmt: Any, rule: str) -> None:
+    config = FPQuantConfig(forward_dtype=fmt.name, scale_rule=rule)
+    assert scheme(config).weight_rule == rule
+    assert scheme(config).global_scale is None
+    if rule != "mse":
+        assert scheme(FPQuantConfig(forward_dtype=fmt.name, activation_rule=rule)).activation_rule == rule
+
+
+def test_a_rule_beside_a_rotation_is_taken_instead_of_fp_quants() -> None:
+    chosen = scheme(FPQuantConfig(transform_init="hadamard", scale_rule="mse"))
+    assert (chosen.rotation, chosen.weight_rule, chosen.global_scale) == ("hadamard", "mse", None)
+
+
+@pytest.mark.parametrize("activation_dtype", ["auto", "fp4", "model"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu", "triton", "cutlass"])
+def test_activation_dtype_and_backend_reach_the_layer(activation_dtype: str, backend: str) -> None:
+    chosen = FPQuantConfig(activation_dtype=activation_dtype, backend=backend).scheme_for("any")
+    assert chosen is not None
+    assert (chosen[0].activations, chosen[1]) == (activation_dtype, backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("activation_dtype", ["auto", "fp4"])
+def test_pseudoquantization_is_w4a4_on_the_reference_backend(backend: str, activation_dtype: str) -> None:
+    config = FPQuantConfig(pseudoquantization=True, backend=backend, activation_dtype=activation_dtype)
+    chosen = config.scheme_for("any")
+    assert chosen is not None
+    assert (chosen[0].activations, chosen[1]) == ("fp4", "reference")
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_change_the_layers_that_fit_their_pattern() -> None:
+    config = FPQuantConfig(
+        overrides={
+            "*.down_proj": {"forward_dtype": "mxfp4", "scale_rule": "even"},
+            "model.layers.0.*": None,
+            "*.layers.1.*": {"activation_dtype": "model", "backend": "reference"},
+            "*.q_proj": {"transform_init": "hadamard", "hadamard_group_size": 32},
+        }
+    )
+    base = scheme(config, "model.layers.5.mlp.up_proj")
+    down = scheme(config, "model.layers.0.mlp.down_proj")
+    assert (down.format, down.weight_rule) == (MXFP4, "even"), "the first pattern that fits wins"
+    assert config.scheme_for("model.layers.0.mlp.up_proj") is None
+    second = config.scheme_for("model.layers.1.self_attn.q_proj")
+    assert second is not None
+    assert (second[0].activations, second[1], second[0].rotation) == ("model", "reference", base.rotation)
+    query = scheme(config, "model.layers.5.self_attn.q_proj")
+    assert (query.rotation, query.group_size, query.weight_rule) == ("hadamard", 32, base.weight_rule)
+    assert scheme(config, "model.layers.5.down_proj.adapter") == base, "a pattern describes the full name"
+
+
+def test_an_override_keeps_what_it_does_not_name() -> None:
+    config = FPQuantConfig(
+        forward_dtype="mxfp4",
+        scale_rule="ceil",
+        activation_rule="even",
+        activation_dtype="fp4",
+        overrides={"a": {"transform_init": "gsr"}, "b": {"forward_dtype": "nvfp4"}},
+    )
+    changed = scheme(config, "a")
+    assert (changed.rotation, changed.weight_rule, changed.activation_rule) == ("gsr", "ceil", "even")
+    other = scheme(config, "b")
+    assert other == scheme(FPQuantConfig(forward_dtype="nvfp4", activation_dtype="fp4"))
+
+
+def test_an_override_of_the_format_stays_with_fp_quant_where_that_was_asked_for() -> None:
+    config = FPQuantConfig(transform_init="hadamard", overrides={"a": {"forward_dtype": "mxfp4"}})
+    assert scheme(config, "a") == scheme(FPQuantConfig(forward_dtype="mxfp4", transform_init="hadamard"))
+
+
+def test_pseudoquantization_covers_overridden_layers() -> None:
+    config = FPQuantConfig(pseudoquantization=True, overrides={"a": {"scale_rule": "abs_max"}})
+    assert config.scheme_for("a") == (scheme(config, "a"), "reference")
+    assert scheme(config, "a").activations == "fp4"
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+ROUND_TRIPS = [
+    {},
+    {"forward_dtype": "mxfp4"},
+    {"transform_init": "hadamard"},
+    {"forward_dtype": "mxfp4", "transform_init": "gsr", "hadamard_group_size": 128},
+    {"forward_dtype": "mxfp4", "forward_method": "quest", "backward_dtype": "mxfp8"},
+    {"scale_rule": "four_over_six", "activation_rule": "four_over_six", "activation_dtype": "fp4"},
+    {"scale_rule": "fp_quant", "activation_scaling": "dynamic"},
+    {"modules_to_not_convert": [], "strict": True, "backend": "cpu"},
+    {"modules_to_not_convert": ["lm_head", "router"], "store_master_weights": True},
+    {"pseudoquantization": True},
+    {"overrides": {"*.down_proj": {"forward_dtype": "mxfp4"}, "*.0.*": None, "x": {"scale_rule": "abs_max"}}},
+]
+
+
+@pytest.mark.parametrize("options", ROUND_TRIPS, ids=lambda options: ",".join(options) or "default")
+def test_json_round_trip(options: dict[str, Any], tmp_path: Path) -> None:
+    config = FPQuantConfig(**options)
+    text = config.to_json_string()
+    config.to_json_file(tmp_path / "config.json")
+    assert (tmp_path / "config.json").read_text() == text
+    for again in (FPQuantConfig.from_dict(json.loads(text)), AutoQuantizationConfig.from_dict(json.loads(text))):
+        assert again.to_dict() == config.to_dict()
+        assert again.to_json_string() == text
+        for name in ("a", "x", "model.layers.0.mlp.down_proj"):
+            assert again.scheme_for(name) == config.scheme_for(name)
+
+
+def test_checking_twice_changes_nothing() -> None:
+    for options in ROUND_TRIPS:
+        config = FPQuantConfig(**options)
+        before = config.to_dict()
+        config.post_init()
+        assert config.to_dict() == before
+
+
+def test_what_fp4_writes_has_upstreams_names_in_it() -> None:
+    written = FPQuantConfig().to_dict()
+    assert written["quant_method"] == "fp_quant"
+    assert set(StockConfig().to_dict()) <= set(written)
+    options = {name: written[name] for name in StockConfig().to_dict() if name != "quant_method"}
+    assert StockConfig(**options).forward_dtype == "nvfp4"
+
+
+def test_from_dict_checks_what_it_is_given_beside_the_dictionary() -> None:
+    assert FPQuantConfig.from_dict(HARNESS_NVFP4, activation_dtype="fp4").activation_dtype == "fp4"
+    config, unused = FPQuantConfig.from_dict(HARNESS_NVFP4, return_unused_kwargs=True, backend="reference", other=1)
+    assert (config.backend, unused) == ("reference", {"other": 1})
+    with pytest.raises(ValueError, match=r"'nonsense'.*'nvfp4', 'mxfp4'"):
+        FPQuantConfig.from_dict(HARNESS_NVFP4, forward_dtype="nonsense")
+
+
+def test_loading_attributes_are_what_was_chosen_anew() -> None:
+    assert FPQuantConfig().get_loading_attributes() == {}
+    assert FPQuantConfig(activation_dtype="fp4").get_loading_attributes() == {"activation_dtype": "fp4"}
+    assert FPQuantConfig(backend="reference", activation_dtype="model").get_loading_attributes() == {
+        "activation_dtype": "model",
+        "backend": "reference",
+    }
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"forward_dtype": "int4"}, "forward_dtype.*'int4'.*'nvfp4', 'mxfp4'"),
+    ({"forward_dtype": None}, "forward_dtype.*None.*'nvfp4', 'mxfp4'"),
+    ({"forward_dtype": "NVFP4"}, "forward_dtype.*'NVFP4'.*'nvfp4', 'mxfp4'"),
+    ({"forward_method": "quest"}, "forward_method.*nvfp4.*'quest'.*'abs_max'"),
+    ({"forward_dtype": "mxfp4", "forward_method": "mse"}, "forward_method.*'mse'.*'abs_max', 'quest'"),
+    ({"backward_dtype": "fp8"}, "backward_dtype.*'fp8'.*'bf16', 'mxfp8', 'mxfp4'"),
+    ({"backward_dtype": "mxfp8"}, "backward_dtype 'mxfp8' needs forward_dtype 'mxfp4'.*'nvfp4'"),
+    (
+        {"forward_dtype": "mxfp4", "backward_dtype": "mxfp4", "store_master_weights": True},
+        "backward_dtype.*'mxfp4'.*'bf16'",
+    ),
+    ({"store_master_weights": "yes"}, "store_master_weights.*'yes'.*True or False"),
+    ({"pseudoquantization": 1}, "pseudoquantization.*1.*True or False"),
+    ({"strict": None}, "strict.*None.*True or False"),
+    ({"transform_init": "random"}, "transform_init.*'random'.*'hadamard', 'identity', 'gsr'"),
+    ({"hadamard_group_size": 0}, "hadamard_group_size.*0.*power of two of at least 16"),
+    ({"hadamard_group_size": 8}, "hadamard_group_size.*8.*power of two of at least 16"),
+    ({"hadamard_group_size": 48}, "hadamard_group_size.*48.*power of two of at least 16"),
+    ({"hadamard_group_size": -64}, "hadamard_group_size.*-64.*power of two of at least 16"),
+    ({"hadamard_group_size": 32.0}, "hadamard_group_size.*32.0.*power of two"),
+    ({"hadamard_group_size": "32"}, "hadamard_group_size.*'32'.*power of two"),
+    ({"forward_dtype": "mxfp4", "hadamard_group_size": 16}, "hadamard_group_size.*16.*mxfp4.*at least 32"),
+    ({"scale_rule": "even"}, "scale_rule.*nvfp4.*'even'.*'fp_quant', 'abs_max', 'mse', 'four_over_six'"),
+    ({"scale_rule": ""}, "scale_rule.*''.*'abs_max'"),
+    ({"forward_dtype": "mxfp4", "scale_rule": "four_over_six"}, "scale_rule.*mxfp4.*'abs_max', 'even', 'ceil'"),
+    ({"activation_rule": "mse"}, "activation_rule.*'mse'.*'abs_max', 'four_over_six'"),
+    ({"activation_rule": ""}, "activation_rule.*''.*'abs_max'"),
+    ({"activation_scaling": "calibrated"}, "activation_scaling.*'calibrated'.*'dynamic', 'static'"),
+    ({"activation_dtype": "bf16"}, "activation_dtype.*'bf16'.*'auto', 'fp4', 'model'"),
+    ({"pseudoquantization": True, "activation_dtype": "model"}, "pseudoquantization.*activation_dtype is 'model'"),
+    ({"pseudoquantization": True, "backend": "cpu"}, "pseudoquantization.*backend is 'cpu'.*'auto' or 'reference'"),
+    ({"backend": "gpu"}, "backend.*'gpu'.*'auto', 'reference', 'cpu', 'triton', 'cutlass'"),
+    ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert.*'lm_head'.*list"),
+    ({"modules_to_not_convert": [1]}, r"modules_to_not_convert.*\[1\].*list"),
+    ({"overrides": ["a"]}, r"overrides.*\['a'\].*dictionary"),
+    ({"overrides": {"a": "mxfp4"}}, r"overrides\['a'\].*'mxfp4'.*dictionary"),
+    ({"overrides": {"a": {"bits": 4}}}, r"overrides\['a'\] sets bits.*forward_dtype.*scale_rule"),
+    ({"overrides": {"a": {"overrides": {}}}}, r"overrides\['a'\] sets overrides.*forward_dtype"),
+    ({"overrides": {"a": {"pseudoquantization": True}}}, r"overrides\['a'\] sets pseudoquantization"),
+    ({"overrides": {"a": {"forward_dtype": "int4"}}}, "forward_dtype.*'int4'.*'nvfp4', 'mxfp4'"),
+    ({"overrides": {"a": {"scale_rule": "even"}}}, "scale_rule.*nvfp4.*'even'"),
+    ({"pseudoquantization": True, "overrides": {"a": {"backend": "cpu"}}}, "pseudoquantization.*'cpu'"),
+    ({"quant_method": "mxfp4"}, "quant_method.*'mxfp4'.*fp_quant"),
+    ({"transform": "hadamard"}, "has no option transform; it has forward_dtype, .*transform_init"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda v: str(v) if isinstance(v, dict) else "")
+def test_what_has_no_meaning_is_refused_with_what_is_allowed(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FPQuantConfig(**options)
+    with pytest.raises(ValueError, match=message):
+        FPQuantConfig.from_dict({"scale_rule": None, **options})
+
+
+def test_everything_upstream_refuses_is_refused_except_larger_rotations() -> None:
+    values: dict[str, list[Any]] = {
+        "forward_dtype": ["nvfp4", "mxfp4", "mxfp8"],
+        "forward_method": ["abs_max", "quest", "mse"],
+        "backward_dtype": ["bf16", "mxfp8", "mxfp4", "fp32"],
+        "hadamard_group_size": [None, 8, 16, 32, 48, 128],
+        "transform_init": ["hadamard", "random"],
+    }
+    for combination in itertools.product(*values.values()):
+        options = dict(zip(values, combination, strict=True))
+        try:
+            StockConfig(**options)
+        except ValueError:
+            with pytest.raises(ValueError, match=r"expected|needs"):
+                FPQuantConfig(**options)
+        else:
+            FPQuantConfig(**options)
+
+
+def test_overridable_options_are_options() -> None:
+    assert set(_OVERRIDABLE) <= set(inspect.signature(FPQuantConfig).parameters)
+    for name in _OVERRIDABLE:
+        value = getattr(FPQuantConfig(), name)
+        assert FPQuantConfig(overrides={"a": {name: value}}).scheme_for("a") is not None
+
+
+def test_nvfp4_is_the_default_format() -> None:
+    assert scheme(FPQuantConfig()).format is NVFP4
