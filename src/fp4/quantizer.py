@@ -118,6 +118,11 @@ class FPQuantHfQuantizer(HfQuantizer):
             return config.scheme_for(name) if name not in tied and should_convert_module(name, patterns) else None
 
         report = swap_linears(model, choose, master_weights=config.store_master_weights)
+        if not self.pre_quantized:
+            for name in report.quantized:
+                module = model.get_submodule(name)
+                if isinstance(module, FP4Linear):
+                    module.expect_dense_weight(model.dtype)
         if not report.quantized:
             logger.warning("no layer of %s was quantized; all Linear layers are kept", type(model).__name__)
         if report.unsupported():
@@ -128,6 +133,12 @@ class FPQuantHfQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, tensor_name = get_module_from_name(model, param_name)
         return isinstance(module, FP4Linear) and tensor_name == "weight"
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        # A weight that is still dense when device maps are computed will have been rounded by the time it arrives.
+        if param.is_floating_point() and self.param_needs_quantization(model, param_name):
+            return 0.5
+        return param.element_size()
 
     # --- while they are read
 

@@ -118,6 +118,10 @@ class FP4Linear(nn.Module):
         out = self.backend.linear(x, self.weight, self.weight_scale, self.global_scale, self.bias, self.out_features)
         return out  # noqa: RET504  (names the type)
 
+    def expect_dense_weight(self, dtype: torch.dtype) -> None:
+        """Let ``weight`` stand for the dense ``[N, K]`` that a checkpoint holds, until its rounded form replaces it."""
+        self.weight = _frozen(torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta"))
+
     def canonical(self) -> QuantizedTensor:
         """The weight in canonical form; copies only where the backend's layout differs from it."""
         codes, scales = self.backend.unpack(self.weight, self.weight_scale, self.out_features)
