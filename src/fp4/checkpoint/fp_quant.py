@@ -10,14 +10,25 @@ Per Linear layer, besides ``bias``:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fp4.checkpoint.codec import (
+    Codec,
+    LayerScheme,
+    StoredLinear,
+    read_scalar,
+    read_scales,
+    require,
+    store_reciprocal,
+)
 from fp4.checkpoint.recover import recover
-from fp4.formats import Format, QuantizedTensor, dequantize, format_of
+from fp4.formats import FORMATS, Format, QuantizedTensor, dequantize, format_of
+from fp4.rotation import share
 
 SUFFIXES = (
     "qweight",
@@ -30,12 +41,89 @@ SUFFIXES = (
 )
 
 
-class StoredLinear(NamedTuple):
-    """One layer as read: weight (rotated basis), global scale of its input float64 [] or None, rotation or None."""
+class FPQuantCodec(Codec):
+    """Reads and writes FP-Quant's checkpoints, and fp4's own, which add ``activation_dtype`` and ``overrides``."""
 
-    weight: QuantizedTensor
-    input_global_scale: Tensor | None
-    rotation: Tensor | None
+    name = "fp_quant"
+    suffixes = tuple(f".{suffix}" for suffix in SUFFIXES)
+    marker = ".weight_global_scale"
+
+    def scheme(self, layer: str) -> LayerScheme | None:
+        options: dict[str, Any] = dict(self.config)
+        for pattern, override in (self.config.get("overrides") or {}).items():
+            if fnmatch.fnmatchcase(layer, pattern):
+                if override is None:
+                    return None
+                options |= override
+                break
+        fmt = FORMATS.get(str(options.get("forward_dtype", "nvfp4")))
+        if fmt is None:
+            raise ValueError(f"its forward_dtype is {options.get('forward_dtype')!r}; expected {' or '.join(FORMATS)}")
+        return LayerScheme(fmt, "model" if options.get("activation_dtype") == "model" else "fp4")
+
+    def read(self, tensors: Mapping[str, Tensor], scheme: LayerScheme) -> StoredLinear:
+        if self.config.get("store_master_weights"):
+            raise ValueError("store_master_weights: the checkpoint holds dense weights, to be quantized when loaded")
+        stored = {name.removeprefix("."): tensor for name, tensor in tensors.items()}
+        if self.config.get("pseudoquantization"):
+            stored.pop("qweight", None)  # placeholders beside dqweight
+            out_features, in_features = _matrix(require(stored, "dqweight"), "dqweight")
+        else:
+            out_features, in_features = _matrix(require(stored, "qweight"), "qweight")
+            in_features *= 2
+        return read(stored, scheme.format, out_features, in_features)
+
+    def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
+        if stored.weight.codes.ndim != 2:
+            raise ValueError(
+                f"it stacks matrices {tuple(stored.weight.codes.shape[:-2])}; fp_quant has no place for it"
+            )
+        if scheme.activations == "fp8":
+            raise ValueError("its activations are FP8, for which fp_quant has no place")
+        if scheme.block_size not in (0, scheme.format.block_size):
+            raise ValueError(f"its blocks have {scheme.block_size} elements; fp_quant has a place for 16")
+        if scheme.activations == "fp4" and scheme.format.needs_global_scale and stored.input_global_scale is None:
+            raise ValueError(
+                "its input has no calibrated global scale, which fp_quant needs for FP4 activations; write it "
+                "weight-only, or calibrate"
+            )
+        tensors = write(*stored, buffer_dtype=self.dtype, allow_rounding=allow_rounding)
+        return {f".{name}": tensor for name, tensor in tensors.items()}
+
+    @classmethod
+    def configuration(
+        cls, layers: Mapping[str, LayerScheme], kept: Sequence[str], source: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        options = {layer: _options(scheme) for layer, scheme in layers.items()}
+        common = max(options.values(), key=list(options.values()).count)
+        config = {
+            "quant_method": cls.name,
+            "forward_method": "abs_max",
+            "backward_dtype": "bf16",
+            "store_master_weights": False,
+            "pseudoquantization": False,
+            "modules_to_not_convert": sorted(kept),
+            **common,
+        }
+        overrides = {layer: own for layer, own in options.items() if own != common}
+        return config | ({"overrides": overrides} if overrides else {})
+
+
+def _options(scheme: LayerScheme) -> dict[str, Any]:
+    name = scheme.rotation.partition("-")[0]
+    options = {
+        "forward_dtype": scheme.format.name,
+        "hadamard_group_size": max(scheme.group_size, scheme.format.block_size),
+        # A matrix without a name is in the tensors all the same; only its size must be declared.
+        "transform_init": "hadamard" if name == "custom" else name,
+    }
+    return options | ({"activation_dtype": "model"} if scheme.activations == "model" else {})
+
+
+def _matrix(tensor: Tensor, name: str) -> tuple[int, int]:
+    if tensor.ndim != 2:
+        raise ValueError(f"{name} is {tuple(tensor.shape)}; expected a matrix")
+    return tensor.shape[0], tensor.shape[1]
 
 
 def read(tensors: Mapping[str, Tensor], fmt: Format, out_features: int, in_features: int) -> StoredLinear:
@@ -50,19 +138,19 @@ def read(tensors: Mapping[str, Tensor], fmt: Format, out_features: int, in_featu
         ValueError: a tensor is missing, or its shape, dtype or values contradict the format.
     """
     rotation = _read_rotation(tensors, in_features)
-    unit = _read_global_scale(_get(tensors, "weight_global_scale"), "weight_global_scale")
+    unit = 1 / read_scalar(require(tensors, "weight_global_scale"), "weight_global_scale")
     if "dqweight" in tensors and "qweight" not in tensors:
-        dense = _expect(tensors["dqweight"], "dqweight", (out_features, in_features))
-        codes, scales, exact = recover(dense, fmt, unit)
-        if not bool(exact.all()):
-            raise ValueError(
-                f"dqweight has {int((~exact).sum())} blocks that no {fmt.name} scale reproduces; it was not written "
-                f"by pseudo-quantization to {fmt.name}, or was changed since"
-            )
+        codes, scales = _recover(tensors["dqweight"], fmt, unit, out_features, in_features)
     else:
-        codes = _expect(_get(tensors, "qweight"), "qweight", (out_features, in_features // 2), torch.uint8)
-        scales = _read_scales(_get(tensors, "scales"), fmt, out_features, in_features)
-    input_unit = _read_global_scale(_get(tensors, "act_global_scale"), "act_global_scale")
+        codes = require(tensors, "qweight")
+        if codes.dtype != torch.uint8 or tuple(codes.shape) != (out_features, in_features // 2):
+            raise ValueError(
+                f"qweight is {codes.dtype} {tuple(codes.shape)}; the model expects {torch.uint8} "
+                f"{(out_features, in_features // 2)}"
+            )
+        stored = _unpadded(require(tensors, "scales"), fmt, out_features, in_features)
+        scales = read_scales(stored, "scales", fmt, codes)
+    input_unit = 1 / read_scalar(require(tensors, "act_global_scale"), "act_global_scale")
     return StoredLinear(QuantizedTensor(codes, scales, _meant(unit, fmt)), _meant(input_unit, fmt), rotation)
 
 
@@ -71,23 +159,36 @@ def write(
     input_global_scale: Tensor | None,
     rotation: Tensor | None,
     pseudo_dtype: torch.dtype | None = None,
+    buffer_dtype: torch.dtype = torch.float32,
+    allow_rounding: bool = False,
 ) -> dict[str, Tensor]:
-    """The tensors to store for one layer, by suffix; ``pseudo_dtype`` asks for ``dqweight`` in that dtype instead."""
-    one = torch.ones(1, dtype=torch.float64, device=weight.codes.device)
-    unit = one if weight.global_scale is None else weight.global_scale.reshape(1)
+    """The tensors to store for one layer, by suffix.
+
+    Args:
+        pseudo_dtype: asks for ``dqweight`` in that dtype instead of codes and scales.
+        buffer_dtype: of global scales and matrices, where it holds them exactly; float32 where it does not.
+        allow_rounding: store global scales that float32 reciprocals do not hold exactly.
+    """
+    fmt = format_of(weight.scales)
+    one = torch.ones((), dtype=torch.float64)
+    unit = one if weight.global_scale is None else weight.global_scale
     input_unit = one
     if input_global_scale is not None:
-        input_unit = input_global_scale.reshape(1)
-    elif format_of(weight.scales).needs_global_scale:
+        input_unit = input_global_scale
+    elif fmt.needs_global_scale:
         # A dynamic input scale has no place in the format; FP-Quant's constant keeps such files usable there.
         input_unit = one / 3
-    matrix = torch.eye(16, device=one.device) if rotation is None else rotation.to(one.device, torch.float32)
+    matrix = torch.eye(fmt.block_size) if rotation is None else rotation.float()
     stored = {
-        "weight_global_scale": (1 / unit).float(),
-        "act_global_scale": (1 / input_unit).float(),
+        "weight_global_scale": store_reciprocal(unit, "weight_global_scale", allow_rounding).reshape(1),
+        "act_global_scale": store_reciprocal(input_unit, "act_global_scale", allow_rounding).reshape(1),
         "forward_hadamard_matrix": matrix.clone(),
         "backward_hadamard_matrix": matrix.clone(),
     }
+    device = weight.codes.device if not weight.codes.is_meta else torch.device("cpu")
+    for name, tensor in stored.items():
+        narrow = tensor.to(buffer_dtype)
+        stored[name] = (narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor).to(device)
     if pseudo_dtype is not None:
         stored["dqweight"] = dequantize(*weight, pseudo_dtype)
     else:
@@ -95,38 +196,32 @@ def write(
     return stored
 
 
-def _get(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise ValueError(f"{name} is missing; found only {', '.join(sorted(tensors))}")
-    return tensors[name]
+def _recover(dense: Tensor, fmt: Format, unit: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    if not dense.is_floating_point() or tuple(dense.shape) != (out_features, in_features):
+        raise ValueError(
+            f"dqweight is {dense.dtype} {tuple(dense.shape)}; the model expects floating point "
+            f"{(out_features, in_features)}"
+        )
+    if dense.is_meta:
+        shape = (out_features, in_features // fmt.block_size)
+        codes = torch.empty(out_features, in_features // 2, dtype=torch.uint8, device="meta")
+        return codes, torch.empty(shape, dtype=fmt.scale_dtype, device="meta")
+    codes, scales, exact = recover(dense, fmt, unit)
+    if not bool(exact.all()):
+        raise ValueError(
+            f"dqweight has {int((~exact).sum())} blocks that no {fmt.name} scale reproduces; it was not written "
+            f"by pseudo-quantization to {fmt.name}, or was changed since"
+        )
+    return codes, scales
 
 
-def _expect(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    if tuple(tensor.shape) != shape or (dtype is not None and tensor.dtype != dtype):
-        found = f"{tensor.dtype} {tuple(tensor.shape)}"
-        raise ValueError(f"{name} is {found}; the model expects {dtype or 'floating point'} {shape}")
-    return tensor
-
-
-def _read_scales(stored: Tensor, fmt: Format, out_features: int, in_features: int) -> Tensor:
+def _unpadded(stored: Tensor, fmt: Format, out_features: int, in_features: int) -> Tensor:
     shape = (out_features, in_features // fmt.block_size)
     padded = (-(-shape[0] // 128) * 128, -(-shape[1] // 4) * 4)
-    if stored.ndim == 2 and tuple(stored.shape) == padded:
+    if tuple(stored.shape) == padded != shape:
         # fp_quant 0.3 pads what it quantizes on the fly to the tiles of its kernel.
-        stored = stored[: shape[0], : shape[1]].contiguous()
-    if stored.element_size() != 1:
-        raise ValueError(f"scales are {stored.dtype}; expected one byte each ({fmt.scale_dtype})")
-    scales = _expect(stored.view(torch.uint8), f"scales ({fmt.name})", shape, torch.uint8).view(fmt.scale_dtype)
-    values = scales.float()
-    if torch.isnan(values).any() or (values < 0).any():
-        raise ValueError(f"scales hold {int((~(values >= 0)).sum())} NaN or negative values; the file is damaged")
-    return scales
-
-
-def _read_global_scale(stored: Tensor, name: str) -> Tensor:
-    if stored.numel() != 1 or not bool(torch.isfinite(stored).all() & (stored > 0).all()):
-        raise ValueError(f"{name} is {stored.flatten()[:4].tolist()}; expected one positive, finite number")
-    return 1 / stored.double().reshape(())
+        return stored[: shape[0], : shape[1]].contiguous()
+    return stored
 
 
 def _meant(unit: Tensor, fmt: Format) -> Tensor | None:
@@ -138,12 +233,13 @@ def _read_rotation(tensors: Mapping[str, Tensor], in_features: int) -> Tensor | 
     matrix = tensors.get("forward_hadamard_matrix")
     if matrix is None:
         return None
-    size = matrix.shape[0]
-    if matrix.ndim != 2 or matrix.shape[1] != size or in_features % size:
+    size = matrix.shape[0] if matrix.ndim == 2 else 0
+    if not size or matrix.shape[1] != size or in_features % size or not matrix.is_floating_point():
         raise ValueError(
-            f"forward_hadamard_matrix is {tuple(matrix.shape)}; expected square, of a size that divides {in_features}"
+            f"forward_hadamard_matrix is {matrix.dtype} {tuple(matrix.shape)}; expected floating point, square, of a "
+            f"size that divides {in_features}"
         )
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError("forward_hadamard_matrix holds NaN or infinity")
     matrix = matrix.float()
-    return None if torch.equal(matrix, torch.eye(size, device=matrix.device)) else matrix
+    return None if torch.equal(matrix, torch.eye(size, device=matrix.device)) else share(matrix)

@@ -1,0 +1,119 @@
+"""auto-round's own format. A layer's FP4 tensors are called and stored as compressed-tensors does; the configuration
+is its own: one scheme for everything under ``block_name_to_quantize``, and ``extra_config`` for layers that differ.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4.checkpoint.codec import Codec, LayerScheme, StoredLinear, require_no_rotation
+from fp4.checkpoint.compressed_tensors import CompressedTensorsCodec
+from fp4.formats import MXFP4, NVFP4
+
+_FORMATS = {("nv_fp", 16): NVFP4, ("mx_fp", 32): MXFP4}
+
+
+class AutoRoundCodec(CompressedTensorsCodec):
+    """Reads and writes FP4 checkpoints of auto-round."""
+
+    name = "auto-round"
+
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
+        Codec.__init__(self, config, dtype)
+        extra = config.get("extra_config") or {}
+        if not isinstance(extra, Mapping) or not all(isinstance(own, Mapping) for own in extra.values()):
+            raise ValueError(f"quantization_config.extra_config is {extra!r}; expected a dictionary of dictionaries")
+        self.extra = extra
+
+    @classmethod
+    def claims(cls, config: Mapping[str, Any]) -> bool:
+        return config.get("quant_method") == cls.name
+
+    def scheme(self, layer: str) -> LayerScheme | None:
+        own = self._own(layer)
+        if own is None and not self._in_blocks(layer):
+            return None
+        options = {**self.config, **(own or {})}
+        if (options.get("bits") or 16) > 8:
+            return None
+        data_type = str(options.get("data_type"))[:5]
+        fmt = _FORMATS.get((data_type, options.get("group_size")))  # type: ignore[arg-type]
+        if fmt is None or options.get("bits") != 4 or options.get("rotation_config"):
+            rotated = ", rotated by rotation_config" if options.get("rotation_config") else ""
+            raise ValueError(
+                f"it is {options.get('bits')}-bit {options.get('data_type')!r} in groups of "
+                f"{options.get('group_size')}{rotated}; FP4 is 4-bit nv_fp in groups of 16 or mx_fp in groups of 32"
+            )
+        act_bits = options.get("act_bits") or 16
+        return LayerScheme(fmt, "model" if act_bits > 8 else "fp4" if act_bits == 4 else "fp8")
+
+    def _own(self, layer: str) -> Mapping[str, Any] | None:
+        if layer in self.extra:
+            own: Mapping[str, Any] = self.extra[layer]
+            return own
+        for pattern, options in self.extra.items():
+            try:
+                if re.search(pattern, layer):
+                    return options  # type: ignore[no-any-return]
+            except re.error:
+                continue  # a name that is no regular expression fits only itself
+        return None
+
+    def _in_blocks(self, layer: str) -> bool:
+        blocks = self.config.get("block_name_to_quantize")
+        if not blocks:
+            return layer.rpartition(".")[2] != "lm_head"
+        names = blocks.split(",") if isinstance(blocks, str) else blocks
+        return any(layer.startswith(f"{name.strip()}.") for name in names)
+
+    def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
+        require_no_rotation(stored, self.name)
+        return super().write(stored, scheme, allow_rounding)
+
+    @classmethod
+    def configuration(
+        cls, layers: Mapping[str, LayerScheme], kept: Sequence[str], source: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        options = {layer: _options(scheme) for layer, scheme in layers.items()}
+        common = max(options.values(), key=list(options.values()).count)
+        blocks = _common_module(list(layers))
+        extra = {layer: dict(own) for layer, own in options.items() if own != common}
+        extra |= {layer: {"bits": 16, "act_bits": 16} for layer in kept if not blocks or layer.startswith(f"{blocks}.")}
+        config = {
+            "quant_method": cls.name,
+            "packing_format": "auto_round:llm_compressor",
+            "autoround_version": "0.16.1",
+            "block_name_to_quantize": blocks,
+            "sym": True,
+            "act_sym": True,
+            "act_dynamic": True,
+            **common,
+        }
+        return config | ({"extra_config": extra} if extra else {})
+
+
+def _options(scheme: LayerScheme) -> dict[str, Any]:
+    nvfp4 = scheme.format is NVFP4
+    group_size = scheme.format.block_size
+    quantized = scheme.activations == "fp4"
+    return {
+        "bits": 4,
+        "data_type": "nv_fp" if nvfp4 else "mx_fp",
+        "group_size": group_size,
+        "act_bits": 4 if quantized else 16,
+        "act_data_type": ("nv_fp4_with_static_gs" if nvfp4 else "mx_fp_rceil") if quantized else None,
+        "act_group_size": group_size if quantized else None,
+    }
+
+
+def _common_module(names: list[str]) -> str:
+    """The deepest module that all ``names`` are under; a list of layers rather than one of its numbers."""
+    parts = [name.split(".")[:-1] for name in names]
+    common = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))]
+    return re.sub(r"\.\d+$", "", ".".join(common))

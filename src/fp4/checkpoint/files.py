@@ -1,0 +1,365 @@
+"""Checkpoint folders on disk: safetensors headers, read and checked without trust, and tensors read by range.
+
+Everything here may come from a stranger. Nothing is unpickled or executed, no path of an index leaves the folder, and
+a size is believed only when the file is that long.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+INDEX_NAME = "model.safetensors.index.json"
+_MAX_HEADER = 100 << 20  # the limit of safetensors itself
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt", "consolidated.00.pth")
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor lies: file, dtype as safetensors calls it, shape, and its bytes ``[start, end)`` in the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass
+class Header:
+    """Of one safetensors file: tensors by name, and the free-form metadata."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read_header(path: Path) -> Header:
+    """Parse and check the header of a safetensors file. ValueError naming the file and what is wrong with it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > size - 8 or length > _MAX_HEADER:
+            hint = "; it looks like a pickle, which is never read" if prefix[:2] in (b"PK", b"\x80\x02") else ""
+            raise ValueError(f"{path.name} is no complete safetensors file: {size} bytes, header of {length}{hint}")
+        raw = file.read(length)
+    return parse_header(raw, path, size)
+
+
+def parse_header(raw: bytes, path: Path, size: int | None) -> Header:
+    """Check header bytes against the size of the whole file (unknown: None)."""
+    try:
+        entries = json.loads(raw, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} has a header that is no valid JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path.name} has a header that is {type(entries).__name__}; expected an object")
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path.name} has metadata that is {type(metadata).__name__}; expected an object")
+    start = 8 + len(raw)
+    tensors = {name: _entry(name, entry, path, start) for name, entry in entries.items()}
+    position = start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != position:
+            raise ValueError(
+                f"{path.name}: bytes of {name} start at {info.start}; expected {position} (gap or overlap)"
+            )
+        position = info.end
+    if size is not None and position != size:
+        state = "truncated" if position > size else "followed by bytes that belong to no tensor"
+        raise ValueError(f"{path.name} is {state}: its tensors end at byte {position}, the file at {size}")
+    return Header(tensors, {str(key): str(value) for key, value in metadata.items()})
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _entry(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path.name}: entry of {name} is {str(entry)[:100]}; expected dtype, shape, offsets"
+        ) from error
+    if not isinstance(shape, list) or not all(_is_size(number) for number in [*shape, start, end]):
+        raise ValueError(f"{path.name}: {name} has shape {shape!r}, offsets {start!r}, {end!r}; expected whole numbers")
+    if dtype not in DTYPES:
+        raise ValueError(f"{path.name}: {name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    expected = DTYPES[dtype].itemsize
+    for number in shape:
+        expected *= number
+    if end - start != expected:
+        raise ValueError(f"{path.name}: {name} ({dtype} {shape}) needs {expected} bytes, but has {end - start}")
+    return TensorInfo(path, dtype, tuple(shape), data_start + start, data_start + end)
+
+
+def _is_size(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 1 << 62
+
+
+def load(info: TensorInfo) -> Tensor:
+    """Read one tensor into memory of its own."""
+    dtype = DTYPES[info.dtype]
+    if not info.nbytes:
+        return torch.empty(info.shape, dtype=dtype)
+    buffer = bytearray(info.nbytes)
+    with info.file.open("rb", buffering=0) as file:
+        file.seek(info.start)
+        view, filled = memoryview(buffer), 0
+        while filled < len(buffer):
+            count = file.readinto(view[filled:])
+            if not count:
+                raise ValueError(f"{info.file.name} ended while it was read; it was changed or truncated")
+            filled += count
+    return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(info.shape)
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. ValueError naming the file if it is anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds {type(content).__name__}; expected an object")
+    return content
+
+
+@dataclass
+class Checkpoint:
+    """A folder with a model: its config.json, quantization_config and safetensors headers.
+
+    Attributes:
+        shards: weight files in the order of their names.
+        tensors: over all shards.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shards: list[Path]
+    tensors: dict[str, TensorInfo]
+    metadata: dict[Path, dict[str, str]]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read all headers. ValueError for anything missing, damaged or suspicious."""
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder with a checkpoint")
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json")
+        config = read_json(folder / "config.json")
+        index = read_index(folder / INDEX_NAME) if (folder / INDEX_NAME).is_file() else None
+        names = sorted(set(index.values())) if index is not None else _single_file(folder)
+        checkpoint = cls(folder, config, [], {}, {})
+        for name in names:
+            path = folder / name
+            if not path.is_file():
+                raise ValueError(f"{INDEX_NAME} names {name}, which is missing from {folder}")
+            checkpoint.add(path, read_header(path))
+        checkpoint.check_index(index)
+        return checkpoint
+
+    def add(self, path: Path, header: Header) -> None:
+        """Take in one shard."""
+        for name, info in header.tensors.items():
+            if name in self.tensors:
+                raise ValueError(f"{name} is in both {self.tensors[name].file.name} and {path.name}")
+            self.tensors[name] = info
+        self.shards.append(path)
+        self.metadata[path] = header.metadata
+
+    def check_index(self, index: Mapping[str, str] | None) -> None:
+        """ValueError if ``index`` (weight_map) and the headers disagree."""
+        for name, file in (index or {}).items():
+            if name not in self.tensors or self.tensors[name].file.name != file:
+                raise ValueError(f"{INDEX_NAME} says that {name} is in {file}, but it is not")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the unquantized weights, as config.json says; float32 if it does not."""
+        name = str(self.config.get("dtype") or self.config.get("torch_dtype")).removeprefix("torch.")
+        known = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+        return known.get(name, torch.float32)
+
+    def quantization_config(self) -> dict[str, Any] | None:
+        """config.json's ``quantization_config``, else what hf_quant_config.json says, else None."""
+        for holder in (self.config, self.config.get("text_config")):
+            found = holder.get("quantization_config") if isinstance(holder, dict) else None
+            if found is not None:
+                if not isinstance(found, dict):
+                    raise ValueError(f"quantization_config is {type(found).__name__}; expected an object")
+                return found
+        side = self.folder / "hf_quant_config.json"
+        return {"quant_method": "modelopt", **read_json(side)} if side.is_file() else None
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The weight_map of an index. ValueError if a name in it would lead out of the folder or is no safetensors file."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{path.name} has no weight_map from tensors to files")
+    for file in set(weight_map.values()):
+        if Path(file).name != file or "\\" in file or "\0" in file or not file.endswith(".safetensors"):
+            raise ValueError(f"{path.name} names {file!r}; expected the name of a safetensors file beside it")
+    return weight_map
+
+
+def _single_file(folder: Path) -> list[str]:
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if "model.safetensors" in found:
+        return ["model.safetensors"]
+    if len(found) == 1:
+        return found
+    pickles = [name for name in _PICKLES if (folder / name).exists()]
+    if found:
+        raise ValueError(f"{folder} has {len(found)} safetensors files but no {INDEX_NAME}")
+    hint = f"; {pickles[0]} is a pickle, which is never read: save the model as safetensors first" if pickles else ""
+    raise ValueError(f"{folder} has no safetensors file{hint}")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+class Spec(NamedTuple):
+    """dtype (as safetensors calls it) and shape of a tensor to be written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        count = DTYPES[self.dtype].itemsize
+        for number in self.shape:
+            count *= number
+        return count
+
+
+def spec_of(tensor: Tensor) -> Spec:
+    return Spec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+
+
+class ShardWriter:
+    """Writes one safetensors file whose tensors are known beforehand, in any order, each as soon as it is there.
+
+    The file is written under a temporary name and gets its own when :meth:`close` found it complete.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
+        self.path = path
+        self._temporary = path.with_name(f".{path.name}.partial")
+        header, self._offsets = _layout(specs, metadata)
+        self._specs = dict(specs)
+        self._left = set(specs)
+        self._file = self._temporary.open("wb")
+        self._file.write(header)
+        self._file.truncate(len(header) + sum(spec.nbytes for spec in specs.values()))
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put ``tensor`` in its place."""
+        if spec_of(tensor) != self._specs[name]:
+            raise ValueError(f"{name} turned out as {spec_of(tensor)}; {self._specs[name]} was planned")
+        if tensor.numel():
+            flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+            self._file.seek(self._offsets[name])
+            self._file.write(flat.numpy().data)
+        self._left.discard(name)
+
+    def copy(self, name: str, info: TensorInfo) -> None:
+        """Put the bytes of a tensor of another file in its place, without a detour through Python's memory."""
+        self._file.flush()
+        position, left = self._offsets[name], info.nbytes
+        with info.file.open("rb") as source:
+            start = info.start
+            while left:
+                count = _copy_range(source.fileno(), self._file.fileno(), start, position, left)
+                if not count:
+                    raise ValueError(f"{info.file.name} ended while it was read; it was changed or truncated")
+                start, position, left = start + count, position + count, left - count
+        self._left.discard(name)
+
+    def close(self) -> None:
+        """Make the file durable and give it its name."""
+        if self._left:
+            raise RuntimeError(f"{self.path.name} was closed without {', '.join(sorted(self._left))}")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self.path)
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """Header bytes, and where each tensor starts in the file. Wide dtypes come first, so that all are aligned."""
+    order = sorted(specs, key=lambda name: (-DTYPES[specs[name].dtype].itemsize, name))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    relative, position = {}, 0
+    for name in order:
+        spec = specs[name]
+        relative[name] = position
+        end = position + spec.nbytes
+        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    start = 8 + len(raw)
+    return len(raw).to_bytes(8, "little") + raw, {name: start + offset for name, offset in relative.items()}
+
+
+def _copy_range(source: int, target: int, start: int, position: int, count: int) -> int:
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source, target, count, start, position)
+        except OSError:
+            pass  # across file systems, or on one that does not know how
+    return os.pwrite(target, os.pread(source, min(count, 16 << 20), start), position)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=False, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def total_bytes(infos: Iterable[TensorInfo]) -> int:
+    return sum(info.nbytes for info in infos)

@@ -1,0 +1,60 @@
+"""Which tensors of a checkpoint make up which layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from fp4.checkpoint.codec import Codec, LayerScheme, StoredLinear, as_stored
+from fp4.checkpoint.files import DTYPES, TensorInfo, load
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Scalars and rotation matrices are below this; codes and block scales of any real layer are above.
+_SMALL = 1 << 18
+
+
+def packed_layers(codec: Codec, tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """The stored tensors of each FP4 layer, by layer name and suffix."""
+    layers: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        if name.endswith(codec.marker) and codec.marker_dtype in (None, info.dtype):
+            layers[name.removesuffix(codec.marker)] = {}
+    for name, info in tensors.items():
+        for suffix in codec.suffixes:
+            layer = layers.get(name.removesuffix(suffix)) if name.endswith(suffix) else None
+            if layer is not None:
+                layer[suffix] = info
+    return layers
+
+
+def dense_matrices(tensors: Mapping[str, TensorInfo], packed: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
+    """Names of the modules that have a weight matrix and are not packed."""
+    names = (
+        name.removesuffix(".weight")
+        for name, info in tensors.items()
+        if name.endswith(".weight") and len(info.shape) > 1
+    )
+    return [name for name in names if name not in packed]
+
+
+def peek(codec: Codec, layer: str, infos: Mapping[str, TensorInfo]) -> tuple[StoredLinear, LayerScheme]:
+    """Read a layer without its codes and block scales: those become meta tensors, everything else is real.
+
+    ValueError if the configuration and the tensors do not fit together.
+    """
+    tensors: dict[str, Tensor] = {}
+    for suffix, info in infos.items():
+        byte_sized = DTYPES[info.dtype].itemsize == 1
+        if byte_sized or info.nbytes > _SMALL:
+            tensors[suffix] = torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
+        else:
+            tensors[suffix] = load(info)
+    scheme = codec.scheme(layer)
+    if scheme is None:
+        raise ValueError("it is packed, but the configuration says that it is not quantized")
+    stored = codec.read(tensors, scheme)
+    return stored, as_stored(scheme, stored)

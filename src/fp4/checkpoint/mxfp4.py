@@ -1,0 +1,65 @@
+"""gpt-oss's MXFP4 (Transformers ``Mxfp4Config``): stacks of experts, nothing else.
+
+Per stack of experts (``gate_up_proj``, ``down_proj``), besides ``*_bias``:
+
+* ``*_blocks`` uint8 ``[E, N, K/32, 16]``: the codes, a block to a row;
+* ``*_scales`` uint8 ``[E, N, K/32]``: bits of E8M0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4.checkpoint.codec import (
+    Codec,
+    LayerScheme,
+    StoredLinear,
+    read_scales,
+    require,
+    require_no_global_scale,
+    require_no_rotation,
+)
+from fp4.formats import MXFP4, QuantizedTensor
+
+
+class Mxfp4Codec(Codec):
+    """Reads and writes gpt-oss checkpoints."""
+
+    name = "mxfp4"
+    suffixes = ("_blocks", "_scales")
+    marker = "_blocks"
+
+    def scheme(self, layer: str) -> LayerScheme | None:
+        kept = self.config.get("modules_to_not_convert") or []
+        if any(layer == name or layer.startswith(f"{name}.") for name in kept):
+            return None
+        return LayerScheme(MXFP4, "model")
+
+    def read(self, tensors: Mapping[str, Tensor], scheme: LayerScheme) -> StoredLinear:
+        blocks = require(tensors, "_blocks")
+        if blocks.dtype != torch.uint8 or blocks.ndim != 4 or blocks.shape[-1] != 16:
+            raise ValueError(f"blocks is {blocks.dtype} {tuple(blocks.shape)}; expected uint8 [E, N, K/32, 16]")
+        codes = blocks.flatten(-2)
+        scales = read_scales(require(tensors, "_scales"), "scales", MXFP4, codes)
+        return StoredLinear(QuantizedTensor(codes, scales, None), None, None)
+
+    def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
+        codes, scales, _ = stored.weight
+        if scheme.format is not MXFP4 or scheme.activations != "model" or codes.ndim != 3:
+            kind = "a stack of experts" if codes.ndim == 3 else "one matrix"
+            raise ValueError(
+                f"it is {scheme}, {kind}; {self.name} holds stacks of experts in mxfp4a16 and nothing else"
+            )
+        require_no_rotation(stored, self.name)
+        require_no_global_scale(stored.weight, self.name)
+        return {"_blocks": codes.unflatten(-1, (-1, 16)), "_scales": scales.view(torch.uint8)}
+
+    @classmethod
+    def configuration(
+        cls, layers: Mapping[str, LayerScheme], kept: Sequence[str], source: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return {"quant_method": cls.name, "modules_to_not_convert": sorted(kept)}

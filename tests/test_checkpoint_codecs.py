@@ -1,0 +1,394 @@
+"""Every on-disk format, on checkpoints written by the tools themselves: read, checked, written back byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fp4.checkpoint import CODECS, LayerScheme, codec_for
+from fp4.checkpoint.codec import StoredLinear, as_stored, name_rotation, store_multiplied, store_reciprocal
+from fp4.checkpoint.compressed_tensors import CompressedTensorsCodec
+from fp4.checkpoint.files import Checkpoint, load
+from fp4.checkpoint.layers import packed_layers, peek
+from fp4.checkpoint.modelopt import ModelOptCodec, excluded
+from fp4.formats import MXFP4, NVFP4, QuantizedTensor, dequantize, quantize
+from fp4.rotation import hadamard
+
+# name, packed layers, scheme of all of them
+FIXTURES = [
+    ("llmcompressor-NVFP4", 14, "nvfp4"),
+    ("llmcompressor-NVFP4-gptq", 14, "nvfp4"),
+    ("llmcompressor-NVFP4A16", 14, "nvfp4a16"),
+    ("llmcompressor-NVFP4-qwen3moe", 56, "nvfp4"),
+    ("llmcompressor-MXFP4", 14, "mxfp4"),
+    ("modelopt-NVFP4", 14, "nvfp4"),
+    ("modelopt-NVFP4-qwen3moe", 56, "nvfp4"),
+    ("modelopt-W4A16_NVFP4", 14, "nvfp4a16"),
+    ("modelopt-W4A8_NVFP4_FP8", 14, "nvfp4a8 blocks of 32"),
+    ("modelopt-MXFP4", 14, "mxfp4"),
+    ("autoround-NVFP4", 14, "nvfp4"),
+    ("autoround-NVFP4-iters50", 14, "nvfp4"),
+    ("autoround-NVFP4-autoroundfmt", 14, "nvfp4"),
+    ("autoround-MXFP4", 14, "mxfp4"),
+    ("fpquant-nvfp", 14, "nvfp4 hadamard16"),
+    ("fpquant-mxfp-gptq", 14, "mxfp4 hadamard32"),
+]
+
+
+def layers_of(folder: Path) -> Iterator[tuple[str, dict[str, torch.Tensor], StoredLinear, LayerScheme]]:
+    """name, tensors as stored, canonical form and scheme of each packed layer."""
+    checkpoint = Checkpoint.open(folder)
+    config = checkpoint.quantization_config()
+    assert config is not None
+    codec = codec_for(config, checkpoint.dtype)
+    for layer, infos in packed_layers(codec, checkpoint.tensors).items():
+        tensors = {suffix: load(info) for suffix, info in infos.items()}
+        scheme = codec.scheme(layer)
+        assert scheme is not None
+        stored = codec.read(tensors, scheme)
+        yield layer, tensors, stored, as_stored(scheme, stored)
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        flat = tensor.reshape(1) if tensor.ndim == 0 else tensor
+        assert found[name].shape == tensor.shape, name
+        assert same_bytes(found[name].reshape(flat.shape), flat), name
+
+
+@pytest.mark.parametrize(("name", "count", "scheme"), FIXTURES, ids=[row[0] for row in FIXTURES])
+def test_read_and_written_back_byte_for_byte(name: str, count: int, scheme: str, shared: Callable[[str], Path]) -> None:
+    folder = shared(f"fixtures/{name}")
+    checkpoint = Checkpoint.open(folder)
+    config = checkpoint.quantization_config()
+    assert config is not None
+    seen = 0
+    for _, tensors, stored, found in layers_of(folder):
+        assert str(found) == scheme
+        assert_same_tensors(codec_for(config, checkpoint.dtype).write(stored, found), tensors)
+        seen += 1
+    assert seen == count
+
+
+@pytest.mark.parametrize(("name", "count", "scheme"), FIXTURES, ids=[row[0] for row in FIXTURES])
+def test_values_are_near_the_source(name: str, count: int, scheme: str, shared: Callable[[str], Path]) -> None:
+    """Guards what byte equality cannot: that a scale is multiplied where it should be, not divided."""
+    source = Checkpoint.open(shared("fixtures/source-qwen3moe" if "moe" in name else "fixtures/source-llama"))
+    for layer, _, stored, _ in layers_of(shared(f"fixtures/{name}")):
+        values = dequantize(*stored.weight)
+        weight = load(source.tensors[f"{layer}.weight"]).float()
+        if stored.rotation is not None:
+            weight = (weight.unflatten(-1, (-1, stored.rotation.shape[0])) @ stored.rotation).flatten(-2)
+        assert (values - weight).norm() / weight.norm() < 0.25, layer
+
+
+@pytest.mark.parametrize(("name", "count", "scheme"), FIXTURES, ids=[row[0] for row in FIXTURES])
+def test_configuration_says_what_it_was_made_from(
+    name: str, count: int, scheme: str, shared: Callable[[str], Path]
+) -> None:
+    folder = shared(f"fixtures/{name}")
+    source = Checkpoint.open(folder).quantization_config()
+    assert source is not None
+    schemes = {layer: found for layer, _, _, found in layers_of(folder)}
+    codec = type(codec_for(source))
+    written = codec.configuration(schemes, ["lm_head", "model.embed_tokens"], source)
+    again = codec_for(written)
+    assert type(again) is codec
+    for layer, found in schemes.items():
+        said = again.scheme(layer)
+        assert said is not None
+        assert (said.format, said.activations) == (found.format, found.activations)
+    if codec.name != "fp_quant":  # which tells by its tensors
+        assert codec_for(written).scheme("lm_head") is None
+    for key in ("format", "quant_algo", "packing_format", "data_type", "act_data_type", "forward_dtype"):
+        if key in source and name != "modelopt-MXFP4":  # spelt in lower case there
+            assert written[key] == source[key], key
+
+
+def test_hf_quant_config_is_what_modelopt_writes(shared: Callable[[str], Path]) -> None:
+    import json
+
+    for name in ("modelopt-NVFP4", "modelopt-W4A16_NVFP4", "modelopt-W4A8_NVFP4_FP8"):
+        folder = shared(f"fixtures/{name}")
+        schemes = {layer: found for layer, _, _, found in layers_of(folder)}
+        config = ModelOptCodec.configuration(schemes, ["model.embed_tokens", "lm_head"], {})
+        theirs = json.loads((folder / "hf_quant_config.json").read_text())
+        assert ModelOptCodec.side_files(config)["hf_quant_config.json"] == theirs
+        assert ModelOptCodec(theirs).scheme("model.layers.0.mlp.up_proj") == schemes["model.layers.0.mlp.up_proj"]
+
+
+# --- configurations --------------------------------------------------------------------------------------------------
+
+
+def test_compressed_tensors_targets_and_ignore() -> None:
+    nvfp4 = {"num_bits": 4, "type": "float", "group_size": 16}
+    mxfp4 = {"num_bits": 4, "type": "float", "group_size": 32}
+    int4 = {"num_bits": 4, "type": "int", "group_size": 128}
+    codec = CompressedTensorsCodec(
+        {
+            "config_groups": {
+                "a": {"targets": ["Linear"], "weights": nvfp4, "input_activations": nvfp4},
+                "b": {"targets": ["re:.*down_proj$"], "weights": mxfp4},
+                "c": {"targets": ["model.layers.0.down_proj"], "weights": int4},
+            },
+            "ignore": ["lm_head", "re:.*router.*"],
+        }
+    )
+    assert str(codec.scheme("model.layers.3.q_proj")) == "nvfp4"
+    assert str(codec.scheme("model.layers.3.down_proj")) == "mxfp4a16"
+    assert codec.scheme("lm_head") is None
+    assert codec.scheme("model.layers.1.router.layer") is None
+    with pytest.raises(ValueError, match="4-bit int in groups of 128"):
+        codec.scheme("model.layers.0.down_proj")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "random-hadamard"}, "deterministic"),
+        ({"randomize": True}, "deterministic"),
+        ({"head_dim": None}, "head_dim"),
+        ({"apply": [{"targets": ["Linear"], "location": "output"}]}, "'output'"),
+    ],
+)
+def test_compressed_tensors_transforms_that_are_refused(change: dict[str, object], message: str) -> None:
+    transform = {
+        "type": "hadamard",
+        "randomize": False,
+        "head_dim": 32,
+        "apply": [
+            {"targets": ["Linear"], "location": "input", "ignore": ["lm_head"]},
+            {"targets": ["Linear"], "location": "weight_input", "inverse": True},
+        ],
+    }
+    groups = {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "group_size": 32}}}
+    config = {"config_groups": groups, "transform_config": {"config_groups": {"r": transform}}}
+    assert str(CompressedTensorsCodec(config).scheme("q_proj")) == "mxfp4a16 hadamard32"
+    config["transform_config"] = {"config_groups": {"r": transform | change}}
+    with pytest.raises(ValueError, match=message):
+        CompressedTensorsCodec(config).scheme("q_proj")
+
+
+def test_modelopt_excludes_and_mixed_precision() -> None:
+    assert excluded("model.layers.0.mlp.gate", ["*.mlp.gate"])
+    assert excluded("model.layers.0.self_attn.q_proj", ["model.layers.0.self_attn*"])
+    assert excluded("model.layers.0.self_attn.q_proj", ["model.layers.0"])
+    assert not excluded("model.layers.01.q_proj", ["model.layers.0"])
+    codec = ModelOptCodec(
+        {
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": {
+                "a.q_proj": {"quant_algo": "NVFP4", "group_size": 16},
+                "a.k_proj": {"quant_algo": "FP8"},
+            },
+        }
+    )
+    assert str(codec.scheme("a.q_proj")) == "nvfp4"
+    assert codec.scheme("a.v_proj") is None
+    with pytest.raises(ValueError, match="'FP8'"):
+        codec.scheme("a.k_proj")
+    mixed = {"a": LayerScheme(NVFP4, "fp4"), "b": LayerScheme(MXFP4, "fp4")}
+    again = ModelOptCodec(ModelOptCodec.configuration(mixed, ["c"], {}))
+    assert [str(again.scheme(layer)) for layer in ("a", "b", "c")] == ["nvfp4", "mxfp4", "None"]
+
+
+def test_auto_round_blocks_and_extra_config() -> None:
+    codec = codec_for(
+        {
+            "quant_method": "auto-round",
+            "bits": 4,
+            "data_type": "nv_fp",
+            "group_size": 16,
+            "act_bits": 16,
+            "block_name_to_quantize": "model.layers",
+            "extra_config": {
+                "model.layers.0.q": {"bits": 16},
+                r".*\.k$": {"data_type": "mx_fp", "group_size": 32, "act_bits": 4},
+                "lm_head": {"bits": 4, "data_type": "int", "group_size": 128},
+            },
+        }
+    )
+    assert str(codec.scheme("model.layers.1.q")) == "nvfp4a16"
+    assert codec.scheme("model.layers.0.q") is None
+    assert str(codec.scheme("model.layers.1.k")) == "mxfp4"
+    assert codec.scheme("other") is None
+    with pytest.raises(ValueError, match="4-bit 'int'"):
+        codec.scheme("lm_head")
+
+
+def test_unknown_method_is_named() -> None:
+    with pytest.raises(ValueError, match=r"'awq'; fp4 reads fp_quant, compressed-tensors"):
+        codec_for({"quant_method": "awq"})
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def stored_linear(fmt: object = NVFP4, shape: tuple[int, ...] = (8, 64), global_scale: float = 0.25) -> StoredLinear:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor(global_scale, dtype=torch.float64) if fmt is NVFP4 else None
+    return StoredLinear(quantize(weight, fmt, global_scale=scale), scale, None)  # type: ignore[arg-type]
+
+
+EMPTY = {"config_groups": {}}
+
+
+@pytest.mark.parametrize("name", sorted(CODECS))
+def test_every_format_keeps_or_refuses(name: str) -> None:
+    codec = CODECS[name](EMPTY)
+    candidates = {
+        "nvfp4": (stored_linear(), LayerScheme(NVFP4, "fp4")),
+        "nvfp4a16": (stored_linear()._replace(input_global_scale=None), LayerScheme(NVFP4, "model")),
+        "mxfp4": (stored_linear(MXFP4), LayerScheme(MXFP4, "fp4")),
+        "mxfp4a16": (stored_linear(MXFP4), LayerScheme(MXFP4, "model")),
+        "experts": (stored_linear(MXFP4, (2, 8, 64)), LayerScheme(MXFP4, "model")),
+    }
+    kept = set()
+    for kind, (stored, scheme) in candidates.items():
+        try:
+            tensors = codec.write(stored, scheme)
+        except ValueError:
+            continue
+        kept.add(kind)
+        again = codec.read(tensors, scheme)
+        assert torch.equal(again.weight.codes, stored.weight.codes)
+        assert same_bytes(again.weight.scales, stored.weight.scales)
+        assert again.weight.global_scale == stored.weight.global_scale
+    linear = {"nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"}
+    expected = {"modelopt": linear - {"mxfp4a16"}, "mxfp4": {"experts"}}.get(name, linear)
+    assert kept == expected
+
+
+def test_refusals_say_why() -> None:
+    rotated = stored_linear()._replace(rotation=hadamard(16).float())
+    scheme = LayerScheme(NVFP4, "fp4", "hadamard", 16)
+    with pytest.raises(ValueError, match="rotated in groups of 16, for which modelopt has no place"):
+        CODECS["modelopt"](EMPTY).write(rotated, scheme)
+    with pytest.raises(ValueError, match="activations are FP8"):
+        CODECS["compressed-tensors"](EMPTY).write(stored_linear(), LayerScheme(NVFP4, "fp8"))
+    with pytest.raises(ValueError, match="no calibrated global scale"):
+        CODECS["compressed-tensors"](EMPTY).write(
+            stored_linear()._replace(input_global_scale=None), LayerScheme(NVFP4, "fp4")
+        )
+    thirds = stored_linear(MXFP4)
+    thirds = thirds._replace(weight=thirds.weight._replace(global_scale=torch.tensor(1 / 3, dtype=torch.float64)))
+    with pytest.raises(ValueError, match=r"global scale of 0\.333333333"):
+        CODECS["compressed-tensors"](EMPTY).write(thirds, LayerScheme(MXFP4, "model"))
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "tensor", "message"),
+    [
+        ("compressed-tensors", ".weight_packed", torch.zeros(8, 32), "weight_packed is torch.float32"),
+        ("compressed-tensors", ".weight_packed", None, "weight_packed is missing"),
+        (
+            "compressed-tensors",
+            ".weight_scale",
+            torch.zeros(8, 2, dtype=torch.float8_e4m3fn),
+            r"\(8, 2\); the model expects \(8, 4\)",
+        ),
+        ("compressed-tensors", ".weight_scale", torch.zeros(8, 4), "weight_scale is torch.float32"),
+        (
+            "compressed-tensors",
+            ".weight_scale",
+            torch.full((8, 4), 0x7F, dtype=torch.uint8),
+            "scales hold 32 NaN or negative",
+        ),
+        ("compressed-tensors", ".weight_global_scale", torch.tensor([0.0]), "one positive, finite"),
+        ("compressed-tensors", ".weight_global_scale", torch.ones(2), "one floating-point number"),
+        ("compressed-tensors", ".input_global_scale", None, "input_global_scale is missing"),
+        ("modelopt", ".weight_scale_2", torch.tensor(float("nan")), "one positive, finite"),
+        ("modelopt", ".pre_quant_scale", torch.ones(64), "AWQ"),
+        ("fp_quant", ".forward_hadamard_matrix", torch.ones(16, 8), r"\(16, 8\); expected floating point, square"),
+        ("fp_quant", ".scales", torch.full((8, 4), 0x80, dtype=torch.uint8), "NaN or negative"),
+        ("fp_quant", ".qweight", torch.zeros(8, dtype=torch.uint8), "expected a matrix"),
+    ],
+)
+def test_damaged_tensors(name: str, suffix: str, tensor: torch.Tensor | None, message: str) -> None:
+    codec, scheme = CODECS[name](EMPTY), LayerScheme(NVFP4, "fp4")
+    tensors = codec.write(stored_linear(), scheme)
+    if tensor is None:
+        del tensors[suffix]
+    else:
+        tensors[suffix] = tensor
+    with pytest.raises(ValueError, match=message):
+        codec.read(tensors, scheme)
+
+
+# --- global scales ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.floats(2.0**-100, 2.0**100, width=32))
+def test_a_stored_float32_comes_back(x: float) -> None:
+    value = torch.tensor(x, dtype=torch.float32)
+    assert store_reciprocal(1 / value.double(), "x", False) == value
+    assert store_multiplied(value.double(), "x", False) == value
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.floats(2.0**-60, 2.0**60, width=32))
+def test_exact_between_reciprocal_and_multiplied_means_no_value_changes_and_the_way_back_is_the_same(x: float) -> None:
+    multiplied = torch.tensor(x, dtype=torch.float32)
+    rounded = store_reciprocal(multiplied.double(), "scale", True)
+    assert rounded.double().item() == pytest.approx(1 / x, rel=2**-24)
+    try:
+        reciprocal = store_reciprocal(multiplied.double(), "scale", False)
+    except ValueError:
+        return
+    scales = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    held = 1 / reciprocal.double()
+    assert torch.equal((scales * multiplied.double()).float(), (scales * held).float())
+    assert store_multiplied(held, "scale", False) == multiplied
+
+
+def test_powers_of_two_are_exact_everywhere() -> None:
+    for exponent in range(-40, 41):
+        scale = torch.tensor(2.0**exponent, dtype=torch.float64)
+        assert store_reciprocal(scale, "x", False) == 2.0**-exponent
+        assert store_multiplied(scale, "x", False) == 2.0**exponent
+
+
+def test_rotations_are_named_by_their_values() -> None:
+    assert name_rotation(None) == ("identity", 0)
+    assert name_rotation(hadamard(32).float()) == ("hadamard", 32)
+    assert name_rotation(hadamard(32).bfloat16()) == ("hadamard-bfloat16", 32)
+    assert name_rotation(hadamard(16).bfloat16()) == ("hadamard", 16)
+    assert name_rotation(torch.randn(16, 16)) == ("custom", 16)
+
+
+def test_a_layer_can_be_judged_without_its_codes(shared: Callable[[str], Path]) -> None:
+    checkpoint = Checkpoint.open(shared("fixtures/fpquant-nvfp"))
+    codec = codec_for(checkpoint.quantization_config() or {}, checkpoint.dtype)
+    for layer, infos in packed_layers(codec, checkpoint.tensors).items():
+        stored, scheme = peek(codec, layer, infos)
+        assert stored.weight.codes.is_meta
+        assert stored.weight.scales.is_meta
+        assert str(scheme) == "nvfp4 hadamard16"
+        specs = codec.write(stored, scheme)
+        assert {suffix: tuple(tensor.shape) for suffix, tensor in specs.items()} == {
+            suffix: info.shape for suffix, info in infos.items()
+        }
+
+
+def test_w4a8_blocks_of_32_are_pairs_of_16(shared: Callable[[str], Path]) -> None:
+    for _, tensors, stored, scheme in layers_of(shared("fixtures/modelopt-W4A8_NVFP4_FP8")):
+        assert stored.weight.scales.shape[-1] == 2 * tensors[".weight_scale"].shape[-1]
+        with pytest.raises(ValueError, match="FP8"):
+            CODECS["compressed-tensors"](EMPTY).write(stored, scheme)
+        mixed = stored.weight.scales.view(torch.uint8).clone()
+        mixed[0, 0] ^= 1
+        weight = QuantizedTensor(stored.weight.codes, mixed.view(NVFP4.scale_dtype), stored.weight.global_scale)
+        with pytest.raises(ValueError, match="differ within blocks of 32"):
+            ModelOptCodec(EMPTY).write(stored._replace(weight=weight), scheme)
+        break
