@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 
 import pytest
@@ -609,6 +610,25 @@ def test_a_vector_is_refused(fmt: Format) -> None:
 def test_a_global_scale_of_the_wrong_shape_is_refused(fmt: Format) -> None:
     with pytest.raises(ValueError, match=r"global.scale.*\(2,\).*expected.*\(3,\)"):
         quantize(torch.zeros(3, 4, 64), fmt, "abs_max", torch.ones(2, dtype=torch.float64))
+
+
+def test_dequantizing_by_a_global_scale_of_the_wrong_shape_is_refused() -> None:
+    codes, scales, global_scale = quantize(torch.randn(3, 4, 64), NVFP4)
+    assert global_scale is not None
+    for wrong in (global_scale[:2], global_scale[:, None], global_scale[None]):
+        with pytest.raises(ValueError, match=rf"global.scale.*{re.escape(str(tuple(wrong.shape)))}.*expected.*\(3,\)"):
+            dequantize(codes, scales, wrong)
+
+
+@each_format
+def test_a_stack_of_one_keeps_its_axis_in_the_global_scale(fmt: Format) -> None:
+    x = torch.randn(1, 4, 64)
+    given_scale = torch.tensor([0.1], dtype=torch.float64)
+    global_scale = quantize(x, fmt, "abs_max", given_scale).global_scale
+    assert global_scale is not None
+    assert global_scale.shape == (1,)
+    triple = quantize(x, fmt, "abs_max", given_scale[0])
+    assert torch.equal(dequantize(*triple), dequantize(triple.codes, triple.scales, given_scale))
 
 
 def test_mismatched_codes_and_scales_are_refused() -> None:
