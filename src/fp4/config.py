@@ -89,7 +89,7 @@ class FPQuantConfig(QuantizationConfigMixin):
         activation_rule: str | None = None,
         activation_scaling: str | None = None,
         backend: str = "auto",
-        overrides: dict[str, dict[str, Any] | None] | None = None,
+        overrides: dict[str, dict[str, Any] | None] | list[list[Any]] | None = None,
         strict: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -111,7 +111,10 @@ class FPQuantConfig(QuantizationConfigMixin):
         self.activation_rule = activation_rule
         self.activation_scaling = activation_scaling
         self.backend = backend
-        self.overrides = {} if overrides is None else overrides
+        # A list, because config.json sorts the keys of dictionaries and the first pattern that fits wins.
+        self.overrides: list[list[Any]] = (
+            [list(item) for item in overrides.items()] if isinstance(overrides, dict) else overrides or []
+        )
         self.strict = strict
         self.post_init()
 
@@ -180,9 +183,11 @@ class FPQuantConfig(QuantizationConfigMixin):
         keep = self.modules_to_not_convert
         if keep is not None and not (isinstance(keep, list) and all(isinstance(name, str) for name in keep)):
             raise ValueError(f"modules_to_not_convert is {keep!r}; expected a list of names, or None")
-        if not isinstance(self.overrides, dict):
+        if not isinstance(self.overrides, list) or not all(
+            isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) for item in self.overrides
+        ):
             raise ValueError(f"overrides is {self.overrides!r}; expected a dictionary from patterns to options")
-        for pattern, options in self.overrides.items():
+        for pattern, options in self.overrides:
             if options is not None and not isinstance(options, dict):
                 raise ValueError(f"overrides[{pattern!r}] is {options!r}; expected a dictionary of options, or None")
             unknown = set(options or {}) - set(_OVERRIDABLE)
@@ -231,7 +236,7 @@ class FPQuantConfig(QuantizationConfigMixin):
 
     def scheme_for(self, name: str) -> tuple[Scheme, str] | None:
         """Scheme and backend preference of the layer called ``name``, or None if an override keeps it."""
-        for pattern, options in self.overrides.items():
+        for pattern, options in self.overrides:
             if fnmatch.fnmatchcase(name, pattern):
                 return None if options is None else self._overridden(options).scheme_for(name)
         fmt = FORMATS[self.forward_dtype]

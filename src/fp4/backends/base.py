@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +23,10 @@ class Backend:
     name: str
     #: Whether ``pack`` leaves the canonical layout as it is.
     keeps_layout = True
+
+    def __init__(self) -> None:
+        self.linear: Callable[..., Any] = ops.operator(self.name, "linear")
+        self.linear_w4a4: Callable[..., Any] = ops.operator(self.name, "linear_w4a4")
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run in this process at all, or None if it can."""
@@ -59,11 +62,3 @@ class Backend:
         """``formats.dequantize`` on this backend's kernels: canonical triple -> ``[..., N, K]``, the same bits."""
         values: Tensor = ops.operator(self.name, "dequantize")(*weight, dtype)
         return values
-
-    @cached_property
-    def linear(self) -> Callable[..., Any]:
-        return ops.operator(self.name, "linear")
-
-    @cached_property
-    def linear_w4a4(self) -> Callable[..., Any]:
-        return ops.operator(self.name, "linear_w4a4")

@@ -48,8 +48,8 @@ class FP4MasterLinear(nn.Linear):
         else:
             rows = self._quantized(rows, self.scheme.activation_rule)
         bias = None if self.bias is None else self.bias.float()
-        out = nn.functional.linear(rows, weight, bias).to(input.dtype)
-        return out.unflatten(0, input.shape[:-1])
+        out: Tensor = nn.functional.linear(rows, weight, bias).to(input.dtype)
+        return out.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, format={self.scheme.format.name}, master weights"
