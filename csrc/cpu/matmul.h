@@ -22,7 +22,7 @@ struct Segment {
   int64_t rows;
   const uint8_t* codes;
   const uint8_t* scales;
-  double global_scale;  // 1 for mxfp4
+  double global_scale;  // 1 where there is none
   const void* bias;     // [n], or null
 };
 

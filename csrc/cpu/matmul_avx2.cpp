@@ -11,6 +11,9 @@
 #define AVX2 FP4_TARGET_AVX2_FMA
 #define AVX2_INLINE FP4_TARGET_AVX2_FMA __attribute__((always_inline)) inline
 
+// Stops the compiler from regrouping a chain of additions: it would hold many terms at once and spill them.
+#define FP4_KEEP_ORDER(vector) asm("" : "+x"(vector))
+
 namespace fp4::cpu {
 namespace {
 
@@ -20,7 +23,7 @@ struct Scales {
 };
 
 // E4M3 passes through float16, whose exponent is one bit wider: the conversion instruction handles subnormals whatever
-// the processor's denormal mode, and leaves a factor 2^8 between the biases. `unit` is 2^8 * global scale.
+// the processor's denormal mode, and leaves a factor 2^8 between the biases. So `unit` (scale_unit) is 2^8 * global scale.
 template <Format F>
 AVX2_INLINE Scales load_scales(const uint8_t* scales, __m256 unit) {
   if constexpr (F == Format::nvfp4) {
@@ -34,14 +37,14 @@ AVX2_INLINE Scales load_scales(const uint8_t* scales, __m256 unit) {
     const __m256i smallest = _mm256_set1_epi32(0x00400000);
     const __m256i low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales)));
     const __m256i high = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + 8)));
-    return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(low, 23), smallest)),
-            _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(high, 23), smallest))};
+    return {_mm256_mul_ps(_mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(low, 23), smallest)), unit),
+            _mm256_mul_ps(_mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(high, 23), smallest)), unit)};
   }
 }
 
 template <Format F>
 AVX2_INLINE __m256 scale_unit(float global_scale) {
-  return _mm256_set1_ps(F == Format::nvfp4 ? global_scale * 256.0f : 1.0f);
+  return _mm256_set1_ps(F == Format::nvfp4 ? global_scale * 256.0f : global_scale);
 }
 
 // Four columns of the sixteen rows, as bfloat16: row r in the low half of a 32-bit lane, row r + 8 in the high half.
@@ -226,6 +229,8 @@ AVX2 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const float*
         const __m256i l = _mm256_maddubs_epi16(w_low, codes), h = _mm256_maddubs_epi16(w_high, codes);
         low16[m] = q == 0 ? l : _mm256_add_epi16(low16[m], l);
         high16[m] = q == 0 ? h : _mm256_add_epi16(high16[m], h);
+        FP4_KEEP_ORDER(low16[m]);
+        FP4_KEEP_ORDER(high16[m]);
       }
     }
     const __m256 s_low = _mm256_loadu_ps(w_scales), s_high = _mm256_loadu_ps(w_scales + 8);
@@ -239,8 +244,9 @@ AVX2 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const float*
       const __m256 s = _mm256_set1_ps(scale);
       const __m256i l = _mm256_add_epi32(_mm256_madd_epi16(low16[m], ones), c);
       const __m256i h = _mm256_add_epi32(_mm256_madd_epi16(high16[m], ones), c);
-      low[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(l), _mm256_mul_ps(s_low, s), low[m]);
-      high[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(h), _mm256_mul_ps(s_high, s), high[m]);
+      // Not dot * (s * s_low): the product of two scales can overflow where that of the values does not.
+      low[m] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(l), s), s_low, low[m]);
+      high[m] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(h), s), s_high, high[m]);
     }
   }
 #pragma GCC unroll 4

@@ -27,13 +27,13 @@ AVX512_INLINE __m512 load_scales(const uint8_t* scales, __m512 unit) {
     return _mm512_mul_ps(_mm512_cvtph_ps(half), unit);
   } else {
     const __m512i exponent = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
-    return _mm512_castsi512_ps(_mm512_max_epi32(exponent, _mm512_set1_epi32(0x00400000)));
+    return _mm512_mul_ps(_mm512_castsi512_ps(_mm512_max_epi32(exponent, _mm512_set1_epi32(0x00400000))), unit);
   }
 }
 
 template <Format F>
 AVX512_INLINE __m512 scale_unit(float global_scale) {
-  return _mm512_set1_ps(F == Format::nvfp4 ? global_scale * 256.0f : 1.0f);
+  return _mm512_set1_ps(F == Format::nvfp4 ? global_scale * 256.0f : global_scale);
 }
 
 // Four columns of the sixteen rows.
@@ -170,7 +170,7 @@ AVX512 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const floa
     for (int m = 0; m < M; ++m) {
       float scale;
       std::memcpy(&scale, x + M * (size + 4) + 4 * m, 4);
-      total[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m]), _mm512_mul_ps(s, _mm512_set1_ps(scale)), total[m]);
+      total[m] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dot[m]), _mm512_set1_ps(scale)), s, total[m]);
     }
   }
 #pragma GCC unroll 6

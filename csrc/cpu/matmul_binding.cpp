@@ -44,7 +44,8 @@ Rule rule_of(Format format, const std::string& name) {
   };
   constexpr Named kActivationRules[] = {{"abs_max", Rule::abs_max}, {"four_over_six", Rule::four_over_six},
                                         {"mse", Rule::mse},         {"even", Rule::even},
-                                        {"ceil", Rule::ceil},       {"quest", Rule::quest}};
+                                        {"ceil", Rule::ceil},       {"below_six", Rule::below_six},
+                                        {"quest", Rule::quest}};
   for (const Named& named : kActivationRules) {
     if (name == named.name && is_defined(format, named.rule)) return named.rule;
   }
@@ -92,13 +93,12 @@ struct PackedWeight {
   const Tensor& scales;
 };
 
-// float64 [] or [experts]; 1 for mxfp4, which has none.
+// float64 [] or [experts]; mxfp4 may have none.
 std::vector<double> global_scales(const std::optional<Tensor>& given, const PackedWeight& weight) {
-  if (weight.format == Format::mxfp4) {
-    STD_TORCH_CHECK(!given.has_value(), "mxfp4 has no global scale, but one was given");
+  if (!given.has_value()) {
+    STD_TORCH_CHECK(weight.format == Format::mxfp4, "nvfp4 needs a global scale");
     return std::vector<double>(weight.experts, 1.0);
   }
-  STD_TORCH_CHECK(given.has_value(), "nvfp4 needs a global scale");
   STD_TORCH_CHECK(given->scalar_type() == ScalarType::Double, "the global scale must be float64");
   STD_TORCH_CHECK(given->numel() == weight.experts, "got ", given->numel(), " global scales for ", weight.experts,
                   " weights");
@@ -164,13 +164,13 @@ float largest(const void* x, Dtype dtype, int64_t elements) {
 }
 
 double activation_scale(const Activation& activation, Format format, Rule rule, const Tensor& x, Dtype dtype) {
-  if (format == Format::mxfp4) return 1.0;
   if (activation.global_scale.has_value()) {
     STD_TORCH_CHECK(activation.global_scale->numel() == 1, "input_global_scale must hold one element, got ",
                     shape_text(*activation.global_scale));
     const Tensor value = torch::stable::to(*activation.global_scale, ScalarType::Double);
     return *static_cast<const double*>(value.const_data_ptr());
   }
+  if (format == Format::mxfp4) return 1.0;
   return global_scale_for(largest(x.const_data_ptr(), dtype, x.numel()), rule);
 }
 

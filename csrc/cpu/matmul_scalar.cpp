@@ -100,7 +100,7 @@ void multiply_integer(const uint8_t* x, int rows, const uint8_t* w, const float*
           const int8_t code = static_cast<int8_t>(x[(k / 4 * rows + m) * 4 + k % 4]);
           dot += code * w[(k / 4 * kPanelRows + r) * 4 + k % 4];
         }
-        sum[m * kPanelRows + r] += static_cast<float>(dot) * (scale * w_scales[b * kPanelRows + r]);
+        sum[m * kPanelRows + r] += static_cast<float>(dot) * scale * w_scales[b * kPanelRows + r];
       }
     }
   }

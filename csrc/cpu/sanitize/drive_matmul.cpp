@@ -1,0 +1,101 @@
+// Drives the matmuls over odd shapes for sanitize.sh. All memory is from the heap, of exactly the size that is promised.
+#include "matmul.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+using namespace fp4::cpu;
+
+namespace {
+
+uint32_t state = 1;
+
+uint32_t next() { return state = state * 1664525u + 1013904223u, state >> 8; }
+
+template <typename T>
+std::unique_ptr<T[]> exactly(int64_t count) {
+  return std::unique_ptr<T[]>(new T[count]);
+}
+
+std::unique_ptr<uint8_t[]> random_bytes(int64_t count, uint32_t low, uint32_t high) {
+  auto bytes = exactly<uint8_t>(count);
+  for (int64_t i = 0; i < count; ++i) bytes[i] = static_cast<uint8_t>(low + next() % (high - low));
+  return bytes;
+}
+
+void require(bool condition, const char* what, int64_t m, int64_t n, int64_t k) {
+  if (condition) return;
+  std::fprintf(stderr, "%s: m %lld, n %lld, k %lld\n", what, static_cast<long long>(m), static_cast<long long>(n),
+               static_cast<long long>(k));
+  std::exit(1);
+}
+
+// Two experts of m and (m + 1) / 2 rows.
+void run(Format format, Dtype dtype, int64_t m, int64_t n, int64_t k, bool integer) {
+  const int block = block_size(format);
+  const int64_t panels = panels_of(n), rows = m + (m + 1) / 2;
+  const auto codes = random_bytes(2 * panels * kPanelRows * k / 2, 0, 256);
+  const auto scales = random_bytes(2 * panels * kPanelRows * k / block, format == Format::nvfp4 ? 0 : 110, 127);
+  const auto x = exactly<uint8_t>(rows * k * element_size(dtype));
+  const auto values = exactly<float>(rows * k);
+  for (int64_t i = 0; i < rows * k; ++i) values[i] = static_cast<float>(next() % 2001) / 1000 - 1;
+  kScalarMatmul.store(values.get(), dtype, rows * k, x.get());
+  const auto bias = exactly<uint8_t>(2 * n * element_size(dtype));
+  std::memset(bias.get(), 0, 2 * n * element_size(dtype));
+  const auto out = exactly<uint8_t>(rows * n * element_size(dtype));
+  std::memset(out.get(), 0xFF, rows * n * element_size(dtype));  // NaN, so that a place never written shows
+  const int64_t half_codes = panels * kPanelRows * k / 2, half_scales = panels * kPanelRows * k / block;
+  Product product{format, n, k, dtype, dtype, out.get(), {}};
+  product.segments.push_back({0, m, codes.get(), scales.get(), 0.01, nullptr});
+  product.segments.push_back({m, rows - m, codes.get() + half_codes, scales.get() + half_scales, 0.02,
+                              bias.get() + n * element_size(dtype)});
+  const auto drive = [&](const auto& work) {
+    work.prepare(0, work.prepare_tasks());
+    const int64_t middle = work.tasks() / 2;
+    work.run(middle, work.tasks());
+    work.run(0, middle);
+  };
+  if (integer) {
+    const Quantizer quantizer(format, Rule::abs_max, dtype, format == Format::nvfp4 ? 1.0 / 2688 : 1.0);
+    const auto tiles = exactly<uint8_t>(rows * IntegerProduct::tile_bytes(format, k));
+    drive(IntegerProduct(product, x.get(), dtype, quantizer, tiles.get()));
+  } else {
+    const auto tiles = exactly<float>(rows * k);
+    drive(WeightOnly(product, x.get(), dtype, tiles.get()));
+  }
+  const auto result = exactly<float>(rows * n);
+  kScalarMatmul.load(out.get(), dtype, rows * n, result.get());
+  for (int64_t i = 0; i < rows * n; ++i) require(!std::isnan(result[i]), "an output was not written", m, n, k);
+}
+
+}  // namespace
+
+int main() {
+  const char* const names[] = {"scalar", "avx2", "avx512"};
+  const char* const wanted = std::getenv("FP4_CPU_ISA");
+  if (wanted != nullptr && std::strcmp(wanted, names[static_cast<int>(isa())]) != 0) {
+    std::printf("matmul: skipped, this CPU has no %s\n", wanted);
+    return 0;
+  }
+  int cases = 0;
+  for (const Format format : {Format::nvfp4, Format::mxfp4}) {
+    for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16}) {
+      for (const int64_t m : {1, 2, 3, 5, 7, 13, 200}) {
+        for (const int64_t n : {1, 15, 16, 33}) {
+          for (const int64_t k : {32, 96, 288, 1056}) {
+            if (m == 200 && k > 288) continue;
+            run(format, dtype, m, n, k, false);
+            run(format, dtype, m, n, k, true);
+            cases += 2;
+          }
+        }
+      }
+    }
+  }
+  std::printf("matmul: %d cases clean with %s\n", cases, names[static_cast<int>(isa())]);
+  return 0;
+}

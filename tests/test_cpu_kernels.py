@@ -1,0 +1,306 @@
+"""The compiled CPU kernels against float64 arithmetic on what ``formats.dequantize`` says the packed weights mean."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fp4 import formats, rotation
+from fp4.backends import cpu, reference
+from fp4.formats import FORMATS, MXFP4, NVFP4, Format, QuantizedTensor
+
+BACKEND = cpu.CpuBackend()
+pytestmark = pytest.mark.skipif(BACKEND.unavailable() is not None, reason=str(BACKEND.unavailable()))
+
+ops = torch.ops.fp4
+ACTIVATION_RULES = {"nvfp4": ("abs_max", "four_over_six"), "mxfp4": ("abs_max", "even", "ceil", "below_six", "quest")}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# One more rounding at the end, relative to the result: half a unit in the last place of the output dtype.
+OUTPUT_ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+TINY = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-25}
+
+
+def assert_product(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """``x @ weight.T + bias`` up to 2 K roundings of float32 on the sum of magnitudes, and the final rounding."""
+    x, weight = x.double(), weight.double()
+    exact, magnitude = x @ weight.T, x.abs() @ weight.abs().T
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    k = x.shape[-1]
+    bound = magnitude * (2 * k * 2.0**-24) + exact.abs() * OUTPUT_ROUNDING[result.dtype]
+    # Below the normal numbers every operation rounds absolutely.
+    bound += TINY[result.dtype] + 2 * k * 2.0**-149
+    assert result.isfinite().all()
+    worst = ((result.double() - exact).abs() / bound).max() if result.numel() else torch.tensor(0.0)
+    assert worst <= 1, f"error is {worst:.2f} times the bound"
+
+
+def packed(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    return *BACKEND.pack(weight.codes, weight.scales), weight.global_scale
+
+
+def random_weight(fmt: Format, *shape: int, seed: int = 0) -> QuantizedTensor:
+    """Every code and a wide range of scales, rather than what quantizing a Gaussian would give."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8, generator=generator)
+    low, high = (0, 127) if fmt is NVFP4 else (100, 140)  # E4M3 from subnormal to 448
+    scales = torch.randint(low, high, (*shape[:-1], shape[-1] // fmt.block_size), generator=generator)
+    unit = torch.rand(shape[:-2], dtype=torch.float64, generator=generator) * 0.01 + 1e-4
+    has_unit = fmt.needs_global_scale or seed % 2 == 1  # MXFP4 may have one
+    return QuantizedTensor(codes, scales.to(torch.uint8).view(fmt.scale_dtype), unit if has_unit else None)
+
+
+shapes = st.tuples(st.integers(0, 40), st.integers(1, 70), st.integers(1, 40))
+formats_ = st.sampled_from(list(FORMATS.values()))
+dtypes = st.sampled_from(DTYPES)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, formats_, dtypes, st.booleans(), st.integers(0, 1000))
+def test_linear(
+    shape: tuple[int, int, int], fmt: Format, dtype: torch.dtype, has_bias: bool, seed: int
+) -> None:
+    m, n, k = shape[0], shape[1], shape[2] * fmt.block_size
+    torch.manual_seed(seed)
+    weight = random_weight(fmt, n, k, seed=seed)
+    x = (torch.randn(m, k) * 0.1).to(dtype)
+    bias = torch.randn(n).to(dtype) if has_bias else None
+    out = ops.cpu_linear(x, *packed(weight), bias, n)
+    assert out.dtype == dtype
+    assert_product(out, x, formats.dequantize(*weight), bias)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, formats_, dtypes, st.data())
+def test_linear_w4a4(shape: tuple[int, int, int], fmt: Format, dtype: torch.dtype, data: st.DataObject) -> None:
+    m, n, k = shape[0], shape[1], shape[2] * fmt.block_size
+    rule = data.draw(st.sampled_from(ACTIVATION_RULES[fmt.name]))
+    rotate = rotation.hadamard(fmt.block_size).float() if data.draw(st.booleans()) else None
+    unit = torch.tensor(0.003, dtype=torch.float64) if data.draw(st.booleans()) else None
+    torch.manual_seed(k)
+    weight = random_weight(fmt, n, k, seed=m)
+    x = (torch.randn(m, k) * 0.1).to(dtype)
+    out = ops.cpu_linear_w4a4(x, *packed(weight), None, n, rotate, unit, rule)
+    seen = reference.quantize_activation(x, fmt, rotate, unit, rule)
+    assert out.dtype == dtype
+    assert_product(out, seen, formats.dequantize(*weight), None)
+
+
+@settings(max_examples=30, deadline=None)
+@given(formats_, st.lists(st.integers(0, 9), min_size=1, max_size=6), st.booleans(), st.booleans())
+def test_grouped(fmt: Format, counts: list[int], w4a4: bool, has_bias: bool) -> None:
+    experts, n, k = len(counts), 21, 3 * fmt.block_size
+    torch.manual_seed(sum(counts))
+    weight = random_weight(fmt, experts, n, k)
+    x = torch.randn(sum(counts), k)
+    bias = torch.randn(experts, n) if has_bias else None
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    if w4a4:
+        rule = ACTIVATION_RULES[fmt.name][-1]
+        out = ops.cpu_grouped_linear_w4a4(x, *packed(weight), bias, offsets, n, None, None, rule)
+        if len(x):
+            x = reference.quantize_activation(x, fmt, None, None, rule)
+    else:
+        out = ops.cpu_grouped_linear(x, *packed(weight), bias, offsets, n)
+    assert out.shape == (len(x), n)
+    values = formats.dequantize(*weight)
+    for e, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        assert_product(out[start:end], x[start:end], values[e], None if bias is None else bias[e])
+
+
+def adversarial(k: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    outlier = torch.randn(k)
+    outlier[k // 3] = 1e30
+    dominated = torch.full((k,), 1e-3)
+    dominated[::7] = 1e20
+    return {
+        "zeros": torch.zeros(k),
+        "minus zeros": -torch.zeros(k),
+        "subnormal": torch.randn(k) * 1e-40,
+        "one outlier": outlier,
+        "outliers over small": dominated,
+        "all negative": -torch.rand(k),
+        "ties": torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]).repeat(k // 8),
+        "alternating": torch.tensor([1.0, -1.0]).repeat(k // 2),
+    }
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("kind", adversarial(64))
+@pytest.mark.parametrize("m", [1, 2, 3, 9])
+def test_adversarial_activations(fmt: Format, kind: str, m: int) -> None:
+    n, k = 33, 320
+    weight = random_weight(fmt, n, k)
+    # An outlier must not leak into rows whose weight there is zero, nor one row into another.
+    weight.codes[::2, k // 6] = 0
+    weight.codes[5] = 0
+    x = adversarial(k)[kind].repeat(m, 1)
+    values = formats.dequantize(*weight)
+    assert_product(ops.cpu_linear(x, *packed(weight), None, n), x, values, None)
+    for rule in ACTIVATION_RULES[fmt.name]:
+        seen = reference.quantize_activation(x, fmt, None, None, rule)
+        out = ops.cpu_linear_w4a4(x, *packed(weight), None, n, None, None, rule)
+        assert_product(out, seen, values, None)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_activations_finish(fmt: Format, bad: float) -> None:
+    weight = random_weight(fmt, 20, 128)
+    x = torch.randn(5, 128)
+    x[2, 7] = bad
+    out = ops.cpu_linear(x, *packed(weight), None, 20)
+    assert out[[0, 1, 3, 4]].isfinite().all()
+    assert not out[2].isfinite().all()
+    ops.cpu_linear_w4a4(x, *packed(weight), None, 20, None, None, "abs_max")
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_every_code_and_scale(fmt: Format) -> None:
+    """One-hot activations read each weight back, times one: codes and scales must come out exact."""
+    block, top = fmt.block_size, 127 if fmt is NVFP4 else 253  # beyond, MXFP4 values overflow float32
+    codes = torch.arange(16, dtype=torch.uint8).repeat(top, block // 16)
+    scales = torch.arange(top, dtype=torch.uint8)[:, None].view(fmt.scale_dtype)
+    unit = torch.tensor(1.0, dtype=torch.float64) if fmt.needs_global_scale else None
+    weight = QuantizedTensor(formats.pack_codes(codes), scales, unit)
+    values = formats.dequantize(*weight)
+    for m in (1, 2, block):
+        x = torch.eye(block)[:m]
+        out = ops.cpu_linear(x, *packed(weight), None, top)
+        assert torch.equal(out, values[:, :m].T)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("shape", [(1, 32), (16, 64), (37, 96), (3, 5, 64), (2, 2, 17, 32)])
+def test_pack_is_exact_and_padding_is_dropped(fmt: Format, shape: tuple[int, ...]) -> None:
+    weight = random_weight(fmt, *shape)
+    codes, scales, _ = packed(weight)
+    assert codes.dtype == torch.uint8
+    assert scales.dtype == fmt.scale_dtype
+    back, back_scales = BACKEND.unpack(codes, scales, shape[-2])
+    assert torch.equal(back, weight.codes)
+    assert torch.equal(back_scales.view(torch.uint8), weight.scales.view(torch.uint8))
+    if shape[-2] % 16 == 0:
+        assert codes.numel() == weight.codes.numel()
+
+
+def test_leading_axes_and_strides() -> None:
+    weight = random_weight(NVFP4, 24, 64)
+    x = torch.randn(2, 3, 5, 128)[..., ::2]
+    out = ops.cpu_linear(x, *packed(weight), None, 24)
+    flat = ops.cpu_linear(x.reshape(-1, 64), *packed(weight), None, 24)
+    assert torch.equal(out.reshape(-1, 24), flat)
+    alone = ops.cpu_linear(x[0, 0, 0], *packed(weight), None, 24)
+    assert alone.shape == (24,)
+    assert_product(alone[None], x[0, 0, :1], formats.dequantize(*weight), None)
+    assert ops.cpu_linear(x[:, :0], *packed(weight), None, 24).shape == (2, 0, 5, 24)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("m", [1, 7, 200])
+def test_results_do_not_depend_on_the_number_of_threads(fmt: Format, m: int) -> None:
+    n, k = 530, 1056
+    weight = random_weight(fmt, n, k)
+    x = torch.randn(m, k)
+    rotate = rotation.hadamard(32).float()
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(
+                (
+                    ops.cpu_linear(x, *packed(weight), None, n),
+                    ops.cpu_linear_w4a4(x, *packed(weight), None, n, rotate, None, "abs_max"),
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert torch.equal(result[0], results[0][0])
+        assert torch.equal(result[1], results[0][1])
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_compiles_without_graph_break(fmt: Format) -> None:
+    weight = random_weight(fmt, 40, 64)
+    arguments = packed(weight)
+
+    def both(x: Tensor) -> Tensor:
+        a = ops.cpu_linear(torch.relu(x), *arguments, None, 40)
+        return a + ops.cpu_linear_w4a4(x, *arguments, None, 40, None, None, "abs_max")
+
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(torch.compile(both, fullgraph=True, backend="aot_eager")(x), both(x))
+
+
+def test_the_interpreter_runs_on_while_a_kernel_works() -> None:
+    weight = random_weight(MXFP4, 4096, 4096)
+    arguments, x = packed(weight), torch.randn(512, 4096)
+    started, finished = threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        ops.cpu_linear(x, *arguments, None, 4096)
+        finished.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    started.wait()
+    ticks = 0
+    while not finished.is_set():
+        ticks += 1
+        time.sleep(0.001)
+    thread.join()
+    assert ticks >= 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.update(x=torch.zeros(2, 50)), "multiple of 16"),
+        (lambda a: a.update(x=torch.zeros(2, 64).double()), "x must be float32"),
+        (lambda a: a.update(x=torch.zeros(2, 96)), r"not the cpu layout of 40 x 96"),
+        (lambda a: a.update(n=60), r"not the cpu layout of 60 x 64"),
+        (lambda a: a.update(unit=None), "needs a global scale"),
+        (lambda a: a.update(unit=torch.ones(())), "must be float64"),
+        (lambda a: a.update(unit=torch.ones(2).double()), "got 2 global scales"),
+        (lambda a: a.update(bias=torch.zeros(41)), r"bias \[41\]"),
+        (lambda a: a.update(codes=torch.zeros(3, 4, 128)), "weight must be uint8"),
+        (lambda a: a.update(scales=torch.zeros(3, 4, 16)), "weight_scale must be"),
+    ],
+)
+def test_bad_arguments_are_named(change, message: str) -> None:  # type: ignore[no-untyped-def]
+    codes, scales, unit = packed(random_weight(NVFP4, 40, 64))
+    a = {"x": torch.zeros(2, 64), "codes": codes, "scales": scales, "unit": unit, "bias": None, "n": 40}
+    change(a)
+    with pytest.raises(RuntimeError, match=message):
+        ops.cpu_linear(a["x"], a["codes"], a["scales"], a["unit"], a["bias"], a["n"])
+
+
+@pytest.mark.skipif("FP4_CPU_ISA" in os.environ, reason="this run is already restricted to one instruction set")
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_narrower_instruction_sets(isa: str) -> None:
+    """The tests above ran with the widest set of this CPU; here they run again, in a new process, with another."""
+    widths = ["scalar", "avx2", "avx512"]
+    widest = cpu.isa()
+    if isa == widest:
+        pytest.skip(f"{isa} is what the other tests ran with")
+    if widths.index(isa) > widths.index(str(widest)):
+        pytest.skip(f"this CPU ({platform.processor() or platform.machine()}) has no {isa}: its widest set is {widest}")
+    skip = "narrower or interpreter or compiles"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"not ({skip})", __file__]
+    environment = os.environ | {"FP4_CPU_ISA": isa}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert run.returncode == 0, run.stdout[-4000:]
