@@ -85,11 +85,19 @@ const ScaleRow* mxfp4_rows(Dtype dtype) {
   return table.row[static_cast<int>(dtype)];
 }
 
-const Kernels& kernels() {
+// AVX-512 machines run the AVX2 form too: it already waits for memory.
+const QuantizeKernels& quantize_kernels() {
 #ifdef FP4_X86
-  if (isa() >= Isa::avx2) return kAvx2Kernels;
+  if (isa() >= Isa::avx2) return kAvx2Quantize;
 #endif
-  return kScalarKernels;
+  return kScalarQuantize;
+}
+
+const ValueKernels& value_kernels() {
+#ifdef FP4_X86
+  if (isa() >= Isa::avx2) return kAvx2Values;
+#endif
+  return kScalarValues;
 }
 
 bool needs_values(Rule rule) { return rule == Rule::mse || rule == Rule::four_over_six || rule == Rule::quest; }
@@ -105,10 +113,9 @@ constexpr int64_t kStreamBytes = 1 << 20;
 // rules that look at the values themselves through a float32 copy of each group.
 void run_groups(const Quantizer& q, Dtype x_dtype, const void* x, int64_t first, int64_t last, void* codes,
                 int64_t code_bytes, uint8_t* scales, bool doubled) {
-  const Kernels& k = kernels();
   const int block = block_size(q.format());
   const QuantizeGroups run =
-      k.quantize[static_cast<int>(q.format())][static_cast<int>(q.lane_dtype())][doubled ? 1 : 0];
+      quantize_kernels().quantize[static_cast<int>(q.format())][static_cast<int>(q.lane_dtype())][doubled ? 1 : 0];
   uint8_t* out = static_cast<uint8_t*>(codes) + first * code_bytes;
   const bool widen = q.lane_dtype() != x_dtype;
   int64_t at = first;
@@ -128,7 +135,7 @@ void run_groups(const Quantizer& q, Dtype x_dtype, const void* x, int64_t first,
     const uint8_t* source = advance(x, at * block, x_dtype);
     if (blocks < kBlockGroup) std::memset(lanes, 0, sizeof lanes);
     if (widen) {
-      k.widen(source, x_dtype, blocks * block, lanes);
+      value_kernels().widen(source, x_dtype, blocks * block, lanes);
     } else {
       std::memcpy(lanes, source, static_cast<size_t>(blocks) * block * element_size(x_dtype));
     }
@@ -221,13 +228,13 @@ void dequantize(Format format, const uint8_t* codes, const uint8_t* scales, doub
   float effective[256];
   for (int byte = 0; byte < 256; ++byte) effective[byte] = effective_scale(format, byte, global_scale);
   const int block = block_size(format);
-  kernels().dequantize[static_cast<int>(format)][static_cast<int>(dtype)](
+  value_kernels().dequantize[static_cast<int>(format)][static_cast<int>(dtype)](
       codes + first * (block / 2), scales + first, effective, last - first,
       static_cast<uint8_t*>(out) + first * block * element_size(dtype));
 }
 
 float abs_max(const void* x, Dtype dtype, int64_t n) {
-  const Kernels& k = kernels();
+  const ValueKernels& k = value_kernels();
   if (dtype == Dtype::float32) return from_bits(k.abs_max32(x, n));
   const uint32_t bits = k.abs_max16(x, n);
   return dtype == Dtype::bfloat16 ? from_bits(bits << 16) : half_to_float(static_cast<uint16_t>(bits));

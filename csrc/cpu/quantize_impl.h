@@ -54,17 +54,22 @@ using DequantizeBlocks = void (*)(const uint8_t* codes, const uint8_t* scales, c
                                   void* out);
 using AbsMax = uint32_t (*)(const void* x, int64_t n);  // the largest pattern of |x|
 
-struct Kernels {
+struct QuantizeKernels {
   QuantizeGroups quantize[2][3][2];  // [Format][Dtype][doubled]
-  DequantizeBlocks dequantize[2][3];
+};
+
+struct ValueKernels {
+  DequantizeBlocks dequantize[2][3];  // [Format][Dtype]
   AbsMax abs_max16;
   AbsMax abs_max32;
   Widen widen;
 };
 
-extern const Kernels kScalarKernels;
+extern const QuantizeKernels kScalarQuantize;
+extern const ValueKernels kScalarValues;
 #if defined(__x86_64__)
-extern const Kernels kAvx2Kernels;
+extern const QuantizeKernels kAvx2Quantize;
+extern const ValueKernels kAvx2Values;
 #endif
 
 }  // namespace fp4::cpu::detail

@@ -202,13 +202,15 @@ constexpr Dtype kF32 = Dtype::float32, kBf16 = Dtype::bfloat16, kF16 = Dtype::fl
 
 }  // namespace
 
-const Kernels kScalarKernels = {
+const QuantizeKernels kScalarQuantize = {
     {{{quantize_groups<16, kF32, false>, quantize_groups<16, kF32, true>},
       {quantize_groups<16, kBf16, false>, quantize_groups<16, kBf16, true>},
       {quantize_groups<16, kF16, false>, quantize_groups<16, kF16, true>}},
      {{quantize_groups<32, kF32, false>, quantize_groups<32, kF32, true>},
       {quantize_groups<32, kBf16, false>, quantize_groups<32, kBf16, true>},
-      {quantize_groups<32, kF16, false>, quantize_groups<32, kF16, true>}}},
+      {quantize_groups<32, kF16, false>, quantize_groups<32, kF16, true>}}}};
+
+const ValueKernels kScalarValues = {
     {{dequantize_blocks<16, kF32>, dequantize_blocks<16, kBf16>, dequantize_blocks<16, kF16>},
      {dequantize_blocks<32, kF32>, dequantize_blocks<32, kBf16>, dequantize_blocks<32, kF16>}},
     abs_max_bits<uint16_t>,
