@@ -205,10 +205,10 @@ def test_stored_layout_is_fp_quants(llama: Path, tmp_path: Path) -> None:
     assert found == {
         "qweight": ("U8", [128, 128]),
         "scales": ("U8", [128, 8]),
-        "weight_global_scale": ("F32", [1]),
-        "act_global_scale": ("F32", [1]),
-        "forward_hadamard_matrix": ("F32", [size, size]),
-        "backward_hadamard_matrix": ("F32", [size, size]),
+        "weight_global_scale": ("BF16", [1]),
+        "act_global_scale": ("BF16", [1]),
+        "forward_hadamard_matrix": ("BF16", [size, size]),
+        "backward_hadamard_matrix": ("BF16", [size, size]),
     }
 
 

@@ -11,7 +11,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from fp4.checkpoint import fp_quant
+from fp4.checkpoint import Codec, LayerScheme, StoredLinear
+from fp4.checkpoint.fp_quant import FPQuantCodec
 from fp4.config import FPQuantConfig
 from fp4.nn import FP4Linear, swap_linears
 from fp4.rotation import share
@@ -53,8 +54,8 @@ class RoundToNearest(_LoadOp):
         return {f"{layer}.{parameter}": tensor for parameter, tensor in parameters.items()}
 
 
-class ReadFPQuant(_LoadOp):
-    """Gathers the stored tensors of one layer into its canonical parameters."""
+class ReadLayer(_LoadOp):
+    """Gathers the stored tensors of one layer into its canonical parameters, as the checkpoint's codec reads them."""
 
     def convert(
         self,
@@ -65,17 +66,21 @@ class ReadFPQuant(_LoadOp):
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         layer = full_layer_name.rpartition(".")[0]
-        module, _ = get_module_from_name(model, full_layer_name)
-        tensors = {pattern.rpartition(".")[2]: values[0] for pattern, values in input_dict.items()}
+        module, parameter = get_module_from_name(model, full_layer_name)
+        tensors = {pattern.replace("\\", ""): values[0] for pattern, values in input_dict.items()}
+        if not isinstance(module, FP4Linear) and set(tensors) == {".weight"} and tensors[".weight"].is_floating_point():
+            # ModelOpt calls packed weights as ordinary ones are called.
+            return {full_layer_name: tensors[".weight"].to(getattr(module, parameter).dtype)}
         try:
             if not isinstance(module, FP4Linear):
                 raise ValueError("the checkpoint holds a quantized weight, but the configuration keeps this layer")
-            stored = fp_quant.read(tensors, module.scheme.format, module.out_features, module.in_features)
+            scheme = self.hf_quantizer.stored_scheme(layer, module)
+            stored = self.hf_quantizer.codec.read(tensors, scheme, (module.out_features, module.in_features))
         except ValueError as error:
             self.hf_quantizer.problems[layer] = str(error)
             return {}
         self.hf_quantizer.loaded.add(layer)
-        module.rotation = None if stored.rotation is None else share(stored.rotation)
+        module.rotation = None if stored.rotation is None else share(stored.rotation.to(stored.weight.codes.device))
         loaded = {"weight": stored.weight.codes, "weight_scale": stored.weight.scales}
         if stored.weight.global_scale is not None:
             loaded["global_scale"] = stored.weight.global_scale
@@ -103,6 +108,13 @@ class FPQuantHfQuantizer(HfQuantizer):
         #: What went wrong with which layer while loading; reported together, after the last one.
         self.problems: dict[str, str] = {}
         self.loaded: set[str] = set()
+        #: Reads and writes the stored tensors.
+        self.codec: Codec = FPQuantCodec(quantization_config.to_dict())
+
+    def stored_scheme(self, layer: str, module: FP4Linear) -> LayerScheme:
+        """How the tensors of ``layer`` are stored."""
+        activations: Any = "model" if module.scheme.activations == "model" else "fp4"
+        return LayerScheme(module.scheme.format, activations)
 
     # --- before the weights are read
 
@@ -148,7 +160,9 @@ class FPQuantHfQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         if not self.pre_quantized:
             return []
-        return [WeightConverter([f"\\.{name}" for name in fp_quant.SUFFIXES], ".weight", [ReadFPQuant(self)])]
+        # `\\.` keeps the dot of a suffix from matching anything else.
+        patterns = [suffix.replace(".", "\\.") for suffix in self.codec.suffixes]
+        return [WeightConverter(patterns, ".weight", [ReadLayer(self)])]
 
     # --- after that
 
@@ -166,7 +180,7 @@ class FPQuantHfQuantizer(HfQuantizer):
             module.settle(torch.device(hook.execution_device) if getattr(hook, "offload", False) else None)
         # The converters above are for reading; `get_state_dict_and_metadata` writes.
         conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [c for c in conversions if not _reads_fp_quant(c)]
+        model._weight_conversions = [c for c in conversions if not _reads_layers(c)]
         save_atomically(model)
         return model
 
@@ -174,6 +188,7 @@ class FPQuantHfQuantizer(HfQuantizer):
         from accelerate.utils import align_module_device
 
         state_dict = model.state_dict()
+        self.codec.dtype = model.dtype
         for name, module in model.named_modules():
             if not isinstance(module, FP4Linear):
                 continue
@@ -181,14 +196,9 @@ class FPQuantHfQuantizer(HfQuantizer):
             with align_module_device(module):
                 for key in ("weight", "weight_scale", "global_scale", "input_global_scale"):
                     state_dict.pop(prefix + key, None)
-                pseudo = self.quantization_config.pseudoquantization
-                stored = fp_quant.write(
-                    module.canonical(),
-                    module.input_global_scale,
-                    module.rotation,
-                    (module.bias if module.bias is not None else model).dtype if pseudo else None,
-                )
-                state_dict |= {prefix + key: tensor for key, tensor in stored.items()}
+                layer = StoredLinear(module.canonical(), module.input_global_scale, module.rotation)
+                stored = self.codec.write(layer, self.stored_scheme(name, module))
+                state_dict |= {name + suffix: tensor for suffix, tensor in stored.items()}
         return state_dict, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -217,5 +227,5 @@ class FPQuantHfQuantizer(HfQuantizer):
         return True
 
 
-def _reads_fp_quant(conversion: Any) -> bool:
-    return any(isinstance(op, ReadFPQuant) for op in getattr(conversion, "operations", ()))
+def _reads_layers(conversion: Any) -> bool:
+    return any(isinstance(op, ReadLayer) for op in getattr(conversion, "operations", ()))

@@ -39,7 +39,10 @@ class AutoRoundCodec(CompressedTensorsCodec):
         own = self._own(layer)
         if own is None and not self._in_blocks(layer):
             return None
-        options = {**self.config, **(own or {})}
+        return self._scheme({**self.config, **(own or {})})
+
+    @staticmethod
+    def _scheme(options: Mapping[str, Any]) -> LayerScheme | None:
         if (options.get("bits") or 16) > 8:
             return None
         data_type = str(options.get("data_type"))[:5]
@@ -52,6 +55,14 @@ class AutoRoundCodec(CompressedTensorsCodec):
             )
         act_bits = options.get("act_bits") or 16
         return LayerScheme(fmt, "model" if act_bits > 8 else "fp4" if act_bits == 4 else "fp8")
+
+    def obstacle(self) -> str | None:
+        for options in [self.config, *({**self.config, **own} for own in self.extra.values())]:
+            try:
+                self._scheme(options)
+            except ValueError as error:
+                return str(error)
+        return None
 
     def _own(self, layer: str) -> Mapping[str, Any] | None:
         if layer in self.extra:

@@ -79,11 +79,18 @@ class Codec(ABC):
     def scheme(self, layer: str) -> LayerScheme | None:
         """What the configuration says about ``layer``; None if it keeps it. ValueError if it is no FP4 scheme."""
 
+    def obstacle(self) -> str | None:
+        """Why not every quantized layer of such a checkpoint is FP4, or None if all are."""
+        return None
+
     @abstractmethod
-    def read(self, tensors: Mapping[str, Tensor], scheme: LayerScheme) -> StoredLinear:
+    def read(
+        self, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None
+    ) -> StoredLinear:
         """Canonical form of one layer, its tensors keyed by suffix; ValueError naming what is wrong with them.
 
-        Tensors on the meta device are checked for shape and dtype only.
+        Tensors on the meta device are checked for shape and dtype only. ``shape`` is N, K of the model's layer, where
+        there is one.
         """
 
     @abstractmethod
@@ -126,9 +133,13 @@ def require(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return tensors[name]
 
 
-def read_codes(stored: Tensor, name: str) -> Tensor:
-    if stored.dtype != torch.uint8 or stored.ndim < 2:
-        raise ValueError(f"{name} is {stored.dtype} {tuple(stored.shape)}; expected uint8 [N, K/2]")
+def read_codes(stored: Tensor, name: str, shape: tuple[int, int] | None = None) -> Tensor:
+    """Codes ``[N, K/2]``; ``shape`` is N, K where it is known."""
+    found = f"{name} is {stored.dtype} {tuple(stored.shape)}"
+    if stored.dtype != torch.uint8 or stored.ndim != 2:
+        raise ValueError(f"{found}; expected a matrix of torch.uint8, [N, K/2]")
+    if shape is not None and tuple(stored.shape) != (shape[0], shape[1] // 2):
+        raise ValueError(f"{found}; the model expects torch.uint8 {(shape[0], shape[1] // 2)}")
     return stored
 
 

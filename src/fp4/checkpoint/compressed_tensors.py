@@ -64,6 +64,23 @@ class CompressedTensorsCodec(Codec):
         size = self._rotation(layer)
         return LayerScheme(scheme[0], scheme[1], "hadamard" if size else "identity", size)
 
+    def obstacle(self) -> str | None:
+        if self.config.get("quantization_status", "compressed") != "compressed":
+            return f"quantization_status is {self.config['quantization_status']!r}; only compressed weights are packed"
+        for option in ("kv_cache_scheme", "sparsity_config"):
+            if self.config.get(option):
+                return f"{option} is set, which the FP4 modules do not apply"
+        try:
+            for group in self.groups:
+                self._weights(group.get("weights") or {})
+                self._activations(group.get("input_activations"))
+                if group.get("output_activations"):
+                    return "output activations are quantized, which the FP4 modules do not apply"
+            self._rotation("")
+        except ValueError as error:
+            return str(error)
+        return None
+
     def _group(self, layer: str) -> Mapping[str, Any] | None:
         """The group that names the layer, else one whose pattern fits it, else one for its class."""
         by_class: Mapping[str, Any] | None = None
@@ -117,8 +134,10 @@ class CompressedTensorsCodec(Codec):
                 size = int(head_dim)
         return size
 
-    def read(self, tensors: Mapping[str, Tensor], scheme: LayerScheme) -> StoredLinear:
-        codes = read_codes(require(tensors, ".weight_packed"), "weight_packed")
+    def read(
+        self, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None
+    ) -> StoredLinear:
+        codes = read_codes(require(tensors, ".weight_packed"), "weight_packed", shape)
         scales = read_scales(require(tensors, ".weight_scale"), "weight_scale", scheme.format, codes)
         global_scale = input_global_scale = None
         if scheme.format is NVFP4:

@@ -21,6 +21,7 @@ from fp4.checkpoint.codec import (
     Codec,
     LayerScheme,
     StoredLinear,
+    read_codes,
     read_scalar,
     read_scales,
     require,
@@ -61,17 +62,25 @@ class FPQuantCodec(Codec):
             raise ValueError(f"its forward_dtype is {options.get('forward_dtype')!r}; expected {' or '.join(FORMATS)}")
         return LayerScheme(fmt, "model" if options.get("activation_dtype") == "model" else "fp4")
 
-    def read(self, tensors: Mapping[str, Tensor], scheme: LayerScheme) -> StoredLinear:
+    def read(
+        self, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None
+    ) -> StoredLinear:
         if self.config.get("store_master_weights"):
             raise ValueError("store_master_weights: the checkpoint holds dense weights, to be quantized when loaded")
         stored = {name.removeprefix("."): tensor for name, tensor in tensors.items()}
         if self.config.get("pseudoquantization"):
-            stored.pop("qweight", None)  # placeholders beside dqweight
-            out_features, in_features = _matrix(require(stored, "dqweight"), "dqweight")
+            stored.pop("qweight", None)  # a placeholder beside dqweight
+            dense = require(stored, "dqweight")
+            if dense.ndim != 2:
+                raise ValueError(f"dqweight is {tuple(dense.shape)}; expected a matrix")
+            shape = shape or (dense.shape[0], dense.shape[1])
         else:
-            out_features, in_features = _matrix(require(stored, "qweight"), "qweight")
-            in_features *= 2
-        return read(stored, scheme.format, out_features, in_features)
+            codes = read_codes(require(stored, "qweight"), "qweight", shape)
+            shape = (codes.shape[0], codes.shape[1] * 2)
+        read_as = read(stored, scheme.format, *shape)
+        # fp4's own option: the stored scale of the input is then a mere placeholder.
+        dynamic = self.config.get("activation_scaling") == "dynamic"
+        return read_as._replace(input_global_scale=None) if dynamic else read_as
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
         if stored.weight.codes.ndim != 2:
@@ -82,12 +91,14 @@ class FPQuantCodec(Codec):
             raise ValueError("its activations are FP8, for which fp_quant has no place")
         if scheme.block_size not in (0, scheme.format.block_size):
             raise ValueError(f"its blocks have {scheme.block_size} elements; fp_quant has a place for 16")
-        if scheme.activations == "fp4" and scheme.format.needs_global_scale and stored.input_global_scale is None:
+        needs_scale = scheme.activations == "fp4" and scheme.format.needs_global_scale
+        if needs_scale and stored.input_global_scale is None and self.config.get("activation_scaling") != "dynamic":
             raise ValueError(
                 "its input has no calibrated global scale, which fp_quant needs for FP4 activations; write it "
                 "weight-only, or calibrate"
             )
-        tensors = write(*stored, buffer_dtype=self.dtype, allow_rounding=allow_rounding)
+        pseudo_dtype = self.dtype if self.config.get("pseudoquantization") else None
+        tensors = write(*stored, pseudo_dtype, self.dtype, allow_rounding)
         return {f".{name}": tensor for name, tensor in tensors.items()}
 
     @classmethod
@@ -120,12 +131,6 @@ def _options(scheme: LayerScheme) -> dict[str, Any]:
     return options | ({"activation_dtype": "model"} if scheme.activations == "model" else {})
 
 
-def _matrix(tensor: Tensor, name: str) -> tuple[int, int]:
-    if tensor.ndim != 2:
-        raise ValueError(f"{name} is {tuple(tensor.shape)}; expected a matrix")
-    return tensor.shape[0], tensor.shape[1]
-
-
 def read(tensors: Mapping[str, Tensor], fmt: Format, out_features: int, in_features: int) -> StoredLinear:
     """Canonical form of one stored layer.
 
@@ -142,12 +147,7 @@ def read(tensors: Mapping[str, Tensor], fmt: Format, out_features: int, in_featu
     if "dqweight" in tensors and "qweight" not in tensors:
         codes, scales = _recover(tensors["dqweight"], fmt, unit, out_features, in_features)
     else:
-        codes = require(tensors, "qweight")
-        if codes.dtype != torch.uint8 or tuple(codes.shape) != (out_features, in_features // 2):
-            raise ValueError(
-                f"qweight is {codes.dtype} {tuple(codes.shape)}; the model expects {torch.uint8} "
-                f"{(out_features, in_features // 2)}"
-            )
+        codes = read_codes(require(tensors, "qweight"), "qweight", (out_features, in_features))
         stored = _unpadded(require(tensors, "scales"), fmt, out_features, in_features)
         scales = read_scales(stored, "scales", fmt, codes)
     input_unit = 1 / read_scalar(require(tensors, "act_global_scale"), "act_global_scale")

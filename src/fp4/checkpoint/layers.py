@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Scalars and rotation matrices are below this; codes and block scales of any real layer are above.
 _SMALL = 1 << 18
+_WEIGHTS = (".weight", ".weight_packed", ".qweight")
+_QUANTIZED_DTYPES = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32")
 
 
 def packed_layers(codec: Codec, tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
@@ -39,6 +41,12 @@ def dense_matrices(tensors: Mapping[str, TensorInfo], packed: Mapping[str, Mappi
         if name.endswith(".weight") and len(info.shape) > 1
     )
     return [name for name in names if name not in packed]
+
+
+def other_quantized(tensors: Mapping[str, TensorInfo], packed: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
+    """Names of the modules whose weight is quantized, but not to FP4: of one byte or integer, and not packed."""
+    weights = ((name.rpartition(".")[0], info) for name, info in tensors.items() if name.endswith(_WEIGHTS))
+    return [name for name, info in weights if name not in packed and info.dtype in _QUANTIZED_DTYPES]
 
 
 def peek(codec: Codec, layer: str, infos: Mapping[str, TensorInfo]) -> tuple[StoredLinear, LayerScheme]:

@@ -75,10 +75,20 @@ class ModelOptCodec(Codec):
         fmt, activations, block_size = known
         return LayerScheme(fmt, activations, block_size=int(group_size or block_size))
 
-    def read(self, tensors: Mapping[str, Tensor], scheme: LayerScheme) -> StoredLinear:
+    def obstacle(self) -> str | None:
+        for layer in self.per_layer if self.per_layer is not None else [""]:
+            try:
+                self.scheme(layer)
+            except ValueError as error:
+                return f"{layer}: {error}" if layer else str(error)
+        return None
+
+    def read(
+        self, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None
+    ) -> StoredLinear:
         if ".pre_quant_scale" in tensors:
             raise ValueError("its input is smoothed by pre_quant_scale (AWQ), which the FP4 modules do not apply")
-        codes = read_codes(require(tensors, ".weight"), "weight")
+        codes = read_codes(require(tensors, ".weight"), "weight", shape)
         scales = read_scales(require(tensors, ".weight_scale"), "weight_scale", scheme.format, codes, scheme.block_size)
         global_scale = input_global_scale = None
         if scheme.format is NVFP4:

@@ -39,7 +39,9 @@ class Mxfp4Codec(Codec):
             return None
         return LayerScheme(MXFP4, "model")
 
-    def read(self, tensors: Mapping[str, Tensor], scheme: LayerScheme) -> StoredLinear:
+    def read(
+        self, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None
+    ) -> StoredLinear:
         blocks = require(tensors, "_blocks")
         if blocks.dtype != torch.uint8 or blocks.ndim != 4 or blocks.shape[-1] != 16:
             raise ValueError(f"blocks is {blocks.dtype} {tuple(blocks.shape)}; expected uint8 [E, N, K/32, 16]")
@@ -51,9 +53,7 @@ class Mxfp4Codec(Codec):
         codes, scales, _ = stored.weight
         if scheme.format is not MXFP4 or scheme.activations != "model" or codes.ndim != 3:
             kind = "a stack of experts" if codes.ndim == 3 else "one matrix"
-            raise ValueError(
-                f"it is {scheme}, {kind}; {self.name} holds stacks of experts in mxfp4a16 and nothing else"
-            )
+            raise ValueError(f"it is {kind} in {scheme}; {self.name} holds only stacks of experts, in mxfp4a16")
         require_no_rotation(stored, self.name)
         require_no_global_scale(stored.weight, self.name)
         return {"_blocks": codes.unflatten(-1, (-1, 16)), "_scales": scales.view(torch.uint8)}
