@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import subprocess
@@ -68,9 +69,7 @@ dtypes = st.sampled_from(DTYPES)
 
 @settings(max_examples=60, deadline=None)
 @given(shapes, formats_, dtypes, st.booleans(), st.integers(0, 1000))
-def test_linear(
-    shape: tuple[int, int, int], fmt: Format, dtype: torch.dtype, has_bias: bool, seed: int
-) -> None:
+def test_linear(shape: tuple[int, int, int], fmt: Format, dtype: torch.dtype, has_bias: bool, seed: int) -> None:
     m, n, k = shape[0], shape[1], shape[2] * fmt.block_size
     torch.manual_seed(seed)
     weight = random_weight(fmt, n, k, seed=seed)
@@ -115,7 +114,7 @@ def test_grouped(fmt: Format, counts: list[int], w4a4: bool, has_bias: bool) -> 
         out = ops.cpu_grouped_linear(x, *packed(weight), bias, offsets, n)
     assert out.shape == (len(x), n)
     values = formats.dequantize(*weight)
-    for e, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for e, (start, end) in enumerate(itertools.pairwise(offsets)):
         assert_product(out[start:end], x[start:end], values[e], None if bias is None else bias[e])
 
 

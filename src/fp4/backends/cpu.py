@@ -37,7 +37,8 @@ def isa() -> str | None:
 def _panels(rows: Tensor) -> Tensor:
     """``[..., N, bytes]`` -> ``[..., panels, 16, bytes]``, the last panel padded with zero bytes."""
     missing = -rows.shape[-2] % _PANEL_ROWS
-    return pad(rows, (0, 0, 0, missing)).unflatten(-2, (-1, _PANEL_ROWS))
+    padded: Tensor = pad(rows, (0, 0, 0, missing))
+    return padded.unflatten(-2, (-1, _PANEL_ROWS))
 
 
 class CpuBackend(Backend):
