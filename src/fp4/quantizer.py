@@ -181,7 +181,7 @@ class FPQuantHfQuantizer(HfQuantizer):
         # The converters above are for reading; `get_state_dict_and_metadata` writes.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not _reads_layers(c)]
-        save_atomically(model)
+        save_atomically(model, self.codec.side_files(self.quantization_config.to_dict()))
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
+
+from fp4.checkpoint.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,16 +20,24 @@ if TYPE_CHECKING:
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
-def save_atomically(model: PreTrainedModel) -> None:
+def save_atomically(model: PreTrainedModel, side_files: Mapping[str, Any] | None = None) -> None:
     """Make ``model.save_pretrained`` write beside its target and move the files in once they are all there.
+
+    ``side_files`` are JSON files, by name, that the checkpoint's format wants beside config.json.
 
     Transformers writes shard by shard into the target, so that a full disk leaves a folder that looks like a model and
     is not one. The method is replaced on this instance alone.
     """
-    model.save_pretrained = MethodType(_save_pretrained, model)
+    model.save_pretrained = MethodType(functools.partial(_save_pretrained, dict(side_files or {})), model)
 
 
-def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+def _save_pretrained(
+    side_files: dict[str, Any],
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
     target = Path(save_directory)
     if target.is_file():
         raise ValueError(f"cannot save to {target}: it is a file; name a folder")
@@ -34,6 +46,8 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[s
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         type(model).save_pretrained(model, staging, *args, **kwargs)
+        for name, content in side_files.items():
+            write_json(staging / name, content)
         target.mkdir(exist_ok=True)
         written = [path.name for path in staging.iterdir()]
         for path in staging.iterdir():

@@ -64,6 +64,8 @@ class Codec(ABC):
     suffixes: ClassVar[tuple[str, ...]]
     marker: ClassVar[str]
     marker_dtype: ClassVar[str | None] = None
+    #: How the tool that writes the format rounds MXFP4 activations, one of ``formats.MXFP4.rules``.
+    mxfp4_input_rule: ClassVar[str] = "even"
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         self.config = dict(config)

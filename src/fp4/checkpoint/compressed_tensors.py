@@ -67,6 +67,8 @@ class CompressedTensorsCodec(Codec):
     def obstacle(self) -> str | None:
         if self.config.get("quantization_status", "compressed") != "compressed":
             return f"quantization_status is {self.config['quantization_status']!r}; only compressed weights are packed"
+        if not self.groups:
+            return "config_groups is empty"
         for option in ("kv_cache_scheme", "sparsity_config"):
             if self.config.get(option):
                 return f"{option} is set, which the FP4 modules do not apply"

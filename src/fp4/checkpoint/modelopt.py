@@ -52,6 +52,7 @@ class ModelOptCodec(Codec):
     suffixes = (".weight", ".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale")
     marker = ".weight"
     marker_dtype = "U8"
+    mxfp4_input_rule = "ceil"
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(flatten(config), dtype)
@@ -148,15 +149,17 @@ class ModelOptCodec(Codec):
     def side_files(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         cache = config.get("kv_cache_scheme")
         quantization: dict[str, Any] = {
-            "quant_algo": config["quant_algo"],
+            "quant_algo": config.get("quant_algo"),
             "kv_cache_quant_algo": "FP8" if isinstance(cache, Mapping) and cache.get("num_bits") == 8 else None,
-            "exclude_modules": config["ignore"],
+            "exclude_modules": config.get("ignore") or [],
         }
         if "quantized_layers" in config:
             quantization["quantized_layers"] = config["quantized_layers"]
-        else:
-            quantization["group_size"] = _ALGORITHMS[config["quant_algo"]][2]
-        return {"hf_quant_config.json": {"producer": config["producer"], "quantization": quantization}}
+        known = _ALGORITHMS.get(str(config.get("quant_algo")).upper())
+        if known is not None:
+            quantization["group_size"] = known[2]
+        producer = config.get("producer") or dict(_PRODUCER)
+        return {"hf_quant_config.json": {"producer": producer, "quantization": quantization}}
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,194 @@
+"""Other tools' checkpoints in ``from_pretrained``: read as they are, run packed, saved in the format they came in.
+
+``modelopt`` is new to Transformers. Of ``compressed-tensors`` and ``auto-round`` only checkpoints whose quantized
+layers are all FP4 are taken over; any other gets Transformers' own configuration and quantizer, as without fp4.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fp4.checkpoint import LayerScheme, codec_for
+from fp4.checkpoint.files import read_header
+from fp4.checkpoint.layers import packed_layers
+from fp4.config import FPQuantConfig
+from fp4.formats import MXFP4
+from fp4.nn import FP4Linear
+from fp4.quantizer import FPQuantHfQuantizer
+from fp4.scheme import Scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger("fp4")
+
+_TAKEN_OVER = ("compressed-tensors", "auto-round")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+class CheckpointConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a checkpoint in another tool's format, kept as it is.
+
+    Args:
+        stored: as config.json has it.
+        activation_dtype: as in :class:`fp4.FPQuantConfig`, for layers whose activations are FP4 in the checkpoint.
+        backend: as in :class:`fp4.FPQuantConfig`.
+    """
+
+    strict = True
+    pseudoquantization = False
+    store_master_weights = False
+    uses_static_scales = True
+
+    def __init__(
+        self,
+        stored: dict[str, Any],
+        activation_dtype: Literal["auto", "fp4", "model"] = "auto",
+        backend: str = "auto",
+    ) -> None:
+        self.stored = dict(stored)
+        self.quant_method = self.stored["quant_method"]
+        self.activation_dtype = activation_dtype
+        self.backend = backend
+        #: Set by Transformers when the user passes its own configuration with this option.
+        self.dequantize = False
+        self.modules_to_not_convert: list[str] = []
+        self.codec = codec_for(self.stored)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json gets: what it was read from."""
+        return dict(self.stored)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        chosen = {"activation_dtype": self.activation_dtype, "backend": self.backend}
+        return {name: value for name, value in chosen.items() if value != "auto"}
+
+    def scheme_for(self, name: str) -> tuple[Scheme, str] | None:
+        """Scheme and backend preference of the layer called ``name``, or None if the checkpoint keeps it."""
+        stored = self.codec.scheme(name)
+        if stored is None:
+            return None
+        scheme = Scheme(
+            format=stored.format,
+            activations=self.activation_dtype if stored.activations == "fp4" else "model",
+            activation_rule=self.codec.mxfp4_input_rule if stored.format is MXFP4 else "abs_max",
+            rotation=stored.rotation,
+            group_size=stored.group_size or stored.format.block_size,
+        )
+        return scheme, self.backend
+
+
+class CheckpointHfQuantizer(FPQuantHfQuantizer):
+    """Runs another tool's FP4 checkpoint in packed FP4."""
+
+    quantization_config: CheckpointConfig
+
+    def __init__(self, quantization_config: CheckpointConfig, **kwargs: Any) -> None:
+        HfQuantizer.__init__(self, quantization_config, **kwargs)
+        self.problems, self.loaded = {}, set()
+        self.codec = quantization_config.codec
+        obstacle = self.codec.obstacle()
+        if obstacle is not None:
+            raise ValueError(f"this {self.codec.name} checkpoint cannot be run by fp4: {obstacle}")
+        if not self.pre_quantized:
+            raise ValueError(
+                f"{self.codec.name} is a format of checkpoints; to quantize a model while loading it pass "
+                f'FPQuantConfig(checkpoint_format="{self.codec.name}")'
+            )
+
+    def stored_scheme(self, layer: str, module: FP4Linear) -> LayerScheme:
+        scheme = self.codec.scheme(layer)
+        if scheme is None:
+            raise ValueError("it is packed, but the configuration says that it is not quantized")
+        return scheme
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self._require_modules_for_experts(model, kwargs.get("checkpoint_files") or [])
+        super()._process_model_before_weight_loading(model, **kwargs)
+        schemes = [self.codec.scheme(name) for name, module in model.named_modules() if isinstance(module, FP4Linear)]
+        fp8 = sum(scheme is not None and scheme.activations == "fp8" for scheme in schemes)
+        if fp8:
+            logger.info("%d layers expect FP8 activations; fp4 runs them with unquantized ones", fp8)
+
+    def _require_modules_for_experts(self, model: PreTrainedModel, files: list[Any]) -> None:
+        """ValueError if experts are packed one by one while the model holds them stacked.
+
+        Without this check Transformers would leave such experts randomly initialized.
+        """
+        modules = {name for name, _ in model.named_modules()}
+        for path in map(Path, files):
+            for layer in packed_layers(self.codec, read_header(path).tensors) if path.suffix == ".safetensors" else ():
+                if _EXPERT.search(layer) and layer not in modules:
+                    raise ValueError(
+                        f"{layer} is packed, but {type(model).__name__} holds its experts stacked, which fp4 does not "
+                        "load from this format. Dequantize the experts, or use a model class with separate experts"
+                    )
+
+
+def takes_over(config: dict[str, Any]) -> bool:
+    """Whether fp4 rather than Transformers' own code handles a checkpoint with this ``quantization_config``."""
+    if config.get("quant_method") not in _TAKEN_OVER:
+        return False
+    try:
+        return codec_for(config).obstacle() is None
+    except ValueError:
+        return False
+
+
+def _config_dispatcher(method: str, stock: type) -> type:
+    # Transformers compares class names when the user passes a configuration of its own beside the checkpoint's.
+    own = type(stock.__name__, (CheckpointConfig,), {"__module__": __name__})
+
+    class Dispatcher(stock):
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            chosen = own if takes_over(config_dict) else stock
+            return chosen.from_dict(config_dict, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return Dispatcher
+
+
+def _quantizer_dispatcher(stock: type, stock_config: type) -> type:
+    class Dispatcher(stock):
+        def __new__(cls, config: Any, **kwargs: Any) -> Any:
+            if isinstance(config, CheckpointConfig) and config.dequantize:
+                dense: Any = stock_config
+                config = dense.from_dict(config.stored | {"dequantize": True})
+            return (CheckpointHfQuantizer if isinstance(config, CheckpointConfig) else stock)(config, **kwargs)
+
+    return Dispatcher
+
+
+def register() -> None:
+    """Make Transformers know fp4's quantizers. FP4_TAKE_OVER=0 in the environment leaves its own in place."""
+    quantizers, configs = auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    quantizers["modelopt"], configs["modelopt"] = CheckpointHfQuantizer, CheckpointConfig
+    for config in (FPQuantConfig, CheckpointConfig):
+        if config not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
+            auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config,)
+    if os.environ.get("FP4_TAKE_OVER", "1") == "0":
+        return
+    # `register_quantizer` refuses names that are taken.
+    quantizers["fp_quant"], configs["fp_quant"] = FPQuantHfQuantizer, FPQuantConfig
+    for method in _TAKEN_OVER:
+        stock, stock_config = quantizers[method], configs[method]
+        if issubclass(stock_config, CheckpointConfig) or stock.__module__ == __name__:
+            continue  # registered before
+        configs[method] = _config_dispatcher(method, stock_config)
+        quantizers[method] = _quantizer_dispatcher(stock, stock_config)

@@ -1,0 +1,227 @@
+"""Checkpoints of other tools through from_pretrained and save_pretrained."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import auto
+
+from fp4 import CheckpointConfig, CheckpointHfQuantizer, FP4Linear, FPQuantConfig
+from fp4.checkpoint import codec_for
+from fp4.checkpoint.files import Checkpoint, load
+from fp4.checkpoint.layers import packed_layers
+from fp4.checkpoint_quantizer import takes_over
+from fp4.formats import dequantize
+
+# name, dtype of its unquantized tensors, activations in the checkpoint
+FIXTURES = [
+    ("llmcompressor-NVFP4", torch.bfloat16, "fp4"),
+    ("llmcompressor-NVFP4-gptq", torch.bfloat16, "fp4"),
+    ("llmcompressor-NVFP4A16", torch.bfloat16, "model"),
+    ("llmcompressor-MXFP4", torch.bfloat16, "fp4"),
+    ("modelopt-NVFP4", torch.bfloat16, "fp4"),
+    ("modelopt-W4A16_NVFP4", torch.bfloat16, "model"),
+    ("modelopt-W4A8_NVFP4_FP8", torch.bfloat16, "model"),
+    ("modelopt-MXFP4", torch.bfloat16, "fp4"),
+    ("autoround-NVFP4", torch.float32, "fp4"),
+    ("autoround-NVFP4-autoroundfmt", torch.float32, "fp4"),
+    ("autoround-MXFP4", torch.float32, "fp4"),
+    ("fpquant-nvfp", torch.float32, "fp4"),
+    ("fpquant-mxfp-gptq", torch.float32, "fp4"),
+]
+
+
+def from_pretrained(path: Path, **options: object) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def packed(model: PreTrainedModel) -> dict[str, FP4Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, FP4Linear)}
+
+
+@pytest.mark.parametrize(("name", "dtype", "activations"), FIXTURES, ids=[row[0] for row in FIXTURES])
+def test_loads_packed_and_saves_the_same_bytes(
+    name: str,
+    dtype: torch.dtype,
+    activations: str,
+    shared: Callable[[str], Path],
+    token_ids: torch.Tensor,
+    tmp_path: Path,
+) -> None:
+    source = shared(f"fixtures/{name}")
+    model = from_pretrained(source, dtype=dtype)
+    layers = packed(model)
+    assert len(layers) == 14
+    checkpoint = Checkpoint.open(source)
+    codec = codec_for(checkpoint.quantization_config() or {}, checkpoint.dtype)
+    for layer, infos in packed_layers(codec, checkpoint.tensors).items():
+        module, scheme = layers[layer], codec.scheme(layer)
+        assert scheme is not None
+        stored = codec.read({suffix: load(info) for suffix, info in infos.items()}, scheme)
+        assert torch.equal(dequantize(*module.canonical()), dequantize(*stored.weight))
+        assert (module.rotation is None) == (stored.rotation is None)
+        assert (module.scheme.activations == "model") == (activations == "model")
+        static = stored.input_global_scale
+        assert static is None or module.input_global_scale == static
+    assert isinstance(model.lm_head, torch.nn.Linear)
+
+    model.save_pretrained(tmp_path / "out")
+    expected: dict[str, torch.Tensor] = {}
+    for path in source.glob("*.safetensors"):
+        expected |= load_file(path)
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert set(found) == set(expected)
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype, key
+        assert found[key].shape == tensor.shape, key
+        assert found[key].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), key
+    if not name.startswith("fpquant"):
+        theirs = json.loads((source / "config.json").read_text())["quantization_config"]
+        assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"] == theirs
+    assert (tmp_path / "out/hf_quant_config.json").is_file() == name.startswith("modelopt")
+    again = from_pretrained(tmp_path / "out", dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(model(token_ids).logits, again(token_ids).logits)
+
+
+@pytest.mark.parametrize("name", ["llmcompressor-NVFP4", "modelopt-NVFP4", "autoround-NVFP4", "modelopt-MXFP4"])
+def test_logits_are_those_of_the_dequantized_model(
+    name: str, shared: Callable[[str], Path], token_ids: torch.Tensor
+) -> None:
+    source = from_pretrained(shared("fixtures/source-llama"), dtype=torch.float32)
+    model = from_pretrained(shared(f"fixtures/{name}"), dtype=torch.float32)
+    for layer, module in packed(model).items():
+        source.get_submodule(layer).weight.data = module.dequantize(torch.float32)
+    for module in packed(model).values():
+        module.quantizes_input = False
+    with torch.no_grad():
+        torch.testing.assert_close(model(token_ids).logits, source(token_ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_rotation_of_a_transform_config_is_applied(
+    shared: Callable[[str], Path], token_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    from fp4.convert import convert
+
+    source = from_pretrained(shared("fixtures/fpquant-nvfp"), dtype=torch.float32)
+    convert(shared("fixtures/fpquant-nvfp"), tmp_path / "out", "compressed-tensors")
+    model = from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert all(module.rotation is not None for module in packed(model).values())
+    with torch.no_grad():
+        assert torch.equal(model(token_ids).logits, source(token_ids).logits)
+
+
+@pytest.mark.parametrize("name", ["llmcompressor-NVFP4-qwen3moe", "modelopt-NVFP4-qwen3moe"])
+def test_packed_experts_are_never_loaded_wrong_in_silence(name: str, shared: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.0\.\w+ is packed, but Qwen3MoeForCausalLM holds"):
+        from_pretrained(shared(f"fixtures/{name}"))
+
+
+def test_w4a4_follows_the_checkpoint_where_asked(shared: Callable[[str], Path], token_ids: torch.Tensor) -> None:
+    path = shared("fixtures/modelopt-NVFP4")
+    weight_only = from_pretrained(path)
+    chosen = CheckpointConfig({"quant_method": "modelopt", "quant_algo": "NVFP4"}, activation_dtype="fp4")
+    with pytest.warns(UserWarning, match="loading attributes"):
+        model = from_pretrained(path, quantization_config=chosen)
+    assert all(module.quantizes_input for module in packed(model).values())
+    assert not any(module.quantizes_input for module in packed(weight_only).values())
+    with torch.no_grad():
+        assert not torch.equal(model(token_ids).logits, weight_only(token_ids).logits)
+
+
+def test_damage_is_reported_for_every_layer_at_once(shared: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    shutil.copytree(shared("fixtures/modelopt-NVFP4"), folder, copy_function=shutil.copyfile)
+    tensors = load_file(folder / "model.safetensors")
+    layer = "model.layers.1.mlp.up_proj"
+    tensors[f"{layer}.weight_scale_2"].fill_(float("nan"))
+    del tensors["model.layers.0.mlp.up_proj.weight_scale"]
+    tensors["lm_head.weight"] = tensors[f"{layer}.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="3 layers could not be loaded") as caught:
+        from_pretrained(folder)
+    for message in (
+        "lm_head: the checkpoint holds a quantized weight, but the configuration keeps this layer",
+        "model.layers.0.mlp.up_proj: weight_scale is missing",
+        f"{layer}: weight_scale_2 is [nan]",
+    ):
+        assert message in str(caught.value)
+
+
+# --- what is not taken over ------------------------------------------------------------------------------------------
+
+NVFP4 = {"num_bits": 4, "type": "float", "group_size": 16}
+GROUP = {"targets": ["Linear"], "weights": NVFP4, "input_activations": None}
+FP4_CONFIG = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "config_groups": {"a": GROUP}}
+INT4 = {"num_bits": 4, "type": "int", "group_size": 128}
+FP8 = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FP4_CONFIG | {"config_groups": {"a": GROUP | {"weights": INT4}}},
+        FP4_CONFIG | {"config_groups": {"a": GROUP | {"weights": FP8}}},
+        FP4_CONFIG | {"config_groups": {"a": GROUP, "b": GROUP | {"weights": FP8}}},
+        FP4_CONFIG | {"quantization_status": "frozen"},
+        FP4_CONFIG | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+        FP4_CONFIG | {"config_groups": {}},
+        {"quant_method": "auto-round", "bits": 4, "data_type": "int", "group_size": 128},
+        {"quant_method": "mxfp4"},
+        {"quant_method": "fp8"},
+    ],
+)
+def test_everything_but_fp4_is_left_to_transformers(config: dict[str, object]) -> None:
+    assert not takes_over(config)
+
+
+def test_fp4_is_taken_over() -> None:
+    assert takes_over(FP4_CONFIG)
+    assert takes_over({"quant_method": "auto-round", "bits": 4, "data_type": "nv_fp", "group_size": 16, "act_bits": 4})
+    config = auto.AutoQuantizationConfig.from_dict(FP4_CONFIG)
+    assert isinstance(config, CheckpointConfig)
+    assert isinstance(auto.AutoHfQuantizer.from_config(config), CheckpointHfQuantizer)
+
+
+def test_other_checkpoints_get_stock_objects() -> None:
+    from transformers.quantizers.quantizer_auto_round import AutoRoundQuantizer
+    from transformers.utils.quantization_config import AutoRoundConfig
+
+    config = auto.AutoQuantizationConfig.from_dict(
+        {"quant_method": "auto-round", "bits": 4, "data_type": "int", "group_size": 128}
+    )
+    assert type(config) is AutoRoundConfig
+    assert type(auto.AutoHfQuantizer.from_config(config)) is AutoRoundQuantizer
+
+
+def test_stock_code_stays_when_it_is_asked_for() -> None:
+    code = (
+        "import fp4\n"
+        "from transformers.quantizers import auto\n"
+        "names = ('fp_quant', 'compressed-tensors', 'auto-round', 'mxfp4', 'modelopt')\n"
+        "print(*(auto.AUTO_QUANTIZER_MAPPING[n].__module__.split('.')[0] for n in names))\n"
+        "print(*(auto.AUTO_QUANTIZATION_CONFIG_MAPPING[n].__module__.split('.')[0] for n in names))\n"
+    )
+    environment = os.environ | {"FP4_TAKE_OVER": "0"}
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert out.stdout.split() == 2 * [*4 * ["transformers"], "fp4"]
+
+
+def test_modelopt_that_is_not_fp4_is_refused_by_name() -> None:
+    config = auto.AutoQuantizationConfig.from_dict({"quant_method": "modelopt", "quant_algo": "FP8"})
+    with pytest.raises(ValueError, match="cannot be run by fp4: its quant_algo is 'FP8'"):
+        auto.AutoHfQuantizer.from_config(config)
+    config = auto.AutoQuantizationConfig.from_dict({"quant_method": "modelopt", "quant_algo": "NVFP4"})
+    with pytest.raises(ValueError, match="FPQuantConfig"):
+        auto.AutoHfQuantizer.from_config(config, pre_quantized=False)
+    assert FPQuantConfig().quant_method == "fp_quant"
