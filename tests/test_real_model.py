@@ -104,14 +104,3 @@ def test_w4a4_perplexity_is_that_of_a_float64_emulation_and_weight_only_is_bette
     dense = perplexity(AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32), text_ids, WINDOW)
     assert dense < w4a16 <= w4a4
     assert math.log(w4a16 / dense) < 0.25
-
-
-@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
-def test_emulation_by_request_equals_the_kernels(fmt: str, smollm2: Path, text_ids: Tensor) -> None:
-    found = []
-    for options in ({"pseudoquantization": True}, {"activation_dtype": "fp4"}):
-        config = FPQuantConfig(fmt, **options)
-        model = AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=config, dtype=torch.float32)
-        found.append(perplexity(model, text_ids[:128], 128))
-    # Equal up to the order of float32 sums, which an activation close to a rounding boundary can amplify.
-    assert abs(found[0] / found[1] - 1) < 0.02
