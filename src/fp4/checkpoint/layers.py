@@ -49,15 +49,19 @@ def other_quantized(tensors: Mapping[str, TensorInfo], packed: Mapping[str, Mapp
     return [name for name, info in weights if name not in packed and info.dtype in _QUANTIZED_DTYPES]
 
 
-def peek(codec: Codec, layer: str, infos: Mapping[str, TensorInfo]) -> tuple[StoredLinear, LayerScheme]:
-    """Read a layer without its codes and block scales: those become meta tensors, everything else is real.
+def peek(
+    codec: Codec, layer: str, infos: Mapping[str, TensorInfo], scales: bool = False
+) -> tuple[StoredLinear, LayerScheme]:
+    """Read a layer without its codes, and without its block scales unless ``scales``.
 
-    ValueError if the configuration and the tensors do not fit together.
+    What is not read becomes meta tensors; everything else is real. ValueError if the configuration and the tensors do
+    not fit together.
     """
+    largest = max(infos, key=lambda suffix: infos[suffix].nbytes)
     tensors: dict[str, Tensor] = {}
     for suffix, info in infos.items():
-        byte_sized = DTYPES[info.dtype].itemsize == 1
-        if byte_sized or info.nbytes > _SMALL:
+        bulky = DTYPES[info.dtype].itemsize == 1 or info.nbytes > _SMALL
+        if suffix == largest or (bulky and not scales):
             tensors[suffix] = torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
         else:
             tensors[suffix] = load(info)

@@ -1,0 +1,161 @@
+"""fp4.inspection: what it says of other tools' checkpoints, and of damaged ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fp4.inspection import Inspection, inspect
+
+FIXTURES = {
+    "llmcompressor-NVFP4": ("compressed-tensors", {"nvfp4": 14}, 4.51),
+    "llmcompressor-NVFP4A16": ("compressed-tensors", {"nvfp4a16": 14}, 4.50),
+    "llmcompressor-MXFP4": ("compressed-tensors", {"mxfp4": 14}, 4.25),
+    "llmcompressor-FP8_DYNAMIC": ("compressed-tensors", {"not FP4 (F8_E4M3)": 14}, None),
+    "llmcompressor-NVFP4-qwen3moe": ("compressed-tensors", {"nvfp4": 56}, 4.51),
+    "modelopt-NVFP4": ("modelopt", {"nvfp4": 14}, 4.51),
+    "modelopt-W4A8_NVFP4_FP8": ("modelopt", {"nvfp4a8 blocks of 32": 14}, 4.25),
+    "modelopt-MXFP4": ("modelopt", {"mxfp4": 14}, 4.25),
+    "autoround-NVFP4-autoroundfmt": ("auto-round", {"nvfp4": 14}, 4.51),
+    "fpquant-nvfp": ("fp_quant", {"nvfp4 hadamard16": 14}, 5.0),
+    "torchao-MXFP4": ("torchao", {}, None),
+    "source-llama": ("none", {}, None),
+}
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_formats_schemes_and_bits(name: str, shared: Callable[[str], Path]) -> None:
+    fmt, schemes, bits = FIXTURES[name]
+    found = inspect(shared(f"fixtures/{name}"), values=True)
+    assert found.format == fmt
+    if name != "torchao-MXFP4":
+        assert found.schemes == schemes
+    if bits is None:
+        assert found.bits_per_weight is None
+    else:
+        assert found.bits_per_weight == pytest.approx(bits, abs=0.02 if fmt != "fp_quant" else 1.0)
+    assert all(row.bits_per_weight > 4 for row in found.layers)
+    assert "lm_head" in {row.name for row in found.kept}
+    json.dumps(found.to_dict())
+    # ModelOpt does not share q/k/v's scale in this export, and FP-Quant's harness did not.
+    allowed = ("different global scales", "fp4 reads", "no layer is packed")
+    assert all(any(text in problem for text in allowed) for problem in found.problems), found.problems
+
+
+def test_shared_global_scales_are_no_problem_and_unshared_are(shared: Callable[[str], Path]) -> None:
+    assert not inspect(shared("fixtures/llmcompressor-NVFP4")).problems
+    unshared = inspect(shared("fixtures/fpquant-nvfp")).problems
+    assert len(unshared) == 4
+    assert "model.layers.0.mlp: gate_proj, up_proj have different global scales" in unshared[0]
+
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+def change(tensors: dict[str, torch.Tensor], name: str) -> None:
+    if name == "missing scale":
+        del tensors[f"{LAYER}.weight_scale"]
+    elif name == "missing codes":
+        del tensors[f"{LAYER}.weight_packed"]
+    elif name == "dense":
+        for suffix in ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"):
+            del tensors[f"{LAYER}.{suffix}"]
+        tensors[f"{LAYER}.weight"] = torch.zeros(256, 128, dtype=torch.bfloat16)
+    elif name == "shape":
+        tensors[f"{LAYER}.weight_scale"] = tensors[f"{LAYER}.weight_scale"][:-1].contiguous()
+    elif name == "zero global":
+        tensors[f"{LAYER}.weight_global_scale"].zero_()
+    elif name == "zero scale":
+        tensors[f"{LAYER}.weight_scale"].view(torch.uint8)[0, :3] = 0
+    elif name == "NaN scale":
+        tensors[f"{LAYER}.weight_scale"].view(torch.uint8)[0, 0] = 0x7F
+    elif name == "unshared":
+        tensors[f"{LAYER}.weight_global_scale"].mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing scale", "weight_scale is missing"),
+        ("missing codes", "has weight_scale, but no weight_packed"),
+        ("dense", "is not packed, but the configuration says nvfp4"),
+        ("shape", r"weight_scale (nvfp4) is torch.float8_e4m3fn (255, 8)"),
+        ("zero global", "weight_global_scale is [0.0]"),
+        ("zero scale", "3 of 2048 block scales are zero"),
+        ("NaN scale", "scales hold 1 NaN"),
+        ("unshared", "gate_proj, up_proj have different global scales"),
+    ],
+)
+def test_problems_are_found(name: str, message: str, shared: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    shutil.copytree(shared("fixtures/llmcompressor-NVFP4"), folder, copy_function=shutil.copyfile)
+    (folder / "model.safetensors").chmod(0o644)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors, name)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    found = inspect(folder, values=True)
+    assert any(message in problem for problem in found.problems), found.problems
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no folder with a checkpoint"):
+        inspect(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        inspect(tmp_path)
+
+
+def test_hub_id_fetches_headers_only(
+    shared: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    source = shared("fixtures/modelopt-NVFP4")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    fetched: list[str] = []
+
+    def download(repo: str, name: str, **options: object) -> str:
+        assert options["revision"] == "v1"
+        fetched.append(name)
+        return shutil.copyfile(source / name, cache / name)
+
+    class Remote:
+        """A file whose reads are counted."""
+
+        def __init__(self, path: Path) -> None:
+            self.file, self.size = path.open("rb"), path.stat().st_size
+
+        def __enter__(self) -> Remote:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.close()
+
+        def read(self, count: int) -> bytes:
+            fetched.append(f"{count} bytes")
+            return self.file.read(count)
+
+    class FileSystem:
+        def __init__(self, **options: object) -> None:
+            pass
+
+        def open(self, path: str, *args: object, **options: object) -> Remote:
+            assert path == "owner/model@v1/model.safetensors"
+            return Remote(source / "model.safetensors")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *a, **k: [p.name for p in source.iterdir()])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", FileSystem)
+    found: Inspection = inspect("owner/model", revision="v1")
+    local = inspect(source)
+    assert (found.schemes, found.bits_per_weight) == (local.schemes, local.bits_per_weight)
+    assert [row.shape for row in found.layers] == [row.shape for row in local.layers]
+    assert fetched[:3] == ["config.json", "hf_quant_config.json", "8 bytes"]
+    assert len(fetched) == 4
+    assert "headers only" in found.notes[0]
