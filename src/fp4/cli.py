@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
+import sys
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 
 from fp4 import backends
 from fp4.backends.cpu import isa
+from fp4.convert import FORMATS as CONVERT_FORMATS
+from fp4.convert import convert as convert_checkpoint
 from fp4.formats import FORMATS
+from fp4.inspection import inspect as inspect_checkpoint
 from fp4.scheme import Scheme
 
 app = typer.Typer(
@@ -72,5 +80,88 @@ def env() -> None:
     console.print(table)
 
 
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, where the model is a hub id.")]
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or hub id of an FP4 checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help=f"Format to write: {', '.join(CONVERT_FORMATS)}.")],
+    allow_rounding: Annotated[
+        bool, typer.Option(help="Accept global scales that the format holds only rounded (one unit in the last place).")
+    ] = False,
+    weight_only: Annotated[bool, typer.Option(help="Drop what the source says about activations.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the target folder.")] = False,
+    revision: Revision = None,
+) -> None:
+    """Write an FP4 checkpoint in another tool's format, to the bit, without building the model.
+
+    Interrupted, the same command goes on from the last complete file. What the format cannot hold is refused.
+    """
+    with Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn(), console=console) as bar:
+        task = bar.add_task(f"writing {to}", total=None)
+        result = convert_checkpoint(
+            source,
+            target,
+            to,
+            allow_rounding=allow_rounding,
+            weight_only=weight_only,
+            overwrite=overwrite,
+            revision=revision,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    resumed = f", {result.resumed_shards} of them from an earlier run" if result.resumed_shards else ""
+    console.print(
+        f"{result.source_format} -> {result.target_format}: {result.layers} layers in {result.shards} files{resumed}, "
+        f"{result.bytes_written / 1e6:.1f} MB in {target}"
+    )
+    for note in result.notes:
+        console.print(f"note: {note}", highlight=False)
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="Folder or hub id of a checkpoint.")],
+    layers: Annotated[bool, typer.Option(help="List every layer.")] = False,
+    values: Annotated[
+        bool, typer.Option(help="Read the scales too, not headers alone, and look for NaN and zero.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    revision: Revision = None,
+) -> None:
+    """Show what a checkpoint holds: format, schemes, bits per weight, what is not quantized, and what is wrong with it.
+
+    Exits with 1 where problems are found.
+    """
+    found = inspect_checkpoint(source, values=values, revision=revision)
+    if as_json:
+        console.print_json(json.dumps(found.to_dict()))
+        raise typer.Exit(bool(found.problems))
+    console.print(f"[bold]{found.path}[/bold]: {found.format}, {found.model_type}, {found.bytes / 1e6:.1f} MB")
+    bits = "" if found.bits_per_weight is None else f", {found.bits_per_weight:.2f} bits per quantized weight"
+    console.print(
+        f"quantized layers: {', '.join(f'{n} {scheme}' for scheme, n in found.schemes.items()) or 'none'}{bits}"
+    )
+    if layers:
+        table = Table("layer", "scheme", "shape", "bits", "problems")
+        for row in found.layers:
+            shape = " x ".join(map(str, row.shape))
+            table.add_row(row.name, row.scheme, shape, f"{row.bits_per_weight:.2f}", "; ".join(row.problems))
+        console.print(table)
+    kept = ", ".join(f"{row.name} ({row.dtype} {' x '.join(map(str, row.shape))})" for row in found.kept)
+    console.print(f"not quantized: {kept or 'nothing'}", highlight=False)
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False)
+    for problem in found.problems:
+        console.print(f"[red]problem:[/red] {problem}", highlight=False)
+    raise typer.Exit(bool(found.problems))
+
+
 def main() -> None:
-    app()
+    """Entry point: what the user did wrong is printed as one sentence, with exit code 2, not as a traceback."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)

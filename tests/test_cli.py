@@ -1,0 +1,65 @@
+"""The ``fp4`` command, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from fp4 import FPQuantConfig
+from fp4.cli import app
+
+
+@pytest.fixture(scope="module")
+def packed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("packed") / "mxfp4"
+    config = FPQuantConfig("mxfp4", transform_init="identity", scale_rule="mse", activation_dtype="model")
+    AutoModelForCausalLM.from_pretrained(llama, quantization_config=config).save_pretrained(path)
+    return path
+
+
+def test_env_names_versions_devices_and_backends() -> None:
+    result = CliRunner().invoke(app, ["env"])
+    assert result.exit_code == 0
+    for word in (torch.__version__, "transformers", "cpu", "reference", "nvfp4", "mxfp4"):
+        assert word in result.output
+
+
+def test_help_lists_the_commands() -> None:
+    result = CliRunner().invoke(app, [])
+    for command in ("env", "convert", "inspect"):
+        assert command in result.output
+
+
+def test_convert_and_inspect(packed: Path, tmp_path: Path) -> None:
+    target = tmp_path / "converted"
+    result = CliRunner().invoke(app, ["convert", str(packed), str(target), "--to", "compressed-tensors"])
+    assert result.exit_code == 0, result.output
+    assert "fp_quant -> compressed-tensors: 14 layers" in result.output
+    result = CliRunner().invoke(app, ["inspect", str(target), "--layers"])
+    assert result.exit_code == 0, result.output
+    assert "14 mxfp4a16, 4.25 bits per quantized weight" in result.output
+    assert "not quantized: lm_head" in result.output
+    result = CliRunner().invoke(app, ["inspect", str(target), "--json"])
+    assert len(json.loads(result.output)["layers"]) == 14
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "no/such/folder/here"], "no/such/folder/here"),
+        (["convert", "no-such-folder", "out", "--to", "gguf"], "target format is 'gguf'; expected one of fp_quant"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from fp4.cli import main; main()", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
