@@ -1,0 +1,124 @@
+"""Against compressed-tensors: its decompressor on its own files, and its loader on files that fp4 writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp4.checkpoint import codec_for
+from fp4.checkpoint.files import Checkpoint, load
+from fp4.checkpoint.layers import packed_layers
+from fp4.formats import dequantize
+
+compressors = pytest.importorskip("compressed_tensors.compressors", reason="compressed-tensors is not installed")
+quantization = pytest.importorskip("compressed_tensors.quantization")
+forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+helpers = pytest.importorskip("compressed_tensors.compressors.nvfp4.helpers")
+
+FIXTURES = [
+    "llmcompressor-NVFP4",
+    "llmcompressor-NVFP4-gptq",
+    "llmcompressor-NVFP4A16",
+    "llmcompressor-NVFP4-qwen3moe",
+    "llmcompressor-MXFP4",
+    "autoround-NVFP4",
+    "autoround-NVFP4-iters50",
+    "autoround-MXFP4",
+]
+
+
+def assert_decompresses_to_the_same(folder: Path) -> None:
+    """Their dequantized weights equal ours, bit for bit in float32, and those of the compressor, which rounds them to
+    bfloat16 whatever the model's dtype, once rounded."""
+    checkpoint = Checkpoint.open(folder)
+    config = checkpoint.quantization_config() or {}
+    codec = codec_for(config)
+    scheme = quantization.QuantizationScheme.model_validate(config["config_groups"]["group_0"])
+    compressor = compressors.BaseCompressor.get_value_from_registry(config["format"])
+    layers = packed_layers(codec, checkpoint.tensors)
+    assert layers
+    for layer, infos in layers.items():
+        tensors = {suffix: load(info) for suffix, info in infos.items()}
+        theirs = compressor.decompress({name[1:]: tensor for name, tensor in tensors.items()}, scheme)["weight"]
+        rows, half = tensors[".weight_packed"].shape
+        in_float32 = forward.dequantize(
+            x_q=helpers.unpack_fp4_from_uint8(tensors[".weight_packed"], rows, half * 2, torch.float32),
+            scale=compressor._decompress_scale(tensors[".weight_scale"], torch.float32),
+            args=scheme.weights,
+            global_scale=tensors.get(".weight_global_scale"),
+            dtype=torch.float32,
+        )
+        ours = codec.scheme(layer)
+        assert ours is not None
+        values = dequantize(*codec.read(tensors, ours).weight)
+        assert torch.equal(values, in_float32), layer
+        assert theirs.dtype == torch.bfloat16
+        assert torch.equal(values.bfloat16(), theirs), layer
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_values_equal_the_decompressors(name: str, shared: Callable[[str], Path]) -> None:
+    assert_decompresses_to_the_same(shared(f"fixtures/{name}"))
+
+
+@pytest.mark.parametrize("name", ["modelopt-MXFP4", "autoround-NVFP4-autoroundfmt", "fpquant-nvfp"])
+def test_converted_files_decompress_to_the_same_values(
+    name: str, shared: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from fp4.convert import convert
+
+    convert(shared(f"fixtures/{name}"), tmp_path / "out", "compressed-tensors")
+    assert_decompresses_to_the_same(tmp_path / "out")
+
+
+@pytest.mark.parametrize("source", ["modelopt-MXFP4", "autoround-NVFP4-autoroundfmt"])
+def test_stock_transformers_loads_what_fp4_writes(source: str, shared: Callable[[str], Path], tmp_path: Path) -> None:
+    """In another process, without fp4: Transformers' own compressed-tensors code, dequantizing as it loads."""
+    import subprocess
+    import sys
+
+    from fp4.convert import convert
+
+    convert(shared(f"fixtures/{source}"), tmp_path / "out", "compressed-tensors")
+    code = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM, CompressedTensorsConfig\n"
+        "config = CompressedTensorsConfig(dequantize=True)\n"
+        "model = AutoModelForCausalLM.from_pretrained(\n"
+        "    sys.argv[1], quantization_config=config, dtype=torch.float32)\n"
+        "assert 'fp4' not in sys.modules\n"
+        "torch.save({k: v for k, v in model.state_dict().items()}, sys.argv[2])\n"
+    )
+    saved = tmp_path / "state.pt"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out"), str(saved)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = torch.load(saved, weights_only=True)
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    codec = codec_for(checkpoint.quantization_config() or {})
+    for layer, infos in packed_layers(codec, checkpoint.tensors).items():
+        scheme = codec.scheme(layer)
+        assert scheme is not None
+        values = dequantize(*codec.read({s: load(i) for s, i in infos.items()}, scheme).weight)
+        assert torch.equal(theirs[f"{layer}.weight"], values.bfloat16().float()), layer
+
+
+def test_configuration_is_valid_to_compressed_tensors(shared: Callable[[str], Path], tmp_path: Path) -> None:
+    import json
+
+    from fp4.convert import convert
+
+    for name in ("fpquant-nvfp", "modelopt-MXFP4"):
+        convert(shared(f"fixtures/{name}"), tmp_path / name, "compressed-tensors")
+        written = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        parsed = quantization.QuantizationConfig.model_validate(written)
+        assert parsed.format == written["format"]
+        if written["transform_config"]:
+            from compressed_tensors.transform import TransformConfig
+
+            transforms = TransformConfig.model_validate(written["transform_config"]).config_groups
+            assert [(t.type, t.head_dim) for t in transforms.values()] == [("hadamard", 16)]
