@@ -45,7 +45,8 @@ Matmul::Tile Matmul::tile_at(int64_t task) const {
   return {&segment, tiling(segment), task - prepare_starts_[index]};
 }
 
-void Matmul::finish(const Segment& segment, int64_t row, int64_t rows, int64_t panel, const float* sums) const {
+void Matmul::finish(const Segment& segment, int64_t row, int64_t rows, int64_t panel, const float* sums,
+                    float unit) const {
   const int64_t column = panel * kPanelRows;
   const int64_t columns = std::min<int64_t>(kPanelRows, product_.n - column);
   float bias[kPanelRows] = {};
@@ -55,7 +56,7 @@ void Matmul::finish(const Segment& segment, int64_t row, int64_t rows, int64_t p
   }
   for (int64_t m = 0; m < rows; ++m, sums += kPanelRows) {
     float values[kPanelRows];
-    for (int r = 0; r < kPanelRows; ++r) values[r] = sums[r] + bias[r];
+    for (int r = 0; r < kPanelRows; ++r) values[r] = sums[r] * unit + bias[r];
     const int64_t offset = ((segment.first_row + row + m) * product_.n + column) * element_size(product_.out_dtype);
     kernels_.store(values, product_.out_dtype, columns, static_cast<uint8_t*>(product_.out) + offset);
   }

@@ -75,8 +75,8 @@ class Matmul {
   Tile tile_at(int64_t task) const;
   Tiling tiling(const Segment& segment) const { return Tiling(segment.rows, tile_); }
 
-  // Writes the 16 sums of each of `rows` rows (from `row` on) as columns of `panel`.
-  void finish(const Segment& segment, int64_t row, int64_t rows, int64_t panel, const float* sums) const;
+  // Writes the 16 sums, times unit, of each of `rows` rows (from `row` on) as columns of `panel`.
+  void finish(const Segment& segment, int64_t row, int64_t rows, int64_t panel, const float* sums, float unit = 1) const;
 
   const Product& product_;
   const MatmulKernels& kernels_;

@@ -47,9 +47,9 @@ AVX2_INLINE __m256 scale_unit(float global_scale) {
   return _mm256_set1_ps(F == Format::nvfp4 ? global_scale * 256.0f : global_scale);
 }
 
-// Four columns of the sixteen rows, as bfloat16: row r in the low half of a 32-bit lane, row r + 8 in the high half.
+// Four columns as bfloat16 pairs: in each 32-bit lane of k02 column 0 (low half) and 2 of a row, in k13 columns 1 and 3.
 struct Columns {
-  __m256i k0, k1, k2, k3;
+  __m256i k02_low, k02_high, k13_low, k13_high;  // rows 0-7 and 8-15
 };
 
 AVX2_INLINE Columns load_columns(const uint8_t* codes) {
@@ -68,14 +68,14 @@ AVX2_INLINE Columns load_columns(const uint8_t* codes) {
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
   const __m256i even_high = _mm256_shuffle_epi8(high_bytes, even), even_low = _mm256_shuffle_epi8(low_bytes, even);
   const __m256i odd_high = _mm256_shuffle_epi8(high_bytes, odd), odd_low = _mm256_shuffle_epi8(low_bytes, odd);
-  return {_mm256_unpacklo_epi8(even_low, even_high), _mm256_unpacklo_epi8(odd_low, odd_high),
-          _mm256_unpackhi_epi8(even_low, even_high), _mm256_unpackhi_epi8(odd_low, odd_high)};
+  return {_mm256_unpacklo_epi8(even_low, even_high), _mm256_unpackhi_epi8(even_low, even_high),
+          _mm256_unpacklo_epi8(odd_low, odd_high), _mm256_unpackhi_epi8(odd_low, odd_high)};
 }
 
-AVX2_INLINE __m256 low_rows(__m256i column) { return _mm256_castsi256_ps(_mm256_slli_epi32(column, 16)); }
+AVX2_INLINE __m256 first(__m256i pair) { return _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)); }
 
-AVX2_INLINE __m256 high_rows(__m256i column) {
-  return _mm256_castsi256_ps(_mm256_and_si256(column, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+AVX2_INLINE __m256 second(__m256i pair) {
+  return _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
 }
 
 template <Format F, int M>
@@ -96,14 +96,14 @@ AVX2 void gemv_rows(const uint8_t* codes, const uint8_t* scales, int64_t blocks,
       for (int m = 0; m < M; ++m) {
         const __m256 x0 = _mm256_set1_ps(x[(k + 0) * M + m]), x1 = _mm256_set1_ps(x[(k + 1) * M + m]);
         const __m256 x2 = _mm256_set1_ps(x[(k + 2) * M + m]), x3 = _mm256_set1_ps(x[(k + 3) * M + m]);
-        low_a[m] = _mm256_fmadd_ps(low_rows(w.k0), x0, low_a[m]);
-        high_a[m] = _mm256_fmadd_ps(high_rows(w.k0), x0, high_a[m]);
-        low_b[m] = _mm256_fmadd_ps(low_rows(w.k1), x1, low_b[m]);
-        high_b[m] = _mm256_fmadd_ps(high_rows(w.k1), x1, high_b[m]);
-        low_a[m] = _mm256_fmadd_ps(low_rows(w.k2), x2, low_a[m]);
-        high_a[m] = _mm256_fmadd_ps(high_rows(w.k2), x2, high_a[m]);
-        low_b[m] = _mm256_fmadd_ps(low_rows(w.k3), x3, low_b[m]);
-        high_b[m] = _mm256_fmadd_ps(high_rows(w.k3), x3, high_b[m]);
+        low_a[m] = _mm256_fmadd_ps(first(w.k02_low), x0, low_a[m]);
+        high_a[m] = _mm256_fmadd_ps(first(w.k02_high), x0, high_a[m]);
+        low_b[m] = _mm256_fmadd_ps(first(w.k13_low), x1, low_b[m]);
+        high_b[m] = _mm256_fmadd_ps(first(w.k13_high), x1, high_b[m]);
+        low_a[m] = _mm256_fmadd_ps(second(w.k02_low), x2, low_a[m]);
+        high_a[m] = _mm256_fmadd_ps(second(w.k02_high), x2, high_a[m]);
+        low_b[m] = _mm256_fmadd_ps(second(w.k13_low), x3, low_b[m]);
+        high_b[m] = _mm256_fmadd_ps(second(w.k13_high), x3, high_b[m]);
       }
     }
     const Scales s = load_scales<F>(scales, unit);
@@ -133,14 +133,14 @@ AVX2 void decode_float(const uint8_t* codes, const uint8_t* scales, int64_t bloc
     const Scales s = load_scales<F>(scales, unit);
     for (int k = 0; k < size; k += 4, codes += 32, out += 4 * kPanelRows) {
       const Columns w = load_columns(codes);
-      _mm256_storeu_ps(out + 0, _mm256_mul_ps(low_rows(w.k0), s.low));
-      _mm256_storeu_ps(out + 8, _mm256_mul_ps(high_rows(w.k0), s.high));
-      _mm256_storeu_ps(out + 16, _mm256_mul_ps(low_rows(w.k1), s.low));
-      _mm256_storeu_ps(out + 24, _mm256_mul_ps(high_rows(w.k1), s.high));
-      _mm256_storeu_ps(out + 32, _mm256_mul_ps(low_rows(w.k2), s.low));
-      _mm256_storeu_ps(out + 40, _mm256_mul_ps(high_rows(w.k2), s.high));
-      _mm256_storeu_ps(out + 48, _mm256_mul_ps(low_rows(w.k3), s.low));
-      _mm256_storeu_ps(out + 56, _mm256_mul_ps(high_rows(w.k3), s.high));
+      _mm256_storeu_ps(out + 0, _mm256_mul_ps(first(w.k02_low), s.low));
+      _mm256_storeu_ps(out + 8, _mm256_mul_ps(first(w.k02_high), s.high));
+      _mm256_storeu_ps(out + 16, _mm256_mul_ps(first(w.k13_low), s.low));
+      _mm256_storeu_ps(out + 24, _mm256_mul_ps(first(w.k13_high), s.high));
+      _mm256_storeu_ps(out + 32, _mm256_mul_ps(second(w.k02_low), s.low));
+      _mm256_storeu_ps(out + 40, _mm256_mul_ps(second(w.k02_high), s.high));
+      _mm256_storeu_ps(out + 48, _mm256_mul_ps(second(w.k13_low), s.low));
+      _mm256_storeu_ps(out + 56, _mm256_mul_ps(second(w.k13_high), s.high));
     }
   }
 }
@@ -190,15 +190,14 @@ AVX2 void decode_integer(const uint8_t* codes, const uint8_t* scales, int64_t bl
   const __m256i nibble = _mm256_set1_epi8(0x0F);
   for (int64_t b = 0; b < blocks; ++b, scales += kPanelRows, out_scales += kPanelRows) {
     const Scales s = load_scales<F>(scales, unit);
-    _mm256_storeu_ps(out_scales, _mm256_unpacklo_ps(s.low, s.high));
-    _mm256_storeu_ps(out_scales + 8, _mm256_unpackhi_ps(s.low, s.high));
+    _mm256_storeu_ps(out_scales, s.low);
+    _mm256_storeu_ps(out_scales + 8, s.high);
     for (int k = 0; k < size; k += 4, codes += 32, out += 4 * kPanelRows) {
       const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
       const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, nibble));
       const __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
-      const __m256i k01 = _mm256_unpacklo_epi8(even, odd), k23 = _mm256_unpackhi_epi8(even, odd);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi16(k01, k23));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32), _mm256_unpackhi_epi16(k01, k23));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi16(even, odd));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32), _mm256_unpackhi_epi16(even, odd));
     }
   }
 }

@@ -43,16 +43,12 @@ struct Columns {
 
 AVX512_INLINE Columns load_columns(const uint8_t* codes) {
   const __m512 values = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
-  // Bytes of the rows 0 8 1 9 .. in eights, alternately of columns (k0, k1) and (k2, k3) -> rows in order, by columns.
-  const __m256i in_order = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
-  const __m256i bytes = _mm256_shuffle_epi8(
-      _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), 0xD8), in_order);
-  const __m512i k01 = _mm512_cvtepu8_epi32(_mm256_castsi256_si128(bytes));
-  const __m512i k23 = _mm512_cvtepu8_epi32(_mm256_extracti128_si256(bytes, 1));
-  // The permutation looks at the low four bits of an index only.
-  return {_mm512_permutexvar_ps(k01, values), _mm512_permutexvar_ps(_mm512_srli_epi32(k01, 4), values),
-          _mm512_permutexvar_ps(k23, values), _mm512_permutexvar_ps(_mm512_srli_epi32(k23, 4), values)};
+  // Words in kWordRow order -> rows in order. A permutation by values looks at the low four bits of an index only.
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), 0xD8);
+  const __m512i rows = _mm512_cvtepu16_epi32(words);
+  return {_mm512_permutexvar_ps(rows, values), _mm512_permutexvar_ps(_mm512_srli_epi32(rows, 4), values),
+          _mm512_permutexvar_ps(_mm512_srli_epi32(rows, 8), values),
+          _mm512_permutexvar_ps(_mm512_srli_epi32(rows, 12), values)};
 }
 
 template <Format F, int M>

@@ -41,7 +41,9 @@ void IntegerProduct::prepare(int64_t begin, int64_t end) const {
           int32_t sum = 0;
           for (int i = 0; i < block; ++i) sum += codes[b * block + i];
           const int32_t correction = -kIntegerBias * sum;
-          for (int q = 0; q < block / 4; ++q) std::memcpy(to + (q * rows + m) * 4, codes.get() + b * block + q * 4, 4);
+          for (int i = 0; i < block; ++i) {
+            to[(i / 4 * rows + m) * 4 + i % 4] = static_cast<uint8_t>(codes[b * block + i / 4 * 4 + kIntegerColumn[i % 4]]);
+          }
           std::memcpy(to + rows * block + m * 4, &correction, 4);
           std::memcpy(to + rows * (block + 4) + m * 4, &effective[b], 4);
         }
@@ -85,15 +87,9 @@ void IntegerProduct::run(int64_t begin, int64_t end) const {
         }
       }
       // Both factors were doubled, and only the activations' scales include their global scale.
-      const double unit = 0.25 * segment.global_scale;
+      const float unit = static_cast<float>(0.25 * segment.global_scale);
       for (int64_t p = 0; p < panels; ++p) {
-        float* panel = sums.get() + p * rows * kPanelRows;
-        for (int64_t m = 0; m < rows; ++m) {
-          float ordered[kPanelRows];
-          for (int r = 0; r < kPanelRows; ++r) ordered[kIntegerRow[r]] = static_cast<float>(unit * panel[m * kPanelRows + r]);
-          std::copy_n(ordered, kPanelRows, panel + m * kPanelRows);
-        }
-        finish(segment, first_row, rows, group + p, panel);
+        finish(segment, first_row, rows, group + p, sums.get() + p * rows * kPanelRows, unit);
       }
     }
   }

@@ -9,7 +9,7 @@
 namespace fp4::cpu {
 
 // Integer activations of one block of a tile of `rows` rows, as linear_w4a4.cpp lays them out:
-//   int8  codes[block_size / 4][rows][4]   doubled E2M1 values
+//   int8  codes[block_size / 4][rows][4]   doubled E2M1 values, columns in kIntegerColumn order
 //   int32 correction[rows]                 -12 * sum of the row's codes: decoded weights are stored 12 too large
 //   float scale[rows]
 constexpr int kIntegerBias = 12;
@@ -31,11 +31,11 @@ struct MatmulKernels {
   // sum[m][16] += sum over k of x[k][m] * w[k][16].
   void (*multiply_float)(const float* x, int rows, const float* w, int64_t k, float* sum);
 
-  // out[k / 4][16][4] = doubled E2M1 + kIntegerBias, out_scales[block][16] = block scales; rows in kIntegerRow order.
+  // out[k / 4][16][4] = doubled E2M1 + kIntegerBias, columns in kIntegerColumn order; out_scales[block][16].
   void (*decode_integer[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, uint8_t* out,
                             float* out_scales);
 
-  // sum[m][16] += sum over blocks of scale[m] * w_scales[16] * (exact integer dot product); rows in kIntegerRow order.
+  // sum[m][16] += sum over blocks of (exact integer dot product) * scale[m] * w_scales[16].
   void (*multiply_integer[2])(const uint8_t* x, int rows, const uint8_t* w, const float* w_scales, int64_t blocks,
                               float* sum);
 

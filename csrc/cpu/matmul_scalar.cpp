@@ -75,10 +75,10 @@ template <Format F>
 void decode_integer(const uint8_t* codes, const uint8_t* scales, int64_t blocks, uint8_t* out, float* out_scales) {
   constexpr int size = block_size(F);
   for (int64_t b = 0; b < blocks; ++b, codes += block_bytes(F), scales += kPanelRows, out_scales += kPanelRows) {
-    for (int r = 0; r < kPanelRows; ++r) out_scales[r] = block_scale<F>(scales[kIntegerRow[r]]);
+    for (int r = 0; r < kPanelRows; ++r) out_scales[r] = block_scale<F>(scales[r]);
     for (int k = 0; k < size; k += 4) {
       for (int r = 0; r < kPanelRows; ++r) {
-        for (int i = 0; i < 4; ++i) *out++ = kDoubled[nibble(codes, k + i, kIntegerRow[r])] + kIntegerBias;
+        for (const int i : kIntegerColumn) *out++ = kDoubled[nibble(codes, k + i, r)] + kIntegerBias;
       }
     }
   }

@@ -38,7 +38,8 @@ def _panels(rows: Tensor) -> Tensor:
     """``[..., N, bytes]`` -> ``[..., panels, 16, bytes]``, the last panel padded with zero bytes."""
     missing = -rows.shape[-2] % _PANEL_ROWS
     padded: Tensor = pad(rows, (0, 0, 0, missing))
-    return padded.unflatten(-2, (-1, _PANEL_ROWS))
+    panels: Tensor = padded.unflatten(-2, (-1, _PANEL_ROWS))
+    return panels
 
 
 class CpuBackend(Backend):
@@ -60,9 +61,9 @@ class CpuBackend(Backend):
     def pack(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         block = format_of(scales).block_size
         lead = codes.shape[:-2]
-        # Rows of a panel are (h, lane, i), byte columns (c, jj): layout.h wants them as (c, lane, jj, i, h).
+        # Rows of a panel are (h, lane, i), byte columns (c, jj): layout.h wants them as (c, lane, h, i, jj).
         bytes_ = _panels(codes).unflatten(-2, (2, 2, 4)).unflatten(-1, (-1, 2))
-        at = [*range(len(lead) + 1), *(len(lead) + d for d in (4, 2, 5, 3, 1))]
+        at = [*range(len(lead) + 1), *(len(lead) + d for d in (4, 2, 1, 3, 5))]
         weight = bytes_.permute(at).reshape(*lead, bytes_.shape[len(lead)], -1, block * _PANEL_ROWS // 2)
         packed = _panels(scales.view(torch.uint8)).transpose(-1, -2).contiguous()
         return weight.contiguous(), packed.view(scales.dtype)
@@ -71,7 +72,7 @@ class CpuBackend(Backend):
         lead = weight.shape[:-3]
         columns = math.prod(weight.shape[-2:]) // _PANEL_ROWS
         bytes_ = weight.reshape(*lead, -1, columns // 2, 2, 2, 4, 2)
-        at = [*range(len(lead) + 1), *(len(lead) + d for d in (5, 2, 4, 1, 3))]
+        at = [*range(len(lead) + 1), *(len(lead) + d for d in (3, 2, 4, 1, 5))]
         codes = bytes_.permute(at).reshape(*lead, -1, columns)[..., :out_features, :]
         scales = weight_scale.view(torch.uint8).transpose(-1, -2).flatten(-3, -2)[..., :out_features, :]
         return codes.contiguous(), scales.contiguous().view(weight_scale.dtype)
