@@ -1,6 +1,7 @@
 """fp4: models in 4-bit floating point. Importing it registers the quantizer with Transformers."""
 
-from fp4.checkpoint_quantizer import CheckpointConfig, CheckpointHfQuantizer, register
+from fp4.checkpoint_config import CheckpointConfig
+from fp4.checkpoint_quantizer import CheckpointHfQuantizer, register
 from fp4.config import FPQuantConfig
 from fp4.formats import MXFP4, NVFP4, Format, QuantizedTensor, dequantize, quantize
 from fp4.nn import FP4Linear

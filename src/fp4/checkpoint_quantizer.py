@@ -10,20 +10,18 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fp4.checkpoint import LayerScheme, codec_for
+from fp4.checkpoint import codec_for
 from fp4.checkpoint.files import read_header
 from fp4.checkpoint.layers import packed_layers
+from fp4.checkpoint_config import CheckpointConfig
 from fp4.config import FPQuantConfig
-from fp4.formats import MXFP4
 from fp4.nn import FP4Linear
 from fp4.quantizer import FPQuantHfQuantizer
-from fp4.scheme import Scheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,66 +32,6 @@ _TAKEN_OVER = ("compressed-tensors", "auto-round")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
-class CheckpointConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a checkpoint in another tool's format, kept as it is.
-
-    Args:
-        stored: as config.json has it.
-        activation_dtype: as in :class:`fp4.FPQuantConfig`, for layers whose activations are FP4 in the checkpoint.
-        backend: as in :class:`fp4.FPQuantConfig`.
-    """
-
-    strict = True
-    pseudoquantization = False
-    store_master_weights = False
-    uses_static_scales = True
-
-    def __init__(
-        self,
-        stored: dict[str, Any],
-        activation_dtype: Literal["auto", "fp4", "model"] = "auto",
-        backend: str = "auto",
-    ) -> None:
-        self.stored = dict(stored)
-        self.quant_method = self.stored["quant_method"]
-        self.activation_dtype = activation_dtype
-        self.backend = backend
-        #: Set by Transformers when the user passes its own configuration with this option.
-        self.dequantize = False
-        self.modules_to_not_convert: list[str] = []
-        self.codec = codec_for(self.stored)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        config = cls(config_dict)
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def to_dict(self) -> dict[str, Any]:
-        """What config.json gets: what it was read from."""
-        return dict(self.stored)
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
-
-    def get_loading_attributes(self) -> dict[str, Any]:
-        chosen = {"activation_dtype": self.activation_dtype, "backend": self.backend}
-        return {name: value for name, value in chosen.items() if value != "auto"}
-
-    def scheme_for(self, name: str) -> tuple[Scheme, str] | None:
-        """Scheme and backend preference of the layer called ``name``, or None if the checkpoint keeps it."""
-        stored = self.codec.scheme(name)
-        if stored is None:
-            return None
-        scheme = Scheme(
-            format=stored.format,
-            activations=self.activation_dtype if stored.activations == "fp4" else "model",
-            activation_rule=self.codec.mxfp4_input_rule if stored.format is MXFP4 else "abs_max",
-            rotation=stored.rotation,
-            group_size=stored.group_size or stored.format.block_size,
-        )
-        return scheme, self.backend
-
-
 class CheckpointHfQuantizer(FPQuantHfQuantizer):
     """Runs another tool's FP4 checkpoint in packed FP4."""
 
@@ -101,7 +39,7 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
 
     def __init__(self, quantization_config: CheckpointConfig, **kwargs: Any) -> None:
         HfQuantizer.__init__(self, quantization_config, **kwargs)
-        self.problems, self.loaded = {}, set()
+        self.problems, self.loaded, self.sharing = {}, set(), {}
         self.codec = quantization_config.codec
         obstacle = self.codec.obstacle()
         if obstacle is not None:
@@ -111,12 +49,6 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
                 f"{self.codec.name} is a format of checkpoints; to quantize a model while loading it pass "
                 f'FPQuantConfig(checkpoint_format="{self.codec.name}")'
             )
-
-    def stored_scheme(self, layer: str, module: FP4Linear) -> LayerScheme:
-        scheme = self.codec.scheme(layer)
-        if scheme is None:
-            raise ValueError("it is packed, but the configuration says that it is not quantized")
-        return scheme
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self._require_modules_for_experts(model, kwargs.get("checkpoint_files") or [])

@@ -23,6 +23,9 @@ _BEST = {
     "mxfp4": ("hadamard", 64, "mse", "even"),
 }
 
+#: What on-the-fly quantization can be saved as (gpt-oss's ``mxfp4`` holds experts only).
+WRITABLE_FORMATS = ("fp_quant", "compressed-tensors", "modelopt", "auto-round")
+
 _OVERRIDABLE = (
     "forward_dtype",
     "forward_method",
@@ -69,6 +72,9 @@ class FPQuantConfig(QuantizationConfigMixin):
         overrides: other values of these options for some layers, ``{"*.down_proj": {"forward_dtype": "mxfp4"}}``; None
             in place of the dictionary keeps a layer. The first pattern (``fnmatch``, on the full name) that fits wins.
         strict: whether a layer that cannot be quantized is an error instead of being kept.
+        checkpoint_format: what ``save_pretrained`` writes: ``"fp_quant"``, ``"compressed-tensors"``, ``"modelopt"`` or
+            ``"auto-round"``. In the last three, NVFP4 layers that engines fuse (q/k/v, gate/up) share a global scale,
+            and NVFP4 without calibrated activations is written as weight-only, since those formats have no other way.
 
     Raises:
         ValueError: for any value or combination that has no meaning; the message says what is allowed.
@@ -91,6 +97,7 @@ class FPQuantConfig(QuantizationConfigMixin):
         backend: str = "auto",
         overrides: dict[str, dict[str, Any] | None] | list[list[Any]] | None = None,
         strict: bool = False,
+        checkpoint_format: str = "fp_quant",
         **kwargs: Any,
     ) -> None:
         self.quant_method = QuantizationMethod.FPQUANT
@@ -116,6 +123,7 @@ class FPQuantConfig(QuantizationConfigMixin):
             [list(item) for item in overrides.items()] if isinstance(overrides, dict) else overrides or []
         )
         self.strict = strict
+        self.checkpoint_format = checkpoint_format
         self.post_init()
 
     def post_init(self) -> None:
@@ -166,6 +174,11 @@ class FPQuantConfig(QuantizationConfigMixin):
         _require(self.activation_scaling, ("dynamic", "static"), "activation_scaling")
 
         _require(self.activation_dtype, ("auto", "fp4", "model"), "activation_dtype")
+        _require(self.checkpoint_format, WRITABLE_FORMATS, "checkpoint_format")
+        if self.checkpoint_format != "fp_quant" and (self.store_master_weights or self.pseudoquantization):
+            raise ValueError(
+                f"checkpoint_format {self.checkpoint_format!r} has no place for master weights or pseudoquantization"
+            )
         if self.pseudoquantization:
             if self.activation_dtype == "model":
                 raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,14 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from fp4.checkpoint import Codec, LayerScheme, StoredLinear
+from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear
+from fp4.checkpoint.codec import name_rotation
 from fp4.checkpoint.fp_quant import FPQuantCodec
+from fp4.checkpoint.fusing import fused_groups
+from fp4.checkpoint_config import CheckpointConfig
 from fp4.config import FPQuantConfig
+from fp4.formats import QuantizedTensor
+from fp4.methods.rtn import global_scale_of
 from fp4.nn import FP4Linear, swap_linears
 from fp4.rotation import share
 from fp4.saving import save_atomically
@@ -35,8 +41,16 @@ class _LoadOp(ConversionOps):
         return self  # Transformers copies a converter for every layer; all of them report to the one quantizer
 
 
+@dataclass
+class SharedScale:
+    """Layers that are to have one global scale, and the dense weights of those that have been read."""
+
+    layers: list[str]
+    waiting: dict[str, Tensor] = field(default_factory=dict)
+
+
 class RoundToNearest(_LoadOp):
-    """Rounds one dense weight as soon as it is read, so that no more than one is ever in memory."""
+    """Rounds one dense weight as soon as it is read, so that no more are in memory than share a global scale."""
 
     def convert(
         self, input_dict: dict[str, Any], *, model: nn.Module | None = None, **kwargs: Any
@@ -45,13 +59,35 @@ class RoundToNearest(_LoadOp):
         weight = value[0] if isinstance(value, list) else value
         module, _ = get_module_from_name(model, name)
         layer = name.rpartition(".")[0]
-        try:
-            parameters = module.round(weight, name)
-        except ValueError as error:
-            self.hf_quantizer.problems[layer] = str(error)
+        group = self.hf_quantizer.sharing.get(layer)
+        if group is None:
+            return self._round({layer: weight}, {layer: module})
+        # Layers that share a global scale wait for each other: it is known when the last of them has been read.
+        group.waiting[layer] = weight
+        if len(group.waiting) < len(group.layers):
             return {}
-        self.hf_quantizer.loaded.add(layer)
-        return {f"{layer}.{parameter}": tensor for parameter, tensor in parameters.items()}
+        modules: dict[str, Any] = {name: model.get_submodule(name) for name in group.layers if model is not None}
+        weights, group.waiting = group.waiting, {}
+        return self._round(weights, modules)
+
+    def _round(self, weights: dict[str, Tensor], modules: dict[str, Any]) -> dict[str, Tensor]:
+        shared = None
+        if len(weights) > 1:
+            own = [
+                global_scale_of(weight, modules[layer].scheme, modules[layer].rotation)
+                for layer, weight in weights.items()
+            ]
+            shared = torch.stack([scale for scale in own if scale is not None]).amax()
+        found: dict[str, Tensor] = {}
+        for layer, weight in weights.items():
+            try:
+                parameters = modules[layer].round(weight, f"{layer}.weight", shared)
+            except ValueError as error:
+                self.hf_quantizer.problems[layer] = str(error)
+                continue
+            self.hf_quantizer.loaded.add(layer)
+            found |= {f"{layer}.{parameter}": tensor for parameter, tensor in parameters.items()}
+        return found
 
 
 class ReadLayer(_LoadOp):
@@ -96,7 +132,7 @@ class FPQuantHfQuantizer(HfQuantizer):
     """Runs models in packed FP4 on any device: quantizes while loading, or reads and writes fp_quant checkpoints."""
 
     requires_calibration = False
-    quantization_config: FPQuantConfig
+    quantization_config: FPQuantConfig | CheckpointConfig
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         if not isinstance(quantization_config, FPQuantConfig):
@@ -110,9 +146,16 @@ class FPQuantHfQuantizer(HfQuantizer):
         self.loaded: set[str] = set()
         #: Reads and writes the stored tensors.
         self.codec: Codec = FPQuantCodec(quantization_config.to_dict())
+        #: Groups of layers that share a global scale, by each of their names.
+        self.sharing: dict[str, SharedScale] = {}
 
     def stored_scheme(self, layer: str, module: FP4Linear) -> LayerScheme:
         """How the tensors of ``layer`` are stored."""
+        if isinstance(self.quantization_config, CheckpointConfig):
+            scheme = self.codec.scheme(layer)
+            if scheme is None:
+                raise ValueError("it is packed, but the configuration says that it is not quantized")
+            return scheme
         activations: Any = "model" if module.scheme.activations == "model" else "fp4"
         return LayerScheme(module.scheme.format, activations)
 
@@ -135,12 +178,68 @@ class FPQuantHfQuantizer(HfQuantizer):
                 module = model.get_submodule(name)
                 if isinstance(module, FP4Linear):
                     module.expect_dense_weight(model.dtype)
+        if self.converts:
+            self._prepare_for_format(model, report.quantized)
         if not report.quantized:
             logger.warning("no layer of %s was quantized; all Linear layers are kept", type(model).__name__)
         if report.unsupported():
             if config.strict:
                 raise ValueError(f"strict=True, but these layers cannot be quantized: {report.describe_unsupported()}")
             logger.warning("kept unquantized: %s", report.describe_unsupported())
+
+    @property
+    def converts(self) -> bool:
+        """Whether the model will be saved in another tool's format than it is loaded from."""
+        return getattr(self.quantization_config, "checkpoint_format", "fp_quant") != "fp_quant"
+
+    def _prepare_for_format(self, model: PreTrainedModel, layers: list[str]) -> None:
+        """Let fused layers share their global scale. ValueError if the format has no place for the rotation."""
+        modules: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
+        name_of_format = self.quantization_config.checkpoint_format
+        writer, problems = CODECS[name_of_format]({"config_groups": {}}), {}
+        for name, module in modules.items():
+            scale = module.scheme.global_scale
+            unit = torch.tensor(1.0 if scale is None else scale, dtype=torch.float64, device="cpu")
+            weight = QuantizedTensor(
+                torch.empty_like(module.weight, device="meta"),
+                torch.empty_like(module.weight_scale, device="meta"),
+                unit if module.global_scale is not None else None,
+            )
+            try:
+                writer.write(StoredLinear(weight, None, module.rotation), self._written_scheme(module))
+            except ValueError as error:
+                problems[name] = str(error)
+        if problems:
+            name, problem = next(iter(problems.items()))
+            raise ValueError(f"{len(problems)} layers cannot be saved as {name_of_format}, {name} first: {problem}")
+        free = [n for n, m in modules.items() if m.scheme.format.needs_global_scale and m.scheme.global_scale is None]
+        for group in fused_groups(free):
+            self.sharing |= dict.fromkeys(group, SharedScale(group))
+
+    def _written_scheme(self, module: FP4Linear) -> LayerScheme:
+        """The scheme of a layer quantized on the fly in another tool's format."""
+        fmt = module.scheme.format
+        # NVFP4 activations need a calibrated global scale there.
+        weight_only = module.scheme.activations == "model" or fmt.needs_global_scale
+        rotation, group_size = name_rotation(module.rotation)
+        return LayerScheme(fmt, "model" if weight_only else "fp4", rotation, group_size)
+
+    def _adopt_format(self, model: PreTrainedModel) -> None:
+        """From here on the model is as if it had been loaded from a checkpoint in ``checkpoint_format``."""
+        asked = self.quantization_config
+        modules = dict(model.named_modules())
+        schemes = {name: self._written_scheme(m) for name, m in modules.items() if isinstance(m, FP4Linear)}
+        matrices = (
+            name
+            for name, module in modules.items()
+            if isinstance(weight := getattr(module, "weight", None), Tensor)
+            and weight.ndim == 2
+            and not isinstance(module, (FP4Linear, nn.Embedding))
+        )
+        stored = CODECS[asked.checkpoint_format].configuration(schemes, sorted(matrices), {})
+        self.quantization_config = CheckpointConfig(stored, asked.activation_dtype, asked.backend)  # type: ignore[arg-type]
+        self.codec = self.quantization_config.codec
+        model.config.quantization_config = self.quantization_config
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, tensor_name = get_module_from_name(model, param_name)
@@ -175,6 +274,8 @@ class FPQuantHfQuantizer(HfQuantizer):
             listed = "\n".join(f"  {name}: {problem}" for name, problem in sorted(self.problems.items()))
             raise ValueError(f"{len(self.problems)} layers could not be loaded:\n{listed}")
         self.loaded.clear()
+        if self.converts:
+            self._adopt_format(model)
         for _, module in layers:
             hook: Any = getattr(module, "_hf_hook", None)
             module.settle(torch.device(hook.execution_device) if getattr(hook, "offload", False) else None)

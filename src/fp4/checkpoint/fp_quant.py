@@ -51,7 +51,8 @@ class FPQuantCodec(Codec):
 
     def scheme(self, layer: str) -> LayerScheme | None:
         options: dict[str, Any] = dict(self.config)
-        for pattern, override in (self.config.get("overrides") or {}).items():
+        overrides = self.config.get("overrides") or []
+        for pattern, override in overrides.items() if isinstance(overrides, Mapping) else overrides:
             if fnmatch.fnmatchcase(layer, pattern):
                 if override is None:
                     return None
@@ -116,7 +117,7 @@ class FPQuantCodec(Codec):
             "modules_to_not_convert": sorted(kept),
             **common,
         }
-        overrides = {layer: own for layer, own in options.items() if own != common}
+        overrides = [[layer, own] for layer, own in options.items() if own != common]
         return config | ({"overrides": overrides} if overrides else {})
 
 

@@ -11,8 +11,28 @@ from fp4.rotation import rotate
 from fp4.scheme import Scheme
 
 
-def rtn(weight: Tensor, scheme: Scheme, rotation: Tensor | None = None, name: str = "weight") -> QuantizedTensor:
+def global_scale_of(weight: Tensor, scheme: Scheme, rotation: Tensor | None = None) -> Tensor | None:
+    """The global scale that :func:`rtn` takes for ``weight`` ``[..., N, K]``: float64 ``[...]``, None for none."""
+    if scheme.global_scale is not None:
+        return torch.full(weight.shape[:-2], scheme.global_scale, dtype=torch.float64, device=weight.device)
+    if not scheme.format.needs_global_scale:
+        return None
+    if rotation is not None:
+        weight = rotate(weight, rotation)
+    return portable_global_scale_for(largest_magnitude(weight), scheme.weight_rule)
+
+
+def rtn(
+    weight: Tensor,
+    scheme: Scheme,
+    rotation: Tensor | None = None,
+    name: str = "weight",
+    global_scale: Tensor | None = None,
+) -> QuantizedTensor:
     """Quantize ``weight`` ``[..., N, K]`` (float32, bfloat16 or float16) by ``scheme``, rotated first if asked.
+
+    Args:
+        global_scale: float64 ``[...]``, in place of the one that suits this weight alone.
 
     Raises:
         ValueError: ``weight`` holds NaN or infinity; the message names it ``name``.
@@ -20,10 +40,7 @@ def rtn(weight: Tensor, scheme: Scheme, rotation: Tensor | None = None, name: st
     require_finite(weight, name)
     if rotation is not None:
         weight = rotate(weight, rotation)
-    global_scale = None
-    if scheme.global_scale is not None:
-        global_scale = torch.full(weight.shape[:-2], scheme.global_scale, dtype=torch.float64, device=weight.device)
-    elif scheme.format.needs_global_scale:
-        global_scale = portable_global_scale_for(largest_magnitude(weight), scheme.weight_rule)
+    if global_scale is None:
+        global_scale = global_scale_of(weight, scheme)
     backend = backends.for_device(weight.device)
     return backend.quantize(weight, scheme.format, scheme.weight_rule, global_scale)

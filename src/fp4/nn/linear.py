@@ -87,10 +87,13 @@ class FP4Linear(nn.Module):
         module.settle()
         return module
 
-    def round(self, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-        """Canonical parameters for a dense weight ``[N, K]``, on its device. Raises ValueError on NaN or infinity."""
+    def round(self, weight: Tensor, name: str = "weight", global_scale: Tensor | None = None) -> dict[str, Tensor]:
+        """Canonical parameters for a dense weight ``[N, K]``, on its device. Raises ValueError on NaN or infinity.
+
+        ``global_scale``, float64 ``[]``, takes the place of the weight's own.
+        """
         rotation = None if self.rotation is None else self.rotation.to(weight.device)
-        codes, scales, global_scale = rtn(weight, self.scheme, rotation, name)
+        codes, scales, global_scale = rtn(weight, self.scheme, rotation, name, global_scale)
         parameters = {"weight": codes, "weight_scale": scales}
         if global_scale is not None:
             parameters["global_scale"] = global_scale
