@@ -5,7 +5,7 @@
 Weights are quantized by ``methods.rtn`` and multiplied in float32; activations are rotated, quantized and dequantized
 before every matmul, which is what W4A4 computes. The search is pruned: weight rules are screened weight-only on the
 first windows, then activation rules at W4A4 with each rotation's best weight rule, and the pairs of rotation and
-activation rule that come out ahead are measured on all windows with the two best weight rules. Prints markdown tables.
+activation rule that come out ahead are measured on all windows with the best weight rules. Prints markdown tables.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def measure(models: list[Emulated], schemes: list[Scheme], windows: int, title: 
     return means
 
 
-def search(models: list[Emulated], fmt: Format, screen: int, windows: int, finalists: int) -> None:
+def search(models: list[Emulated], fmt: Format, screen: int, windows: int, finalists: int, rules: int) -> None:
     rotations, weight_rules, activation_rules = SEARCH[fmt.name]
     weight_only = [Scheme(fmt, rule, "model", "abs_max", *rotation) for rotation in rotations for rule in weight_rules]
     means = measure(models, weight_only, screen, f"{fmt.name}: weight rules, {screen} of the windows")
@@ -123,7 +123,7 @@ def search(models: list[Emulated], fmt: Format, screen: int, windows: int, final
     means = measure(models, w4a4, screen, f"{fmt.name}: activation rules, {screen} of the windows")
     final = []
     for ahead in sorted(w4a4, key=means.__getitem__)[:finalists]:
-        for weights in ranked[ahead.rotation, ahead.group_size][:2]:
+        for weights in ranked[ahead.rotation, ahead.group_size][:rules]:
             final += [replace(ahead, weight_rule=weights.weight_rule), weights]
     measure(models, final, windows, f"{fmt.name}: finalists, all {windows} windows")
 
@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4, help="windows of 1024 tokens for the finalists")
     parser.add_argument("--screen", type=int, default=2, help="windows of 1024 tokens for screening")
     parser.add_argument("--finalists", type=int, default=3, help="pairs of rotation and activation rule in the final")
+    parser.add_argument("--rules", type=int, default=2, help="weight rules in the final, the best of each rotation")
     options = parser.parse_args()
     models = []
     for path in options.models:
@@ -146,7 +147,7 @@ def main() -> None:
         print(f"{path.name} unquantized: {unquantized:.2f}", flush=True)
     formats = {fmt.name: fmt for fmt in (NVFP4, MXFP4)}
     for name in options.formats:
-        search(models, formats[name], options.screen, options.windows, options.finalists)
+        search(models, formats[name], options.screen, options.windows, options.finalists, options.rules)
 
 
 if __name__ == "__main__":
