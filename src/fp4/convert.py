@@ -262,13 +262,18 @@ def _write_layer(
     allow_rounding: bool,
 ) -> None:
     try:
-        tensors = {suffix: load(info) for suffix, info in infos.items()}
-        stored = reader.read(tensors, planned.source)
+        if any(infos[suffix].dtype != "U8" for suffix in reader.codes if suffix in infos):
+            stored = reader.read({suffix: load(info) for suffix, info in infos.items()}, planned.source)
+        else:
+            stored, _ = peek(reader, layer, infos, scales=True)
         written = writer.write(stored, planned.target, allow_rounding)
     except ValueError as error:
         raise ValueError(f"{layer}: {error}") from error
     for suffix, tensor in written.items():
-        file.write(layer + suffix, tensor)
+        if tensor.is_meta:  # codes are the same bytes in every format
+            file.copy(layer + suffix, next(infos[codes] for codes in reader.codes if codes in infos))
+        else:
+            file.write(layer + suffix, tensor)
 
 
 def _write_rest(checkpoint: Checkpoint, writer: Codec, config: dict[str, object], staging: Path) -> None:

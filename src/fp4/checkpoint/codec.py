@@ -57,11 +57,13 @@ class Codec(ABC):
     Attributes:
         name: the format's, as its ``quant_method`` spells it.
         suffixes: what a layer's tensors are called after the layer's own name, separator included.
+        codes: the suffixes that hold codes (or, pseudo-quantized, values): the one bulky tensor of a layer.
         marker: the suffix that only packed layers have (with ``marker_dtype``, if an ordinary layer has it too).
     """
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
+    codes: ClassVar[tuple[str, ...]]
     marker: ClassVar[str]
     marker_dtype: ClassVar[str | None] = None
     #: How the tool that writes the format rounds MXFP4 activations, one of ``formats.MXFP4.rules``.

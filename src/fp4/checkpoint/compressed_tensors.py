@@ -44,6 +44,7 @@ class CompressedTensorsCodec(Codec):
 
     name = "compressed-tensors"
     suffixes = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
+    codes = (".weight_packed",)
     marker = ".weight_packed"
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:

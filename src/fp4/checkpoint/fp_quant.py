@@ -47,6 +47,7 @@ class FPQuantCodec(Codec):
 
     name = "fp_quant"
     suffixes = tuple(f".{suffix}" for suffix in SUFFIXES)
+    codes = (".qweight", ".dqweight")
     marker = ".weight_global_scale"
 
     def scheme(self, layer: str) -> LayerScheme | None:
@@ -240,7 +241,7 @@ def _read_rotation(tensors: Mapping[str, Tensor], in_features: int) -> Tensor | 
             f"forward_hadamard_matrix is {matrix.dtype} {tuple(matrix.shape)}; expected floating point, square, of a "
             f"size that divides {in_features}"
         )
-    if not bool(torch.isfinite(matrix).all()):
-        raise ValueError("forward_hadamard_matrix holds NaN or infinity")
+    if matrix.is_meta or not bool(torch.isfinite(matrix).all()):
+        raise ValueError("forward_hadamard_matrix holds NaN or infinity, or is absurdly large")
     matrix = matrix.float()
     return None if torch.equal(matrix, torch.eye(size, device=matrix.device)) else share(matrix)

@@ -13,8 +13,8 @@ from fp4.checkpoint.files import DTYPES, TensorInfo, load
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Scalars and rotation matrices are below this; codes and block scales of any real layer are above.
-_SMALL = 1 << 18
+# No block scales or rotation matrix of a real layer are larger.
+_LARGEST = 1 << 31
 _WEIGHTS = (".weight", ".weight_packed", ".qweight")
 _QUANTIZED_DTYPES = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32")
 
@@ -57,11 +57,10 @@ def peek(
     What is not read becomes meta tensors; everything else is real. ValueError if the configuration and the tensors do
     not fit together.
     """
-    largest = max(infos, key=lambda suffix: infos[suffix].nbytes)
     tensors: dict[str, Tensor] = {}
     for suffix, info in infos.items():
-        bulky = DTYPES[info.dtype].itemsize == 1 or info.nbytes > _SMALL
-        if suffix == largest or (bulky and not scales):
+        bulky = DTYPES[info.dtype].itemsize == 1
+        if suffix in codec.codes or info.nbytes > _LARGEST or (bulky and not scales):
             tensors[suffix] = torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
         else:
             tensors[suffix] = load(info)

@@ -50,6 +50,7 @@ class ModelOptCodec(Codec):
 
     name = "modelopt"
     suffixes = (".weight", ".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale")
+    codes = (".weight",)
     marker = ".weight"
     marker_dtype = "U8"
     mxfp4_input_rule = "ceil"

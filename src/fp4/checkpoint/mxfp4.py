@@ -31,6 +31,7 @@ class Mxfp4Codec(Codec):
 
     name = "mxfp4"
     suffixes = ("_blocks", "_scales")
+    codes = ("_blocks",)
     marker = "_blocks"
 
     def scheme(self, layer: str) -> LayerScheme | None:
