@@ -267,6 +267,15 @@ def portable_global_scale_for(amax: Tensor, rule: str = "abs_max") -> Tensor:
     return scale
 
 
+def _per_matrix(global_scale: Tensor, lead: torch.Size) -> Tensor:
+    """A global scale as ``[]`` or ``lead``, the leading axes of the tensor that it belongs to."""
+    if global_scale.shape == lead:
+        return global_scale
+    if global_scale.numel() != 1:
+        raise ValueError(f"global scale has shape {tuple(global_scale.shape)}; expected one number or {tuple(lead)}")
+    return global_scale.reshape(())
+
+
 def _encode_blocks(blocks: Tensor, effective: Tensor) -> Tensor:
     # An effective scale that underflowed to zero leaves nothing to represent: dividing by infinity gives code 0.
     divisor = torch.where(effective == 0, torch.inf, effective)
@@ -301,13 +310,7 @@ def quantize(x: Tensor, fmt: Format, rule: str = "abs_max", global_scale: Tensor
         )
     lead = x.shape[:-2]
     if global_scale is not None:
-        if global_scale.numel() != 1 and global_scale.shape != lead:
-            raise ValueError(
-                f"global scale has shape {tuple(global_scale.shape)}; expected one number or {tuple(lead)}"
-            )
-        global_scale = global_scale.to(device=x.device, dtype=torch.float64).reshape(
-            lead if global_scale.numel() != 1 else ()
-        )
+        global_scale = _per_matrix(global_scale, lead).to(device=x.device, dtype=torch.float64)
     elif fmt.needs_global_scale:
         global_scale = global_scale_for(largest_magnitude(x), rule)
 
@@ -344,7 +347,9 @@ def dequantize(
             f"codes {tuple(codes.shape)} and {fmt.name} scales {tuple(scales.shape)} do not belong together: expected "
             f"scales of shape {(*codes.shape[:-1], codes.shape[-1] * 2 // fmt.block_size)}"
         )
-    effective = effective_scales(scales, None if global_scale is None else global_scale[..., None, None])
+    if global_scale is not None:
+        global_scale = _per_matrix(global_scale, codes.shape[:-2])[..., None, None]
+    effective = effective_scales(scales, global_scale)
     values: Tensor = torch.nn.functional.embedding(codes.int(), _BYTE_VALUES.to(codes.device)).flatten(-2)
     values = values.unflatten(-1, (-1, fmt.block_size)) * effective[..., None]
     return values.flatten(-2).to(dtype)
