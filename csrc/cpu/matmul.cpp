@@ -6,13 +6,12 @@ namespace fp4::cpu {
 
 namespace {
 
-// Tiles of x that are multiplied with a panel while it is decoded: many, so that decoding costs little beside them, but
-// few enough for their chunk of x to stay in the second-level cache.
+// Most tiles of x that are multiplied with a panel while it is decoded: many, so that decoding costs little beside them,
+// but few enough for their chunk of x to stay in the second-level cache.
 constexpr int64_t kTilesPerTask = 32;
 
-int64_t tasks_of(const Segment& segment, int tile, int64_t panels) {
-  return (Tiling(segment.rows, tile).count + kTilesPerTask - 1) / kTilesPerTask * panels;
-}
+// Tiles are shared out evenly, so that all tasks take the same time.
+Tiling batches_of(int64_t tiles) { return Tiling(tiles, kTilesPerTask); }
 
 }  // namespace
 
@@ -25,8 +24,9 @@ Matmul::Matmul(const Product& product, int tile, int64_t chunk)
       starts_{0},
       prepare_starts_{0} {
   for (const Segment& segment : product.segments) {
-    starts_.push_back(starts_.back() + tasks_of(segment, tile, panels_));
-    prepare_starts_.push_back(prepare_starts_.back() + Tiling(segment.rows, tile).count);
+    const int64_t tiles = tiling(segment).count;
+    starts_.push_back(starts_.back() + batches_of(tiles).count * panels_);
+    prepare_starts_.push_back(prepare_starts_.back() + tiles);
   }
 }
 
@@ -34,9 +34,8 @@ Matmul::Piece Matmul::piece_at(int64_t task, int64_t end) const {
   const size_t index = std::upper_bound(starts_.begin(), starts_.end(), task) - starts_.begin() - 1;
   const Segment& segment = product_.segments[index];
   const int64_t within = task - starts_[index], batch = within / panels_, panel = within % panels_;
-  const int64_t tiles = Tiling(segment.rows, tile_).count;
-  return {&segment, batch * kTilesPerTask, std::min(tiles, (batch + 1) * kTilesPerTask), panel,
-          std::min(panels_, panel + end - task)};
+  const Tiling batches = batches_of(tiling(segment).count);
+  return {&segment, batches.start(batch), batches.start(batch + 1), panel, std::min(panels_, panel + end - task)};
 }
 
 Matmul::Tile Matmul::tile_at(int64_t task) const {

@@ -89,18 +89,33 @@ class Matmul {
   std::vector<int64_t> prepare_starts_;  // the same of tiles
 };
 
-// Weight-only: x in its own precision, sums in float32.
+// Weight-only: x in its own precision, sums in float32 (or better: digits.h).
 class WeightOnly : public Matmul {
  public:
-  // `tiles` holds k floats for each row of x. It is written by prepare.
-  WeightOnly(const Product& product, const void* x, Dtype x_dtype, float* tiles);
+  // `memory` holds memory_bytes(product, rows of x), aligned to 8 bytes. It is written by prepare.
+  WeightOnly(const Product& product, const void* x, Dtype x_dtype, int64_t rows, uint8_t* memory);
+  static int64_t memory_bytes(const Product& product, int64_t rows);
+  int64_t prepare_tasks() const { return Matmul::prepare_tasks() + (digits_ ? rows_ * pieces_ : 0); }
   void prepare(int64_t begin, int64_t end) const;
   void run(int64_t begin, int64_t end) const;
 
  private:
+  void prepare_tile(int64_t task) const;
+  void prepare_digits(int64_t task) const;
+  bool runs_on_digits(const Segment& segment) const;
+  void run_digits(const Piece& piece) const;
+  void run_rows(const Piece& piece) const;
+  void run_tiles(const Piece& piece) const;
+  float* tiles(int64_t row) const { return reinterpret_cast<float*>(memory_) + row * product_.k; }
+  Residuals* residuals(int64_t row) const;
+  uint8_t* digit_row(int64_t row) const;
+
   const void* x_;
   Dtype x_dtype_;
-  float* tiles_;
+  int64_t rows_;
+  uint8_t* memory_;  // tiles, then residuals, then digits
+  bool digits_;      // whether some segment may go through digits
+  int64_t pieces_;   // of a row: each is made into digits by a task of its own and has its own residuals
 };
 
 // W4A4: x is quantized by `quantizer`, products are exact integers, block scales are applied in float32.

@@ -189,6 +189,7 @@ AVX512 void multiply_integer(const uint8_t* x, int rows, const uint8_t* w, const
 }  // namespace
 
 const MatmulKernels kAvx512Matmul = {
+    nullptr,
     4,
     12,
     6,

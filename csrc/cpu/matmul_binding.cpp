@@ -209,9 +209,9 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scal
 
   if (activation == nullptr) {
     const Tensor input = torch::stable::contiguous(x);
-    Tensor tiles = torch::stable::new_empty(x, {rows * packed.k}, ScalarType::Float);
-    execute(WeightOnly(product, input.const_data_ptr(), dtype, static_cast<float*>(tiles.mutable_data_ptr())), product,
-            rows);
+    Tensor memory = torch::stable::new_empty(x, {WeightOnly::memory_bytes(product, rows)}, ScalarType::Byte);
+    execute(WeightOnly(product, input.const_data_ptr(), dtype, rows, static_cast<uint8_t*>(memory.mutable_data_ptr())),
+            product, rows);
     return out;
   }
   const Rule rule = rule_of(packed.format, activation->rule);

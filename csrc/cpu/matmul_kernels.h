@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "digits.h"
 #include "isa.h"
 #include "layout.h"
 
@@ -16,10 +17,28 @@ constexpr int kIntegerBias = 12;
 constexpr int64_t integer_block_bytes(Format format, int64_t rows) { return rows * (block_size(format) + 8); }
 
 // `codes` and `scales` point at a block of a panel (layout.h) and `blocks` blocks are read from there. Indexed by Format.
+
+// Products of activations as digits (digits.h).
+struct DigitKernels {
+  int rows;  // most rows of x that are worth it
+
+  // One row of x, whose first block begins with group `first_group` of four columns. Residuals are appended.
+  void (*split[2])(const float* x, int64_t blocks, int32_t first_group, uint8_t* out, Residuals& residuals);
+
+  // y[m][16] = sum over k of x[m][k] * value[k][16], but for residuals. Rows of x lie `stride` bytes apart.
+  void (*gemv[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const uint8_t* x,
+                  int64_t stride, int rows, float* y);
+
+  // y[16] += sum over residuals. codes and scales are those of the panel's first block.
+  void (*add_residuals[2])(const uint8_t* codes, const uint8_t* scales, float global_scale, const Residuals& residuals,
+                           float* y);
+};
+
 struct MatmulKernels {
-  int gemv_rows;     // most rows of x that `gemv` takes
-  int float_tile;    // most rows of x that `multiply_float` takes
-  int integer_tile;  // most rows of x that `multiply_integer` takes
+  const DigitKernels* digits;  // null where decoding to float32 is as fast
+  int gemv_rows;               // most rows of x that `gemv` takes
+  int float_tile;              // most rows of x that `multiply_float` takes
+  int integer_tile;            // most rows of x that `multiply_integer` takes
 
   // y[m][16] = sum over k of x[k][m] * value[k][16]: weights are decoded in registers and used at once.
   void (*gemv[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const float* x,

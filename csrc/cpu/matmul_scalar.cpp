@@ -156,6 +156,7 @@ void store(const float* from, Dtype dtype, int64_t n, void* to) {
 }  // namespace
 
 const MatmulKernels kScalarMatmul = {
+    nullptr,
     1,
     4,
     4,

@@ -64,8 +64,8 @@ void run(Format format, Dtype dtype, int64_t m, int64_t n, int64_t k, bool integ
     const auto tiles = exactly<uint8_t>(rows * IntegerProduct::tile_bytes(format, k));
     drive(IntegerProduct(product, x.get(), dtype, quantizer, tiles.get()));
   } else {
-    const auto tiles = exactly<float>(rows * k);
-    drive(WeightOnly(product, x.get(), dtype, tiles.get()));
+    const auto memory = exactly<uint8_t>(WeightOnly::memory_bytes(product, rows));
+    drive(WeightOnly(product, x.get(), dtype, rows, memory.get()));
   }
   const auto result = exactly<float>(rows * n);
   kScalarMatmul.load(out.get(), dtype, rows * n, result.get());
