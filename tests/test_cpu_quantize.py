@@ -117,6 +117,17 @@ def test_shapes(fmt: Format, rule: str, shape: tuple[int, ...]) -> None:
     check(x, fmt, rule, torch.tensor(1e-3, dtype=torch.float64) if fmt.needs_global_scale else None)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (700, 333), (3, 40, 64), (0, 16), (2, 0, 16)], ids=str)
+def test_largest_magnitude(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = random_bits(shape, dtype, seed=2)
+    largest = ops.operator("cpu", "largest_magnitude")
+    assert torch.equal(largest(x), formats.largest_magnitude(x))
+    if x.numel():
+        x[..., -1, 0] = float("nan")
+        assert largest(x).isnan().all()
+
+
 def test_no_rows() -> None:
     codes, scales = ops.operator("cpu", "quantize")(torch.zeros(2, 0, 64), None, "mxfp4", "abs_max")
     assert (codes.shape, scales.shape) == ((2, 0, 32), (2, 0, 2))

@@ -138,11 +138,42 @@ Tensor dequantize_tensor(const Tensor& codes, const Tensor& scales, const std::o
   return out;
 }
 
+// max |x| of each matrix [..., N, K] -> float32 [...]; NaN where there is one.
+Tensor largest_magnitude(const Tensor& x) {
+  const Dtype dtype = dtype_of(x.scalar_type(), "x");
+  std::vector<int64_t> shape = shape_of(x);
+  STD_TORCH_CHECK(shape.size() >= 2, "x must be [..., N, K]");
+  const Tensor input = torch::stable::contiguous(x);
+  shape.resize(shape.size() - 2);
+  Tensor out = torch::stable::new_empty(x, shape, ScalarType::Float);
+  auto* result = static_cast<float*>(out.mutable_data_ptr());
+  const int64_t matrices = out.numel(), elements = matrices ? x.numel() / matrices : 0;
+  const int64_t chunks = (elements + kGrainElements - 1) / kGrainElements;
+  const int64_t bytes = dtype == Dtype::float32 ? 4 : 2;
+  std::vector<float> partial(chunks);
+  for (int64_t i = 0; i < matrices; ++i) {
+    const char* from = static_cast<const char*>(input.const_data_ptr()) + i * elements * bytes;
+    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t first = chunk * kGrainElements, left = elements - first;
+        partial[chunk] = abs_max(from + first * bytes, dtype, left < kGrainElements ? left : kGrainElements);
+      }
+    });
+    float largest = 0;
+    for (const float value : partial) {
+      if (largest == largest && !(value <= largest)) largest = value;  // NaN compares false, so it is taken and stays
+    }
+    result[i] = largest;
+  }
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, m) {
   m.impl("cpu_quantize", TORCH_BOX(&quantize_tensor));
   m.impl("cpu_dequantize", TORCH_BOX(&dequantize_tensor));
+  m.impl("cpu_largest_magnitude", TORCH_BOX(&largest_magnitude));
 }
 
 }  // namespace fp4::cpu

@@ -91,9 +91,8 @@ def format_of(scales: Tensor) -> Format:
 
 def require_finite(tensor: Tensor, name: str) -> None:
     """Raises ValueError naming ``name`` if ``tensor`` holds NaN or infinity."""
-    low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
-    if not (torch.isfinite(low) & torch.isfinite(high)):
-        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    if bad:
         raise ValueError(
             f"{name} holds {bad} NaN or infinite values out of {tensor.numel()}; such a weight cannot be quantized. "
             "Check that the checkpoint is intact, or keep the layer as it is through modules_to_not_convert"
@@ -240,10 +239,10 @@ def _block_scales(blocks: Tensor, fmt: Format, rule: str, global_scale: Tensor |
 
 
 def largest_magnitude(x: Tensor) -> Tensor:
-    """max |x| of each matrix, without a copy: ``[..., N, K]`` -> ``[...]``; 0 for an empty one."""
+    """max |x| of each matrix, without a copy: ``[..., N, K]`` -> float32 ``[...]``; 0 if empty, NaN if it has one."""
     if not x.numel():
-        return x.new_zeros(x.shape[:-2])
-    return torch.maximum(x.amax(dim=(-2, -1)), -x.amin(dim=(-2, -1)))
+        return x.new_zeros(x.shape[:-2], dtype=torch.float32)
+    return torch.maximum(x.amax(dim=(-2, -1)), -x.amin(dim=(-2, -1))).float()
 
 
 def global_scale_for(amax: Tensor, rule: str = "abs_max") -> Tensor:

@@ -22,6 +22,7 @@ BACKENDS = ("reference", "cpu", "triton", "cutlass")
 # x [..., K] -> [..., N] in x.dtype. global_scale float64 [] (NVFP4) or None (MXFP4); bias [N]; out_features is N.
 # w4a4: x @ rotation in groups, then quantized with `rule` under input_global_scale (None: from the amax of this call).
 # grouped: x [T, K] sorted by expert, offsets int32 [E+1] their row ranges, a leading expert axis on all of the weight.
+# largest_magnitude: x [..., N, K] -> float32 [...].
 # quantize and dequantize: canonical form; the global scale is the caller's.
 _WEIGHT = "Tensor x, Tensor weight, Tensor weight_scale, Tensor? global_scale, Tensor? bias"
 _ACTIVATION = "Tensor? rotation, Tensor? input_global_scale, str rule"
@@ -30,6 +31,7 @@ _SCHEMAS = {
     "linear_w4a4": f"({_WEIGHT}, SymInt out_features, {_ACTIVATION}) -> Tensor",
     "grouped_linear": f"({_WEIGHT}, Tensor offsets, SymInt out_features) -> Tensor",
     "grouped_linear_w4a4": f"({_WEIGHT}, Tensor offsets, SymInt out_features, {_ACTIVATION}) -> Tensor",
+    "largest_magnitude": "(Tensor x) -> Tensor",
     "quantize": "(Tensor x, Tensor? global_scale, str format, str rule) -> (Tensor, Tensor)",
     "dequantize": "(Tensor codes, Tensor scales, Tensor? global_scale, ScalarType dtype) -> Tensor",
 }
@@ -39,6 +41,10 @@ def _fake_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, global_scale: 
     # `rest` begins with out_features, after the expert offsets where the form is grouped.
     out_features = rest[1] if isinstance(rest[0], Tensor) else rest[0]
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _fake_largest_magnitude(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-2], dtype=torch.float32)
 
 
 def _fake_quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> tuple[Tensor, Tensor]:
@@ -52,7 +58,11 @@ def _fake_dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor | None,
     return codes.new_empty(*codes.shape[:-1], codes.shape[-1] * 2, dtype=dtype)
 
 
-_FAKES: dict[str, Callable[..., Any]] = {"quantize": _fake_quantize, "dequantize": _fake_dequantize}
+_FAKES: dict[str, Callable[..., Any]] = {
+    "largest_magnitude": _fake_largest_magnitude,
+    "quantize": _fake_quantize,
+    "dequantize": _fake_dequantize,
+}
 
 for _backend in BACKENDS:
     for _name, _schema in _SCHEMAS.items():

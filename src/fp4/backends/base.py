@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fp4 import ops
-from fp4.formats import Format, QuantizedTensor, global_scale_for, largest_magnitude
+from fp4.formats import Format, QuantizedTensor, global_scale_for
 from fp4.scheme import Scheme
 
 
@@ -48,13 +48,18 @@ class Backend:
         """Inverse of :meth:`pack`; ``out_features`` is N, which a padded layout no longer shows."""
         return weight, weight_scale
 
+    def largest_magnitude(self, x: Tensor) -> Tensor:
+        """``formats.largest_magnitude`` on this backend's kernels: x ``[..., N, K]`` -> float32 ``[...]``."""
+        largest: Tensor = ops.operator(self.name, "largest_magnitude")(x)
+        return largest
+
     def quantize(
         self, x: Tensor, fmt: Format, rule: str = "abs_max", global_scale: Tensor | None = None
     ) -> QuantizedTensor:
         """``formats.quantize`` on this backend's kernels: x ``[..., N, K]`` -> canonical triple, the same bits."""
         fmt.require_rule(rule)
         if fmt.needs_global_scale and global_scale is None:
-            global_scale = global_scale_for(largest_magnitude(x), rule)
+            global_scale = global_scale_for(self.largest_magnitude(x), rule)
         codes, scales = ops.operator(self.name, "quantize")(x, global_scale, fmt.name, rule)
         return QuantizedTensor(codes, scales, global_scale)
 

@@ -139,6 +139,7 @@ def quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> 
 
 for _function in (linear, linear_w4a4, grouped_linear, grouped_linear_w4a4, quantize):
     ops.implement(f"reference_{_function.__name__}", _function)
+ops.implement("reference_largest_magnitude", formats.largest_magnitude)
 ops.implement("reference_dequantize", formats.dequantize)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fp4 import backends
-from fp4.formats import QuantizedTensor, largest_magnitude, portable_global_scale_for, require_finite
+from fp4.formats import QuantizedTensor, portable_global_scale_for, require_finite
 from fp4.rotation import rotate
 from fp4.scheme import Scheme
 
@@ -19,7 +19,8 @@ def global_scale_of(weight: Tensor, scheme: Scheme, rotation: Tensor | None = No
         return None
     if rotation is not None:
         weight = rotate(weight, rotation)
-    return portable_global_scale_for(largest_magnitude(weight), scheme.weight_rule)
+    largest = backends.for_device(weight.device).largest_magnitude(weight)
+    return portable_global_scale_for(largest, scheme.weight_rule)
 
 
 def rtn(
@@ -37,10 +38,11 @@ def rtn(
     Raises:
         ValueError: ``weight`` holds NaN or infinity; the message names it ``name``.
     """
-    require_finite(weight, name)
+    backend = backends.for_device(weight.device)
+    if not bool(torch.isfinite(backend.largest_magnitude(weight)).all()):
+        require_finite(weight, name)
     if rotation is not None:
         weight = rotate(weight, rotation)
     if global_scale is None:
         global_scale = global_scale_of(weight, scheme)
-    backend = backends.for_device(weight.device)
     return backend.quantize(weight, scheme.format, scheme.weight_rule, global_scale)
