@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -56,6 +56,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
     make_llama().save_pretrained(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_graphs() -> Iterator[None]:
+    """Graphs of one test must not count towards another's limit of recompilations."""
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,8 @@ def convert(
         )
     resumed = f", {result.resumed_shards} of them from an earlier run" if result.resumed_shards else ""
     console.print(
-        f"{result.source_format} -> {result.target_format}: {result.layers} layers in {result.shards} files{resumed}, "
+        f"{result.source_format} -> {result.target_format}: {result.layers} layers in {result.shards} "
+        f"file{'s' if result.shards > 1 else ''}{resumed}, "
         f"{result.bytes_written / 1e6:.1f} MB in {target}"
     )
     for note in result.notes:
