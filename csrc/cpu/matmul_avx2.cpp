@@ -18,6 +18,7 @@ AVX2 void gemv_rows(const uint8_t* codes, const uint8_t* scales, int64_t blocks,
   __m256 low[M], high[M];
   for (int m = 0; m < M; ++m) low[m] = high[m] = _mm256_setzero_ps();
   for (int64_t b = 0; b < blocks; ++b, codes += block_bytes(F), scales += kPanelRows, x += size * M) {
+    prefetch_block<F>(codes, scales);
     // Two partial sums a vector (a, b) hide the latency of the FMAs.
     __m256 low_a[M], low_b[M], high_a[M], high_b[M];
     for (int m = 0; m < M; ++m) low_a[m] = low_b[m] = high_a[m] = high_b[m] = _mm256_setzero_ps();
@@ -121,6 +122,7 @@ AVX2 void decode_integer(const uint8_t* codes, const uint8_t* scales, int64_t bl
       _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
   const __m256i nibble = _mm256_set1_epi8(0x0F);
   for (int64_t b = 0; b < blocks; ++b, scales += kPanelRows, out_scales += kPanelRows) {
+    prefetch_block<F>(codes, scales);
     const Scales s = load_scales<F>(scales, unit);
     _mm256_storeu_ps(out_scales, s.low);
     _mm256_storeu_ps(out_scales + 8, s.high);

@@ -16,6 +16,15 @@
 
 namespace fp4::cpu::avx2 {
 
+// Asks for the codes and scales of a block well ahead of its use: panels are read once, in order, across page borders,
+// where the hardware's own prefetching stops. Asking beyond the last panel is harmless.
+template <Format F>
+AVX2_INLINE void prefetch_block(const uint8_t* codes, const uint8_t* scales) {
+  constexpr int kAhead = 2048;  // bytes of codes
+  for (int i = 0; i < block_bytes(F); i += 64) _mm_prefetch(reinterpret_cast<const char*>(codes) + kAhead + i, _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(scales) + kAhead / block_bytes(F) * kPanelRows, _MM_HINT_T0);
+}
+
 // Block scales of the rows 0-7 and 8-15 of a panel.
 struct Scales {
   __m256 low, high;

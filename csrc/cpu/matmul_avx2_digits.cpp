@@ -109,6 +109,7 @@ AVX2 void multiply(const uint8_t* codes, const uint8_t* scales, int64_t blocks, 
   __m256 low[M], high[M];
   for (int m = 0; m < M; ++m) low[m] = high[m] = _mm256_setzero_ps();
   for (int64_t b = 0; b < blocks; ++b, scales += kPanelRows, x += digit_block_bytes(F)) {
+    prefetch_block<F>(codes, scales);
     Sums total[M] = {};
     // Sixteen columns at a time: more would overflow the 16-bit sums.
     for (int half = 0; half < size / 16; ++half) {
