@@ -136,6 +136,13 @@ def test_output_embedding_is_kept_unless_asked(llama: Path, token_ids: torch.Ten
     assert_reloads(model, token_ids, tmp_path / "out")
 
 
+def test_the_users_config_object_is_not_changed(llama: Path) -> None:
+    config = FPQuantConfig()
+    before = config.to_dict()
+    assert load(llama, config).config.quantization_config.modules_to_not_convert == ["lm_head"]
+    assert config.to_dict() == before
+
+
 def test_layers_named_by_the_user_are_kept(llama: Path) -> None:
     names = packed(load(llama, FPQuantConfig(modules_to_not_convert=["q_proj", "model.layers.1"])))
     assert set(names) == {f"model.layers.0.self_attn.{p}_proj" for p in "kvo"} | {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,8 @@ class FPQuantHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         if not isinstance(quantization_config, FPQuantConfig):
             quantization_config = FPQuantConfig.from_stock(quantization_config)
+        # What is filled in for this model must not show in the user's object, which may serve for another one.
+        quantization_config = copy.deepcopy(quantization_config)
         quantization_config.post_init()
         super().__init__(quantization_config, **kwargs)
         if quantization_config.store_master_weights:
