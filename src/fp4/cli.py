@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -80,6 +82,8 @@ def env() -> None:
     console.print(table)
 
 
+LAYER_NUMBER = r"(?<=\.)\d+(?=\.)"
+
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, where the model is a hub id.")]
 
 
@@ -150,7 +154,11 @@ def inspect(
             shape = " x ".join(map(str, row.shape))
             table.add_row(row.name, row.scheme, shape, f"{row.bits_per_weight:.2f}", "; ".join(row.problems))
         console.print(table)
-    kept = ", ".join(f"{row.name} ({row.dtype} {' x '.join(map(str, row.shape))})" for row in found.kept)
+    # One entry for the same weight of all layers.
+    alike = Counter(
+        f"{re.sub(LAYER_NUMBER, '*', row.name)} ({row.dtype} {' x '.join(map(str, row.shape))})" for row in found.kept
+    )
+    kept = ", ".join(name if count == 1 else f"{count} x {name}" for name, count in alike.items())
     console.print(f"not quantized: {kept or 'nothing'}", highlight=False)
     for note in found.notes:
         console.print(f"note: {note}", highlight=False)
