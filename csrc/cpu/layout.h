@@ -1,4 +1,5 @@
-// The layout of packed weights that the matmul kernels read. src/fp4/backends/cpu.py permutes the canonical form into it.
+// The layout of packed weights that the matmul kernels read. src/fp4/backends/cpu.py permutes the canonical form into
+// it.
 //
 // Rows are gathered into panels of 16 (the last one padded with zero bytes), and a panel is stored block after block:
 //
@@ -6,12 +7,12 @@
 //                                bytes. Words stand in the order of kWordRow.
 //   scales  [panel][K / B][16]   one byte for each row, in order.
 //
-// Why: a byte shuffle turns 32 low (even columns) or high (odd columns) nibbles into anything of a byte. As integers, the
-// two columns in a word meet two activations in one multiply-add, and every word sums for a row of its own. As floats,
-// two shuffles give the high and low bytes of bfloat16 values; interleaving those leaves, in every 32-bit lane, two
-// columns of a row, which a shift and a mask widen to float32. In both cases sixteen rows meet one broadcast of x, there
-// is no horizontal sum, and the block scales of eight rows are one vector. The word order is what makes interleaving,
-// which works within 128-bit lanes, deliver rows 0-7 and 8-15 as vectors.
+// Why: a byte shuffle turns 32 low (even columns) or high (odd columns) nibbles into anything of a byte. As integers,
+// the two columns in a word meet two activations in one multiply-add, and every word sums for a row of its own. As
+// floats, two shuffles give the high and low bytes of bfloat16 values; interleaving those leaves, in every 32-bit lane,
+// two columns of a row, which a shift and a mask widen to float32. In both cases sixteen rows meet one broadcast of x,
+// there is no horizontal sum, and the block scales of eight rows are one vector. The word order is what makes
+// interleaving, which works within 128-bit lanes, deliver rows 0-7 and 8-15 as vectors.
 #pragma once
 
 #include <cstdint>

@@ -6,8 +6,8 @@ namespace fp4::cpu {
 
 namespace {
 
-// Most tiles of x that are multiplied with a panel while it is decoded: many, so that decoding costs little beside them,
-// but few enough for their chunk of x to stay in the second-level cache.
+// Most tiles of x that are multiplied with a panel while it is decoded: many, so that decoding costs little beside
+// them, but few enough for their chunk of x to stay in the second-level cache.
 constexpr int64_t kTilesPerTask = 32;
 
 // Tiles are shared out evenly, so that all tasks take the same time.
@@ -39,9 +39,10 @@ Matmul::Piece Matmul::piece_at(int64_t task, int64_t end) const {
 }
 
 Matmul::Tile Matmul::tile_at(int64_t task) const {
-  const size_t index = std::upper_bound(prepare_starts_.begin(), prepare_starts_.end(), task) - prepare_starts_.begin() - 1;
+  const auto& starts = prepare_starts_;
+  const size_t index = std::upper_bound(starts.begin(), starts.end(), task) - starts.begin() - 1;
   const Segment& segment = product_.segments[index];
-  return {&segment, tiling(segment), task - prepare_starts_[index]};
+  return {&segment, tiling(segment), task - starts[index]};
 }
 
 void Matmul::finish(const Segment& segment, int64_t row, int64_t rows, int64_t panel, const float* sums,

@@ -76,7 +76,8 @@ class Matmul {
   Tiling tiling(const Segment& segment) const { return Tiling(segment.rows, tile_); }
 
   // Writes the 16 sums, times unit, of each of `rows` rows (from `row` on) as columns of `panel`.
-  void finish(const Segment& segment, int64_t row, int64_t rows, int64_t panel, const float* sums, float unit = 1) const;
+  void finish(const Segment& segment, int64_t row, int64_t rows, int64_t panel, const float* sums,
+              float unit = 1) const;
 
   const Product& product_;
   const MatmulKernels& kernels_;
@@ -123,7 +124,9 @@ class IntegerProduct : public Matmul {
  public:
   // `tiles` holds tile_bytes(format, k) bytes for each row of x. It is written by prepare.
   IntegerProduct(const Product& product, const void* x, Dtype x_dtype, const Quantizer& quantizer, uint8_t* tiles);
-  static int64_t tile_bytes(Format format, int64_t k) { return k / block_size(format) * integer_block_bytes(format, 1); }
+  static int64_t tile_bytes(Format format, int64_t k) {
+    return k / block_size(format) * integer_block_bytes(format, 1);
+  }
   void prepare(int64_t begin, int64_t end) const;
   void run(int64_t begin, int64_t end) const;
 

@@ -1,5 +1,5 @@
-// What the AVX2 kernels share: decoding codes and block scales. Every function carries its target, so that the files are
-// compiled with the default flags and their code runs only where isa.h found the instructions.
+// What the AVX2 kernels share: decoding codes and block scales. Every function carries its target, so that the files
+// are compiled with the default flags and their code runs only where isa.h found the instructions.
 #pragma once
 
 #include "matmul_kernels.h"
@@ -21,7 +21,8 @@ namespace fp4::cpu::avx2 {
 template <Format F>
 AVX2_INLINE void prefetch_block(const uint8_t* codes, const uint8_t* scales) {
   constexpr int kAhead = 2048;  // bytes of codes
-  for (int i = 0; i < block_bytes(F); i += 64) _mm_prefetch(reinterpret_cast<const char*>(codes) + kAhead + i, _MM_HINT_T0);
+  const char* const next = reinterpret_cast<const char*>(codes) + kAhead;
+  for (int i = 0; i < block_bytes(F); i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
   _mm_prefetch(reinterpret_cast<const char*>(scales) + kAhead / block_bytes(F) * kPanelRows, _MM_HINT_T0);
 }
 
@@ -31,7 +32,8 @@ struct Scales {
 };
 
 // E4M3 passes through float16, whose exponent is one bit wider: the conversion instruction handles subnormals whatever
-// the processor's denormal mode, and leaves a factor 2^8 between the biases. So `unit` (scale_unit) is 2^8 * global scale.
+// the processor's denormal mode, and leaves a factor 2^8 between the biases. So `unit` (scale_unit) is 2^8 * global
+// scale.
 template <Format F>
 AVX2_INLINE Scales load_scales(const uint8_t* scales, __m256 unit) {
   if constexpr (F == Format::nvfp4) {
@@ -55,7 +57,8 @@ AVX2_INLINE __m256 scale_unit(float global_scale) {
   return _mm256_set1_ps(F == Format::nvfp4 ? global_scale * 256.0f : global_scale);
 }
 
-// Four columns as bfloat16 pairs: in each 32-bit lane of k02 column 0 (low half) and 2 of a row, in k13 columns 1 and 3.
+// Four columns as bfloat16 pairs: in each 32-bit lane of k02 column 0 (low half) and 2 of a row, in k13 columns 1 and
+// 3.
 struct Columns {
   __m256i k02_low, k02_high, k13_low, k13_high;  // rows 0-7 and 8-15
 };

@@ -92,10 +92,13 @@ struct Sums {
 
 // a * scale_a + b * scale_b of sixteen 16-bit sums, widened; `scales` holds the pair.
 AVX2_INLINE Sums widen(__m256i a, __m256i b, __m256i scales) {
-  return {_mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), scales), _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), scales)};
+  return {_mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), scales),
+          _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), scales)};
 }
 
-AVX2_INLINE Sums operator+(Sums a, Sums b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+AVX2_INLINE Sums operator+(Sums a, Sums b) {
+  return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+}
 
 template <Format F, int M>
 AVX2 void multiply(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const uint8_t* x,

@@ -1,5 +1,5 @@
-// fp4::cpu_linear, cpu_linear_w4a4 and their grouped forms: checks, and the way from tensors to matmul.h. Schemas are in
-// src/fp4/ops.py.
+// fp4::cpu_linear, cpu_linear_w4a4 and their grouped forms: checks, and the way from tensors to matmul.h. Schemas are
+// in src/fp4/ops.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -139,7 +139,8 @@ struct Activation {
 // float32 of x [.., K] in groups times the rotation [h, h], as rotation.py computes it: the same operation of torch, so
 // that no code differs from the reference by the order of a sum.
 Tensor rotated(const Tensor& x, const Tensor& rotation) {
-  STD_TORCH_CHECK(rotation.dim() == 2 && rotation.size(0) == rotation.size(1) && x.size(x.dim() - 1) % rotation.size(0) == 0,
+  STD_TORCH_CHECK(rotation.dim() == 2 && rotation.size(0) == rotation.size(1) &&
+                      x.size(x.dim() - 1) % rotation.size(0) == 0,
                   "rotation ", shape_text(rotation), " must be square and its size divide the columns of x ",
                   shape_text(x));
   const Tensor groups = torch::stable::reshape(torch::stable::to(x, ScalarType::Float), {-1, rotation.size(0)});

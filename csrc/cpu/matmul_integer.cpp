@@ -35,14 +35,16 @@ void IntegerProduct::prepare(int64_t begin, int64_t end) const {
       const int64_t offset = (segment.first_row + start + m) * k * element_size(x_dtype_);
       quantizer_.quantize_doubled(static_cast<const uint8_t*>(x_) + offset, 0, k / block, codes.get(), effective.get());
       for (int64_t c = 0; c < k; c += chunk_) {
-        const int64_t length = std::min(chunk_, k - c), per_row = length / block * integer_block_bytes(product_.format, 1);
+        const int64_t length = std::min(chunk_, k - c);
+        const int64_t per_row = length / block * integer_block_bytes(product_.format, 1);
         uint8_t* to = segment_tiles + c / block * integer_block_bytes(product_.format, segment.rows) + start * per_row;
         for (int64_t b = c / block; b < (c + length) / block; ++b, to += integer_block_bytes(product_.format, rows)) {
           int32_t sum = 0;
           for (int i = 0; i < block; ++i) sum += codes[b * block + i];
           const int32_t correction = -kIntegerBias * sum;
           for (int i = 0; i < block; ++i) {
-            to[(i / 4 * rows + m) * 4 + i % 4] = static_cast<uint8_t>(codes[b * block + i / 4 * 4 + kIntegerColumn[i % 4]]);
+            const int8_t code = codes[b * block + i / 4 * 4 + kIntegerColumn[i % 4]];
+            to[(i / 4 * rows + m) * 4 + i % 4] = static_cast<uint8_t>(code);
           }
           std::memcpy(to + rows * block + m * 4, &correction, 4);
           std::memcpy(to + rows * (block + 4) + m * 4, &effective[b], 4);

@@ -1,4 +1,5 @@
-// The inner loops of the matmuls, once per instruction set. Everything above them (linear.cpp, linear_w4a4.cpp) is common.
+// The inner loops of the matmuls, once per instruction set. Everything above them (matmul.h) is
+// common.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +10,15 @@
 
 namespace fp4::cpu {
 
-// Integer activations of one block of a tile of `rows` rows, as linear_w4a4.cpp lays them out:
+// Integer activations of one block of a tile of `rows` rows, as matmul_integer.cpp lays them out:
 //   int8  codes[block_size / 4][rows][4]   doubled E2M1 values, columns in kIntegerColumn order
 //   int32 correction[rows]                 -12 * sum of the row's codes: decoded weights are stored 12 too large
 //   float scale[rows]
 constexpr int kIntegerBias = 12;
 constexpr int64_t integer_block_bytes(Format format, int64_t rows) { return rows * (block_size(format) + 8); }
 
-// `codes` and `scales` point at a block of a panel (layout.h) and `blocks` blocks are read from there. Indexed by Format.
+// `codes` and `scales` point at a block of a panel (layout.h) and `blocks` blocks are read from there. Indexed by
+// Format.
 
 // Products of activations as digits (digits.h).
 struct DigitKernels {

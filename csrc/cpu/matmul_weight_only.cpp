@@ -82,8 +82,8 @@ void WeightOnly::prepare_digits(int64_t task) const {
   const int64_t row = task / pieces_, piece = task % pieces_, column = piece * kDigitColumns;
   const int64_t length = std::min(kDigitColumns, product_.k - column);
   float x[kDigitColumns];
-  kernels_.load(static_cast<const uint8_t*>(x_) + (row * product_.k + column) * element_size(x_dtype_), x_dtype_, length,
-                x);
+  const int64_t offset = (row * product_.k + column) * element_size(x_dtype_);
+  kernels_.load(static_cast<const uint8_t*>(x_) + offset, x_dtype_, length, x);
   Residuals& rest = residuals(row)[piece];
   rest.count = 0;
   kernels_.digits->split[f](x, length / block, static_cast<int32_t>(column / 4),
@@ -139,8 +139,9 @@ void WeightOnly::run_rows(const Piece& piece) const {
   const float global_scale = static_cast<float>(segment.global_scale);
   for (int64_t p = piece.first_panel; p < piece.last_panel; ++p) {
     float sums[kPanelRows * 4];
-    kernels_.gemv[f](segment.codes + p * blocks * block_bytes(product_.format), segment.scales + p * blocks * kPanelRows,
-                     blocks, global_scale, tiles(segment.first_row), static_cast<int>(segment.rows), sums);
+    kernels_.gemv[f](segment.codes + p * blocks * block_bytes(product_.format),
+                     segment.scales + p * blocks * kPanelRows, blocks, global_scale, tiles(segment.first_row),
+                     static_cast<int>(segment.rows), sums);
     finish(segment, 0, segment.rows, p, sums);
   }
 }
@@ -172,7 +173,9 @@ void WeightOnly::run_tiles(const Piece& piece) const {
         }
       }
     }
-    for (int64_t p = 0; p < panels; ++p) finish(segment, first_row, rows, group + p, sums.get() + p * rows * kPanelRows);
+    for (int64_t p = 0; p < panels; ++p) {
+      finish(segment, first_row, rows, group + p, sums.get() + p * rows * kPanelRows);
+    }
   }
 }
 

@@ -1,4 +1,5 @@
-// Drives the matmuls over odd shapes for sanitize.sh. All memory is from the heap, of exactly the size that is promised.
+// Drives the matmuls over odd shapes for sanitize.sh. All memory is from the heap, of exactly the size that is
+// promised.
 #include "matmul.h"
 
 #include <cmath>
