@@ -30,7 +30,7 @@ pytest-oldest: $(VENV)/oldest
 	PYTHONPATH=$(VENV)/oldest $(VENV)/bin/python -m pytest -n 2 -rs tests/test_quantizer.py tests/test_training.py
 
 sanitize:
-	csrc/cpu/sanitize.sh
+	sh csrc/cpu/sanitize.sh
 
 bench-cpu: $(VENV)/demo
 	$(VENV)/bin/python benchmarks/cpu_linear.py
