@@ -8,12 +8,12 @@ OLDEST_TRANSFORMERS ?= 5.17.0
 MODEL ?=
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint types pytest pytest-oldest sanitize bench-cpu clean
+.PHONY: demo test lint types pytest pytest-oldest parity sanitize bench-cpu clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python examples/demo.py $(MODEL)
 
-test: lint types pytest pytest-oldest
+test: lint types pytest pytest-oldest parity
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
@@ -28,6 +28,10 @@ pytest: $(VENV)/test
 # The parts that meet Transformers, once more under the oldest supported one.
 pytest-oldest: $(VENV)/oldest
 	PYTHONPATH=$(VENV)/oldest $(VENV)/bin/python -m pytest -n 2 -rs tests/test_quantizer.py tests/test_training.py
+
+# Against FP-Quant's own Triton kernels, run by Triton's interpreter.
+parity: $(VENV)/parity
+	PYTHONPATH=$(VENV)/parity $(VENV)/bin/python -m pytest -rs tests/parity/test_fp_quant.py
 
 sanitize:
 	sh csrc/cpu/sanitize.sh
@@ -62,3 +66,8 @@ $(VENV)/oldest: $(VENV)/test
 	rm -rf $@
 	$(VENV)/bin/pip install -q --no-deps --target $@ transformers==$(OLDEST_TRANSFORMERS)
 	$(VENV)/bin/pip install -q --target $@ "huggingface_hub<2"
+
+# Without dependencies: fp_quant asks for a CUDA build of torch, which its kernels do not need under the interpreter.
+$(VENV)/parity: $(VENV)/test
+	rm -rf $@
+	$(VENV)/bin/pip install -q --no-deps --target $@ fp_quant==0.3.2 triton==3.7.1 scipy==1.17.1
