@@ -53,6 +53,16 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return rotated.flatten(-2)
 
 
+def rotation_for(name: str, size: int, dtype: torch.dtype | None) -> Tensor | None:
+    """The shared float32 ``[size, size]`` of a model in ``dtype`` (default: torch's), None for ``"identity"``.
+
+    Rounded to ``dtype`` because that is how checkpoints store it; applied in float32.
+    """
+    if name == "identity":
+        return None
+    return share(ROTATIONS[name](size).to(dtype or torch.get_default_dtype()).float())
+
+
 _shared: weakref.WeakValueDictionary[tuple[object, ...], Tensor] = weakref.WeakValueDictionary()
 
 

@@ -42,7 +42,8 @@ def _save_pretrained(
     if target.is_file():
         raise ValueError(f"cannot save to {target}: it is a file; name a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    kwargs.setdefault("repo_id", target.name) if kwargs.get("push_to_hub") else None
+    if kwargs.get("push_to_hub"):
+        kwargs.setdefault("repo_id", target.name)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         type(model).save_pretrained(model, staging, *args, **kwargs)

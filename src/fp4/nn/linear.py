@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fp4 import backends
 from fp4.formats import QuantizedTensor
 from fp4.methods.rtn import rtn
-from fp4.rotation import ROTATIONS, rotate, share
+from fp4.rotation import rotate, rotation_for, share
 from fp4.scheme import Scheme
 
 
@@ -70,11 +70,7 @@ class FP4Linear(nn.Module):
         self.global_scale = _frozen(scalar) if has_global_scale else None
         self.input_global_scale = _frozen(scalar.clone()) if scheme.global_scale is not None else None
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
-        self.rotation: Tensor | None = None
-        if scheme.rotation != "identity":
-            # Rounded to the model's dtype because that is how checkpoints store it; applied in float32.
-            matrix = ROTATIONS[scheme.rotation](scheme.group_size).to(dtype or torch.get_default_dtype())
-            self.rotation = share(matrix.float())
+        self.rotation = rotation_for(scheme.rotation, scheme.group_size, dtype)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, scheme: Scheme, backend: str = "auto", name: str = "weight") -> FP4Linear:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fp4.rotation import ROTATIONS, rotate, share
+from fp4.rotation import rotate, rotation_for
 from fp4.scheme import Scheme
 from fp4.training import fake_quantize
 
@@ -27,10 +27,7 @@ class FP4MasterLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.scheme = scheme
-        self.rotation: Tensor | None = None
-        if scheme.rotation != "identity":
-            matrix = ROTATIONS[scheme.rotation](scheme.group_size).to(dtype or torch.get_default_dtype())
-            self.rotation = share(matrix.float())
+        self.rotation = rotation_for(scheme.rotation, scheme.group_size, dtype)
 
     def _quantized(self, x: Tensor, rule: str) -> Tensor:
         if self.rotation is not None:
