@@ -32,14 +32,21 @@ OUTPUT_ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float
 TINY = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-25}
 
 
-def assert_product(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """``x @ weight.T + bias`` up to 2 K roundings of float32 on the sum of magnitudes, and the final rounding."""
+def assert_product(
+    result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, uncertainty: Tensor | None = None
+) -> None:
+    """``x @ weight.T + bias`` up to 2 K roundings of float32 on the sum of magnitudes, and the final rounding.
+
+    ``uncertainty`` is how far each element of x may be from the given one.
+    """
     x, weight = x.double(), weight.double()
     exact, magnitude = x @ weight.T, x.abs() @ weight.abs().T
     if bias is not None:
         exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
     k = x.shape[-1]
     bound = magnitude * (2 * k * 2.0**-24) + exact.abs() * OUTPUT_ROUNDING[result.dtype]
+    if uncertainty is not None:
+        bound += uncertainty @ weight.abs().T
     # Below the normal numbers every operation rounds absolutely.
     bound += TINY[result.dtype] + 2 * k * 2.0**-149
     assert result.isfinite().all()
@@ -80,6 +87,29 @@ def test_linear(shape: tuple[int, int, int], fmt: Format, dtype: torch.dtype, ha
     assert_product(out, x, formats.dequantize(*weight), bias)
 
 
+def rotated(x: Tensor, rotate: Tensor) -> tuple[Tensor, Tensor]:
+    """x rotated and rounded to its dtype, and how far a float32 sum in another order may come out from that."""
+    exact = rotation.rotate(x, rotate).to(x.dtype)
+    group = x.double().unflatten(-1, (-1, len(rotate)))
+    middle = (group @ rotate.double()).flatten(-2)
+    error = len(rotate) * 2.0**-24 * (group.abs() @ rotate.abs().double()).flatten(-2)
+    return exact, (middle + error).to(x.dtype).double() - (middle - error).to(x.dtype).double()
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, formats_, dtypes, st.sampled_from([1, 4, 16, 32, 64, 128, 256]), st.integers(0, 1000))
+def test_linear_rotates(shape: tuple[int, int, int], fmt: Format, dtype: torch.dtype, h: int, seed: int) -> None:
+    block = max(fmt.block_size, h)
+    m, n, k = shape[0], shape[1], -(-shape[2] * fmt.block_size // block) * block
+    torch.manual_seed(seed)
+    weight = random_weight(fmt, n, k, seed=seed)
+    rotate = torch.linalg.qr(torch.randn(h, h))[0] if seed % 2 else rotation.hadamard(h).to(dtype).float()
+    x = (torch.randn(m, k) * 0.1).to(dtype)
+    out = ops.cpu_linear(x, *packed(weight), None, n, rotate)
+    seen, uncertainty = rotated(x, rotate)
+    assert_product(out, seen, formats.dequantize(*weight), None, uncertainty)
+
+
 @settings(max_examples=60, deadline=None)
 @given(shapes, formats_, dtypes, st.data())
 def test_linear_w4a4(shape: tuple[int, int, int], fmt: Format, dtype: torch.dtype, data: st.DataObject) -> None:
@@ -97,25 +127,30 @@ def test_linear_w4a4(shape: tuple[int, int, int], fmt: Format, dtype: torch.dtyp
 
 
 @settings(max_examples=30, deadline=None)
-@given(formats_, st.lists(st.integers(0, 9), min_size=1, max_size=6), st.booleans(), st.booleans())
-def test_grouped(fmt: Format, counts: list[int], w4a4: bool, has_bias: bool) -> None:
+@given(formats_, st.lists(st.integers(0, 9), min_size=1, max_size=6), st.booleans(), st.booleans(), st.booleans())
+def test_grouped(fmt: Format, counts: list[int], w4a4: bool, has_bias: bool, rotates: bool) -> None:
     experts, n, k = len(counts), 21, 3 * fmt.block_size
     torch.manual_seed(sum(counts))
     weight = random_weight(fmt, experts, n, k)
     x = torch.randn(sum(counts), k)
     bias = torch.randn(experts, n) if has_bias else None
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    rotate = rotation.hadamard(16).float() if rotates else None
+    uncertainty = torch.zeros(x.shape, dtype=torch.float64)
     if w4a4:
         rule = ACTIVATION_RULES[fmt.name][-1]
-        out = ops.cpu_grouped_linear_w4a4(x, *packed(weight), bias, offsets, n, None, None, rule)
+        out = ops.cpu_grouped_linear_w4a4(x, *packed(weight), bias, offsets, n, rotate, None, rule)
         if len(x):
-            x = reference.quantize_activation(x, fmt, None, None, rule)
+            x = reference.quantize_activation(x, fmt, rotate, None, rule)
     else:
-        out = ops.cpu_grouped_linear(x, *packed(weight), bias, offsets, n)
+        out = ops.cpu_grouped_linear(x, *packed(weight), bias, offsets, n, rotate)
+        if rotate is not None:
+            x, uncertainty = rotated(x, rotate)
     assert out.shape == (len(x), n)
     values = formats.dequantize(*weight)
     for e, (start, end) in enumerate(itertools.pairwise(offsets)):
-        assert_product(out[start:end], x[start:end], values[e], None if bias is None else bias[e])
+        rows = slice(start, end)
+        assert_product(out[rows], x[rows], values[e], None if bias is None else bias[e], uncertainty[rows])
 
 
 def adversarial(k: int) -> dict[str, Tensor]:

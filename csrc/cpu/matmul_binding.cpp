@@ -131,7 +131,6 @@ void execute(const Work& work, const Product& product, int64_t rows) {
 
 // How activations are quantized, where they are.
 struct Activation {
-  const std::optional<Tensor>& rotation;
   const std::optional<Tensor>& global_scale;
   const std::string& rule;
 };
@@ -177,7 +176,8 @@ double activation_scale(const Activation& activation, Format format, Rule rule, 
 
 Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                 const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias,
-                const std::optional<Tensor>& offsets, int64_t out_features, const Activation* activation) {
+                const std::optional<Tensor>& offsets, int64_t out_features, const std::optional<Tensor>& rotation,
+                const Activation* activation) {
   const PackedWeight packed(x, weight, weight_scale, out_features, offsets.has_value());
   const Dtype dtype = dtype_of(x, "x");
   std::vector<int64_t> shape;
@@ -209,15 +209,17 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scal
   }
 
   if (activation == nullptr) {
-    const Tensor input = torch::stable::contiguous(x);
+    const bool rotates = rotation.has_value();
+    const Tensor input = torch::stable::contiguous(
+        rotates ? torch::stable::to(rotated(x, *rotation), x.scalar_type()) : x);
     Tensor memory = torch::stable::new_empty(x, {WeightOnly::memory_bytes(product, rows)}, ScalarType::Byte);
     execute(WeightOnly(product, input.const_data_ptr(), dtype, rows, static_cast<uint8_t*>(memory.mutable_data_ptr())),
             product, rows);
     return out;
   }
   const Rule rule = rule_of(packed.format, activation->rule);
-  const bool rotates = activation->rotation.has_value();
-  const Tensor input = rotates ? rotated(x, *activation->rotation) : torch::stable::contiguous(x);
+  const bool rotates = rotation.has_value();
+  const Tensor input = rotates ? rotated(x, *rotation) : torch::stable::contiguous(x);
   const Dtype input_dtype = rotates ? Dtype::float32 : dtype;
   const Quantizer quantizer(packed.format, rule, input_dtype,
                             activation_scale(*activation, packed.format, rule, input, input_dtype));
@@ -230,30 +232,31 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scal
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-              const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias, int64_t out_features) {
-  return multiply(x, weight, weight_scale, global_scale, bias, std::nullopt, out_features, nullptr);
+              const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias, int64_t out_features,
+              const std::optional<Tensor>& rotation) {
+  return multiply(x, weight, weight_scale, global_scale, bias, std::nullopt, out_features, rotation, nullptr);
 }
 
 Tensor linear_w4a4(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                    const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias, int64_t out_features,
                    const std::optional<Tensor>& rotation, const std::optional<Tensor>& input_global_scale,
                    const std::string& rule) {
-  const Activation activation{rotation, input_global_scale, rule};
-  return multiply(x, weight, weight_scale, global_scale, bias, std::nullopt, out_features, &activation);
+  const Activation activation{input_global_scale, rule};
+  return multiply(x, weight, weight_scale, global_scale, bias, std::nullopt, out_features, rotation, &activation);
 }
 
 Tensor grouped_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                       const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias,
-                      const Tensor& offsets, int64_t out_features) {
-  return multiply(x, weight, weight_scale, global_scale, bias, offsets, out_features, nullptr);
+                      const Tensor& offsets, int64_t out_features, const std::optional<Tensor>& rotation) {
+  return multiply(x, weight, weight_scale, global_scale, bias, offsets, out_features, rotation, nullptr);
 }
 
 Tensor grouped_linear_w4a4(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                            const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias,
                            const Tensor& offsets, int64_t out_features, const std::optional<Tensor>& rotation,
                            const std::optional<Tensor>& input_global_scale, const std::string& rule) {
-  const Activation activation{rotation, input_global_scale, rule};
-  return multiply(x, weight, weight_scale, global_scale, bias, offsets, out_features, &activation);
+  const Activation activation{input_global_scale, rule};
+  return multiply(x, weight, weight_scale, global_scale, bias, offsets, out_features, rotation, &activation);
 }
 
 std::string isa_name() {

@@ -20,16 +20,18 @@ _LIBRARY = torch.library.Library("fp4", "DEF")
 BACKENDS = ("reference", "cpu", "triton", "cutlass")
 
 # x [..., K] -> [..., N] in x.dtype. global_scale float64 [] (NVFP4) or None (MXFP4); bias [N]; out_features is N.
+# linear: with a rotation [h, h], x @ rotation in groups of h columns (float32) and rounded to x.dtype takes x's place.
 # w4a4: x @ rotation in groups, then quantized with `rule` under input_global_scale (None: from the amax of this call).
 # grouped: x [T, K] sorted by expert, offsets int32 [E+1] their row ranges, a leading expert axis on all of the weight.
 # largest_magnitude: x [..., N, K] -> float32 [...].
 # quantize and dequantize: canonical form; the global scale is the caller's.
 _WEIGHT = "Tensor x, Tensor weight, Tensor weight_scale, Tensor? global_scale, Tensor? bias"
+_ROTATION = "Tensor? rotation=None"
 _ACTIVATION = "Tensor? rotation, Tensor? input_global_scale, str rule"
 _SCHEMAS = {
-    "linear": f"({_WEIGHT}, SymInt out_features) -> Tensor",
+    "linear": f"({_WEIGHT}, SymInt out_features, {_ROTATION}) -> Tensor",
     "linear_w4a4": f"({_WEIGHT}, SymInt out_features, {_ACTIVATION}) -> Tensor",
-    "grouped_linear": f"({_WEIGHT}, Tensor offsets, SymInt out_features) -> Tensor",
+    "grouped_linear": f"({_WEIGHT}, Tensor offsets, SymInt out_features, {_ROTATION}) -> Tensor",
     "grouped_linear_w4a4": f"({_WEIGHT}, Tensor offsets, SymInt out_features, {_ACTIVATION}) -> Tensor",
     "largest_magnitude": "(Tensor x) -> Tensor",
     "quantize": "(Tensor x, Tensor? global_scale, str format, str rule) -> (Tensor, Tensor)",

@@ -41,6 +41,10 @@ def quantize_activation(
     return formats.dequantize(*formats.quantize(x, fmt, rule, global_scale))
 
 
+def _rotated(x: Tensor, rotate_by: Tensor | None) -> Tensor:
+    return x if rotate_by is None else rotation.rotate(x, rotate_by).to(x.dtype)
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -48,9 +52,11 @@ def linear(
     global_scale: Tensor | None,
     bias: Tensor | None,
     out_features: int,
+    rotate_by: Tensor | None = None,
 ) -> Tensor:
-    """W4A16: x ``[..., K]`` in its own precision against packed weights."""
+    """W4A16: x ``[..., K]``, rotated where there is a rotation, in its own precision against packed weights."""
     out = x.new_empty(*x.shape[:-1], out_features)
+    x = _rotated(x, rotate_by)
     _matmul(x.reshape(-1, x.shape[-1]).float(), weight, weight_scale, global_scale, bias, out.view(-1, out_features))
     return out
 
@@ -104,8 +110,10 @@ def grouped_linear(
     bias: Tensor | None,
     offsets: Tensor,
     out_features: int,
+    rotate_by: Tensor | None = None,
 ) -> Tensor:
     """W4A16 over experts: rows ``offsets[e]:offsets[e+1]`` of x ``[T, K]`` meet weight ``e`` of ``[E, N, K/2]``."""
+    x = _rotated(x, rotate_by)
     return _grouped(x, weight, weight_scale, global_scale, bias, offsets, out_features, Tensor.float)
 
 

@@ -112,9 +112,9 @@ class FP4Linear(nn.Module):
                 self.scheme.activation_rule,
             )
             return out
-        if self.rotation is not None:
-            x = rotate(x, self.rotation).to(x.dtype)
-        out = self.backend.linear(x, self.weight, self.weight_scale, self.global_scale, self.bias, self.out_features)
+        out = self.backend.linear(
+            x, self.weight, self.weight_scale, self.global_scale, self.bias, self.out_features, self.rotation
+        )
         return out  # noqa: RET504  (names the type)
 
     def expect_dense_weight(self, dtype: torch.dtype) -> None:
