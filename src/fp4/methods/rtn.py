@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fp4 import backends
 from fp4.formats import QuantizedTensor, portable_global_scale_for, require_finite
+from fp4.methods.block import Block, LayerResult
+from fp4.methods.scales import observe_input_scales, shared_global_scale
 from fp4.rotation import rotate
 from fp4.scheme import Scheme
 
@@ -46,3 +50,27 @@ def rtn(
     if global_scale is None:
         global_scale = global_scale_of(weight, scheme)
     return backend.quantize(weight, scheme.format, scheme.weight_rule, global_scale)
+
+
+@dataclass(frozen=True)
+class RTNOptions:
+    """Nothing to choose: the scheme says it all."""
+
+
+def rtn_block(block: Block, options: RTNOptions) -> dict[str, LayerResult]:
+    """Round every layer of ``block`` to nearest; without ``block.inputs`` no static input scale is calibrated."""
+    input_scales = observe_input_scales(block)
+    results = {}
+    for group in block.groups():
+        weights = [block.linear(layer).weight.data for layer in group]
+        for layer, weight in zip(group, weights, strict=True):
+            require_finite(weight, f"{block.name}.{layer}.weight")
+        rotated = [
+            w if (r := block.rotation(layer)) is None else rotate(w, r) for layer, w in zip(group, weights, strict=True)
+        ]
+        shared = shared_global_scale(rotated, block.layers[group[0]])
+        for layer, weight in zip(group, rotated, strict=True):
+            scheme = block.layers[layer]
+            quantized = rtn(weight, scheme, name=f"{block.name}.{layer}.weight", global_scale=shared)
+            results[layer] = LayerResult(quantized, block.rotation(layer), input_scales.get(layer), scheme.weight_rule)
+    return results
