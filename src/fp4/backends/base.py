@@ -27,6 +27,8 @@ class Backend:
     def __init__(self) -> None:
         self.linear: Callable[..., Any] = ops.operator(self.name, "linear")
         self.linear_w4a4: Callable[..., Any] = ops.operator(self.name, "linear_w4a4")
+        self.grouped_linear: Callable[..., Any] = ops.operator(self.name, "grouped_linear")
+        self.grouped_linear_w4a4: Callable[..., Any] = ops.operator(self.name, "grouped_linear_w4a4")
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run in this process at all, or None if it can."""

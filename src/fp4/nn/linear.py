@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from fp4 import backends
-from fp4.formats import QuantizedTensor
-from fp4.methods.rtn import rtn
-from fp4.rotation import rotate, rotation_for, share
+from fp4.nn.packed import PackedWeight, frozen
 from fp4.scheme import Scheme
 
 
-class FP4Linear(nn.Module):
-    """``y = x W^T + bias`` with W in NVFP4 or MXFP4, never dense in memory.
+class FP4Linear(PackedWeight):
+    """``y = x W^T + bias`` with W a :class:`PackedWeight` ``[N, K]``; ``bias`` ``[N]`` in the model's dtype, or None.
 
-    Parameters (none needs a gradient but ``bias``), in the canonical form of :mod:`fp4.formats` until a backend lays
-    them out in its own way; ``state_dict`` always shows the canonical form:
-
-    * ``weight``: uint8 ``[N, K/2]``, the codes;
-    * ``weight_scale``: ``float8_e4m3fn [N, K/16]`` or ``float8_e8m0fnu [N, K/32]``;
-    * ``global_scale``: float64 ``[]``, or None for an MXFP4 weight without one;
-    * ``input_global_scale``: float64 ``[]``, or None: taken from each call's activations (NVFP4) or absent (MXFP4);
-    * ``bias``: ``[N]`` in the model's dtype, or None.
-
-    ``rotation`` ``[h, h]`` float32 is shared between all layers that use the same one, so it is no parameter.
-
-    Args:
-        in_features: K, a multiple of ``scheme.k_multiple``.
-        out_features: N, any.
+    Args: as for :class:`PackedWeight`, and
         bias: whether there is one.
-        scheme: formats, rules and rotation.
-        backend: ``"auto"`` or the name of one, which must then be able to run this layer.
-        dtype, device: of the bias, and of everything.
     """
 
     bias: nn.Parameter | None
-    global_scale: nn.Parameter | None
-    input_global_scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -52,25 +28,8 @@ class FP4Linear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        if in_features % scheme.k_multiple:
-            raise ValueError(f"in_features is {in_features}; this scheme needs a multiple of {scheme.k_multiple}")
-        self.in_features, self.out_features = in_features, out_features
-        self.scheme = scheme
-        self.backend_preference = backend
-        self.backend = backends.REFERENCE
-        self.quantizes_input = False
-        fmt = scheme.format
-        self.weight = _frozen(torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device))
-        self.weight_scale = _frozen(
-            torch.empty(out_features, in_features // fmt.block_size, dtype=fmt.scale_dtype, device=device)
-        )
-        scalar = torch.ones((), dtype=torch.float64, device=device)
-        has_global_scale = fmt.needs_global_scale or scheme.global_scale is not None
-        self.global_scale = _frozen(scalar) if has_global_scale else None
-        self.input_global_scale = _frozen(scalar.clone()) if scheme.global_scale is not None else None
+        super().__init__(in_features, out_features, scheme, backend, dtype, device)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
-        self.rotation = rotation_for(scheme.rotation, scheme.group_size, dtype)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, scheme: Scheme, backend: str = "auto", name: str = "weight") -> FP4Linear:
@@ -79,23 +38,9 @@ class FP4Linear(nn.Module):
         module = cls(linear.in_features, linear.out_features, False, scheme, backend, weight.dtype, "meta")
         module.bias = linear.bias
         for parameter, value in module.round(weight, name).items():
-            setattr(module, parameter, _frozen(value))
+            setattr(module, parameter, frozen(value))
         module.settle()
         return module
-
-    def round(self, weight: Tensor, name: str = "weight", global_scale: Tensor | None = None) -> dict[str, Tensor]:
-        """Canonical parameters for a dense weight ``[N, K]``, on its device. Raises ValueError on NaN or infinity.
-
-        ``global_scale``, float64 ``[]``, takes the place of the weight's own.
-        """
-        rotation = None if self.rotation is None else self.rotation.to(weight.device)
-        codes, scales, global_scale = rtn(weight, self.scheme, rotation, name, global_scale)
-        parameters = {"weight": codes, "weight_scale": scales}
-        if global_scale is not None:
-            parameters["global_scale"] = global_scale
-        if self.input_global_scale is not None and global_scale is not None:
-            parameters["input_global_scale"] = global_scale.clone()
-        return parameters
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., K]`` float32, bfloat16 or float16 -> ``[..., N]`` in the same dtype."""
@@ -119,88 +64,7 @@ class FP4Linear(nn.Module):
 
     def expect_dense_weight(self, dtype: torch.dtype) -> None:
         """Let ``weight`` stand for the dense ``[N, K]`` that a checkpoint holds, until its rounded form replaces it."""
-        self.weight = _frozen(torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta"))
-
-    def canonical(self) -> QuantizedTensor:
-        """The weight in canonical form; copies only where the backend's layout differs from it."""
-        codes, scales = self.backend.unpack(self.weight, self.weight_scale, self.out_features)
-        return QuantizedTensor(codes, scales, self.global_scale)
-
-    def load_canonical(self, weight: QuantizedTensor) -> None:
-        """Take over canonical tensors as they are; :meth:`settle` then finds a backend for the device they are on."""
-        self.backend = backends.REFERENCE
-        self.weight, self.weight_scale = _frozen(weight.codes), _frozen(weight.scales)
-        self.global_scale = None if weight.global_scale is None else _frozen(weight.global_scale)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight ``[N, K]`` that this layer multiplies with, rotated back where it is rotated."""
-        dense = backends.for_device(self.weight.device).dequantize(self.canonical(), torch.float32)
-        if self.rotation is not None:
-            # Orthogonal up to rounding: the inverse, not the transpose, gives back exactly what is multiplied.
-            dense = rotate(dense, torch.linalg.inv(self.rotation.double()).float())
-        return dense.to(dtype)
-
-    def settle(self, device: torch.device | None = None) -> None:
-        """Choose the backend for the device the weights are on and lay them out for it. Idempotent.
-
-        Args:
-            device: where the layer will run, if the weights are only brought there for each call (offloading); such
-                weights keep the canonical layout.
-        """
-        offloaded = device is not None
-        device = device or self.weight.device
-        if device.type == "meta":
-            return
-        chosen, self.quantizes_input = backends.select(
-            self.scheme, device, (self.out_features, self.in_features), self.backend_preference
-        )
-        if self.rotation is not None:
-            self.rotation = share(self.rotation.to(device))
-        if offloaded and not chosen.keeps_layout:
-            chosen = backends.REFERENCE
-        if chosen is self.backend:
-            return
-        codes, scales, _ = self.canonical()
-        weight, weight_scale = chosen.pack(codes, scales)
-        self.weight, self.weight_scale = _frozen(weight), _frozen(weight_scale)
-        self.backend = chosen
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FP4Linear:
-        bias = self.bias
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            # A cast of the model (`.half()`, `.to(bfloat16)`) is meant for floating-point weights, not for packed ones.
-            if tensor is bias or moved.dtype == tensor.dtype:
-                return moved
-            return tensor.to(moved.device)
-
-        before = self.weight.device
-        super()._apply(move, recurse)
-        if self.weight.device != before and before.type != "meta":
-            self.settle()
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.backend.keeps_layout and self.weight.device.type != "meta":
-            codes, scales, _ = self.canonical()
-            destination[prefix + "weight"], destination[prefix + "weight_scale"] = codes, scales
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if not self.backend.keeps_layout:
-            self.load_canonical(self.canonical())
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.settle()
+        self.weight = frozen(torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta"))
 
     def extra_repr(self) -> str:
-        activations = f"fp4 ({self.scheme.activation_rule})" if self.quantizes_input else "unquantized"
-        rotation = "" if self.rotation is None else f", rotation={self.scheme.rotation}{self.rotation.shape[0]}"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.scheme.format.name}, activations={activations}{rotation}, backend={self.backend.name}"
-        )
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
