@@ -16,6 +16,7 @@ from fp4 import backends, formats
 from fp4.formats import (
     E2M1_VALUES,
     FORMATS,
+    FP8,
     MXFP4,
     NVFP4,
     Format,
@@ -637,7 +638,11 @@ def test_mismatched_codes_and_scales_are_refused() -> None:
         dequantize(codes, scales[:, :2], global_scale)
     with pytest.raises(ValueError, match=r"\(3, 4\).*expected"):
         dequantize(codes, scales[:3], global_scale)
-    with pytest.raises(ValueError, match=r"float16.*float8_e4m3fn.*nvfp4.*float8_e8m0fnu.*mxfp4"):
+    with pytest.raises(ValueError, match=r"uint8.*float8_e4m3fn.*nvfp4.*float8_e8m0fnu.*mxfp4.*float32.*fp8"):
+        dequantize(codes, scales.view(torch.uint8), global_scale)
+    with pytest.raises(
+        ValueError, match=r"codes have dtype torch.uint8; expected torch.float8_e4m3fn, one code a byte"
+    ):
         dequantize(codes, scales.half(), global_scale)
 
 
@@ -646,6 +651,9 @@ def test_scale_dtypes_name_the_format() -> None:
     assert format_of(torch.ones(1).to(torch.float8_e8m0fnu)) is MXFP4
     assert NVFP4.bits_per_weight == 4.5
     assert MXFP4.bits_per_weight == 4.25
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert format_of(torch.ones(1, dtype=dtype)) is FP8
+    assert FP8.bits_per_weight == 8
 
 
 # --- the product -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The numerics of 4-bit floating point, in pure torch. Every kernel of this package is tested against this file.
+"""The numerics of 4-bit floating point, and of FP8 beside it, in pure torch: what every kernel is tested against.
 
 A quantized tensor is **codes x block scales x global scale**:
 
@@ -13,6 +13,11 @@ A quantized tensor is **codes x block scales x global scale**:
 
 Rounding is to nearest, ties to the even code, of the IEEE float32 quotient ``x / effective_scale``, saturating at 6, as
 the ``cvt.rn.satfinite.e2m1x2`` instruction does. Element formats: OCP Microscaling Formats (MX) v1.0, section 5.3.
+
+FP8 keeps one E4M3 code an element and one scale a row (a channel of a weight, a token of an activation):
+
+* codes: ``float8_e4m3fn [..., N, K]``; scales: ``[..., N, 1]`` in the dtype of what was quantized; no global scale;
+* scale = amax / 448 and code = nearest E4M3 of x / scale, both rounded to that dtype first, as compressed-tensors does.
 """
 
 from __future__ import annotations
@@ -45,12 +50,16 @@ _TILE_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True)
 class Format:
-    """A block format: ``block_size`` E2M1 codes share one scale of ``scale_dtype``; ``rules`` can choose that scale."""
+    """``block_size`` codes of a row (0: all of them) share one scale of ``scale_dtype``, which ``rules`` can choose.
+
+    A ``scale_dtype`` of float32 stands for bfloat16 and float16 too: scales then have the dtype of the source.
+    """
 
     name: str
     block_size: int
     scale_dtype: torch.dtype
     rules: tuple[str, ...]
+    code_dtype: torch.dtype = torch.uint8
 
     @property
     def needs_global_scale(self) -> bool:
@@ -58,9 +67,36 @@ class Format:
         return self.scale_dtype == torch.float8_e4m3fn
 
     @property
+    def code_bits(self) -> int:
+        return 4 if self.code_dtype == torch.uint8 else 8
+
+    @property
+    def kind(self) -> str:
+        """``"FP4"`` or ``"FP8"``."""
+        return f"FP{self.code_bits}"
+
+    @property
     def bits_per_weight(self) -> float:
-        """Bits of code and block scale per element (4.5 for NVFP4, 4.25 for MXFP4), global scale not counted."""
-        return 4 + 8 / self.block_size
+        """Bits of code and block scale per element (4.5 for NVFP4, 4.25 for MXFP4, 8 for FP8, whose scales of rows are
+        not counted, like global scales)."""
+        return self.code_bits + (8 / self.block_size if self.block_size else 0)
+
+    @property
+    def k_multiple(self) -> int:
+        """What the number of columns must be a multiple of."""
+        return self.block_size or 1
+
+    def code_columns(self, k: int) -> int:
+        """Columns of the codes of a matrix with ``k`` columns."""
+        return k * self.code_bits // 8
+
+    def scale_columns(self, k: int) -> int:
+        """Columns of the scales of a matrix with ``k`` columns."""
+        return k // self.block_size if self.block_size else 1
+
+    def columns(self, codes: Tensor) -> int:
+        """Columns of the matrix that ``codes`` belong to."""
+        return codes.shape[-1] * 8 // self.code_bits
 
     def require_rule(self, rule: str) -> None:
         if rule not in self.rules:
@@ -69,11 +105,18 @@ class Format:
 
 NVFP4 = Format("nvfp4", 16, torch.float8_e4m3fn, ("abs_max", "mse", "four_over_six"))
 MXFP4 = Format("mxfp4", 32, torch.float8_e8m0fnu, ("abs_max", "even", "ceil", "below_six", "mse", "quest"))
+FP8 = Format("fp8", 0, torch.float32, ("abs_max",), torch.float8_e4m3fn)
+#: The 4-bit formats.
 FORMATS = {fmt.name: fmt for fmt in (NVFP4, MXFP4)}
+#: Everything a weight can be in.
+WEIGHT_FORMATS = {**FORMATS, FP8.name: FP8}
 
 
 class QuantizedTensor(NamedTuple):
-    """codes ``uint8 [..., N, K/2]``, scales ``[..., N, K/B]`` and global scale ``float64 [...]`` (or None)."""
+    """codes ``uint8 [..., N, K/2]``, scales ``[..., N, K/B]`` and global scale ``float64 [...]`` (or None).
+
+    FP8: codes ``float8_e4m3fn [..., N, K]``, scales ``[..., N, 1]``, None.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -81,11 +124,13 @@ class QuantizedTensor(NamedTuple):
 
 
 def format_of(scales: Tensor) -> Format:
-    """The format that block scales of this dtype belong to. Raises ValueError for any other dtype."""
+    """The format that scales of this dtype belong to. Raises ValueError for any other dtype."""
+    if scales.dtype in _INPUT_DTYPES:
+        return FP8
     for fmt in FORMATS.values():
         if scales.dtype == fmt.scale_dtype:
             return fmt
-    known = ", ".join(f"{fmt.scale_dtype} ({fmt.name})" for fmt in FORMATS.values())
+    known = ", ".join(f"{fmt.scale_dtype} ({fmt.name})" for fmt in WEIGHT_FORMATS.values())
     raise ValueError(f"block scales have dtype {scales.dtype}; expected one of {known}")
 
 
@@ -281,8 +326,24 @@ def _encode_blocks(blocks: Tensor, effective: Tensor) -> Tensor:
     return encode_e2m1(blocks / divisor[..., None])
 
 
+def _quantize_rows(x: Tensor) -> QuantizedTensor:
+    """FP8 of x ``[..., N, K]``: scale and quotient are computed in float32 and rounded to ``x.dtype``."""
+    rows = x.flatten(0, -2)
+    codes = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(rows.shape[0], 1, dtype=x.dtype, device=x.device)
+    step = max(1, _TILE_ELEMENTS // max(1, rows.shape[1]))
+    for start in range(0, rows.shape[0] if rows.shape[1] else 0, step):
+        tile = slice(start, start + step)
+        scale = rows[tile].abs().amax(dim=-1, keepdim=True) / E4M3_MAX
+        # What compressed-tensors gives a row of zeros.
+        scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+        scales[tile] = scale
+        codes[tile] = (rows[tile] / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return QuantizedTensor(codes.view(x.shape), scales.view(*x.shape[:-1], 1), None)
+
+
 def quantize(x: Tensor, fmt: Format, rule: str = "abs_max", global_scale: Tensor | None = None) -> QuantizedTensor:
-    """Quantize the last axis of ``x`` in blocks.
+    """Quantize the last axis of ``x`` in blocks, or in rows for FP8.
 
     Args:
         x: float32, bfloat16 or float16 ``[..., N, K]``, K a multiple of ``fmt.block_size``.
@@ -292,7 +353,7 @@ def quantize(x: Tensor, fmt: Format, rule: str = "abs_max", global_scale: Tensor
             ``four_over_six`` the better of amax/6 and amax/4, ``quest`` the Gaussian optimum; ``even``, ``ceil`` and
             ``below_six`` are the other exponent rules in use for MXFP4.
         global_scale: float64, broadcastable to the leading axes. By default NVFP4 takes it from ``x``, one per matrix
-            (:func:`global_scale_for`), and MXFP4 has none.
+            (:func:`global_scale_for`), and MXFP4 has none; FP8 never has one.
 
     Returns:
         :class:`QuantizedTensor` in canonical form. NaN in ``x`` becomes a NaN scale, so that it is never hidden.
@@ -303,10 +364,14 @@ def quantize(x: Tensor, fmt: Format, rule: str = "abs_max", global_scale: Tensor
     fmt.require_rule(rule)
     if x.dtype not in _INPUT_DTYPES:
         raise ValueError(f"cannot quantize {x.dtype}; expected float32, bfloat16 or float16")
-    if x.ndim < 2 or x.shape[-1] % fmt.block_size:
+    if x.ndim < 2 or x.shape[-1] % fmt.k_multiple:
         raise ValueError(
-            f"cannot quantize shape {tuple(x.shape)}; {fmt.name} needs [..., N, K], K a multiple of {fmt.block_size}"
+            f"cannot quantize shape {tuple(x.shape)}; {fmt.name} needs [..., N, K], K a multiple of {fmt.k_multiple}"
         )
+    if fmt is FP8:
+        if global_scale is not None:
+            raise ValueError("fp8 has one scale a row and no global scale, but one was given")
+        return _quantize_rows(x)
     lead = x.shape[:-2]
     if global_scale is not None:
         global_scale = _per_matrix(global_scale, lead).to(device=x.device, dtype=torch.float64)
@@ -334,18 +399,35 @@ def quantize(x: Tensor, fmt: Format, rule: str = "abs_max", global_scale: Tensor
     )
 
 
+def fake_quantize_fp8(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """What FP8 makes of activations: ``[..., K]`` -> float32 ``[..., K]``, under one ``scale`` or, if None, one a row.
+
+    Computed in float32 throughout, as ``scaled_mm`` is.
+    """
+    if scale is None:
+        rows = x.float().reshape(-1, x.shape[-1])
+        return dequantize(*quantize(rows, FP8)).view(x.shape)
+    scale = scale.float()
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
+
+
 def dequantize(
     codes: Tensor, scales: Tensor, global_scale: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The values of a canonical triple: ``[..., N, K]`` in ``dtype`` (computed in float32, then rounded once)."""
     fmt = format_of(scales)
-    if codes.dtype != torch.uint8:
-        raise ValueError(f"codes have dtype {codes.dtype}; expected torch.uint8, two codes a byte")
-    if codes.shape[:-1] != scales.shape[:-1] or codes.shape[-1] * 2 != scales.shape[-1] * fmt.block_size:
+    if codes.dtype != fmt.code_dtype:
+        per_byte = "two codes" if fmt.code_bits == 4 else "one code"
+        raise ValueError(f"codes have dtype {codes.dtype}; expected {fmt.code_dtype}, {per_byte} a byte")
+    columns = fmt.columns(codes)
+    expected = (*codes.shape[:-1], fmt.scale_columns(columns))
+    if tuple(scales.shape) != expected or columns % fmt.k_multiple:
         raise ValueError(
             f"codes {tuple(codes.shape)} and {fmt.name} scales {tuple(scales.shape)} do not belong together: expected "
-            f"scales of shape {(*codes.shape[:-1], codes.shape[-1] * 2 // fmt.block_size)}"
+            f"scales of shape {expected}"
         )
+    if fmt is FP8:
+        return (codes.float() * scales.float()).to(dtype)
     if global_scale is not None:
         global_scale = _per_matrix(global_scale, codes.shape[:-2])[..., None, None]
     effective = effective_scales(scales, global_scale)

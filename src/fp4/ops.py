@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4.formats import FORMATS
+from fp4.formats import WEIGHT_FORMATS, format_of
 
 _LIBRARY = torch.library.Library("fp4", "DEF")
 
-BACKENDS = ("reference", "cpu", "triton", "cutlass")
+BACKENDS = ("reference", "cpu", "triton", "cutlass", "scaled_mm")
 
 # x [..., K] -> [..., N] in x.dtype. global_scale float64 [] (NVFP4) or None (MXFP4); bias [N]; out_features is N.
 # linear: with a rotation [h, h], x @ rotation in groups of h columns (float32) and rounded to x.dtype takes x's place.
 # w4a4: x @ rotation in groups, then quantized with `rule` under input_global_scale (None: from the amax of this call).
+# FP8 weights (their scales' dtype says so): linear keeps x, linear_w4a4 is W8A8, with one scale a row of x.
 # grouped: x [T, K] sorted by expert, offsets int32 [E+1] their row ranges, a leading expert axis on all of the weight.
 # largest_magnitude: x [..., N, K] -> float32 [...].
 # quantize and dequantize: canonical form; the global scale is the caller's.
@@ -50,14 +51,15 @@ def _fake_largest_magnitude(x: Tensor) -> Tensor:
 
 
 def _fake_quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> tuple[Tensor, Tensor]:
-    fmt = FORMATS[format]
+    fmt = WEIGHT_FORMATS[format]
     lead, k = x.shape[:-1], x.shape[-1]
-    codes = x.new_empty(*lead, k // 2, dtype=torch.uint8)
-    return codes, x.new_empty(*lead, k // fmt.block_size, dtype=fmt.scale_dtype)
+    codes = x.new_empty(*lead, fmt.code_columns(k), dtype=fmt.code_dtype)
+    scale_dtype = x.dtype if fmt.scale_dtype == torch.float32 else fmt.scale_dtype
+    return codes, x.new_empty(*lead, fmt.scale_columns(k), dtype=scale_dtype)
 
 
 def _fake_dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return codes.new_empty(*codes.shape[:-1], codes.shape[-1] * 2, dtype=dtype)
+    return codes.new_empty(*codes.shape[:-1], format_of(scales).columns(codes), dtype=dtype)
 
 
 _FAKES: dict[str, Callable[..., Any]] = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fp4.formats import Format
+from fp4.formats import FP8, MXFP4, NVFP4, Format
 
-Activations = Literal["auto", "fp4", "model"]
+Activations = Literal["auto", "fp4", "fp8", "model"]
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,15 @@ class Scheme:
     Attributes:
         format: of the weight, and of the activations where those are FP4.
         weight_rule: how block scales of the weight are chosen (``formats.quantize``).
-        activations: ``"fp4"`` quantizes them on every call (W4A4), ``"model"`` leaves them in the model's dtype
-            (W4A16), ``"auto"`` is W4A4 where the hardware multiplies FP4 and W4A16 elsewhere.
+        activations: ``"fp4"`` quantizes them on every call (W4A4), ``"fp8"`` likewise to FP8 (W4A8, or W8A8 beside FP8
+            weights), ``"model"`` leaves them in the model's dtype (W4A16), ``"auto"`` quantizes them to the format of
+            the weight where the hardware multiplies that and leaves them elsewhere.
         activation_rule: how block scales of the activations are chosen.
         rotation: a name of ``rotation.ROTATIONS``; ``"identity"`` is none.
         group_size: size of the rotation.
         global_scale: NVFP4 global scale used for weight and activations in place of one taken from the data; formats
             that fix it (FP-Quant's on-the-fly quantization) need it.
+        block_size: elements of a weight's row that share a block scale, a multiple of the format's own; 0 is that.
     """
 
     format: Format
@@ -33,8 +35,76 @@ class Scheme:
     rotation: str = "identity"
     group_size: int = 16
     global_scale: float | None = None
+    block_size: int = 0
+
+    @property
+    def input_format(self) -> Format:
+        """What activations are quantized to, where they are."""
+        return FP8 if self.activations == "fp8" else self.format
 
     @property
     def k_multiple(self) -> int:
         """What the number of columns must be a multiple of."""
-        return self.format.block_size if self.rotation == "identity" else max(self.group_size, self.format.block_size)
+        own = max(self.block_size, self.format.k_multiple)
+        return own if self.rotation == "identity" else max(self.group_size, own)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A scheme under the name that users know it by.
+
+    Attributes:
+        scheme: without a rotation, which is a method's choice.
+        summary: one sentence.
+        runs_on: one phrase, what multiplies it natively and what happens elsewhere.
+        checkpoint_formats: names of ``checkpoint.CODECS`` that can hold it, the one to prefer first.
+    """
+
+    scheme: Scheme
+    summary: str
+    runs_on: str
+    checkpoint_formats: tuple[str, ...]
+
+
+_FP4_HOLDERS = ("compressed-tensors", "fp_quant", "modelopt", "auto-round")
+_ANYWHERE = "any GPU and CPU, weight-only"
+
+SCHEMES: dict[str, Preset] = {
+    "nvfp4": Preset(
+        Scheme(NVFP4, "mse", "fp4"),
+        "W4A4: FP4 weights and activations in blocks of 16 under E4M3 scales and a global scale.",
+        f"Blackwell tensor cores; {_ANYWHERE}, or emulated",
+        _FP4_HOLDERS,
+    ),
+    "nvfp4a16": Preset(
+        Scheme(NVFP4, "mse", "model"),
+        "W4A16: NVFP4 weights, activations in the model's dtype.",
+        _ANYWHERE,
+        _FP4_HOLDERS,
+    ),
+    "nvfp4a8": Preset(
+        # ModelOpt shares a block scale among 32 elements here.
+        Scheme(NVFP4, "mse", "fp8", block_size=32),
+        "W4A8: NVFP4 weights in blocks of 32, FP8 activations under one calibrated scale a tensor.",
+        f"TensorRT-LLM on Blackwell; here {_ANYWHERE}, or emulated",
+        ("modelopt",),
+    ),
+    "mxfp4": Preset(
+        Scheme(MXFP4, "mse", "fp4", "even"),
+        "W4A4: FP4 weights and activations in blocks of 32 under power-of-two scales.",
+        f"Blackwell tensor cores; {_ANYWHERE}, or emulated",
+        _FP4_HOLDERS,
+    ),
+    "mxfp4a16": Preset(
+        Scheme(MXFP4, "mse", "model", "even"),
+        "W4A16: MXFP4 weights, activations in the model's dtype.",
+        _ANYWHERE,
+        (*_FP4_HOLDERS, "mxfp4"),
+    ),
+    "fp8_dynamic": Preset(
+        Scheme(FP8, "abs_max", "fp8"),
+        "W8A8: E4M3 weights with one scale a channel, E4M3 activations with one scale a token, taken from each call.",
+        f"GPUs with FP8 tensor cores (compute capability 8.9 and newer); {_ANYWHERE}, or emulated",
+        ("compressed-tensors", "fp_quant"),
+    ),
+}

@@ -10,13 +10,16 @@ import torch
 from fp4.backends.base import Backend
 from fp4.backends.cpu import CpuBackend
 from fp4.backends.reference import ReferenceBackend
-from fp4.formats import NVFP4
+from fp4.backends.scaled_mm import ScaledMMBackend
+from fp4.formats import NVFP4, Format
 from fp4.scheme import Scheme
 
 logger = logging.getLogger("fp4")
 
 # In order of preference; the first that does not refuse is taken.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (CpuBackend(), ScaledMMBackend(), ReferenceBackend())
+}
 REFERENCE = BACKENDS["reference"]
 
 
@@ -26,12 +29,14 @@ def _log_once(message: str) -> None:
 
 
 def _reason_against(backend: Backend, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
+    if scheme.format.name not in backend.formats:
+        return f"it has no kernels for {scheme.format.name}"
     return backend.unavailable() or backend.refuses(scheme, device, shape)
 
 
-def for_device(device: torch.device) -> Backend:
-    """The backend whose quantize and dequantize kernels serve tensors on ``device``."""
-    probe = Scheme(NVFP4, activations="model")
+def for_device(device: torch.device, fmt: Format = NVFP4) -> Backend:
+    """The backend whose quantize and dequantize kernels serve tensors in ``fmt`` on ``device``."""
+    probe = Scheme(fmt, activations="model")
     return next(b for b in BACKENDS.values() if _reason_against(b, probe, device, (8, 64)) is None)
 
 
@@ -41,7 +46,7 @@ def select(
     """Choose who runs a weight of ``shape`` ``[..., N, K]`` on ``device``.
 
     Returns:
-        the backend, and whether activations are quantized to FP4 (W4A4).
+        the backend, and whether activations are quantized, to ``scheme.input_format``.
 
     Raises:
         ValueError: ``preference`` names a backend that is unknown or cannot run this weight here; the message says why.
@@ -55,9 +60,10 @@ def select(
             raise ValueError(f"backend {preference!r} cannot run {scheme.format.name} {shape} on {device}: {reason}")
     else:
         chosen = next(b for b in BACKENDS.values() if _reason_against(b, scheme, device, shape) is None)
-    w4a4 = scheme.activations == "fp4" or (scheme.activations == "auto" and chosen.multiplies_fp4(device))
-    precision = "FP4" if w4a4 else "unquantized"
+    asked = scheme.activations in ("fp4", "fp8")
+    quantizes = asked or (scheme.activations == "auto" and chosen.multiplies_fp4(device))
+    precision = scheme.input_format.kind if quantizes else "unquantized"
     _log_once(
         f"{scheme.format.name} weights on {device.type} run through the {chosen.name} backend, {precision} activations"
     )
-    return chosen, w4a4
+    return chosen, quantizes

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fp4 import ops
-from fp4.formats import Format, QuantizedTensor, global_scale_for
+from fp4.formats import FORMATS, Format, QuantizedTensor, fake_quantize_fp8, global_scale_for
+from fp4.rotation import rotate
 from fp4.scheme import Scheme
 
 
@@ -21,6 +22,8 @@ class Backend:
     """
 
     name: str
+    #: Names of the formats of weights that it has kernels for.
+    formats: tuple[str, ...] = tuple(FORMATS)
     #: Whether ``pack`` leaves the canonical layout as it is.
     keeps_layout = True
 
@@ -39,7 +42,8 @@ class Backend:
         return None
 
     def multiplies_fp4(self, device: torch.device) -> bool:
-        """Whether FP4 activations are what ``device`` is fastest with, i.e. what ``activations="auto"`` means there."""
+        """Whether activations in the format of the weight are what ``device`` is fastest with, i.e. what
+        ``activations="auto"`` means there: FP4, or FP8 beside FP8 weights."""
         return False
 
     def pack(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +53,26 @@ class Backend:
     def unpack(self, weight: Tensor, weight_scale: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
         """Inverse of :meth:`pack`; ``out_features`` is N, which a padded layout no longer shows."""
         return weight, weight_scale
+
+    def linear_w4a8(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        global_scale: Tensor | None,
+        bias: Tensor | None,
+        out_features: int,
+        rotation: Tensor | None,
+        input_global_scale: Tensor | None,
+    ) -> Tensor:
+        """FP4 weights, FP8 activations, emulated: no hardware multiplies the two. x ``[..., K]`` -> ``[..., N]``.
+
+        Args:
+            input_global_scale: one scale for all activations (static); None takes one from each row.
+        """
+        rows = fake_quantize_fp8(x if rotation is None else rotate(x, rotation), input_global_scale)
+        out: Tensor = self.linear(rows, weight, weight_scale, global_scale, bias, out_features, None)
+        return out.to(x.dtype)
 
     def largest_magnitude(self, x: Tensor) -> Tensor:
         """``formats.largest_magnitude`` on this backend's kernels: x ``[..., N, K]`` -> float32 ``[...]``."""

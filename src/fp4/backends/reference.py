@@ -35,9 +35,14 @@ def quantize_activation(
     global_scale: Tensor | None,
     rule: str,
 ) -> Tensor:
-    """The values that W4A4 multiplies: x ``[T, K]`` rotated, quantized and dequantized, float32 ``[T, K]``."""
+    """The values that W4A4 multiplies: x ``[T, K]`` rotated, quantized and dequantized, float32 ``[T, K]``.
+
+    FP8: the scales of rows, or the global scale in their place, and the quotients are float32, as the hardware's are.
+    """
     if rotate_by is not None:
         x = rotation.rotate(x, rotate_by)
+    if fmt is formats.FP8:
+        return formats.fake_quantize_fp8(x, global_scale)
     return formats.dequantize(*formats.quantize(x, fmt, rule, global_scale))
 
 
@@ -141,7 +146,7 @@ def grouped_linear_w4a4(
 
 def quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> tuple[Tensor, Tensor]:
     """Canonical codes and scales of x under a given global scale."""
-    codes, scales, _ = formats.quantize(x, formats.FORMATS[format], rule, global_scale)
+    codes, scales, _ = formats.quantize(x, formats.WEIGHT_FORMATS[format], rule, global_scale)
     return codes, scales
 
 
@@ -155,3 +160,4 @@ class ReferenceBackend(Backend):
     """Runs everywhere, slowly."""
 
     name = "reference"
+    formats = tuple(formats.WEIGHT_FORMATS)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fp4 import backends
+from fp4 import backends, formats
 from fp4.formats import QuantizedTensor, portable_global_scale_for, require_finite
 from fp4.methods.block import Block, LayerResult
 from fp4.methods.scales import observe_input_scales, shared_global_scale
@@ -49,7 +49,14 @@ def rtn(
         weight = rotate(weight, rotation)
     if global_scale is None:
         global_scale = global_scale_of(weight, scheme)
-    return backend.quantize(weight, scheme.format, scheme.weight_rule, global_scale)
+    if scheme.block_size in (0, scheme.format.block_size):
+        backend = backends.for_device(weight.device, scheme.format)
+        return backend.quantize(weight, scheme.format, scheme.weight_rule, global_scale)
+    wide = replace(scheme.format, block_size=scheme.block_size)
+    codes, scales, global_scale = formats.quantize(weight, wide, scheme.weight_rule, global_scale)
+    repeats = scheme.block_size // scheme.format.block_size
+    bits = scales.view(torch.uint8).repeat_interleave(repeats, dim=-1)
+    return QuantizedTensor(codes, bits.view(scales.dtype), global_scale)
 
 
 @dataclass(frozen=True)

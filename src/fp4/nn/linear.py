@@ -44,6 +44,18 @@ class FP4Linear(PackedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., K]`` float32, bfloat16 or float16 -> ``[..., N]`` in the same dtype."""
+        if self.quantizes_input and self.scheme.input_format is not self.scheme.format:
+            w4a8: Tensor = self.backend.linear_w4a8(
+                x,
+                self.weight,
+                self.weight_scale,
+                self.global_scale,
+                self.bias,
+                self.out_features,
+                self.rotation,
+                self.input_global_scale,
+            )
+            return w4a8
         if self.quantizes_input:
             out: Tensor = self.backend.linear_w4a4(
                 x,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4 import backends
-from fp4.formats import QuantizedTensor
+from fp4.formats import FP8, QuantizedTensor
 from fp4.methods.rtn import rtn
 from fp4.rotation import rotate, rotation_for, share
 from fp4.scheme import Scheme
@@ -18,15 +18,17 @@ _Self = TypeVar("_Self", bound="PackedWeight")
 
 
 class PackedWeight(nn.Module):
-    """A weight ``[..., N, K]`` in NVFP4 or MXFP4, never dense in memory; subclasses multiply with it.
+    """A weight ``[..., N, K]`` in NVFP4, MXFP4 or FP8, never dense in memory; subclasses multiply with it.
 
     Parameters (none needs a gradient), in the canonical form of :mod:`fp4.formats` until a backend lays them out in its
     own way; ``state_dict`` always shows the canonical form. ``...`` is nothing, or E for a stack of experts:
 
-    * ``weight``: uint8 ``[..., N, K/2]``, the codes;
-    * ``weight_scale``: ``float8_e4m3fn [..., N, K/16]`` or ``float8_e8m0fnu [..., N, K/32]``;
-    * ``global_scale``: float64 ``[...]``, or None for an MXFP4 weight without one;
-    * ``input_global_scale``: float64 ``[...]``, or None: taken from each call's activations (NVFP4) or absent (MXFP4).
+    * ``weight``: uint8 ``[..., N, K/2]``, the codes; FP8: ``float8_e4m3fn [..., N, K]``;
+    * ``weight_scale``: ``float8_e4m3fn [..., N, K/16]`` or ``float8_e8m0fnu [..., N, K/32]``; FP8: ``[..., N, 1]`` in
+      float32, bfloat16 or float16;
+    * ``global_scale``: float64 ``[...]``, or None for an FP8 weight, or an MXFP4 weight without one;
+    * ``input_global_scale``: float64 ``[...]``, or None: taken from each call's activations (NVFP4, FP8) or absent
+      (MXFP4).
 
     ``rotation`` ``[h, h]`` float32 is shared between all modules that use the same one, so it is no parameter.
 
@@ -64,9 +66,9 @@ class PackedWeight(nn.Module):
         self.backend = backends.REFERENCE
         self.quantizes_input = False
         fmt, rows = scheme.format, (*lead, out_features)
-        self.weight = frozen(torch.empty(*rows, in_features // 2, dtype=torch.uint8, device=device))
+        self.weight = frozen(torch.empty(*rows, fmt.code_columns(in_features), dtype=fmt.code_dtype, device=device))
         self.weight_scale = frozen(
-            torch.empty(*rows, in_features // fmt.block_size, dtype=fmt.scale_dtype, device=device)
+            torch.empty(*rows, fmt.scale_columns(in_features), dtype=fmt.scale_dtype, device=device)
         )
         unit = torch.ones(lead, dtype=torch.float64, device=device)
         has_global_scale = fmt.needs_global_scale or scheme.global_scale is not None
@@ -104,7 +106,8 @@ class PackedWeight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight ``[..., N, K]`` that this module multiplies with, rotated back where it is rotated."""
-        dense = backends.for_device(self.weight.device).dequantize(self.canonical(), torch.float32)
+        backend = backends.for_device(self.weight.device, self.scheme.format)
+        dense = backend.dequantize(self.canonical(), torch.float32)
         if self.rotation is not None:
             # Orthogonal up to rounding: the inverse, not the transpose, gives back exactly what is multiplied.
             dense = rotate(dense, torch.linalg.inv(self.rotation.double()).float())
@@ -163,7 +166,9 @@ class PackedWeight(nn.Module):
         self.settle()
 
     def extra_repr(self) -> str:
-        activations = f"fp4 ({self.scheme.activation_rule})" if self.quantizes_input else "unquantized"
+        input_format = self.scheme.input_format
+        rule = "" if input_format is FP8 else f" ({self.scheme.activation_rule})"
+        activations = f"{input_format.kind.lower()}{rule}" if self.quantizes_input else "unquantized"
         rotation = "" if self.rotation is None else f", rotation={self.scheme.rotation}{self.rotation.shape[0]}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "

@@ -34,7 +34,7 @@ def _obstacle(linear: nn.Linear, scheme: Scheme) -> str | None:
     if type(linear) is not nn.Linear:
         return f"{type(linear).__name__} may compute something else than nn.Linear"
     if linear.in_features % scheme.k_multiple:
-        unit = "the rotation group" if scheme.k_multiple > scheme.format.block_size else "the block"
+        unit = "the rotation group" if scheme.rotation != "identity" else "the block"
         return (
             f"in_features {linear.in_features} is not a multiple of {scheme.k_multiple}, the size of {unit} "
             f"({scheme.format.name})"

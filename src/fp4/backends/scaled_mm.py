@@ -1,0 +1,88 @@
+"""FP8 weights and activations on hardware that multiplies them, through torch's own ``scaled_mm``."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from fp4 import formats, ops
+from fp4.backends.base import Backend
+from fp4.scheme import Scheme
+
+_FP8_CAPABILITY = (8, 9)  # Ada and Hopper have the first FP8 tensor cores
+_ALIGNMENT = 16  # of N and K, in bytes of codes
+
+
+def _matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x ``[T, K]`` quantized row by row, times FP8 ``[N, K]``; products are summed in float32."""
+    codes, scales, _ = formats.quantize(x.float(), formats.FP8)
+    # Scales of rows and columns are only implemented for bfloat16 results.
+    out: Tensor = torch._scaled_mm(
+        codes, weight.t(), scale_a=scales, scale_b=weight_scale.float().t(), out_dtype=torch.bfloat16
+    )
+    return (out if bias is None else out.float() + bias.float()).to(dtype)
+
+
+def linear_w4a4(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    rotation: Tensor | None,
+    input_global_scale: Tensor | None,
+    rule: str,
+) -> Tensor:
+    """W8A8: x ``[..., K]`` -> ``[..., N]``; FP8 has neither global scales nor rotations nor rules."""
+    out = _matmul(x.reshape(-1, x.shape[-1]), weight, weight_scale, bias, x.dtype)
+    return out.view(*x.shape[:-1], out_features)
+
+
+def grouped_linear_w4a4(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor,
+    out_features: int,
+    rotation: Tensor | None,
+    input_global_scale: Tensor | None,
+    rule: str,
+) -> Tensor:
+    """W8A8 over experts: rows ``offsets[e]:offsets[e+1]`` of x ``[T, K]`` meet weight ``e`` of ``[E, N, K]``."""
+    out = x.new_empty(x.shape[0], out_features)
+    for expert, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        if start < end:
+            own = None if bias is None else bias[expert]
+            out[start:end] = _matmul(x[start:end], weight[expert], weight_scale[expert], own, x.dtype)
+    return out
+
+
+for _function in (linear_w4a4, grouped_linear_w4a4):
+    ops.implement(f"scaled_mm_{_function.__name__}", _function)
+
+
+class ScaledMMBackend(Backend):
+    """FP8 tensor cores of NVIDIA GPUs from compute capability 8.9."""
+
+    name = "scaled_mm"
+    formats = (formats.FP8.name,)
+
+    def refuses(self, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
+        if scheme.activations == "model":
+            return "it multiplies FP8 activations only, and this scheme leaves them unquantized"
+        if device.type != "cuda":
+            return f"it runs on GPUs with FP8, not on {device.type}"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _FP8_CAPABILITY:
+            return f"FP8 needs compute capability 8.9, and this GPU has {capability[0]}.{capability[1]}"
+        if shape[-1] % _ALIGNMENT or shape[-2] % _ALIGNMENT:
+            return f"FP8 kernels need multiples of {_ALIGNMENT} in both dimensions"
+        return None
+
+    def multiplies_fp4(self, device: torch.device) -> bool:
+        return True

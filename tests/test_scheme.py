@@ -1,0 +1,88 @@
+"""Schemes by name: what each means, and that the formats it names can hold it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp4.checkpoint import CODECS, LayerScheme, StoredLinear
+from fp4.formats import FP8, MXFP4, NVFP4, dequantize, quantize
+from fp4.methods.rtn import rtn
+from fp4.scheme import SCHEMES, Scheme
+
+
+def test_the_names() -> None:
+    assert list(SCHEMES) == ["nvfp4", "nvfp4a16", "nvfp4a8", "mxfp4", "mxfp4a16", "fp8_dynamic"]
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_preset_says_what_a_user_must_know(name: str) -> None:
+    preset = SCHEMES[name]
+    assert preset.summary.endswith(".")
+    assert preset.runs_on
+    assert set(preset.checkpoint_formats) <= set(CODECS)
+    preset.scheme.format.require_rule(preset.scheme.weight_rule)
+    preset.scheme.format.require_rule(preset.scheme.activation_rule)
+
+
+def test_formats_and_activations() -> None:
+    found = {name: (preset.scheme.format, preset.scheme.activations) for name, preset in SCHEMES.items()}
+    assert found == {
+        "nvfp4": (NVFP4, "fp4"),
+        "nvfp4a16": (NVFP4, "model"),
+        "nvfp4a8": (NVFP4, "fp8"),
+        "mxfp4": (MXFP4, "fp4"),
+        "mxfp4a16": (MXFP4, "model"),
+        "fp8_dynamic": (FP8, "fp8"),
+    }
+
+
+def test_input_formats() -> None:
+    assert Scheme(NVFP4).input_format is NVFP4
+    assert Scheme(NVFP4, activations="fp8").input_format is FP8
+    assert Scheme(FP8).input_format is FP8
+
+
+def test_what_k_must_be_a_multiple_of() -> None:
+    assert Scheme(NVFP4).k_multiple == 16
+    assert Scheme(NVFP4, block_size=32).k_multiple == 32
+    assert Scheme(NVFP4, rotation="hadamard", group_size=64).k_multiple == 64
+    assert Scheme(FP8).k_multiple == 1
+
+
+def test_wide_blocks_share_the_scale_of_all_their_elements() -> None:
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    codes, scales, global_scale = rtn(weight, Scheme(NVFP4, block_size=32))
+    assert scales.shape == (8, 8)
+    pairs = scales.view(torch.uint8).unflatten(-1, (-1, 2))
+    assert torch.equal(pairs[..., 0], pairs[..., 1])
+    # The largest element of each wide block is 6 times its scale, as far as E4M3 holds that.
+    wide = weight.unflatten(-1, (-1, 32)).abs().amax(-1)
+    effective = pairs[..., 0].contiguous().view(torch.float8_e4m3fn).float() * global_scale
+    assert torch.allclose((effective * 6).float(), wide, rtol=2**-4)
+    error = (dequantize(codes, scales, global_scale) - weight).norm() / weight.norm()
+    assert error < 0.2
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "fp8_dynamic"])
+def test_the_preferred_format_holds_it(name: str) -> None:
+    preset = SCHEMES[name]
+    weight = rtn(torch.randn(32, 64), preset.scheme)
+    input_scale = None
+    if preset.scheme.activations != "model" and preset.scheme.format is NVFP4:
+        input_scale = torch.tensor(2.0**-8, dtype=torch.float64)
+    scheme = LayerScheme(preset.scheme.format, preset.scheme.activations, block_size=preset.scheme.block_size)
+    codec = CODECS[preset.checkpoint_formats[0]]({"config_groups": {}})
+    tensors = codec.write(StoredLinear(weight, input_scale, None), scheme)
+    reader = type(codec)(codec.configuration({"layer": scheme}, [], {}))
+    stored_scheme = reader.scheme("layer")
+    assert stored_scheme is not None
+    stored = reader.read(tensors, stored_scheme)
+    assert torch.equal(dequantize(*stored.weight), dequantize(*weight))
+
+
+def test_fp8_has_one_scale_a_row() -> None:
+    codes, scales, global_scale = quantize(torch.randn(3, 5, 24), FP8)
+    assert (codes.shape, codes.dtype) == ((3, 5, 24), torch.float8_e4m3fn)
+    assert (scales.shape, scales.dtype) == ((3, 5, 1), torch.float32)
+    assert global_scale is None
