@@ -26,6 +26,7 @@ FIXTURES = [
     ("llmcompressor-NVFP4A16", 14, "nvfp4a16"),
     ("llmcompressor-NVFP4-qwen3moe", 56, "nvfp4"),
     ("llmcompressor-MXFP4", 14, "mxfp4"),
+    ("llmcompressor-FP8_DYNAMIC", 14, "fp8_dynamic"),
     ("modelopt-NVFP4", 14, "nvfp4"),
     ("modelopt-NVFP4-qwen3moe", 56, "nvfp4"),
     ("modelopt-W4A16_NVFP4", 14, "nvfp4a16"),

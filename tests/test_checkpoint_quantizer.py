@@ -29,6 +29,7 @@ FIXTURES = [
     ("llmcompressor-NVFP4-gptq", torch.bfloat16, "fp4"),
     ("llmcompressor-NVFP4A16", torch.bfloat16, "model"),
     ("llmcompressor-MXFP4", torch.bfloat16, "fp4"),
+    ("llmcompressor-FP8_DYNAMIC", torch.bfloat16, "fp8"),
     ("modelopt-NVFP4", torch.bfloat16, "fp4"),
     ("modelopt-W4A16_NVFP4", torch.bfloat16, "model"),
     ("modelopt-W4A8_NVFP4_FP8", torch.bfloat16, "model"),
@@ -94,7 +95,9 @@ def test_loads_packed_and_saves_the_same_bytes(
         assert torch.equal(model(token_ids).logits, again(token_ids).logits)
 
 
-@pytest.mark.parametrize("name", ["llmcompressor-NVFP4", "modelopt-NVFP4", "autoround-NVFP4", "modelopt-MXFP4"])
+@pytest.mark.parametrize(
+    "name", ["llmcompressor-NVFP4", "llmcompressor-FP8_DYNAMIC", "modelopt-NVFP4", "autoround-NVFP4", "modelopt-MXFP4"]
+)
 def test_logits_are_those_of_the_dequantized_model(
     name: str, shared: Callable[[str], Path], token_ids: torch.Tensor
 ) -> None:
@@ -164,15 +167,22 @@ NVFP4 = {"num_bits": 4, "type": "float", "group_size": 16}
 GROUP = {"targets": ["Linear"], "weights": NVFP4, "input_activations": None}
 FP4_CONFIG = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "config_groups": {"a": GROUP}}
 INT4 = {"num_bits": 4, "type": "int", "group_size": 128}
-FP8 = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+FP8_BLOCKS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+FP8_TENSOR = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": False}
+TOKENS = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+STATIC = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
 
 
 @pytest.mark.parametrize(
     "config",
     [
         FP4_CONFIG | {"config_groups": {"a": GROUP | {"weights": INT4}}},
-        FP4_CONFIG | {"config_groups": {"a": GROUP | {"weights": FP8}}},
-        FP4_CONFIG | {"config_groups": {"a": GROUP, "b": GROUP | {"weights": FP8}}},
+        FP4_CONFIG | {"config_groups": {"a": GROUP | {"weights": FP8_BLOCKS}}},
+        FP4_CONFIG | {"config_groups": {"a": GROUP | {"weights": FP8_TENSOR}}},
+        FP4_CONFIG | {"config_groups": {"a": GROUP | {"weights": FP8 | {"symmetric": False}}}},
+        FP4_CONFIG | {"config_groups": {"a": GROUP | {"weights": FP8, "input_activations": STATIC}}},
+        FP4_CONFIG | {"config_groups": {"a": GROUP, "b": GROUP | {"weights": FP8_BLOCKS}}},
         FP4_CONFIG | {"quantization_status": "frozen"},
         FP4_CONFIG | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}},
         FP4_CONFIG | {"config_groups": {}},
@@ -181,12 +191,16 @@ FP8 = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [
         {"quant_method": "fp8"},
     ],
 )
-def test_everything_but_fp4_is_left_to_transformers(config: dict[str, object]) -> None:
+def test_everything_else_is_left_to_transformers(config: dict[str, object]) -> None:
     assert not takes_over(config)
 
 
-def test_fp4_is_taken_over() -> None:
+def test_fp4_and_dynamic_fp8_are_taken_over() -> None:
     assert takes_over(FP4_CONFIG)
+    assert takes_over(FP4_CONFIG | {"config_groups": {"a": {"targets": ["Linear"], "weights": FP8}}})
+    dynamic = GROUP | {"weights": FP8, "input_activations": TOKENS}
+    assert takes_over(FP4_CONFIG | {"config_groups": {"a": dynamic}})
+    assert takes_over(FP4_CONFIG | {"config_groups": {"a": GROUP, "b": dynamic | {"targets": ["re:.*down_proj"]}}})
     assert takes_over({"quant_method": "auto-round", "bits": 4, "data_type": "nv_fp", "group_size": 16, "act_bits": 4})
     config = auto.AutoQuantizationConfig.from_dict(FP4_CONFIG)
     assert isinstance(config, CheckpointConfig)

@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from fp4 import FPQuantConfig
 from fp4.config import _OVERRIDABLE
 from fp4.formats import FORMATS, MXFP4, NVFP4
-from fp4.scheme import Scheme
+from fp4.scheme import SCHEMES, Scheme
 
 StockConfig = transformers.FPQuantConfig
 
@@ -145,6 +145,56 @@ def test_naming_only_a_group_size_asks_for_a_rotation_of_that_size(forward_dtype
 
 def test_rotations_larger_than_upstream_allows() -> None:
     assert scheme(FPQuantConfig(transform_init="hadamard", hadamard_group_size=256)).group_size == 256
+
+
+# --- schemes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_scheme_is_format_and_activations_by_one_name(name: str) -> None:
+    preset = SCHEMES[name].scheme
+    config = FPQuantConfig(scheme=name)
+    chosen = scheme(config)
+    assert chosen.format is preset.format
+    assert chosen.input_format is preset.input_format
+    native = preset.activations != "model" and preset.input_format is preset.format
+    assert chosen.activations == ("auto" if native else preset.activations)
+    again = FPQuantConfig.from_dict(config.to_dict())
+    assert scheme(again) == chosen
+    assert "scheme" not in config.to_dict()
+
+
+def test_a_scheme_is_not_contradicted() -> None:
+    with pytest.raises(ValueError, match=r"scheme is 'fp9'; expected one of 'nvfp4', .*'fp8_dynamic'"):
+        FPQuantConfig(scheme="fp9")
+    with pytest.raises(ValueError, match="scheme 'mxfp4' means activation_dtype 'auto', but 'model' is given"):
+        FPQuantConfig(scheme="mxfp4", activation_dtype="model")
+    with pytest.raises(ValueError, match="scheme 'nvfp4a16' means forward_dtype 'nvfp4', but 'mxfp4' is given"):
+        FPQuantConfig("mxfp4", scheme="nvfp4a16")
+    with pytest.raises(ValueError, match="sets both scheme and forward_dtype"):
+        FPQuantConfig(overrides={"a": {"scheme": "mxfp4", "forward_dtype": "nvfp4"}})
+    assert FPQuantConfig("mxfp4", scheme="mxfp4").forward_dtype == "mxfp4"
+
+
+@pytest.mark.parametrize("base", SCHEMES)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_layers_may_have_another_scheme(base: str, name: str) -> None:
+    config = FPQuantConfig(scheme=base, overrides={"*.mamba.*": {"scheme": name}, "*.gate": None})
+    for again in (config, FPQuantConfig.from_dict(config.to_dict())):
+        chosen = again.scheme_for("model.layers.0.mamba.in_proj")
+        assert chosen is not None
+        assert chosen[0] == scheme(FPQuantConfig(scheme=name))
+        assert scheme(again) == scheme(FPQuantConfig(scheme=base))
+        assert again.scheme_for("model.gate") is None
+
+
+def test_pseudoquantization_emulates_the_scheme() -> None:
+    assert scheme(FPQuantConfig(scheme="nvfp4", pseudoquantization=True)).activations == "fp4"
+    assert scheme(FPQuantConfig(scheme="nvfp4a8", pseudoquantization=True)).activations == "fp8"
+    config = FPQuantConfig("nvfp4", activation_dtype="fp4", overrides={"a": {"forward_dtype": "fp8"}})
+    chosen = config.scheme_for("a")
+    assert chosen is not None
+    assert chosen[0].activations == "fp8"
 
 
 # --- fp4's own options -----------------------------------------------------------------------------------------------
@@ -337,7 +387,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"activation_rule": "mse"}, "activation_rule.*'mse'.*'abs_max', 'four_over_six'"),
     ({"activation_rule": ""}, "activation_rule.*''.*'abs_max'"),
     ({"activation_scaling": "calibrated"}, "activation_scaling.*'calibrated'.*'dynamic', 'static'"),
-    ({"activation_dtype": "bf16"}, "activation_dtype.*'bf16'.*'auto', 'fp4', 'model'"),
+    ({"activation_dtype": "bf16"}, "activation_dtype.*'bf16'.*'auto', 'fp4', 'fp8', 'model'"),
     ({"pseudoquantization": True, "activation_dtype": "model"}, "pseudoquantization.*activation_dtype is 'model'"),
     ({"pseudoquantization": True, "backend": "cpu"}, "pseudoquantization.*backend is 'cpu'.*'auto' or 'reference'"),
     ({"backend": "gpu"}, "backend.*'gpu'.*'auto', 'reference', 'cpu', 'triton', 'cutlass'"),
@@ -352,6 +402,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"overrides": {"a": {"scale_rule": "even"}}}, "scale_rule.*nvfp4.*'even'"),
     ({"pseudoquantization": True, "overrides": {"a": {"backend": "cpu"}}}, "pseudoquantization.*'cpu'"),
     ({"quant_method": "mxfp4"}, "quant_method.*'mxfp4'.*fp_quant"),
+    ({"overrides": ""}, "overrides is ''; expected a dictionary"),
+    ({"overrides": 0}, "overrides is 0; expected a dictionary"),
+    ({"overrides": False}, "overrides is False; expected a dictionary"),
+    ({"forward_dtype": "fp8", "activation_dtype": "fp4"}, r"\(beside FP8 weights\) is 'fp4'.*'auto', 'fp8', 'model'"),
+    ({"forward_dtype": "fp8", "transform_init": "hadamard"}, "FP8 weights are not rotated.*'hadamard'"),
+    ({"forward_dtype": "fp8", "hadamard_group_size": 16}, "FP8 weights are not rotated.* 16"),
+    ({"forward_dtype": "fp8", "scale_rule": "mse"}, r"scale_rule \(of fp8\).*'mse'.*'abs_max'"),
+    ({"forward_dtype": "fp8", "scale_rule": "fp_quant"}, r"scale_rule \(of fp8\).*'fp_quant'.*'abs_max'"),
+    ({"forward_dtype": "fp8", "store_master_weights": True}, "training quantizes to FP4"),
+    ({"store_master_weights": True, "overrides": {"a": {"forward_dtype": "fp8"}}}, "training quantizes to FP4"),
+    ({"activation_dtype": "fp8", "activation_scaling": "static"}, r"activation_scaling \(of FP8 .*'static'.*'dynamic'"),
     ({"transform": "hadamard"}, "has no option transform; it has forward_dtype, .*transform_init"),
 ]
 
@@ -386,7 +447,7 @@ def test_everything_upstream_refuses_is_refused_except_larger_rotations() -> Non
 def test_overridable_options_are_options() -> None:
     assert set(_OVERRIDABLE) <= set(inspect.signature(FPQuantConfig).parameters)
     for name in _OVERRIDABLE:
-        value = getattr(FPQuantConfig(), name)
+        value = getattr(FPQuantConfig(), name) if name != "scheme" else "mxfp4"
         assert FPQuantConfig(overrides={"a": {name: value}}).scheme_for("a") is not None
 
 

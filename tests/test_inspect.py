@@ -17,7 +17,7 @@ FIXTURES = {
     "llmcompressor-NVFP4": ("compressed-tensors", {"nvfp4": 14}, 4.51),
     "llmcompressor-NVFP4A16": ("compressed-tensors", {"nvfp4a16": 14}, 4.50),
     "llmcompressor-MXFP4": ("compressed-tensors", {"mxfp4": 14}, 4.25),
-    "llmcompressor-FP8_DYNAMIC": ("compressed-tensors", {"not FP4 (F8_E4M3)": 14}, None),
+    "llmcompressor-FP8_DYNAMIC": ("compressed-tensors", {"fp8_dynamic": 14}, 8.11),
     "llmcompressor-NVFP4-qwen3moe": ("compressed-tensors", {"nvfp4": 56}, 4.51),
     "modelopt-NVFP4": ("modelopt", {"nvfp4": 14}, 4.51),
     "modelopt-W4A8_NVFP4_FP8": ("modelopt", {"nvfp4a8 blocks of 32": 14}, 4.25),

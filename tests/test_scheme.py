@@ -64,7 +64,7 @@ def test_wide_blocks_share_the_scale_of_all_their_elements() -> None:
     assert error < 0.2
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "fp8_dynamic"])
+@pytest.mark.parametrize("name", SCHEMES)
 def test_the_preferred_format_holds_it(name: str) -> None:
     preset = SCHEMES[name]
     weight = rtn(torch.randn(32, 64), preset.scheme)

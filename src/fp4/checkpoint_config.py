@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fp4.checkpoint import codec_for
+from fp4.checkpoint import LayerScheme, codec_for
 from fp4.formats import MXFP4
-from fp4.scheme import Scheme
+from fp4.scheme import Activations, Scheme
 
 
 class CheckpointConfig(QuantizationConfigMixin):
@@ -16,7 +16,8 @@ class CheckpointConfig(QuantizationConfigMixin):
 
     Args:
         stored: as config.json has it.
-        activation_dtype: as in :class:`fp4.FPQuantConfig`, for layers whose activations are FP4 in the checkpoint.
+        activation_dtype: as in :class:`fp4.FPQuantConfig`, for layers whose activations are quantized in the
+            checkpoint: ``"fp4"`` and ``"fp8"`` both mean as it says.
         backend: as in :class:`fp4.FPQuantConfig`.
     """
 
@@ -28,7 +29,7 @@ class CheckpointConfig(QuantizationConfigMixin):
     def __init__(
         self,
         stored: dict[str, Any],
-        activation_dtype: Literal["auto", "fp4", "model"] = "auto",
+        activation_dtype: Activations = "auto",
         backend: str = "auto",
     ) -> None:
         self.stored = dict(stored)
@@ -56,6 +57,19 @@ class CheckpointConfig(QuantizationConfigMixin):
         chosen = {"activation_dtype": self.activation_dtype, "backend": self.backend}
         return {name: value for name, value in chosen.items() if value != "auto"}
 
+    def _activations(self, stored: LayerScheme) -> Activations:
+        """What the layer's activations are quantized to: at most to what the checkpoint says."""
+        asked: Activations = self.activation_dtype
+        if "model" in (stored.activations, asked):
+            return "model"
+        if asked != "auto":
+            return stored.activations
+        # No hardware multiplies FP4 weights with FP8 activations; those are emulated only where that is asked for.
+        native = (
+            Scheme(stored.format).input_format is Scheme(stored.format, activations=stored.activations).input_format
+        )
+        return "auto" if native else "model"
+
     def scheme_for(self, name: str) -> tuple[Scheme, str] | None:
         """Scheme and backend preference of the layer called ``name``, or None if the checkpoint keeps it."""
         stored = self.codec.scheme(name)
@@ -63,9 +77,10 @@ class CheckpointConfig(QuantizationConfigMixin):
             return None
         scheme = Scheme(
             format=stored.format,
-            activations=self.activation_dtype if stored.activations == "fp4" else "model",
+            activations=self._activations(stored),
             activation_rule=self.codec.mxfp4_input_rule if stored.format is MXFP4 else "abs_max",
             rotation=stored.rotation,
             group_size=stored.group_size or stored.format.block_size,
+            block_size=stored.block_size,
         )
         return scheme, self.backend

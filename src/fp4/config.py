@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
-from fp4.formats import FORMATS, MXFP4, NVFP4
+from fp4.formats import FP8, MXFP4, NVFP4, WEIGHT_FORMATS
 from fp4.ops import BACKENDS
 from fp4.rotation import ROTATIONS
-from fp4.scheme import Scheme
+from fp4.scheme import SCHEMES, Scheme
 
 # FP-Quant quantizes under a fixed global scale: blocks are multiplied by 3 before their scale is taken (not for QuEST).
 _FP_QUANT_GLOBAL_SCALE = 1 / 3
@@ -21,12 +21,14 @@ _FP_QUANT_GLOBAL_SCALE = 1 / 3
 _BEST = {
     "nvfp4": ("identity", 16, "mse", "abs_max"),
     "mxfp4": ("hadamard", 64, "mse", "even"),
+    "fp8": ("identity", 1, "abs_max", "abs_max"),
 }
 
 #: What on-the-fly quantization can be saved as (gpt-oss's ``mxfp4`` holds experts only).
 WRITABLE_FORMATS = ("fp_quant", "compressed-tensors", "modelopt", "auto-round")
 
 _OVERRIDABLE = (
+    "scheme",
     "forward_dtype",
     "forward_method",
     "hadamard_group_size",
@@ -43,11 +45,33 @@ def _require(value: object, allowed: tuple[object, ...], option: str) -> None:
         raise ValueError(f"{option} is {value!r}; expected one of {', '.join(repr(a) for a in allowed)}")
 
 
+def _options_of(scheme: object) -> dict[str, str]:
+    """``forward_dtype`` and ``activation_dtype`` of a scheme named as in ``SCHEMES``."""
+    _require(scheme, tuple(SCHEMES), "scheme")
+    preset = SCHEMES[str(scheme)].scheme
+    # Activations in the weight's own format are what the hardware may or may not multiply.
+    native = preset.activations == preset.format.kind.lower()
+    return {"forward_dtype": preset.format.name, "activation_dtype": "auto" if native else preset.activations}
+
+
+def _without_scheme(pattern: str, options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` of an override with ``scheme`` replaced by what it stands for."""
+    if "scheme" not in options:
+        return options
+    rest = {name: value for name, value in options.items() if name != "scheme"}
+    meant = _options_of(options["scheme"])
+    both = sorted(set(rest) & set(meant))
+    if both:
+        raise ValueError(f"overrides[{pattern!r}] sets both scheme and {', '.join(both)}; the scheme says it already")
+    return meant | rest
+
+
 class FPQuantConfig(QuantizationConfigMixin):
     """How a model is quantized to FP4 and run. All options of Transformers' ``FPQuantConfig`` mean the same here.
 
     Args:
-        forward_dtype: ``"nvfp4"`` (blocks of 16, E4M3 scales) or ``"mxfp4"`` (blocks of 32, power-of-two scales).
+        forward_dtype: ``"nvfp4"`` (blocks of 16, E4M3 scales), ``"mxfp4"`` (blocks of 32, power-of-two scales) or
+            ``"fp8"`` (E4M3 with one scale a row; no rotation, no scale rules).
         forward_method: FP-Quant's choice of scale, ``"abs_max"`` or, for MXFP4, ``"quest"``.
         backward_dtype: FP-Quant's precision of gradients in quantization-aware training. fp4 trains with ``"bf16"``
             (gradients in the model's dtype); ``"mxfp8"`` and ``"mxfp4"`` are accepted for inference, where they mean
@@ -63,18 +87,21 @@ class FPQuantConfig(QuantizationConfigMixin):
             embedding. Embeddings and layers tied to them are always kept.
         scale_rule: how block scales of weights are chosen: ``"fp_quant"`` (``forward_method`` under FP-Quant's fixed
             global scale) or a rule of the format (``formats.NVFP4.rules``, ``formats.MXFP4.rules``).
-        activation_dtype: ``"fp4"`` (W4A4), ``"model"`` (W4A16: activations keep the model's dtype) or ``"auto"``: W4A4
-            where the hardware multiplies FP4, W4A16 elsewhere.
+        activation_dtype: ``"fp4"`` (W4A4), ``"fp8"`` (one E4M3 scale a token: W4A8, or W8A8 beside FP8 weights),
+            ``"model"`` (W4A16: activations keep the model's dtype) or ``"auto"``: the format of the weights where the
+            hardware multiplies that, the model's dtype elsewhere.
         activation_rule: like ``scale_rule``, for activations; no ``"mse"``.
         activation_scaling: ``"dynamic"`` takes the global scale of NVFP4 activations from each call, ``"static"`` uses
             the one stored with the weights.
         backend: ``"auto"`` or the backend that must run the model; an error where it cannot.
-        overrides: other values of these options for some layers, ``{"*.down_proj": {"forward_dtype": "mxfp4"}}``; None
-            in place of the dictionary keeps a layer. The first pattern (``fnmatch``, on the full name) that fits wins.
+        overrides: other values of these options for some layers, ``{"*.mamba.*": {"scheme": "fp8_dynamic"}}``; None in
+            place of the dictionary keeps a layer. The first pattern (``fnmatch``, on the full name) that fits wins.
         strict: whether a layer that cannot be quantized is an error instead of being kept.
         checkpoint_format: what ``save_pretrained`` writes: ``"fp_quant"``, ``"compressed-tensors"``, ``"modelopt"`` or
             ``"auto-round"``. In the last three, NVFP4 layers that engines fuse (q/k/v, gate/up) share a global scale,
             and NVFP4 without calibrated activations is written as weight-only, since those formats have no other way.
+        scheme: ``forward_dtype`` and ``activation_dtype`` by one name of ``fp4.scheme.SCHEMES``, such as ``"nvfp4a16"``
+            or ``"fp8_dynamic"``. Only ``"nvfp4a8"`` always quantizes activations (emulated); the others as ``"auto"``.
 
     Raises:
         ValueError: for any value or combination that has no meaning; the message says what is allowed.
@@ -98,6 +125,7 @@ class FPQuantConfig(QuantizationConfigMixin):
         overrides: dict[str, dict[str, Any] | None] | list[list[Any]] | None = None,
         strict: bool = False,
         checkpoint_format: str = "fp_quant",
+        scheme: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method = QuantizationMethod.FPQUANT
@@ -105,6 +133,16 @@ class FPQuantConfig(QuantizationConfigMixin):
         if kwargs:
             known = ", ".join(name for name in inspect.signature(FPQuantConfig).parameters if name != "kwargs")
             raise ValueError(f"FPQuantConfig has no option {', '.join(sorted(kwargs))}; it has {known}")
+        if scheme is not None:
+            meant = _options_of(scheme)
+            given = {"forward_dtype": forward_dtype, "activation_dtype": activation_dtype}
+            defaults = {"forward_dtype": "nvfp4", "activation_dtype": "auto"}
+            for option, value in given.items():
+                if value not in (defaults[option], meant[option]):
+                    raise ValueError(
+                        f"scheme {scheme!r} means {option} {meant[option]!r}, but {value!r} is given; set one of them"
+                    )
+            forward_dtype, activation_dtype = meant["forward_dtype"], meant["activation_dtype"]
         self.forward_dtype = forward_dtype
         self.forward_method = forward_method
         self.backward_dtype = backward_dtype
@@ -120,7 +158,11 @@ class FPQuantConfig(QuantizationConfigMixin):
         self.backend = backend
         # A list, because config.json sorts the keys of dictionaries and the first pattern that fits wins.
         self.overrides: list[list[Any]] = (
-            [list(item) for item in overrides.items()] if isinstance(overrides, dict) else overrides or []
+            []
+            if overrides is None
+            else [list(i) for i in overrides.items()]
+            if isinstance(overrides, dict)
+            else overrides
         )
         self.strict = strict
         self.checkpoint_format = checkpoint_format
@@ -128,8 +170,8 @@ class FPQuantConfig(QuantizationConfigMixin):
 
     def post_init(self) -> None:
         """Fill in what was left open and check everything. Idempotent."""
-        _require(self.forward_dtype, tuple(FORMATS), "forward_dtype")
-        fmt = FORMATS[self.forward_dtype]
+        _require(self.forward_dtype, tuple(WEIGHT_FORMATS), "forward_dtype")
+        fmt = WEIGHT_FORMATS[self.forward_dtype]
         methods = ("abs_max", "quest") if fmt is MXFP4 else ("abs_max",)
         _require(self.forward_method, methods, f"forward_method (of {fmt.name})")
         _require(self.backward_dtype, ("bf16", "mxfp8", "mxfp4"), "backward_dtype")
@@ -142,11 +184,17 @@ class FPQuantConfig(QuantizationConfigMixin):
                 "use 'bf16' with store_master_weights"
             )
 
+        if fmt is FP8 and (self.transform_init not in (None, "identity") or self.hadamard_group_size not in (None, 1)):
+            raise ValueError(
+                f"FP8 weights are not rotated, but transform_init is {self.transform_init!r} and hadamard_group_size "
+                f"{self.hadamard_group_size!r}; leave both out"
+            )
         rotation, group_size, weight_rule, activation_rule = _BEST[fmt.name]
         # Any option that only FP-Quant has a meaning for asks for all of FP-Quant's behaviour.
         named = (
             self.transform_init is not None or self.hadamard_group_size is not None or self.forward_method == "quest"
         )
+        named = named and fmt is not FP8
         if named:
             rotation, group_size = "hadamard", fmt.block_size
         as_fp_quant = self.scale_rule == "fp_quant" or (self.scale_rule is None and named)
@@ -158,22 +206,26 @@ class FPQuantConfig(QuantizationConfigMixin):
             self.hadamard_group_size = group_size
         _require(self.transform_init, tuple(ROTATIONS), "transform_init")
         size = self.hadamard_group_size
-        if not isinstance(size, int) or size < fmt.block_size or size & (size - 1):
+        if not isinstance(size, int) or size < fmt.k_multiple or size & (size - 1):
             raise ValueError(
-                f"hadamard_group_size is {size!r}; {fmt.name} needs a power of two of at least {fmt.block_size}"
+                f"hadamard_group_size is {size!r}; {fmt.name} needs a power of two of at least {fmt.k_multiple}"
             )
         if self.scale_rule is None:
             self.scale_rule = weight_rule
         if self.activation_rule is None:
             self.activation_rule = activation_rule
         if self.activation_scaling is None:
-            self.activation_scaling = "static" if as_fp_quant else "dynamic"
-        _require(self.scale_rule, ("fp_quant", *fmt.rules), f"scale_rule (of {fmt.name})")
+            self.activation_scaling = "static" if as_fp_quant and self.activation_dtype != "fp8" else "dynamic"
+        own_rules = () if fmt is FP8 else ("fp_quant",)
+        _require(self.scale_rule, (*own_rules, *fmt.rules), f"scale_rule (of {fmt.name})")
         on_the_fly = tuple(rule for rule in fmt.rules if rule != "mse")
-        _require(self.activation_rule, ("fp_quant", *on_the_fly), f"activation_rule (of {fmt.name})")
-        _require(self.activation_scaling, ("dynamic", "static"), "activation_scaling")
+        _require(self.activation_rule, (*own_rules, *on_the_fly), f"activation_rule (of {fmt.name})")
+        fp8_inputs = fmt is FP8 or self.activation_dtype == "fp8"
+        scalings = ("dynamic",) if fp8_inputs else ("dynamic", "static")
+        _require(self.activation_scaling, scalings, f"activation_scaling{' (of FP8 activations)' * fp8_inputs}")
 
-        _require(self.activation_dtype, ("auto", "fp4", "model"), "activation_dtype")
+        precisions = ("auto", "fp8", "model") if fmt is FP8 else ("auto", "fp4", "fp8", "model")
+        _require(self.activation_dtype, precisions, f"activation_dtype{' (beside FP8 weights)' * (fmt is FP8)}")
         _require(self.checkpoint_format, WRITABLE_FORMATS, "checkpoint_format")
         if self.checkpoint_format != "fp_quant" and (self.store_master_weights or self.pseudoquantization):
             raise ValueError(
@@ -182,7 +234,7 @@ class FPQuantConfig(QuantizationConfigMixin):
         if self.pseudoquantization:
             if self.activation_dtype == "model":
                 raise ValueError(
-                    "pseudoquantization emulates FP4 activations, but activation_dtype is 'model'; set one of them only"
+                    "pseudoquantization emulates quantized activations, but activation_dtype is 'model'; set only one"
                 )
             if self.backend not in ("auto", "reference"):
                 raise ValueError(
@@ -200,7 +252,8 @@ class FPQuantConfig(QuantizationConfigMixin):
             isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) for item in self.overrides
         ):
             raise ValueError(f"overrides is {self.overrides!r}; expected a dictionary from patterns to options")
-        for pattern, options in self.overrides:
+        for item in self.overrides:
+            pattern, options = item
             if options is not None and not isinstance(options, dict):
                 raise ValueError(f"overrides[{pattern!r}] is {options!r}; expected a dictionary of options, or None")
             unknown = set(options or {}) - set(_OVERRIDABLE)
@@ -210,7 +263,11 @@ class FPQuantConfig(QuantizationConfigMixin):
                     f"a layer can override {', '.join(_OVERRIDABLE)}"
                 )
             if options is not None:
-                self._overridden(options)
+                item[1] = _without_scheme(pattern, options)
+                self._overridden(item[1])
+        fp8 = fp8_inputs or any(FP8.name in (options or {}).values() for _, options in self.overrides)
+        if self.store_master_weights and fp8:
+            raise ValueError("training quantizes to FP4, but store_master_weights is set beside FP8; choose one")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -239,11 +296,14 @@ class FPQuantConfig(QuantizationConfigMixin):
 
     def _overridden(self, options: dict[str, Any]) -> FPQuantConfig:
         own = {name: getattr(self, name) for name in ("activation_dtype", "backend", "pseudoquantization")}
-        if options.get("forward_dtype", self.forward_dtype) == self.forward_dtype:
+        forward_dtype = options.get("forward_dtype", self.forward_dtype)
+        if own["activation_dtype"] == "fp4" and forward_dtype == FP8.name:
+            own["activation_dtype"] = "fp8"
+        if forward_dtype == self.forward_dtype:
             names = ("forward_method", "hadamard_group_size", "transform_init", "scale_rule", "activation_rule")
             own |= {name: getattr(self, name) for name in names}
             own["forward_dtype"] = self.forward_dtype
-        elif self.scale_rule == "fp_quant":
+        elif self.scale_rule == "fp_quant" and forward_dtype != FP8.name:
             own |= {"scale_rule": "fp_quant", "transform_init": self.transform_init}
         return FPQuantConfig(**(own | options))
 
@@ -252,18 +312,20 @@ class FPQuantConfig(QuantizationConfigMixin):
         for pattern, options in self.overrides:
             if fnmatch.fnmatchcase(name, pattern):
                 return None if options is None else self._overridden(options).scheme_for(name)
-        fmt = FORMATS[self.forward_dtype]
+        fmt = WEIGHT_FORMATS[self.forward_dtype]
         fp_quant_rule = "abs_max" if fmt is NVFP4 else {"abs_max": "below_six", "quest": "quest"}[self.forward_method]
+        fp8_inputs = fmt is FP8 or self.activation_dtype == "fp8"
+        emulated = "fp8" if fp8_inputs else "fp4"
         fixed = None
         if self.scale_rule == "fp_quant":
             fixed = None if self.forward_method == "quest" else _FP_QUANT_GLOBAL_SCALE
         scheme = Scheme(
             format=fmt,
             weight_rule=fp_quant_rule if self.scale_rule == "fp_quant" else str(self.scale_rule),
-            activations="fp4" if self.pseudoquantization else self.activation_dtype,  # type: ignore[arg-type]
+            activations=emulated if self.pseudoquantization else self.activation_dtype,  # type: ignore[arg-type]
             activation_rule=fp_quant_rule if self.activation_rule == "fp_quant" else str(self.activation_rule),
             rotation=str(self.transform_init),
-            group_size=int(self.hadamard_group_size or fmt.block_size),
+            group_size=int(self.hadamard_group_size or fmt.k_multiple),
             global_scale=fixed,
         )
         return scheme, "reference" if self.pseudoquantization else self.backend

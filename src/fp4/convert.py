@@ -116,7 +116,8 @@ def convert(
     others = other_quantized(checkpoint.tensors, groups)
     if others:
         raise ValueError(
-            f"{len(others)} layers ({others[0]} ...) are quantized to FP8 or integers; only FP4 layers can be converted"
+            f"{len(others)} layers ({others[0]} ...) are quantized to integers, or to FP8 by blocks or tensors; "
+            "only FP4 layers, and FP8 ones with a scale a channel, can be converted"
         )
     plan = _plan(reader, writer, groups, allow_rounding, weight_only)
     kept = dense_matrices(checkpoint.tensors, groups)
@@ -221,7 +222,7 @@ def _write_shards(
     shards: list[tuple[Path, dict[str, Spec], list[str], list[str]]] = []
     for shard in checkpoint.shards:
         # A layer belongs to the shard of its marker, wherever its other tensors are.
-        layers = [layer for layer, infos in groups.items() if infos[reader.marker].file == shard]
+        layers = [layer for layer, infos in groups.items() if _marker_of(reader, layer, infos).file == shard]
         dense = [n for n, info in checkpoint.tensors.items() if info.file == shard and info not in owner]
         specs = {name: Spec(checkpoint.tensors[name].dtype, checkpoint.tensors[name].shape) for name in dense}
         for layer in layers:
@@ -252,6 +253,10 @@ def _write_shards(
             raise
 
 
+def _marker_of(reader: Codec, layer: str, infos: Mapping[str, TensorInfo]) -> TensorInfo:
+    return next(info for suffix, info in infos.items() if reader.marked(layer + suffix, info.dtype) is not None)
+
+
 def _write_layer(
     file: ShardWriter,
     layer: str,
@@ -262,7 +267,7 @@ def _write_layer(
     allow_rounding: bool,
 ) -> None:
     try:
-        if any(infos[suffix].dtype != "U8" for suffix in reader.codes if suffix in infos):
+        if any(infos[suffix].dtype not in ("U8", "F8_E4M3") for suffix in reader.codes if suffix in infos):
             stored = reader.read({suffix: load(info) for suffix, info in infos.items()}, planned.source)
         else:
             stored, _ = peek(reader, layer, infos, scales=True)

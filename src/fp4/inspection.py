@@ -128,7 +128,7 @@ def _inspect_layers(
             if readable:
                 stored, scheme = peek(codec, layer, infos, values)
                 codes, global_scale = stored.weight.codes, stored.weight.global_scale
-                row.scheme, row.shape = str(scheme), (*codes.shape[:-1], codes.shape[-1] * 2)
+                row.scheme, row.shape = str(scheme), (*codes.shape[:-1], scheme.format.columns(codes))
                 if global_scale is not None:
                     global_scales[layer] = global_scale.item()
                 if values and stored.weight.scales.dtype == torch.float8_e4m3fn:
@@ -137,7 +137,7 @@ def _inspect_layers(
                         row.problems.append(f"{zeros} of {stored.weight.scales.numel()} block scales are zero")
             else:
                 row.scheme = str(codec.scheme(layer))
-                row.shape = _shape_of_codes(infos)
+                row.shape = _shape_of_codes(codec, infos)
         except ValueError as error:
             row.problems.append(str(error))
         weights = math.prod(row.shape) if row.shape else 0
@@ -162,12 +162,12 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _shape_of_codes(infos: Mapping[str, TensorInfo]) -> tuple[int, ...]:
-    codes = max((info for info in infos.values() if info.dtype == "U8"), key=lambda info: info.nbytes, default=None)
+def _shape_of_codes(codec: Codec, infos: Mapping[str, TensorInfo]) -> tuple[int, ...]:
+    codes = next((infos[suffix] for suffix in codec.codes if suffix in infos), None)
     if codes is None:
         return ()
     shape = codes.shape if len(codes.shape) < 4 else (*codes.shape[:-2], codes.shape[-2] * codes.shape[-1])
-    return (*shape[:-1], shape[-1] * 2)
+    return (*shape[:-1], shape[-1] * (2 if codes.dtype == "U8" else 1))
 
 
 def _expect_packed(

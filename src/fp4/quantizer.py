@@ -19,7 +19,7 @@ from fp4.checkpoint.fp_quant import FPQuantCodec
 from fp4.checkpoint.fusing import fused_groups
 from fp4.checkpoint_config import CheckpointConfig
 from fp4.config import FPQuantConfig
-from fp4.formats import QuantizedTensor
+from fp4.formats import FP8, QuantizedTensor
 from fp4.methods.rtn import global_scale_of
 from fp4.nn import FP4Linear, swap_linears
 from fp4.rotation import share
@@ -105,8 +105,10 @@ class ReadLayer(_LoadOp):
         layer = full_layer_name.rpartition(".")[0]
         module, parameter = get_module_from_name(model, full_layer_name)
         tensors = {pattern.replace("\\", ""): values[0] for pattern, values in input_dict.items()}
-        if not isinstance(module, FP4Linear) and set(tensors) == {".weight"} and tensors[".weight"].is_floating_point():
-            # ModelOpt calls packed weights as ordinary ones are called.
+        dense = tensors.get(".weight")
+        plain = dense is not None and dense.is_floating_point() and dense.element_size() > 1
+        if not isinstance(module, FP4Linear) and plain and len(tensors) == 1:
+            # ModelOpt calls packed weights as ordinary ones are called, and FP8 weights are called so everywhere.
             return {full_layer_name: tensors[".weight"].to(getattr(module, parameter).dtype)}
         try:
             if not isinstance(module, FP4Linear):
@@ -159,8 +161,10 @@ class FPQuantHfQuantizer(HfQuantizer):
             if scheme is None:
                 raise ValueError("it is packed, but the configuration says that it is not quantized")
             return scheme
-        activations: Any = "model" if module.scheme.activations == "model" else "fp4"
-        return LayerScheme(module.scheme.format, activations)
+        fp8 = module.scheme.input_format is FP8
+        return LayerScheme(
+            module.scheme.format, "model" if module.scheme.activations == "model" else "fp8" if fp8 else "fp4"
+        )
 
     # --- before the weights are read
 
@@ -222,10 +226,11 @@ class FPQuantHfQuantizer(HfQuantizer):
     def _written_scheme(self, module: FP4Linear) -> LayerScheme:
         """The scheme of a layer quantized on the fly in another tool's format."""
         fmt = module.scheme.format
-        # NVFP4 activations need a calibrated global scale there.
-        weight_only = module.scheme.activations == "model" or fmt.needs_global_scale
+        # NVFP4 activations, and FP8 ones of FP4 weights, need a calibrated global scale there.
+        calibrated = fmt.needs_global_scale or module.scheme.input_format is not fmt
+        weight_only = module.scheme.activations == "model" or calibrated
         rotation, group_size = name_rotation(module.rotation)
-        return LayerScheme(fmt, "model" if weight_only else "fp4", rotation, group_size)
+        return LayerScheme(fmt, "model" if weight_only else "fp8" if fmt is FP8 else "fp4", rotation, group_size)
 
     def _adopt_format(self, model: PreTrainedModel) -> None:
         """From here on the model is as if it had been loaded from a checkpoint in ``checkpoint_format``."""
@@ -251,7 +256,8 @@ class FPQuantHfQuantizer(HfQuantizer):
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         # A weight that is still dense when device maps are computed will have been rounded by the time it arrives.
         if param.is_floating_point() and self.param_needs_quantization(model, param_name):
-            return 0.5
+            module, _ = get_module_from_name(model, param_name)
+            return float(module.scheme.format.code_bits / 8)
         return param.element_size()
 
     # --- while they are read

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fp4.checkpoint.codec import Codec, LayerScheme, StoredLinear, require_no_rotation
 from fp4.checkpoint.compressed_tensors import CompressedTensorsCodec
-from fp4.formats import MXFP4, NVFP4
+from fp4.formats import FP8, MXFP4, NVFP4
 
 _FORMATS = {("nv_fp", 16): NVFP4, ("mx_fp", 32): MXFP4}
 
@@ -85,6 +85,8 @@ class AutoRoundCodec(CompressedTensorsCodec):
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
         require_no_rotation(stored, self.name)
+        if scheme.format is FP8:
+            raise ValueError(f"it is {scheme}; {self.name} has a place for FP4 weights only")
         return super().write(stored, scheme, allow_rounding)
 
     @classmethod

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fp4.formats import Format, QuantizedTensor, format_of
+from fp4.formats import FP8, Format, QuantizedTensor, format_of
 from fp4.rotation import ROTATIONS
 
 
@@ -45,7 +45,7 @@ class LayerScheme:
     block_size: int = 0
 
     def __str__(self) -> str:
-        suffix = {"fp4": "", "fp8": "a8", "model": "a16"}[self.activations]
+        suffix = {"fp4": "", "fp8": "_dynamic" if self.format is FP8 else "a8", "model": "a16"}[self.activations]
         rotation = f" {self.rotation}{self.group_size}" if self.group_size else ""
         blocks = f" blocks of {self.block_size}" if self.block_size not in (0, self.format.block_size) else ""
         return f"{self.format.name}{suffix}{blocks}{rotation}"
@@ -58,14 +58,14 @@ class Codec(ABC):
         name: the format's, as its ``quant_method`` spells it.
         suffixes: what a layer's tensors are called after the layer's own name, separator included.
         codes: the suffixes that hold codes (or, pseudo-quantized, values): the one bulky tensor of a layer.
-        marker: the suffix that only packed layers have (with ``marker_dtype``, if an ordinary layer has it too).
+        markers: the suffixes that only packed layers have, each with the dtypes (as safetensors calls them) that tell
+            it from an ordinary layer's tensor, or with none if ordinary layers have no such tensor.
     """
 
     name: ClassVar[str]
-    suffixes: ClassVar[tuple[str, ...]]
-    codes: ClassVar[tuple[str, ...]]
-    marker: ClassVar[str]
-    marker_dtype: ClassVar[str | None] = None
+    suffixes: tuple[str, ...]
+    codes: tuple[str, ...]
+    markers: Mapping[str, tuple[str, ...]]
     #: How the tool that writes the format rounds MXFP4 activations, one of ``formats.MXFP4.rules``.
     mxfp4_input_rule: ClassVar[str] = "even"
 
@@ -73,6 +73,18 @@ class Codec(ABC):
         self.config = dict(config)
         #: Of the checkpoint's unquantized tensors; fp_quant stores its buffers in it.
         self.dtype = dtype
+
+    @property
+    def marker(self) -> str:
+        """The first of ``markers``, for messages."""
+        return next(iter(self.markers))
+
+    def marked(self, name: str, dtype: str) -> str | None:
+        """The packed layer that a tensor called ``name`` proves to be there, or None if it proves nothing."""
+        for suffix, dtypes in self.markers.items():
+            if name.endswith(suffix) and (not dtypes or dtype in dtypes):
+                return name.removesuffix(suffix)
+        return None
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:

@@ -5,6 +5,7 @@ Per Linear layer, besides ``bias``:
 * ``weight_packed`` uint8 ``[N, K/2]``;
 * ``weight_scale`` ``float8_e4m3fn [N, K/16]`` (``nvfp4-pack-quantized``) or uint8 ``[N, K/32]``, bits of E8M0
   (``mxfp4-pack-quantized``);
+* FP8 (``float-quantized``): ``weight`` ``float8_e4m3fn [N, K]`` and ``weight_scale`` ``[N, 1]`` in the model's dtype;
 * NVFP4: ``weight_global_scale`` and, with FP4 activations, ``input_global_scale``, float32 ``[1]``: reciprocals of the
   canonical global scales;
 * rotated by ``transform_config``: no tensors, the matrix is Sylvester's Hadamard matrix.
@@ -31,7 +32,8 @@ from fp4.checkpoint.codec import (
     require_no_global_scale,
     store_reciprocal,
 )
-from fp4.formats import MXFP4, NVFP4, QuantizedTensor
+from fp4.checkpoint.fp8 import CODES, read_fp8
+from fp4.formats import FP8, MXFP4, NVFP4, Format, QuantizedTensor
 from fp4.rotation import hadamard, share
 
 # Transforms that are online at the input and were fused into the weight when the checkpoint was made. Those fused into
@@ -40,12 +42,12 @@ _FUSED = {"weight_input", "weight_output"}
 
 
 class CompressedTensorsCodec(Codec):
-    """Reads and writes the FP4 formats of compressed-tensors."""
+    """Reads and writes the FP4 formats of compressed-tensors, and FP8 with scales of channels and tokens."""
 
     name = "compressed-tensors"
-    suffixes = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
-    codes = (".weight_packed",)
-    marker = ".weight_packed"
+    suffixes: tuple[str, ...] = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
+    codes: tuple[str, ...] = (".weight_packed",)
+    markers: Mapping[str, tuple[str, ...]] = {".weight_packed": ()}
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, dtype)
@@ -54,6 +56,10 @@ class CompressedTensorsCodec(Codec):
             raise ValueError(f"quantization_config.config_groups is {groups!r}; expected a dictionary of dictionaries")
         self.groups: list[Mapping[str, Any]] = list(groups.values())
         self.ignore = [str(pattern) for pattern in config.get("ignore") or []]
+        if any(_is_fp8(group.get("weights") or {}) for group in self.groups):
+            # Called as an ordinary weight is, so that it is looked at only where there can be one.
+            self.suffixes, self.codes = (*self.suffixes, ".weight"), (*self.codes, ".weight")
+            self.markers = {**self.markers, ".weight": (CODES,)}
 
     def scheme(self, layer: str) -> LayerScheme | None:
         if any(matches(layer, pattern) for pattern in self.ignore):
@@ -61,9 +67,10 @@ class CompressedTensorsCodec(Codec):
         group = self._group(layer)
         if group is None:
             return None
-        scheme = self._weights(group.get("weights") or {}), self._activations(group.get("input_activations"))
+        fmt = self._weights(group.get("weights") or {})
+        activations = self._activations(group.get("input_activations"), fmt)
         size = self._rotation(layer)
-        return LayerScheme(scheme[0], scheme[1], "hadamard" if size else "identity", size)
+        return LayerScheme(fmt, activations, "hadamard" if size else "identity", size)
 
     def obstacle(self) -> str | None:
         if self.config.get("quantization_status", "compressed") != "compressed":
@@ -75,8 +82,8 @@ class CompressedTensorsCodec(Codec):
                 return f"{option} is set, which the FP4 modules do not apply"
         try:
             for group in self.groups:
-                self._weights(group.get("weights") or {})
-                self._activations(group.get("input_activations"))
+                fmt = self._weights(group.get("weights") or {})
+                self._activations(group.get("input_activations"), fmt)
                 if group.get("output_activations"):
                     return "output activations are quantized, which the FP4 modules do not apply"
             self._rotation("")
@@ -98,7 +105,14 @@ class CompressedTensorsCodec(Codec):
 
     @staticmethod
     def _weights(args: Mapping[str, Any]) -> Any:
+        if _is_fp8(args):
+            return FP8
         described = (args.get("num_bits"), args.get("type"), args.get("group_size"))
+        if described[:2] == (8, "float"):
+            raise ValueError(
+                f"its weights are FP8 with scales by {args.get('strategy')} (symmetric={args.get('symmetric', True)}); "
+                "FP8 runs beside FP4 with one static scale a channel, symmetric"
+            )
         fmt = {(4, "float", 16): NVFP4, (4, "float", 32): MXFP4}.get(described)  # type: ignore[arg-type]
         if fmt is None or args.get("symmetric", True) is not True or args.get("actorder") == "group":
             raise ValueError(
@@ -108,10 +122,15 @@ class CompressedTensorsCodec(Codec):
         return fmt
 
     @staticmethod
-    def _activations(args: Mapping[str, Any] | None) -> Any:
+    def _activations(args: Mapping[str, Any] | None, fmt: Format) -> Any:
         if not args:
             return "model"
         bits = args.get("num_bits") if args.get("type") == "float" else None
+        if fmt is FP8 and (bits, args.get("strategy"), args.get("dynamic")) != (8, "token", True):
+            raise ValueError(
+                f"its weights are FP8, its activations {args.get('num_bits')}-bit {args.get('type')} by "
+                f"{args.get('strategy')} (dynamic={args.get('dynamic')}); expected FP8 by token, dynamic, or none"
+            )
         if bits not in (4, 8):
             raise ValueError(f"its activations are {args.get('num_bits')}-bit {args.get('type')}; expected a float")
         return "fp4" if bits == 4 else "fp8"
@@ -140,6 +159,9 @@ class CompressedTensorsCodec(Codec):
     def read(
         self, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None
     ) -> StoredLinear:
+        if scheme.format is FP8:
+            scales = require(tensors, ".weight_scale")
+            return StoredLinear(read_fp8(require(tensors, ".weight"), scales, shape), None, None)
         codes = read_codes(require(tensors, ".weight_packed"), "weight_packed", shape)
         scales = read_scales(require(tensors, ".weight_scale"), "weight_scale", scheme.format, codes)
         global_scale = input_global_scale = None
@@ -158,6 +180,8 @@ class CompressedTensorsCodec(Codec):
         codes, scales, global_scale = stored.weight
         if codes.ndim != 2:
             raise ValueError(f"it stacks matrices {tuple(codes.shape[:-2])}, for which {self.name} has no place")
+        if scheme.format is FP8:
+            return {".weight": codes, ".weight_scale": scales}
         if scheme.activations == "fp8":
             raise ValueError(f"its activations are FP8, for which no {self.name} format of FP4 weights has a place")
         if scheme.rotation not in ("identity", "hadamard"):
@@ -200,7 +224,7 @@ class CompressedTensorsCodec(Codec):
                 "weights": _arguments(fmt, dynamic=False),
                 "input_activations": None if activations == "model" else _arguments(fmt, dynamic=True),
                 "output_activations": None,
-                "format": f"{fmt}-pack-quantized",
+                "format": "float-quantized" if fmt == FP8.name else f"{fmt}-pack-quantized",
             }
         formats = {group["format"] for group in groups.values()}
         return {
@@ -227,8 +251,29 @@ def matches(layer: str, pattern: str) -> bool:
     return layer == pattern
 
 
+def _is_fp8(args: Mapping[str, Any]) -> bool:
+    """Whether weights are E4M3 with one static scale a channel."""
+    described = tuple(args.get(option) for option in ("num_bits", "type", "strategy"))
+    return described == (8, "float", "channel") and args.get("symmetric", True) is True and not args.get("dynamic")
+
+
 def _arguments(fmt: str, dynamic: bool) -> dict[str, Any]:
     nvfp4 = fmt == "nvfp4"
+    if fmt == FP8.name:
+        return {
+            "num_bits": 8,
+            "type": "float",
+            "symmetric": True,
+            "strategy": "token" if dynamic else "channel",
+            "group_size": None,
+            "dynamic": dynamic,
+            "scale_dtype": None,
+            "zp_dtype": None,
+            "actorder": None,
+            "block_structure": None,
+            "observer": None if dynamic else "memoryless_minmax",
+            "observer_kwargs": {},
+        }
     return {
         "num_bits": 4,
         "type": "float",

@@ -5,7 +5,8 @@ Per Linear layer, besides ``bias``:
 * ``qweight`` uint8 ``[N, K/2]`` and ``scales`` uint8 ``[N, K/B]`` (bits of E4M3 or E8M0), or ``dqweight`` ``[N, K]``,
   the dequantized values of a pseudo-quantized checkpoint;
 * ``weight_global_scale``, ``act_global_scale`` ``[1]``: reciprocals of the canonical global scales;
-* ``forward_hadamard_matrix``, ``backward_hadamard_matrix`` ``[h, h]``, equal: the rotation of input and weight.
+* ``forward_hadamard_matrix``, ``backward_hadamard_matrix`` ``[h, h]``, equal: the rotation of input and weight;
+* fp4's own ``"forward_dtype": "fp8"``: ``weight`` ``float8_e4m3fn [N, K]``, ``weight_scale`` ``[N, 1]``, nothing else.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from fp4.checkpoint.codec import (
     require,
     store_reciprocal,
 )
+from fp4.checkpoint.fp8 import CODES, read_fp8
 from fp4.checkpoint.recover import recover
-from fp4.formats import FORMATS, Format, QuantizedTensor, dequantize, format_of
+from fp4.formats import FP8, WEIGHT_FORMATS, Format, QuantizedTensor, dequantize, format_of
 from fp4.rotation import share
 
 SUFFIXES = (
@@ -46,29 +48,48 @@ class FPQuantCodec(Codec):
     """Reads and writes FP-Quant's checkpoints, and fp4's own, which add ``activation_dtype`` and ``overrides``."""
 
     name = "fp_quant"
-    suffixes = tuple(f".{suffix}" for suffix in SUFFIXES)
-    codes = (".qweight", ".dqweight")
-    marker = ".weight_global_scale"
+    suffixes: tuple[str, ...] = tuple(f".{suffix}" for suffix in SUFFIXES)
+    codes: tuple[str, ...] = (".qweight", ".dqweight")
+    markers: Mapping[str, tuple[str, ...]] = {".weight_global_scale": ()}
+
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(config, dtype)
+        own = [options for _, options in self._overrides() if isinstance(options, Mapping)]
+        if any(options.get("forward_dtype") == FP8.name for options in [config, *own]):
+            self.suffixes, self.codes = (*self.suffixes, ".weight", ".weight_scale"), (*self.codes, ".weight")
+            self.markers = {**self.markers, ".weight": (CODES,)}
+
+    def _overrides(self) -> list[tuple[str, dict[str, Any] | None]]:
+        overrides = self.config.get("overrides") or []
+        pairs = list(overrides.items() if isinstance(overrides, Mapping) else overrides)
+        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+            raise ValueError(f"quantization_config.overrides is {overrides!r}; expected pairs of pattern and options")
+        return pairs
 
     def scheme(self, layer: str) -> LayerScheme | None:
         options: dict[str, Any] = dict(self.config)
-        overrides = self.config.get("overrides") or []
-        for pattern, override in overrides.items() if isinstance(overrides, Mapping) else overrides:
+        for pattern, override in self._overrides():
             if fnmatch.fnmatchcase(layer, pattern):
                 if override is None:
                     return None
                 options |= override
                 break
-        fmt = FORMATS.get(str(options.get("forward_dtype", "nvfp4")))
+        fmt = WEIGHT_FORMATS.get(str(options.get("forward_dtype", "nvfp4")))
         if fmt is None:
-            raise ValueError(f"its forward_dtype is {options.get('forward_dtype')!r}; expected {' or '.join(FORMATS)}")
-        return LayerScheme(fmt, "model" if options.get("activation_dtype") == "model" else "fp4")
+            known = " or ".join(WEIGHT_FORMATS)
+            raise ValueError(f"its forward_dtype is {options.get('forward_dtype')!r}; expected {known}")
+        asked = options.get("activation_dtype")
+        fp8 = fmt is FP8 or asked == "fp8"
+        return LayerScheme(fmt, "model" if asked == "model" else "fp8" if fp8 else "fp4")
 
     def read(
         self, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None
     ) -> StoredLinear:
         if self.config.get("store_master_weights"):
             raise ValueError("store_master_weights: the checkpoint holds dense weights, to be quantized when loaded")
+        if scheme.format is FP8:
+            weight = read_fp8(require(tensors, ".weight"), require(tensors, ".weight_scale"), shape)
+            return StoredLinear(weight, None, None)
         stored = {name.removeprefix("."): tensor for name, tensor in tensors.items()}
         if self.config.get("pseudoquantization"):
             stored.pop("qweight", None)  # a placeholder beside dqweight
@@ -81,7 +102,7 @@ class FPQuantCodec(Codec):
             shape = (codes.shape[0], codes.shape[1] * 2)
         read_as = read(stored, scheme.format, *shape)
         # fp4's own option: the stored scale of the input is then a mere placeholder.
-        dynamic = self.config.get("activation_scaling") == "dynamic"
+        dynamic = self.config.get("activation_scaling") == "dynamic" or scheme.activations == "fp8"
         return read_as._replace(input_global_scale=None) if dynamic else read_as
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
@@ -89,8 +110,10 @@ class FPQuantCodec(Codec):
             raise ValueError(
                 f"it stacks matrices {tuple(stored.weight.codes.shape[:-2])}; fp_quant has no place for it"
             )
-        if scheme.activations == "fp8":
-            raise ValueError("its activations are FP8, for which fp_quant has no place")
+        if scheme.format is FP8:
+            return {".weight": stored.weight.codes, ".weight_scale": stored.weight.scales}
+        if scheme.activations == "fp8" and stored.input_global_scale is not None:
+            raise ValueError("its activations are FP8 under a calibrated scale, for which fp_quant has no place")
         if scheme.block_size not in (0, scheme.format.block_size):
             raise ValueError(f"its blocks have {scheme.block_size} elements; fp_quant has a place for 16")
         needs_scale = scheme.activations == "fp4" and scheme.format.needs_global_scale
@@ -108,6 +131,9 @@ class FPQuantCodec(Codec):
         cls, layers: Mapping[str, LayerScheme], kept: Sequence[str], source: Mapping[str, Any]
     ) -> dict[str, Any]:
         options = {layer: _options(scheme) for layer, scheme in layers.items()}
+        if any("activation_dtype" in own for own in options.values()):
+            # An override only changes what it names.
+            options = {layer: {"activation_dtype": "auto"} | own for layer, own in options.items()}
         common = max(options.values(), key=list(options.values()).count)
         config = {
             "quant_method": cls.name,
@@ -126,11 +152,14 @@ def _options(scheme: LayerScheme) -> dict[str, Any]:
     name = scheme.rotation.partition("-")[0]
     options = {
         "forward_dtype": scheme.format.name,
-        "hadamard_group_size": max(scheme.group_size, scheme.format.block_size),
+        "hadamard_group_size": max(scheme.group_size, scheme.format.k_multiple),
         # A matrix without a name is in the tensors all the same; only its size must be declared.
         "transform_init": "hadamard" if name == "custom" else name,
     }
-    return options | ({"activation_dtype": "model"} if scheme.activations == "model" else {})
+    asked = scheme.activations if scheme.activations != "fp4" and scheme.format is not FP8 else None
+    if scheme.format is FP8 and scheme.activations == "model":
+        asked = "model"
+    return options | ({"activation_dtype": asked} if asked else {})
 
 
 def read(tensors: Mapping[str, Tensor], fmt: Format, out_features: int, in_features: int) -> StoredLinear:

@@ -23,8 +23,9 @@ def packed_layers(codec: Codec, tensors: Mapping[str, TensorInfo]) -> dict[str, 
     """The stored tensors of each FP4 layer, by layer name and suffix."""
     layers: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
-        if name.endswith(codec.marker) and codec.marker_dtype in (None, info.dtype):
-            layers[name.removesuffix(codec.marker)] = {}
+        marked = codec.marked(name, info.dtype)
+        if marked is not None:
+            layers[marked] = {}
     for name, info in tensors.items():
         for suffix in codec.suffixes:
             layer = layers.get(name.removesuffix(suffix)) if name.endswith(suffix) else None

@@ -5,7 +5,8 @@ Per Linear layer, besides ``bias``:
 * ``weight`` uint8 ``[N, K/2]``;
 * ``weight_scale`` ``float8_e4m3fn [N, K/16]`` (NVFP4; ``[N, K/32]`` in W4A8_NVFP4_FP8) or uint8 ``[N, K/32]`` (MXFP4);
 * NVFP4: ``weight_scale_2`` float32 ``[]``, the canonical global scale;
-* quantized activations: ``input_scale`` float32 ``[]``, the canonical global scale of an FP4 input.
+* quantized activations of FP4 weights: ``input_scale`` float32 ``[]``, the canonical global scale of the input;
+* FP8_PER_CHANNEL_PER_TOKEN: ``weight`` ``float8_e4m3fn [N, K]`` and ``weight_scale`` float32 ``[N]``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from fp4.checkpoint.codec import (
     require_no_rotation,
     store_multiplied,
 )
-from fp4.formats import MXFP4, NVFP4, Format, QuantizedTensor
+from fp4.checkpoint.fp8 import CODES, narrowed, read_fp8
+from fp4.formats import FP8, MXFP4, NVFP4, Format, QuantizedTensor
 
 _Activations = Literal["fp4", "fp8", "model"]
 
@@ -41,6 +43,7 @@ _ALGORITHMS: dict[str, tuple[Format, _Activations, int]] = {
     "W4A8_NVFP4_FP8": (NVFP4, "fp8", 32),
     "MXFP4": (MXFP4, "fp4", 32),
     "W4A8_MXFP4_FP8": (MXFP4, "fp8", 32),
+    "FP8_PER_CHANNEL_PER_TOKEN": (FP8, "fp8", 0),
 }
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
@@ -51,8 +54,7 @@ class ModelOptCodec(Codec):
     name = "modelopt"
     suffixes = (".weight", ".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale")
     codes = (".weight",)
-    marker = ".weight"
-    marker_dtype = "U8"
+    markers: Mapping[str, tuple[str, ...]] = {".weight": ("U8", CODES)}
     mxfp4_input_rule = "ceil"
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
@@ -75,7 +77,7 @@ class ModelOptCodec(Codec):
         if known is None:
             raise ValueError(f"its quant_algo is {algorithm!r}; the FP4 ones are {', '.join(_ALGORITHMS)}")
         fmt, activations, block_size = known
-        return LayerScheme(fmt, activations, block_size=int(group_size or block_size))
+        return LayerScheme(fmt, activations, block_size=int(group_size or block_size) if block_size else 0)
 
     def obstacle(self) -> str | None:
         for layer in self.per_layer if self.per_layer is not None else [""]:
@@ -90,6 +92,9 @@ class ModelOptCodec(Codec):
     ) -> StoredLinear:
         if ".pre_quant_scale" in tensors:
             raise ValueError("its input is smoothed by pre_quant_scale (AWQ), which the FP4 modules do not apply")
+        if scheme.format is FP8:
+            weight = read_fp8(require(tensors, ".weight"), require(tensors, ".weight_scale"), shape)
+            return StoredLinear(weight._replace(scales=narrowed(weight.scales, self.dtype)), None, None)
         codes = read_codes(require(tensors, ".weight"), "weight", shape)
         scales = read_scales(require(tensors, ".weight_scale"), "weight_scale", scheme.format, codes, scheme.block_size)
         global_scale = input_global_scale = None
@@ -106,6 +111,8 @@ class ModelOptCodec(Codec):
         if codes.ndim != 2:
             raise ValueError(f"it stacks matrices {tuple(codes.shape[:-2])}, for which {self.name} has no place")
         tensors = {".weight": codes}
+        if scheme.format is FP8:
+            return tensors | {".weight_scale": scales.float().squeeze(-1)}
         if scheme.format is MXFP4:
             require_no_global_scale(stored.weight, self.name)
             tensors[".weight_scale"] = scales.view(torch.uint8)
@@ -135,7 +142,7 @@ class ModelOptCodec(Codec):
         else:
             config["quant_algo"] = "MIXED_PRECISION"
             config["quantized_layers"] = {
-                layer: {"quant_algo": algorithm, "group_size": _ALGORITHMS[algorithm][2]}
+                layer: {"quant_algo": algorithm} | _group_size(algorithm)
                 for layer, algorithm in sorted(algorithms.items())
             }
             for algorithm in sorted(set(algorithms.values())):
@@ -156,9 +163,7 @@ class ModelOptCodec(Codec):
         }
         if "quantized_layers" in config:
             quantization["quantized_layers"] = config["quantized_layers"]
-        known = _ALGORITHMS.get(str(config.get("quant_algo")).upper())
-        if known is not None:
-            quantization["group_size"] = known[2]
+        quantization |= _group_size(str(config.get("quant_algo")).upper())
         producer = config.get("producer") or dict(_PRODUCER)
         return {"hf_quant_config.json": {"producer": producer, "quantization": quantization}}
 
@@ -198,9 +203,15 @@ def _algorithm_of(scheme: LayerScheme) -> str:
     raise ValueError(f"it is {scheme}, for which modelopt has no quant_algo (it has {', '.join(_ALGORITHMS)})")
 
 
+def _group_size(algorithm: str) -> dict[str, int]:
+    _, _, block_size = _ALGORITHMS.get(algorithm, (None, None, 0))
+    return {"group_size": block_size} if block_size else {}
+
+
 def _group(algorithm: str, targets: list[str]) -> dict[str, Any]:
-    _, activations, block_size = _ALGORITHMS[algorithm]
-    weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": block_size}
+    fmt, activations, block_size = _ALGORITHMS[algorithm]
+    weights: dict[str, Any] = {"dynamic": False, "num_bits": fmt.code_bits, "type": "float"}
+    weights |= {"group_size": block_size} if block_size else {"strategy": "channel"}
     group: dict[str, Any] = {"weights": weights, "targets": targets}
     if activations == "fp4":
         group["input_activations"] = dict(weights)

@@ -32,7 +32,7 @@ class Mxfp4Codec(Codec):
     name = "mxfp4"
     suffixes = ("_blocks", "_scales")
     codes = ("_blocks",)
-    marker = "_blocks"
+    markers: Mapping[str, tuple[str, ...]] = {"_blocks": ()}
 
     def scheme(self, layer: str) -> LayerScheme | None:
         kept = self.config.get("modules_to_not_convert") or []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4 import backends
-from fp4.formats import QuantizedTensor
+from fp4.formats import FP8, QuantizedTensor, fake_quantize_fp8
 from fp4.rotation import rotate, rotation_for
 from fp4.scheme import Scheme
 
@@ -82,8 +82,8 @@ class Block:
 
 
 def quantizes_activations(scheme: Scheme) -> bool:
-    """Whether the scheme is W4A4 on hardware that multiplies FP4, which is what calibration prepares for."""
-    return scheme.activations in ("fp4", "auto")
+    """Whether the scheme is W4A4 (or W4A8, W8A8) on hardware that multiplies it, which calibration prepares for."""
+    return scheme.activations != "model"
 
 
 def quantized_input(x: Tensor, scheme: Scheme, rotation: Tensor | None, input_global_scale: Tensor | None) -> Tensor:
@@ -91,6 +91,8 @@ def quantized_input(x: Tensor, scheme: Scheme, rotation: Tensor | None, input_gl
     values = x.float() if rotation is None else rotate(x, rotation)
     if not quantizes_activations(scheme):
         return values
+    if scheme.input_format is FP8:
+        return fake_quantize_fp8(values, input_global_scale)
     backend = backends.for_device(x.device)
     rows = values.reshape(-1, values.shape[-1])
     quantized = backend.quantize(rows, scheme.format, scheme.activation_rule, input_global_scale)

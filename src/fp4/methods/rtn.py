@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fp4 import backends, formats
-from fp4.formats import QuantizedTensor, portable_global_scale_for, require_finite
+from fp4.formats import QuantizedTensor, require_finite
 from fp4.methods.block import Block, LayerResult
-from fp4.methods.scales import observe_input_scales, shared_global_scale
+from fp4.methods.scales import observe_input_scales, shared_global_scale, weight_scale
 from fp4.rotation import rotate
 from fp4.scheme import Scheme
 
@@ -24,7 +24,7 @@ def global_scale_of(weight: Tensor, scheme: Scheme, rotation: Tensor | None = No
     if rotation is not None:
         weight = rotate(weight, rotation)
     largest = backends.for_device(weight.device).largest_magnitude(weight)
-    return portable_global_scale_for(largest, scheme.weight_rule)
+    return weight_scale(largest, scheme)
 
 
 def rtn(

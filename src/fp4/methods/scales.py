@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fp4.calibration.observers import Amax
-from fp4.formats import portable_global_scale_for
+from fp4.formats import E2M1_MAX, E4M3_MAX, FP8, portable_global_scale_for
 from fp4.methods.block import Block, capture_inputs, quantizes_activations
 from fp4.rotation import rotate
 from fp4.scheme import Scheme
@@ -21,16 +21,27 @@ def shared_global_scale(weights: Iterable[Tensor], scheme: Scheme) -> Tensor | N
     largest = torch.stack([weight.abs().amax().float() for weight in weights]).amax()
     if scheme.global_scale is not None:
         return torch.full((), scheme.global_scale, dtype=torch.float64, device=largest.device)
-    return portable_global_scale_for(largest, scheme.weight_rule)
+    return weight_scale(largest, scheme)
+
+
+def weight_scale(amax: Tensor, scheme: Scheme) -> Tensor:
+    """The global scale of weights whose largest magnitude is ``amax``: float ``[...]`` -> float64 ``[...]``."""
+    # Before FP8 activations engines turn code x block scale into FP8, so that product must stay below 448.
+    headroom = E2M1_MAX if scheme.input_format is FP8 else 1.0
+    return portable_global_scale_for(amax * headroom, scheme.weight_rule)
 
 
 def has_static_input_scale(scheme: Scheme) -> bool:
-    """Whether the layer's FP4 activations need a global scale that calibration finds."""
-    return quantizes_activations(scheme) and scheme.format.needs_global_scale
+    """Whether the layer's activations need a global scale that calibration finds: beside FP8 weights they never do."""
+    static = scheme.format.needs_global_scale or (scheme.input_format is FP8 and scheme.format is not FP8)
+    return quantizes_activations(scheme) and static
 
 
 def input_scale(amax: Tensor, scheme: Scheme) -> Tensor:
     """The static global scale of activations whose largest magnitude is ``amax``: float64 ``[]``."""
+    if scheme.input_format is FP8:
+        scale = amax.float() / E4M3_MAX
+        return torch.where(scale == 0, 1.0, scale).double()
     if scheme.global_scale is not None:
         return torch.full((), scheme.global_scale, dtype=torch.float64, device=amax.device)
     return portable_global_scale_for(amax, scheme.activation_rule)

@@ -73,7 +73,8 @@ class PackedWeight(nn.Module):
         unit = torch.ones(lead, dtype=torch.float64, device=device)
         has_global_scale = fmt.needs_global_scale or scheme.global_scale is not None
         self.global_scale = frozen(unit) if has_global_scale else None
-        self.input_global_scale = frozen(unit.clone()) if scheme.global_scale is not None else None
+        fixed_input = scheme.global_scale is not None and scheme.input_format is fmt
+        self.input_global_scale = frozen(unit.clone()) if fixed_input else None
         self.rotation = rotation_for(scheme.rotation, scheme.group_size, dtype)
 
     def round(self, weight: Tensor, name: str = "weight", global_scale: Tensor | None = None) -> dict[str, Tensor]:
