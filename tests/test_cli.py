@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ def test_env_names_versions_devices_and_backends() -> None:
 
 def test_help_lists_the_commands() -> None:
     result = CliRunner().invoke(app, [])
-    for command in ("env", "convert", "inspect"):
+    for command in ("env", "convert", "inspect", "evaluate", "report"):
         assert command in result.output
 
 
@@ -63,3 +65,26 @@ def test_mistakes_are_one_sentence_and_exit_code_2(arguments: list[str], message
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_evaluate_and_report(packed: Path, llama: Path, shared: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(packed, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(shared(f"fixtures/source-llama/{name}"), folder / name)
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be " * 50)
+    options = ["--data", str(text), "--against", str(llama), "--window", "16", "--windows", "2", "--device", "cpu"]
+    result = CliRunner().invoke(app, ["evaluate", str(folder), *options])
+    assert result.exit_code == 0, result.output
+    for words in ("perplexity", "KL divergence, mean", "14 layers: mxfp4, unquantized activations"):
+        assert words in result.output
+    result = CliRunner().invoke(app, ["evaluate", str(folder), *options, "--json", "--save", "--activations", "fp4"])
+    found = json.loads(result.stdout)
+    assert found == json.loads((folder / "evaluation.json").read_text())
+    assert list(found["runs"].values()) == [14]
+    pytest.importorskip("matplotlib", reason="the plots need the extra 'report'")
+    result = CliRunner().invoke(app, ["report", str(folder), "--source", str(llama)])
+    assert result.exit_code == 0, result.output
+    assert "worst of 14 layers" in result.output
+    assert (folder / "report.html").is_file()

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 
-from fp4 import backends
+from fp4 import backends, cli_quality
 from fp4.backends.cpu import isa
 from fp4.convert import FORMATS as CONVERT_FORMATS
 from fp4.convert import convert as convert_checkpoint
@@ -165,6 +165,10 @@ def inspect(
     for problem in found.problems:
         console.print(f"[red]problem:[/red] {problem}", highlight=False)
     raise typer.Exit(bool(found.problems))
+
+
+app.command()(cli_quality.evaluate)
+app.command()(cli_quality.report)
 
 
 def main() -> None:

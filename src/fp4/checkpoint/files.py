@@ -358,7 +358,10 @@ def _copy_range(source: int, target: int, start: int, position: int, count: int)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write ``content`` to ``path``, which holds all of it or what it held before."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def total_bytes(infos: Iterable[TensorInfo]) -> int:

@@ -1,0 +1,140 @@
+"""``fp4 evaluate`` and ``fp4 report``: how good a quantized model is, and which of its layers are to blame."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.table import Table
+
+from fp4.evaluate import Evaluation
+
+Activations = Literal["auto", "fp4", "model"]
+Model = Annotated[str, typer.Argument(help="Folder or hub id of any model that from_pretrained loads with fp4.")]
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Text file (UTF-8) to predict.")],
+    against: Annotated[
+        str | None, typer.Option(help="The original: adds its perplexity, KL divergence and top-1 agreement.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens in a window; every window starts without context.")] = 1024,
+    windows: Annotated[int | None, typer.Option(help="Windows from the start of the text. [default: all]")] = None,
+    activations: Annotated[
+        Activations, typer.Option(help="FP4 activations in all FP4 layers, in none, or as the backend chooses.")
+    ] = "auto",
+    bos: Annotated[bool, typer.Option(help="Start windows with the BOS token (Gemma needs it).")] = False,
+    dtype: Annotated[str, typer.Option(help="auto: float32 on a CPU, the checkpoint's on a GPU.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    save: Annotated[
+        bool, typer.Option(help="Keep the numbers in MODEL/evaluation.json, for the report and the model card.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, where MODEL is a hub id.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+) -> None:
+    """Measure a model on a text: perplexity, and how far its predictions are from the original's.
+
+    Examples:
+
+        fp4 evaluate out --data wikitext.txt --windows 16
+
+        fp4 evaluate out --against Qwen/Qwen3-8B --data wikitext.txt --activations fp4 --save
+    """
+    from fp4.evaluate import evaluate as measure
+
+    if save and not Path(model).is_dir():
+        raise ValueError(f"--save keeps the numbers beside the model, but {model} is no folder")
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        found = measure(
+            model,
+            data,
+            against=against,
+            window=window,
+            windows=windows,
+            activations=activations,
+            bos=bos,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=lambda done, total: bar.update(task, description="windows", completed=done, total=total),
+        )
+    console = Console()
+    if as_json:
+        console.print_json(json.dumps(found.to_dict()))
+    else:
+        _print(console, found)
+    if save:
+        from fp4.checkpoint.files import write_json
+        from fp4.model_card import EVALUATION, refresh_model_card
+
+        write_json(Path(model) / EVALUATION, found.to_dict())
+        if refresh_model_card(Path(model)) and not as_json:
+            console.print(f"updated {model}/README.md")
+
+
+def _print(console: Console, found: Evaluation) -> None:
+    table = Table("", Path(found.model).name)
+    comparison = found.comparison
+    if comparison is not None:
+        table.add_column(Path(str(found.against)).name)
+        change = found.perplexity / comparison.original_perplexity - 1
+        table.add_row("perplexity", f"{found.perplexity:.5g} ({change:+.1%})", f"{comparison.original_perplexity:.5g}")
+        table.add_row("KL divergence, mean (nats)", f"{comparison.kl_mean:.5g}")
+        table.add_row("KL divergence, 99th percentile", f"{comparison.kl_p99:.5g}")
+        table.add_row("same most likely token", f"{comparison.top1_agreement:.1%}")
+    else:
+        table.add_row("perplexity", f"{found.perplexity:.5g}")
+    console.print(table)
+    console.print(
+        f"{found.windows} windows of {found.window} tokens of {found.data['name']}, {found.dtype} on {found.device}",
+        highlight=False,
+    )
+    for description, count in found.runs.items():
+        console.print(f"{count} layers: {description}", highlight=False)
+
+
+def report(
+    model: Annotated[Path, typer.Argument(help="Folder of a quantized model.")],
+    source: Annotated[
+        str | None, typer.Option(help="The original (folder or hub id): computes weight errors from both.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="HTML file to write. [default: MODEL/report.html]")] = None,
+) -> None:
+    """Draw which layers lost most by quantization, as one HTML page.
+
+    Reads what `fp4 quantize` left in MODEL/report.json, and `fp4 evaluate --save` in MODEL/evaluation.json. For any
+    other FP4 checkpoint name the original with --source.
+
+    Examples:
+
+        fp4 report out
+
+        fp4 report RedHatAI-Qwen3-8B-NVFP4 --source Qwen/Qwen3-8B --output qwen3.html
+    """
+    from fp4.report import write_report
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("comparing weights", total=None)
+        found = write_report(
+            model,
+            output or model / "report.html",
+            source=source,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    console = Console()
+    measure = "output error" if found.measured == "output_error" else "weight error"
+    table = Table("layer", "scheme", measure, "zero", "clipped", title=f"worst of {len(found.layers)} layers")
+    for layer in found.worst(5):
+        share = [f"{layer[key]:.1%}" for key in (found.measured, "zero", "clipped")]
+        table.add_row(layer["name"], layer["scheme"], *share)
+    console.print(table)
+    console.print(f"wrote {output or model / 'report.html'}", highlight=False)

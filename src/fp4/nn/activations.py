@@ -1,0 +1,43 @@
+"""How the packed layers of a model that is loaded run their activations: to see it, and to choose it anew."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from fp4.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def packed_modules(model: nn.Module) -> Iterator[Any]:
+    """Every module that holds packed weights and chooses a backend for them."""
+    for module in model.modules():
+        if isinstance(getattr(module, "scheme", None), Scheme) and hasattr(module, "settle"):
+            yield module
+
+
+def set_activations(model: nn.Module, activations: Literal["auto", "fp4", "model"]) -> None:
+    """Quantize the activations of all FP4 layers (``"fp4"``) or of none (``"model"``); ``"auto"`` changes nothing.
+
+    Raises:
+        ValueError: a layer's backend cannot run it so.
+    """
+    if activations == "auto":
+        return
+    for module in packed_modules(model):
+        if module.scheme.activations in ("auto", "fp4", "model"):
+            module.scheme = replace(module.scheme, activations=activations)
+            module.settle()
+
+
+def describe_activations(model: nn.Module) -> dict[str, int]:
+    """Number of packed layers by format, activations and backend, such as ``{"nvfp4, fp4 activations, cpu": 210}``."""
+    found: Counter[str] = Counter()
+    for module in packed_modules(model):
+        runs = "fp4" if module.quantizes_input else "unquantized"
+        found[f"{module.scheme.format.name}, {runs} activations, {module.backend.name}"] += 1
+    return dict(found)

@@ -1,0 +1,100 @@
+"""README.md of a quantized model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fp4.model_card import model_card, refresh_model_card, write_model_card
+
+REPORT: dict[str, Any] = {
+    "version": 1,
+    "command": "fp4 quantize owner/model out --scheme nvfp4 --method gptq --data text.txt",
+    "versions": {"fp4": "0.1.0", "torch": "2.13.0"},
+    "source": "owner/model",
+    "base_model": "owner/model",
+    "scheme": "nvfp4",
+    "method": "gptq",
+    "format": "compressed-tensors",
+    "seed": 0,
+    "data": {"description": "text.txt", "samples": 8, "tokens": 4096},
+    "layers": [{"name": f"model.layers.{i}.q_proj", "scheme": "nvfp4", "bits_per_weight": 4.5} for i in range(3)],
+    "kept": [{"name": f"model.layers.{i}.router", "dtype": "BF16", "shape": [8, 8]} for i in range(3)]
+    + [{"name": "lm_head", "dtype": "BF16", "shape": [8, 8], "reason": "output embedding"}],
+}
+EVALUATION: dict[str, Any] = {
+    "perplexity": 21.5,
+    "window": 1024,
+    "windows": 4,
+    "dtype": "float32",
+    "device": "cpu",
+    "data": {"name": "test.txt", "sha256": "ab" * 32},
+    "runs": {"nvfp4, fp4 activations, cpu": 3},
+    "comparison": {"original_perplexity": 20.0, "kl_mean": 0.012, "kl_p99": 0.25, "top1_agreement": 0.934},
+}
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    return yaml.safe_load(card.split("---")[1])
+
+
+def test_card_says_how_it_was_made_how_good_it_is_and_how_to_load_it() -> None:
+    card = model_card(REPORT, EVALUATION, {"license": "mit"}, "model-nvfp4")
+    assert front_matter(card) == {
+        "base_model": "owner/model",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "license": "mit",
+        "pipeline_tag": "text-generation",
+        "tags": ["fp4", "nvfp4", "compressed-tensors"],
+    }
+    for words in (
+        REPORT["command"],
+        "| calibration data | text.txt, 8 samples, 4096 tokens |",
+        "| versions | fp4 0.1.0, torch 2.13.0 |",
+        "| 3 | nvfp4 | 4.50 |",
+        "Not quantized: 3 x `model.layers.*.router`, `lm_head`.",
+        "| perplexity | 21.5 |",
+        "| same most likely token | 93.4% |",
+        "first 4 windows of 1024 tokens of `test.txt`",
+        "3 layers: nvfp4, fp4 activations, cpu",
+        'from_pretrained("model-nvfp4", dtype="auto"',
+        "vllm serve model-nvfp4",
+    ):
+        assert words in card
+    assert "no licence" not in card
+
+
+@pytest.mark.parametrize("report", [{}, {"data": None, "layers": [], "source": "/some/where/model"}])
+def test_a_card_of_little(report: dict[str, Any]) -> None:
+    card = model_card(report)
+    assert front_matter(card)["library_name"] == "transformers"
+    assert "/some/where" not in card
+    assert "Measured" not in card
+    assert "no licence" in card
+
+
+@pytest.mark.parametrize("broken", ["", "---\n: [\n---\n", "no front matter", "---\njust text\n---\n"])
+def test_licence_comes_from_the_originals_card_and_stays(broken: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    (source / "README.md").write_text("---\nlicense: other\nlicense_name: llama\nmodel-index: [1]\n---\n# Model\n")
+    write_model_card(out, REPORT, source)
+    assert front_matter((out / "README.md").read_text())["license_name"] == "llama"
+    assert not refresh_model_card(out)
+    (out / "report.json").write_text(json.dumps(REPORT))
+    (out / "evaluation.json").write_text(json.dumps(EVALUATION))
+    assert refresh_model_card(out)
+    card = (out / "README.md").read_text()
+    assert front_matter(card)["license"] == "other"
+    assert "model-index" not in front_matter(card)
+    assert "| perplexity | 21.5 |" in card
+    (source / "README.md").write_text(broken)
+    (out / "README.md").unlink()
+    write_model_card(out, REPORT, source)
+    assert "license" not in front_matter((out / "README.md").read_text())
