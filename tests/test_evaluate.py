@@ -146,7 +146,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["llmcompressor-NVFP4", "modelopt-MXFP4", "fpquant-nvfp", "autoround-NVFP4"])
-def test_any_checkpoint_against_its_original(name: str, shared: Callable[[str], Path], text: Path) -> None:
+def test_any_fp4_checkpoint_against_its_original(name: str, shared: Callable[[str], Path], text: Path) -> None:
     source, folder = shared("fixtures/source-llama"), shared(f"fixtures/{name}")
     results = {}
     for activations, how in (("model", "unquantized"), ("fp4", "fp4"), ("auto", "unquantized")):
@@ -163,6 +163,16 @@ def test_any_checkpoint_against_its_original(name: str, shared: Callable[[str], 
     alone = evaluate(folder, text, window=32, windows=2, device="cpu")
     assert alone.perplexity == pytest.approx(results["auto"].perplexity, rel=1e-6)
     assert alone.comparison is None
+
+
+def test_fp8_activations_can_be_left_out(shared: Callable[[str], Path], text: Path) -> None:
+    folder = shared("fixtures/llmcompressor-FP8_DYNAMIC")
+    for activations, how in (("fp4", "fp8"), ("model", "unquantized")):
+        source = shared("fixtures/source-llama")  # has the tokenizer, too
+        found = evaluate(folder, text, against=source, window=32, windows=1, activations=activations, device="cpu")
+        assert [runs.split(", ")[:2] for runs in found.runs] == [["fp8", f"{how} activations"]]
+    with pytest.raises(ValueError, match="has no tokenizer that can be read"):
+        evaluate(folder, text, window=32, windows=1)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fp4 import layer_stats
-from fp4.formats import MXFP4, NVFP4, Format, QuantizedTensor, dequantize, quantize
+from fp4.formats import FP8, MXFP4, NVFP4, Format, QuantizedTensor, dequantize, quantize
 from fp4.layer_stats import layer_statistics
 from fp4.rotation import hadamard, rotate
 
@@ -32,7 +32,7 @@ def test_errors_and_clipping_by_hand() -> None:
     assert (found.clipped, found.zero) == (1 / 32, 30 / 32)
 
 
-@pytest.mark.parametrize("fmt", [NVFP4, MXFP4])
+@pytest.mark.parametrize("fmt", [NVFP4, MXFP4, FP8])
 def test_tiles_stacks_and_rotations(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(3, 10, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     rotation = hadamard(32).float()

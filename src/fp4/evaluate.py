@@ -229,14 +229,12 @@ def evaluate(
     Raises:
         ValueError: what :func:`compare` raises, no such file, dtype or device, or no BOS token.
     """
-    from transformers import AutoTokenizer
-
     if activations not in ("auto", "fp4", "model"):
         raise ValueError(f"activations is {activations!r}; expected 'auto', 'fp4' or 'model'")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; expected 'auto', 'float32', 'bfloat16' or 'float16'")
     text, described = _read_text(Path(data))
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = _tokenizer(model, against, revision=revision, trust_remote_code=trust_remote_code)
     if bos and tokenizer.bos_token_id is None:
         raise ValueError(f"the tokenizer of {model} has no BOS token to start windows with")
     first = tokenizer.bos_token_id if bos else None
@@ -268,6 +266,21 @@ def evaluate(
         against=None if against is None else str(against),
         comparison=comparison,
     )
+
+
+def _tokenizer(model: str | Path, against: str | Path | None, **options: Any) -> Any:
+    """The model's, or the original's where the model came without one."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model, **options)
+    except (OSError, ValueError) as error:
+        if against is None:
+            raise ValueError(
+                f"{model} has no tokenizer that can be read ({str(error).strip().splitlines()[0]}); copy the original's "
+                "into it, or name the original to compare with"
+            ) from error
+        return AutoTokenizer.from_pretrained(against, trust_remote_code=options["trust_remote_code"])
 
 
 def _load(source: str | Path, options: dict[str, Any]) -> PreTrainedModel:

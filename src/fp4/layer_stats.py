@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fp4.formats import E2M1_MAX, E4M3_MAX, QuantizedTensor, dequantize, effective_scales
+from fp4.formats import E2M1_MAX, E4M3_MAX, FP8, QuantizedTensor, dequantize, effective_scales, format_of
 from fp4.rotation import rotate
 
 _TILE_ELEMENTS = 1 << 22
@@ -42,11 +42,11 @@ def layer_statistics(weight: Tensor, quantized: QuantizedTensor, rotation: Tenso
         ValueError: the shapes do not fit.
     """
     codes, scales, global_scale = quantized
-    packed = codes.dtype == torch.uint8
-    shape = (*codes.shape[:-1], codes.shape[-1] * 2) if packed else tuple(codes.shape)
+    fmt = format_of(scales)
+    shape = (*codes.shape[:-1], fmt.columns(codes))
     if tuple(weight.shape) != shape:
         raise ValueError(f"the weight is {tuple(weight.shape)}, but its quantized form {shape}")
-    largest = E2M1_MAX if packed else E4M3_MAX
+    largest = E4M3_MAX if fmt is FP8 else E2M1_MAX
     signal = noise = 0.0
     clipped = zero = 0
     rows = max(1, _TILE_ELEMENTS // max(1, shape[-1]))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from fp4.formats import FORMATS
 from fp4.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ def packed_modules(model: nn.Module) -> Iterator[Any]:
 
 
 def set_activations(model: nn.Module, activations: Literal["auto", "fp4", "model"]) -> None:
-    """Quantize the activations of all FP4 layers (``"fp4"``) or of none (``"model"``); ``"auto"`` changes nothing.
+    """Quantize the activations of all layers that are not meant for FP8 ones to FP4 (``"fp4"``), or none (``"model"``).
+
+    ``"auto"`` changes nothing.
 
     Raises:
         ValueError: a layer's backend cannot run it so.
@@ -29,8 +32,9 @@ def set_activations(model: nn.Module, activations: Literal["auto", "fp4", "model
     if activations == "auto":
         return
     for module in packed_modules(model):
-        if module.scheme.activations in ("auto", "fp4", "model"):
-            module.scheme = replace(module.scheme, activations=activations)
+        scheme = module.scheme
+        if activations == "model" or (scheme.format in FORMATS.values() and scheme.activations != "fp8"):
+            module.scheme = replace(scheme, activations=activations)
             module.settle()
 
 
@@ -38,6 +42,6 @@ def describe_activations(model: nn.Module) -> dict[str, int]:
     """Number of packed layers by format, activations and backend, such as ``{"nvfp4, fp4 activations, cpu": 210}``."""
     found: Counter[str] = Counter()
     for module in packed_modules(model):
-        runs = "fp4" if module.quantizes_input else "unquantized"
+        runs = module.scheme.input_format.kind.lower() if module.quantizes_input else "unquantized"
         found[f"{module.scheme.format.name}, {runs} activations, {module.backend.name}"] += 1
     return dict(found)
