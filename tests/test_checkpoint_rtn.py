@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +57,16 @@ def assert_same(ours: QuantizedTensor, theirs: QuantizedTensor) -> None:
 def test_modelopt_nvfp4_is_abs_max_under_a_shared_scale(name: str, shared: Callable[[str], Path]) -> None:
     for weight, amax, theirs in layers_of(shared(f"fixtures/{name}"), shared("fixtures/source-llama")):
         assert_same(quantize(weight, NVFP4, "abs_max", global_scale_for(amax)), theirs.weight)
+
+
+def test_modelopt_w4a8_is_abs_max_in_blocks_of_32_under_amax_over_448(shared: Callable[[str], Path]) -> None:
+    """Code x block scale then stays below 448, since engines turn it into FP8."""
+    wide = dataclasses.replace(NVFP4, block_size=32)
+    folder = shared("fixtures/modelopt-W4A8_NVFP4_FP8")
+    for weight, amax, theirs in layers_of(folder, shared("fixtures/source-llama")):
+        codes, scales, global_scale = quantize(weight, wide, "abs_max", (amax.float() / 448).double())
+        repeated = scales.view(torch.uint8).repeat_interleave(2, dim=-1).view(torch.float8_e4m3fn)
+        assert_same(QuantizedTensor(codes, repeated, global_scale), theirs.weight)
 
 
 def test_llm_compressor_mxfp4_is_even(shared: Callable[[str], Path]) -> None:

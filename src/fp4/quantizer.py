@@ -123,7 +123,8 @@ class ReadLayer(_LoadOp):
         loaded = {"weight": stored.weight.codes, "weight_scale": stored.weight.scales}
         if stored.weight.global_scale is not None:
             loaded["global_scale"] = stored.weight.global_scale
-        if stored.input_global_scale is not None and self.hf_quantizer.quantization_config.uses_static_scales:
+        static = self.hf_quantizer.quantization_config.uses_static_scales or module.input_global_scale is not None
+        if stored.input_global_scale is not None and static:
             loaded["input_global_scale"] = stored.input_global_scale
         for name, tensor in loaded.items():
             if getattr(module, name) is None:  # a parameter that only some checkpoints have

@@ -105,6 +105,6 @@ SCHEMES: dict[str, Preset] = {
         Scheme(FP8, "abs_max", "fp8"),
         "W8A8: E4M3 weights with one scale a channel, E4M3 activations with one scale a token, taken from each call.",
         f"GPUs with FP8 tensor cores (compute capability 8.9 and newer); {_ANYWHERE}, or emulated",
-        ("compressed-tensors", "fp_quant"),
+        ("compressed-tensors", "fp_quant", "modelopt"),
     ),
 }
