@@ -3,13 +3,37 @@
 They know no models and no files: what they meet is a :class:`~fp4.methods.block.Block` and its ``nn.Linear`` layers.
 """
 
+from fp4.methods.autoround import AutoRoundOptions, autoround_block
+from fp4.methods.best import BestOptions, best_block
 from fp4.methods.block import Block, LayerResult, Method
+from fp4.methods.gptq import GPTQOptions, gptq_block
 from fp4.methods.rtn import RTNOptions, rtn_block
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("rtn", rtn_block, RTNOptions, "seconds; no data but for static input scales", needs_data=False),
+        Method(
+            "gptq",
+            gptq_block,
+            GPTQOptions,
+            "one pass over the samples and a sweep over the columns of every layer",
+            needs_data=True,
+        ),
+        Method(
+            "autoround",
+            autoround_block,
+            AutoRoundOptions,
+            "iters forward and backward passes over a batch of samples",
+            needs_data=True,
+        ),
+        Method(
+            "best",
+            best_block,
+            BestOptions,
+            "as gptq, and sweeps of descent that cost twice that of a layer",
+            needs_data=True,
+        ),
     )
 }
 

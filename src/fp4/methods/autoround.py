@@ -1,0 +1,179 @@
+"""AutoRound: rounding offsets and clipping factors learned by signed gradient descent on the output of a block.
+
+Every weight gets an offset of at most half a step of the grid that is added before it is rounded, every block scale a
+factor in [1/2, 3/2]; both follow the sign of the gradient of the squared error of the block's output, with
+straight-through estimates of rounding, while the inputs of the layers are rounded to FP4 as they will be. What was
+learned is kept only where it lowers the error over all samples. AutoRound: arXiv 2309.05516.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fp4.formats import decode_e2m1, encode_e4m3, unpack_codes
+from fp4.methods.block import Block, LayerResult, emulated, quantized_input
+from fp4.methods.grid import assemble, effective, nearest
+from fp4.methods.rtn import RTNOptions, rtn_block
+from fp4.rotation import rotate
+from fp4.scheme import Scheme
+
+_LARGEST_OFFSET = 0.4999  # of a step: more than half of one would leave the cell that rounding put a value in
+
+
+@dataclass(frozen=True)
+class AutoRoundOptions:
+    """Options of ``autoround``.
+
+    Attributes:
+        iters: steps of signed gradient descent for each block, each on one entry of its inputs; 0 is round to nearest.
+        lr: of offsets and factors, falling linearly to zero; None is 1/iters: an offset can just reach its bound.
+    """
+
+    iters: int = 100
+    lr: float | None = None
+
+
+def _steps(value: Tensor) -> Tensor:
+    """Distance of neighbouring grid values at magnitude ``|value|``: 1/2 below 2, 1 below 4, 2 from there on."""
+    magnitude = value.abs()
+    return torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+
+
+def into_cells(scaled: Tensor, value: Tensor) -> Tensor:
+    """``scaled`` moved just inside the interval of numbers that round to ``value`` (on the E2M1 grid), elementwise."""
+    above = _LARGEST_OFFSET * torch.where(value >= 0, _steps(value), _steps(value.abs() - 0.25))
+    below = _LARGEST_OFFSET * torch.where(value > 0, _steps(value.abs() - 0.25), _steps(value))
+    inside = torch.minimum(torch.maximum(scaled, value - below), value + above)
+    saturated = (value.abs() == 6) & (scaled.abs() > 6) & (scaled * value > 0)
+    return torch.where(saturated, scaled, inside)
+
+
+class _Learned(nn.Module):
+    """The parameters of one layer around where it starts: offsets ``[N, K]`` and scale factors ``[N, K/B]``."""
+
+    def __init__(self, weight: Tensor, start: LayerResult, scheme: Scheme) -> None:
+        super().__init__()
+        self.scheme, self.start = scheme, start
+        self.scale = effective(start.weight.scales, start.weight.global_scale)
+        wide = self._wide(self.scale)
+        self.latent = into_cells(weight / wide, decode_e2m1(unpack_codes(start.weight.codes))) * wide
+        self.offset = nn.Parameter(torch.zeros_like(weight))
+        self.factor = nn.Parameter(torch.ones_like(self.scale))
+
+    def _wide(self, scale: Tensor) -> Tensor:
+        return scale.repeat_interleave(self.scheme.format.block_size, dim=-1)
+
+    def scales(self) -> Tensor:
+        """Block scales as stored now. E8M0 has no room for small changes, so MXFP4 keeps those that it starts with."""
+        unit = self.start.weight.global_scale
+        return self.start.weight.scales if unit is None else encode_e4m3(self.scale * self.factor / unit.float())
+
+    def _values(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = self.latent / scale
+        scaled = (scaled + self.offset * _steps(scaled.detach())).clamp(-6, 6)
+        return scaled, nearest(scaled.detach())
+
+    def forward(self) -> Tensor:
+        """The weight as it would be stored now, with gradients to both parameters: float32 ``[N, K]``."""
+        scale = self.scale
+        if self.start.weight.global_scale is not None:
+            smooth = scale * self.factor
+            stored = effective(self.scales(), self.start.weight.global_scale)
+            scale = smooth + (stored - smooth).detach()
+        scale = self._wide(scale)
+        scaled, value = self._values(scale)
+        return (scaled + (value - scaled).detach()) * scale
+
+    def read(self, x: Tensor) -> Tensor:
+        """What the layer multiplies with, rounding passed straight through."""
+        values = x if self.start.rotation is None else rotate(x, self.start.rotation)
+        with torch.no_grad():
+            rounded = quantized_input(x, self.scheme, self.start.rotation, self.start.input_global_scale)
+        return values + (rounded - values).detach()
+
+    @torch.no_grad()
+    def result(self, rule: str) -> LayerResult:
+        scales = self.scales()
+        _, value = self._values(self._wide(effective(scales, self.start.weight.global_scale)))
+        return self.start._replace(weight=assemble(value, scales, self.start.weight.global_scale), rule=rule)
+
+
+@contextmanager
+def _learning(block: Block, learned: Mapping[str, _Learned]) -> Iterator[None]:
+    """Within it the layers of ``block`` compute with what is being learned."""
+    with ExitStack() as stack:
+        for layer, parameters in learned.items():
+            linear = block.linear(layer)
+
+            def forward(x: Tensor, linear: nn.Linear = linear, parameters: _Learned = parameters) -> Tensor:
+                return nn.functional.linear(parameters.read(x), parameters(), linear.bias)
+
+            linear.__dict__["forward"] = forward
+            stack.callback(linear.__dict__.pop, "forward")
+        yield
+
+
+@torch.no_grad()
+def output_error(block: Block, results: Mapping[str, LayerResult], targets: list[Tensor]) -> float:
+    """Squared error of the block's output over all samples, summed."""
+    with emulated(block, results):
+        return sum(
+            (block.run(hidden, i) - targets[i]).double().square().sum().item() for i, hidden in enumerate(block.inputs)
+        )
+
+
+def learn(
+    block: Block, start: Mapping[str, LayerResult], weights: Mapping[str, Tensor], iters: int, lr: float, rule: str
+) -> dict[str, LayerResult]:
+    """Improve ``start`` by ``iters`` steps of signed gradient descent on the squared error of the block's output.
+
+    Args:
+        weights: what ``start`` rounded, float32 ``[N, K]`` in the rotated basis.
+
+    Returns:
+        the layers learned, or those of ``start`` if their error over all samples is less.
+    """
+    with torch.no_grad():
+        targets = [block.run(hidden, i) for i, hidden in enumerate(block.originals)]
+    learned = {layer: _Learned(weights[layer], start[layer], block.layers[layer]) for layer in start}
+    generator = torch.Generator().manual_seed(block.seed)
+    kept = [(parameter, parameter.requires_grad) for parameter in block.module.parameters()]
+    block.module.requires_grad_(False)
+    order: list[int] = []
+    with torch.enable_grad(), _learning(block, learned):
+        parameters = [p for layer in learned.values() for p in (layer.offset, layer.factor)]
+        for step in range(iters):
+            if not order:
+                order = torch.randperm(len(block.inputs), generator=generator).tolist()
+            index = order.pop()
+            loss = (block.run(block.inputs[index].detach(), index) - targets[index]).float().square().mean()
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            rate = lr * (1 - step / iters)
+            with torch.no_grad():
+                for layer, offset, factor in zip(learned.values(), gradients[0::2], gradients[1::2], strict=True):
+                    if offset is not None:
+                        layer.offset.sub_(offset.sign_(), alpha=rate).clamp_(-0.5, 0.5)
+                    if factor is not None:
+                        layer.factor.sub_(factor.sign_(), alpha=rate).clamp_(0.5, 1.5)
+    for parameter, required in kept:
+        parameter.requires_grad_(required)
+    results = {layer: parameters.result(rule) for layer, parameters in learned.items()}
+    better = output_error(block, results, targets) < output_error(block, start, targets)
+    return results if better else dict(start)
+
+
+def autoround_block(block: Block, options: AutoRoundOptions) -> dict[str, LayerResult]:
+    """Round to nearest by the scheme's rule, then learn offsets and clipping on the output of the whole block."""
+    start = rtn_block(block, RTNOptions())
+    if not options.iters:
+        return start
+    weights = {}
+    for layer in block.layers:
+        weight, rotation = block.linear(layer).weight.data.float(), block.rotation(layer)
+        weights[layer] = weight if rotation is None else rotate(weight, rotation)
+    return learn(block, start, weights, options.iters, options.lr or 1 / options.iters, "autoround")

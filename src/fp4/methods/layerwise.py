@@ -1,0 +1,67 @@
+"""The driver of methods that quantize layer by layer against second moments of what each layer reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fp4.formats import Format, QuantizedTensor, require_finite
+from fp4.methods.block import Block, LayerResult
+from fp4.methods.hessian import Objective, objective, shifted
+from fp4.methods.rtn import rtn
+from fp4.methods.scales import observe_input_scales, shared_global_scale
+from fp4.methods.walk import observe, stages
+from fp4.rotation import rotate
+
+# weight [N, K] float32, its objective, the format, the global scale and a name for errors -> canonical triple
+Solve = Callable[[Tensor, Objective, Format, "Tensor | None", str], QuantizedTensor]
+
+
+def quantize_in_order(
+    block: Block, solve: Solve, rule: str, damping: float, shift: float, quantized: bool = True
+) -> dict[str, LayerResult]:
+    """Quantize every layer of ``block`` with ``solve``, later ones on what the quantized earlier ones feed them.
+
+    Layers that no sample reaches are rounded to nearest.
+
+    Args:
+        rule: the name of ``solve`` in the results.
+        damping: of the Hessians.
+        shift: share of the shift to the original target (:mod:`fp4.methods.hessian`).
+        quantized: whether Hessians are of the inputs rounded to FP4, where the scheme rounds them.
+    """
+    for layer in block.layers:
+        require_finite(block.linear(layer).weight.data, f"{block.name}.{layer}.weight")
+    input_scales = observe_input_scales(block)
+    groups = block.groups()
+    results: dict[str, LayerResult] = {}
+    for stage in stages(block):
+        for layers, moments in observe(block, stage, dict(results), input_scales, quantized, cross=shift > 0):
+            scheme, rotation, name = block.layers[layers[0]], block.rotation(layers[0]), f"{block.name}.{layers[0]}"
+            goal = objective(moments, damping, name)
+            dense = [block.linear(layer).weight.data.float() for layer in layers]
+            weight = torch.cat(dense)
+            if rotation is not None:
+                weight = rotate(weight, rotation)
+            weight = shifted(weight, moments, goal, shift)
+            parts = dict(zip(layers, weight.split([len(w) for w in dense]), strict=True))
+            for group in groups:
+                members = [layer for layer in group if layer in parts]
+                if not members:
+                    continue
+                shared = shared_global_scale([parts[layer] for layer in members], scheme)
+                solved = solve(torch.cat([parts[layer] for layer in members]), goal, scheme.format, shared, name)
+                start = 0
+                for layer in members:
+                    rows = slice(start, start := start + len(parts[layer]))
+                    own = QuantizedTensor(solved.codes[rows], solved.scales[rows], shared)
+                    results[layer] = LayerResult(own, rotation, input_scales.get(layer), rule)
+    for layer, scheme in block.layers.items():
+        if layer not in results:
+            rounded = rtn(
+                block.linear(layer).weight.data, scheme, block.rotation(layer), f"{block.name}.{layer}.weight"
+            )
+            results[layer] = LayerResult(rounded, block.rotation(layer), input_scales.get(layer), scheme.weight_rule)
+    return {layer: results[layer] for layer in block.layers}

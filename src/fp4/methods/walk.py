@@ -1,0 +1,101 @@
+"""The order in which the layers of a block are quantized, and what is observed of their inputs on the way.
+
+Layers that run earlier are quantized first, so that later ones are calibrated on what they will read. A stage is a set
+of layers that are calibrated in one pass: those that read the same tensor (q, k and v), and those of sibling modules
+(all experts' ``down_proj``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext, suppress
+
+import torch
+from torch import Tensor
+
+from fp4.calibration.observers import SecondMoments
+from fp4.methods.block import Block, LayerResult, capture_inputs, emulated, quantized_input
+from fp4.rotation import rotate
+
+
+class _SeenEnoughError(Exception):
+    """Ends a forward pass once every layer of the stage has seen its input."""
+
+
+def stages(block: Block) -> list[list[list[str]]]:
+    """Stages in running order; each is a list of sets of layers that read the same tensor, with the same scheme.
+
+    Layers that the first batch does not reach (a branch not taken) are in no stage.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def see(layer: str, x: Tensor) -> None:
+        seen.setdefault(layer, x)  # kept alive, so that a data pointer is not used again
+
+    with torch.no_grad(), capture_inputs(block, block.layers, see):
+        block.run(block.inputs[0], 0)
+    shared: dict[object, list[str]] = {}
+    for layer, x in seen.items():
+        key = (x.data_ptr(), tuple(x.shape), block.layers[layer])
+        shared.setdefault(key, []).append(layer)
+    stage_of: dict[str, list[list[str]]] = {}
+    order: list[list[list[str]]] = []
+    for layers in shared.values():
+        pattern = re.sub(r"\d+", "*", layers[0])
+        if pattern not in stage_of:
+            stage_of[pattern] = []
+            order.append(stage_of[pattern])
+        stage_of[pattern].append(layers)
+    return order
+
+
+def _inputs_of(block: Block, layers: list[str], hidden: Tensor, index: int) -> dict[str, Tensor]:
+    """What each of ``layers`` reads when the block runs on ``hidden``, up to the last of them."""
+    found: dict[str, Tensor] = {}
+
+    def see(layer: str, x: Tensor) -> None:
+        found[layer] = x
+        if len(found) == len(layers):
+            raise _SeenEnoughError
+
+    with torch.no_grad(), capture_inputs(block, layers, see), suppress(_SeenEnoughError):
+        block.run(hidden, index)
+    return found
+
+
+def observe(
+    block: Block,
+    stage: list[list[str]],
+    done: Mapping[str, LayerResult],
+    input_scales: Mapping[str, Tensor],
+    quantized: bool,
+    cross: bool,
+) -> Iterator[tuple[list[str], SecondMoments]]:
+    """Second moments for each set of layers of ``stage``, with the layers in ``done`` quantized.
+
+    Args:
+        quantized: observe the inputs rounded to FP4 where the scheme rounds them, or as they come.
+        cross: also observe what the dense block on ``block.originals`` feeds the layer, the input it was meant to read.
+    """
+    leaders = [layers[0] for layers in stage]
+    moments: dict[str, SecondMoments] = {}
+    for index, hidden in enumerate(block.inputs):
+        meant = _inputs_of(block, leaders, block.originals[index], index) if cross else {}
+        with emulated(block, done) if done else nullcontext():
+            used = _inputs_of(block, leaders, hidden, index)
+        for layer, x in used.items():
+            rotation = block.rotation(layer)
+            if layer not in moments:
+                moments[layer] = SecondMoments.empty(x.shape[-1], x.device, cross=cross)
+            if quantized:
+                values = quantized_input(x, block.layers[layer], rotation, input_scales.get(layer))
+            else:
+                values = x.float() if rotation is None else rotate(x, rotation)
+            wanted = meant.get(layer)
+            if wanted is not None and rotation is not None:
+                wanted = rotate(wanted, rotation)
+            moments[layer].update(values, wanted)
+    for layers in stage:
+        if layers[0] in moments:
+            yield layers, moments[layers[0]]
