@@ -26,7 +26,8 @@ def evaluate(
     window: Annotated[int, typer.Option(help="Tokens in a window; every window starts without context.")] = 1024,
     windows: Annotated[int | None, typer.Option(help="Windows from the start of the text. [default: all]")] = None,
     activations: Annotated[
-        Activations, typer.Option(help="FP4 activations in all FP4 layers, in none, or as the backend chooses.")
+        Activations,
+        typer.Option(help="fp4: quantize the activations of all layers; model: of none; auto: as backends do."),
     ] = "auto",
     bos: Annotated[bool, typer.Option(help="Start windows with the BOS token (Gemma needs it).")] = False,
     dtype: Annotated[str, typer.Option(help="auto: float32 on a CPU, the checkpoint's on a GPU.")] = "auto",

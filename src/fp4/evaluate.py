@@ -220,8 +220,8 @@ def evaluate(
     Args:
         model, against: folders or hub ids that ``from_pretrained`` loads. ``revision`` is the model's.
         data: a text file in UTF-8.
-        activations: ``"fp4"`` quantizes the activations of all FP4 layers, ``"model"`` those of none, ``"auto"`` leaves
-            it to the backends.
+        activations: ``"fp4"`` quantizes the activations of all layers (of FP8 layers to FP8), ``"model"`` those of
+            none, ``"auto"`` leaves it to the backends.
         bos: start every window with the tokenizer's BOS token, without which some models (Gemma) predict nothing.
         dtype: torch's name of one; ``"auto"`` is float32 on a CPU, where it is also the fastest, else the checkpoint's.
         device: as ``device_map`` of ``from_pretrained``; ``"auto"`` is the GPU where there is one.
@@ -277,8 +277,8 @@ def _tokenizer(model: str | Path, against: str | Path | None, **options: Any) ->
     except (OSError, ValueError) as error:
         if against is None:
             raise ValueError(
-                f"{model} has no tokenizer that can be read ({str(error).strip().splitlines()[0]}); copy the original's "
-                "into it, or name the original to compare with"
+                f"{model} has no tokenizer that can be read ({str(error).strip().splitlines()[0]}); copy the "
+                "original's into it, or name the original to compare with"
             ) from error
         return AutoTokenizer.from_pretrained(against, trust_remote_code=options["trust_remote_code"])
 

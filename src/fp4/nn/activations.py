@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fp4.formats import FORMATS
+from fp4.formats import FP8
 from fp4.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ def packed_modules(model: nn.Module) -> Iterator[Any]:
 
 
 def set_activations(model: nn.Module, activations: Literal["auto", "fp4", "model"]) -> None:
-    """Quantize the activations of all layers that are not meant for FP8 ones to FP4 (``"fp4"``), or none (``"model"``).
+    """Quantize the activations of every packed layer (``"fp4"``), or of none (``"model"``); ``"auto"`` changes nothing.
 
-    ``"auto"`` changes nothing.
+    FP8 weights, and layers that are meant for FP8 activations, get those in place of FP4 ones.
 
     Raises:
         ValueError: a layer's backend cannot run it so.
@@ -33,9 +33,9 @@ def set_activations(model: nn.Module, activations: Literal["auto", "fp4", "model
         return
     for module in packed_modules(model):
         scheme = module.scheme
-        if activations == "model" or (scheme.format in FORMATS.values() and scheme.activations != "fp8"):
-            module.scheme = replace(scheme, activations=activations)
-            module.settle()
+        fp8 = scheme.format is FP8 or scheme.activations == "fp8"
+        module.scheme = replace(scheme, activations="fp8" if fp8 and activations == "fp4" else activations)
+        module.settle()
 
 
 def describe_activations(model: nn.Module) -> dict[str, int]:
