@@ -9,6 +9,7 @@ import torch
 
 from fp4.backends.base import Backend
 from fp4.backends.cpu import CpuBackend
+from fp4.backends.cutlass import CutlassBackend
 from fp4.backends.reference import ReferenceBackend
 from fp4.backends.scaled_mm import ScaledMMBackend
 from fp4.formats import NVFP4, Format
@@ -18,7 +19,7 @@ logger = logging.getLogger("fp4")
 
 # In order of preference; the first that does not refuse is taken.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (CpuBackend(), ScaledMMBackend(), ReferenceBackend())
+    backend.name: backend for backend in (CutlassBackend(), CpuBackend(), ScaledMMBackend(), ReferenceBackend())
 }
 REFERENCE = BACKENDS["reference"]
 
@@ -36,8 +37,9 @@ def _reason_against(backend: Backend, scheme: Scheme, device: torch.device, shap
 
 def for_device(device: torch.device, fmt: Format = NVFP4) -> Backend:
     """The backend whose quantize and dequantize kernels serve tensors in ``fmt`` on ``device``."""
-    probe = Scheme(fmt, activations="model")
-    return next(b for b in BACKENDS.values() if _reason_against(b, probe, device, (8, 64)) is None)
+    return next(
+        b for b in BACKENDS.values() if fmt.name in b.formats and not b.unavailable() and not b.lacks(fmt, device)
+    )
 
 
 def select(

@@ -41,6 +41,10 @@ class Backend:
         """Why it cannot run weights of ``shape`` ``[..., N, K]`` by ``scheme`` on ``device``, or None if it can."""
         return None
 
+    def lacks(self, fmt: Format, device: torch.device) -> str | None:
+        """Why its quantize and dequantize kernels cannot serve ``fmt`` on ``device``, or None if they can."""
+        return self.refuses(Scheme(fmt, activations="model"), device, (8, 64))
+
     def multiplies_fp4(self, device: torch.device) -> bool:
         """Whether activations in the format of the weight are what ``device`` is fastest with, i.e. what
         ``activations="auto"`` means there: FP4, or FP8 beside FP8 weights."""

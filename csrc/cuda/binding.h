@@ -1,0 +1,50 @@
+// What the operators share: from tensors to the plain types of quantize.h and gemm.h.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "quantize.h"
+
+namespace fp4::cuda {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Type type_of(ScalarType type, const char* what);
+Rule rule_of(Format format, const std::string& name);
+inline int block_size(Format format) { return format == Format::nvfp4 ? 16 : 32; }
+
+std::vector<int64_t> shape_of(const Tensor& tensor);
+std::string shape_text(const Tensor& tensor);
+
+// Contiguous, and at an address that vector loads can take.
+Tensor readable(const Tensor& tensor);
+
+// A global scale: float64 on the GPU with one of `counts` elements. Returns its data.
+const double* global_scale_data(const Tensor& scale, std::initializer_list<int64_t> counts);
+
+// Raises what a launch returned, unless null.
+void require_launched(const char* error, const char* what);
+
+// The GPU of a call, made current for its duration.
+struct Device {
+  explicit Device(const Tensor& x);
+  ~Device();
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  int index, previous;
+  cudaStream_t stream;  // torch's current one
+  int multiprocessors;
+  int major;  // of the compute capability
+};
+
+}  // namespace fp4::cuda

@@ -1,0 +1,15 @@
+// Mixtures of experts.
+#include "grouped_config.cuh"
+
+namespace fp4::cuda {
+
+using namespace cute;
+
+template <class Element, class Output>
+using Config = GroupedConfig<cutlass::arch::Sm120, Element, Output, Shape<_128, _128, _128>,
+                             cutlass::gemm::collective::KernelScheduleAuto,
+                             cutlass::epilogue::collective::EpilogueScheduleAuto>;
+
+extern const GroupedGemms kSm120Grouped = grouped_gemms<Config>();
+
+}  // namespace fp4::cuda

@@ -1,0 +1,75 @@
+// The kernels of quantize.cu and the arithmetic of numerics.h as a plain library, for tests/test_cutlass_quantize.py.
+#include "quantize.h"
+#include "swizzle.h"
+
+using namespace fp4::cuda;
+
+extern "C" {
+
+// Returns null, or what went wrong. Unused pointers are null.
+const char* check_quantize(const void* x, int type, int64_t rows, int64_t k, int format, int rule,
+                           const float* rotation, int group, const double* global_scale, int64_t rows_per_scale,
+                           int scale_of_expert, float* maxima, uint8_t* codes, uint8_t* scales, int swizzled, const int32_t* offsets,
+                           int experts, const double* weight_scale, float* alpha, int alphas, const void* bias,
+                           int bias_type, float* wide_bias, int64_t bias_elements, int multiprocessors) {
+  const QuantizeTask task{x, static_cast<Type>(type), rows, k, static_cast<Format>(format), static_cast<Rule>(rule),
+                          rotation, group, global_scale, rows_per_scale, scale_of_expert != 0, maxima, 0, codes, scales, swizzled != 0,
+                          offsets, experts, weight_scale, alpha, alphas, bias, static_cast<Type>(bias_type),
+                          wide_bias, bias_elements};
+  return quantize(task, multiprocessors, nullptr);
+}
+
+const char* check_dequantize(const uint8_t* codes, const uint8_t* scales, const double* global_scale, int64_t blocks,
+                             int64_t blocks_per_scale, int format, int type, void* out) {
+  return dequantize({codes, scales, global_scale, blocks, blocks_per_scale, static_cast<Format>(format),
+                     static_cast<Type>(type), out},
+                    2, nullptr);
+}
+
+const char* check_largest_magnitude(const void* x, int type, int64_t matrices, int64_t elements, float* largest) {
+  return largest_magnitude(x, static_cast<Type>(type), matrices, elements, largest, 2, nullptr);
+}
+
+// How many float32 of bits [first, last) encode_magnitude gives another code than counting thresholds below them does.
+int64_t check_codes(uint32_t first, uint32_t last, const float* thresholds) {
+  int64_t wrong = 0;
+  for (uint32_t bits = first; bits < last; ++bits) {
+    const float q = from_bits(bits);
+    uint32_t expected = 0;
+    for (int i = 0; i < 7; ++i) expected += q > thresholds[i];
+    wrong += encode_magnitude(q) != expected;
+  }
+  return wrong;
+}
+
+// The same for the codes of x / scale by Divider, for x within `reach` floats of each threshold times each scale.
+int64_t check_divider(const float* scales, int64_t count, const float* thresholds, int reach) {
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Divider quotient(scales[i]);
+    for (int j = 0; j < 7; ++j) {
+      const uint32_t centre = bits_of(thresholds[j] * scales[i]);
+      for (int d = -reach; d <= reach; ++d) {
+        if (static_cast<int64_t>(centre) + d < 0) continue;
+        const float x = from_bits(centre + static_cast<uint32_t>(d));
+        wrong += encode_magnitude(quotient(x)) != encode_magnitude(x / scales[i]);
+        wrong += bits_of(quotient(-x)) != (bits_of(quotient(x)) | 0x80000000u);
+      }
+    }
+  }
+  return wrong;
+}
+
+// narrow(widen(.)) of every 16-bit pattern, and narrow of float32.
+void check_narrow(const float* values, int64_t count, uint16_t* bfloat16, uint16_t* float16) {
+  for (int64_t i = 0; i < count; ++i) {
+    bfloat16[i] = narrow<Bfloat16>(values[i]).bits;
+    float16[i] = narrow<Float16>(values[i]).bits;
+  }
+}
+
+int64_t check_swizzled_offset(int64_t m, int64_t j, int64_t columns) { return swizzled_offset(m, j, columns); }
+int64_t check_swizzled_bytes(int64_t rows, int64_t columns) { return swizzled_bytes(rows, columns); }
+int64_t check_expert_scale_row(int64_t expert, int64_t offset) { return expert_scale_row(expert, offset); }
+int64_t check_grouped_scale_rows(int64_t experts, int64_t rows) { return grouped_scale_rows(experts, rows); }
+}

@@ -1,0 +1,371 @@
+// The arithmetic of src/fp4/formats.py for one block of values, on the GPU and, compiled by any C++ compiler, on the
+// host, where tests hold it to the reference. On the host compile with -ffp-contract=off.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define FP4_BOTH __host__ __device__ __forceinline__
+#else
+#define FP4_BOTH inline
+#include <cmath>
+#endif
+
+// cvt.rn.satfinite.e2m1x2 exists for architecture- and family-specific targets of Blackwell alone.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 &&                                                             \
+    (defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__) || defined(__CUDA_ARCH_FEAT_SM100_ALL) || \
+     defined(__CUDA_ARCH_FEAT_SM120_ALL))
+#define FP4_HARDWARE_E2M1 1
+#endif
+
+namespace fp4::cuda {
+
+enum class Rule { abs_max, mse, four_over_six, even, ceil, below_six, quest };
+
+constexpr float kE4m3Tiny = 0x1p-9f;
+constexpr float kE4m3Max = 448.0f;
+constexpr int kE8m0Max = 252;                                       // 2^125: six times it is still finite
+constexpr float kQuestFactor = static_cast<float>(2.92247856 / 6);  // QuEST, arXiv 2502.05003
+constexpr uint32_t kMagnitude = 0x7fffffffu;
+
+// Single roundings. The compiler must not fuse them: block scales are compared by errors that the reference rounds
+// after every operation.
+#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ float subtract(float a, float b) { return __fsub_rn(a, b); }
+__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
+__device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ __forceinline__ float square_root(float a) { return __fsqrt_rn(a); }
+#else
+FP4_BOTH float add(float a, float b) { return a + b; }
+FP4_BOTH float subtract(float a, float b) { return a - b; }
+FP4_BOTH float multiply(float a, float b) { return a * b; }
+FP4_BOTH float divide(float a, float b) { return a / b; }
+FP4_BOTH float fused(float a, float b, float c) { return fmaf(a, b, c); }
+FP4_BOTH float square_root(float a) { return sqrtf(a); }
+#endif
+
+FP4_BOTH uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+FP4_BOTH float from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+FP4_BOTH int clamp_int(int value, int low, int high) { return value < low ? low : value > high ? high : value; }
+
+// --- element types ---------------------------------------------------------------------------------------------------
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+FP4_BOTH float widen(float value) { return value; }
+FP4_BOTH float widen(Bfloat16 value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
+FP4_BOTH float widen(Float16 value) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+#else
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  const uint32_t exponent = value.bits >> 10 & 31, mantissa = value.bits & 0x3ff;
+  if (exponent == 31) return from_bits(sign | 0x7f800000u | mantissa << 13);
+  // As a float32 with the same fields, the exponent is 112 too low; a product with 2^112 is exact for subnormals too.
+  return from_bits(sign | bits_of(from_bits((exponent << 10 | mantissa) << 13) * 0x1p112f));
+#endif
+}
+
+template <typename T>
+FP4_BOTH T narrow(float value);
+template <>
+FP4_BOTH float narrow<float>(float value) {
+  return value;
+}
+template <>
+FP4_BOTH Bfloat16 narrow<Bfloat16>(float value) {
+  const uint32_t bits = bits_of(value);
+  if (value != value) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+FP4_BOTH Float16 narrow<Float16>(float value) {
+#if defined(__CUDA_ARCH__)
+  Float16 half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(value));
+  return half;
+#else
+  const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000;
+  uint32_t magnitude = bits & kMagnitude;
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00)};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00)};  // 65520 and more round to infinity
+  if (magnitude < 0x38800000u) {
+    // Subnormal: multiples of 2^-24, the unit in the last place of 0.5.
+    const float shifted = from_bits(magnitude) + 0.5f;
+    return {static_cast<uint16_t>(sign | (bits_of(shifted) - bits_of(0.5f)))};
+  }
+  magnitude += 0xfff + (magnitude >> 13 & 1);
+  return {static_cast<uint16_t>(sign | ((magnitude >> 13) - (112 << 10)))};
+#endif
+}
+
+// --- scales ----------------------------------------------------------------------------------------------------------
+
+// formats.encode_e4m3: nearest, ties to even, in [2^-9, 448]; NaN stays NaN.
+FP4_BOTH uint8_t encode_e4m3(float scale) {
+  if (scale != scale) return 0x7f;
+  if (!(scale > kE4m3Tiny)) return 1;
+  if (scale >= kE4m3Max) return 126;
+  // Below 2^-6 the codes are multiples of 2^-9, the unit in the last place of 2^14.
+  if (scale < 0x1p-6f) return static_cast<uint8_t>(bits_of(add(scale, 16384.0f)) - bits_of(16384.0f));
+  const uint32_t bits = bits_of(scale);
+  return static_cast<uint8_t>(((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3));
+}
+
+FP4_BOTH float decode_e4m3(uint8_t byte) {
+  if ((byte & 0x7f) == 0x7f) return from_bits(0x7fc00000u);
+  // As a float32 with the same fields, the exponent is 120 too low; the product is exact for subnormals too.
+  const float magnitude = multiply(from_bits(static_cast<uint32_t>(byte & 0x7f) << 20), 0x1p120f);
+  return byte & 0x80 ? -magnitude : magnitude;
+}
+
+FP4_BOTH float decode_e8m0(uint8_t byte) {
+  if (byte == 0xff) return from_bits(0x7fc00000u);
+  return from_bits(byte ? static_cast<uint32_t>(byte) << 23 : 0x00400000u);
+}
+
+// formats.effective_scales: float32 of block scale * global scale. A block of 16 is NVFP4, one of 32 MXFP4.
+template <int B>
+FP4_BOTH float effective_scale(uint8_t byte, double global_scale) {
+  const float scale = B == 16 ? decode_e4m3(byte) : decode_e8m0(byte);
+#if defined(__CUDA_ARCH__)
+  return __double2float_rn(__dmul_rn(static_cast<double>(scale), global_scale));
+#else
+  return static_cast<float>(static_cast<double>(scale) * global_scale);
+#endif
+}
+
+// --- codes -----------------------------------------------------------------------------------------------------------
+
+FP4_BOTH float decode_e2m1(uint32_t code) {
+  // As a float32 with the same fields, the exponent is 126 too low.
+  const float magnitude = multiply(from_bits((code & 7) << 22), 0x1p126f);
+  return code & 8 ? -magnitude : magnitude;
+}
+
+// formats.encode_e2m1 in plain arithmetic, for |q| alone: nearest, ties to even, saturating at 6; 0 for NaN.
+FP4_BOTH uint32_t encode_magnitude(float q) {
+  if (!(q >= 1.0f)) {
+    // Below 1 the codes are multiples of 0.5, the unit in the last place of 2^22. (NaN compares false and is 0.)
+    return q > 0.0f ? bits_of(add(q, 4194304.0f)) - bits_of(4194304.0f) : 0;
+  }
+  if (q >= 5.5f) return 7;
+  const uint32_t bits = bits_of(q);
+  return ((bits + 0x1fffff + (bits >> 22 & 1)) >> 22) - 252;
+}
+
+// Codes of eight values, the first in the lowest nibble.
+FP4_BOTH uint32_t encode_eight(const float* q) {
+#if defined(FP4_HARDWARE_E2M1)
+  uint32_t codes;
+  asm("{\n"
+      ".reg .b8 b0, b1, b2, b3;\n"
+      "cvt.rn.satfinite.e2m1x2.f32 b0, %2, %1;\n"
+      "cvt.rn.satfinite.e2m1x2.f32 b1, %4, %3;\n"
+      "cvt.rn.satfinite.e2m1x2.f32 b2, %6, %5;\n"
+      "cvt.rn.satfinite.e2m1x2.f32 b3, %8, %7;\n"
+      "mov.b32 %0, {b0, b1, b2, b3};\n"
+      "}"
+      : "=r"(codes)
+      : "f"(q[0]), "f"(q[1]), "f"(q[2]), "f"(q[3]), "f"(q[4]), "f"(q[5]), "f"(q[6]), "f"(q[7]));
+  return codes;
+#else
+  uint32_t codes = 0;
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t bits = bits_of(q[i]);
+    codes |= (encode_magnitude(from_bits(bits & kMagnitude)) | (bits >> 31 << 3)) << (4 * i);
+  }
+  return codes;
+#endif
+}
+
+// The float32 quotient x / scale of one scale and many x, correctly rounded, without a division each: a quotient from
+// the rounded reciprocal is corrected twice by its exact remainder (Markstein, IBM J. Res. Dev. 34 (1990), theorem 8.1).
+// Only quotients that E2M1 tells apart matter, which lets x saturate at eight times the scale.
+class Divider {
+ public:
+  FP4_BOTH explicit Divider(float scale)
+      // An effective scale that underflowed to zero leaves nothing to represent: dividing by infinity gives zero.
+      : scale_(scale == 0.0f ? from_bits(0x7f800000u) : scale),
+        reciprocal_(divide(1.0f, scale_)),
+        limit_(multiply(8.0f, scale_)),
+        // Elsewhere remainders may underflow. Scales are positive, or NaN, which compares false.
+        remainders_are_exact_(scale_ >= 0x1p-80f && scale_ <= 0x1p80f) {}
+
+  FP4_BOTH float operator()(float x) const {
+    if (!remainders_are_exact_) return divide(x, scale_);
+    const uint32_t bits = bits_of(x);
+    float magnitude = from_bits(bits & kMagnitude);
+    magnitude = magnitude > limit_ ? limit_ : magnitude;
+    float q = multiply(magnitude, reciprocal_);
+    q = fused(fused(-q, scale_, magnitude), reciprocal_, q);
+    q = fused(fused(-q, scale_, magnitude), reciprocal_, q);
+    return from_bits(bits_of(q) | (bits & ~kMagnitude));
+  }
+
+ private:
+  float scale_, reciprocal_, limit_;
+  bool remainders_are_exact_;
+};
+
+// --- blocks ----------------------------------------------------------------------------------------------------------
+
+// formats._sum_by_halving, destroying its input.
+template <int B>
+FP4_BOTH float sum_by_halving(float (&values)[B]) {
+#pragma unroll
+  for (int half = B / 2; half >= 1; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) values[i] = add(values[i], values[i + half]);
+  }
+  return values[0];
+}
+
+template <int B>
+FP4_BOTH float squared_error(const float (&values)[B], float effective) {
+  const Divider quotient(effective);
+  float errors[B];
+#pragma unroll
+  for (int i = 0; i < B; ++i) {
+    const float magnitude = from_bits(bits_of(values[i]) & kMagnitude);
+    const float error =
+        subtract(multiply(decode_e2m1(encode_magnitude(quotient(magnitude))), effective), magnitude);
+    errors[i] = multiply(error, error);
+  }
+  return sum_by_halving(errors);
+}
+
+template <int B>
+FP4_BOTH uint8_t quest_scale(const float (&values)[B], float unit) {
+  float sums[B];
+#pragma unroll
+  for (int i = 0; i < B; ++i) sums[i] = values[i];
+  const float mean = divide(sum_by_halving(sums), static_cast<float>(B));
+#pragma unroll
+  for (int i = 0; i < B; ++i) {
+    const float deviation = subtract(values[i], mean);
+    sums[i] = multiply(deviation, deviation);
+  }
+  const float deviation = square_root(divide(sum_by_halving(sums), static_cast<float>(B)));
+  const float scale = divide(add(multiply(deviation, kQuestFactor), 1e-8f), unit);
+  return static_cast<uint8_t>(clamp_int(static_cast<int32_t>(bits_of(scale)) >> 23, 0, kE8m0Max));
+}
+
+// A search for the scale of least squared error; the earliest on a tie.
+template <int B>
+struct Search {
+  const float (&values)[B];
+  double global_scale;
+  uint8_t best;
+  float least;
+
+  FP4_BOTH Search(const float (&block)[B], double global, uint8_t first)
+      : values(block), global_scale(global), best(first), least(error_of(first)) {}
+  FP4_BOTH float error_of(uint8_t scale) const { return squared_error(values, effective_scale<B>(scale, global_scale)); }
+  FP4_BOTH void offer(uint8_t scale) {
+    const float error = error_of(scale);
+    if (error < least) {
+      best = scale;
+      least = error;
+    }
+  }
+};
+
+// Rules that read every value of a block, rather than its largest magnitude alone.
+FP4_BOTH constexpr bool reads_values(Rule rule) {
+  return rule == Rule::mse || rule == Rule::four_over_six || rule == Rule::quest;
+}
+
+// formats._block_scales for one block whose largest magnitude is amax: the byte of its scale.
+template <int B>
+FP4_BOTH uint8_t block_scale(const float (&values)[B], float amax, Rule rule, double global_scale) {
+  if (amax != amax) return B == 16 ? 0x7f : 0xff;  // a NaN must never be hidden
+  const float unit = static_cast<float>(global_scale);
+  if (B == 16) {
+    const uint8_t scale = encode_e4m3(divide(amax, multiply(unit, 6.0f)));
+    if (!reads_values(rule)) return scale;
+    Search<B> search(values, global_scale, scale);
+    if (rule == Rule::four_over_six) {
+      search.offer(encode_e4m3(divide(amax, multiply(unit, 4.0f))));
+    } else {
+      // Nearest first, so that ties keep the scale closest to abs_max.
+#pragma unroll 1
+      for (int step = 1; step <= 8; ++step) {
+        search.offer(static_cast<uint8_t>(clamp_int(scale - step, 1, 126)));
+        search.offer(static_cast<uint8_t>(clamp_int(scale + step, 1, 126)));
+      }
+    }
+    return search.best;
+  }
+  const int32_t bits = static_cast<int32_t>(bits_of(divide(amax, unit)));
+  const int32_t sixth = static_cast<int32_t>(bits_of(divide(amax, multiply(unit, 6.0f))));
+  const int floor = clamp_int((bits >> 23) - 2, 0, kE8m0Max);
+  switch (rule) {
+    case Rule::even:
+      return static_cast<uint8_t>(clamp_int(((bits + (1 << 21)) >> 23) - 2, 0, kE8m0Max));
+    case Rule::ceil:
+      return static_cast<uint8_t>(clamp_int((sixth + 0x7fffff) >> 23, 0, kE8m0Max));
+    case Rule::below_six:
+      return static_cast<uint8_t>(clamp_int((sixth >> 23) + 1, 0, kE8m0Max));
+    case Rule::quest:
+      return quest_scale(values, unit);
+    case Rule::mse: {
+      Search<B> search(values, global_scale, static_cast<uint8_t>(floor));
+      search.offer(static_cast<uint8_t>(clamp_int(floor + 1, 0, kE8m0Max)));
+      search.offer(static_cast<uint8_t>(clamp_int(floor - 1, 0, kE8m0Max)));
+      search.offer(static_cast<uint8_t>(clamp_int(floor + 2, 0, kE8m0Max)));
+      return search.best;
+    }
+    default:
+      return static_cast<uint8_t>(floor);
+  }
+}
+
+// One block: codes in B / 8 words, the first value in the lowest nibble; returns the byte of the block's scale.
+template <int B>
+FP4_BOTH uint8_t quantize_block(const float (&values)[B], Rule rule, double global_scale, uint32_t (&codes)[B / 8]) {
+  uint32_t largest = 0;  // as bits, in which NaN is larger than infinity
+#pragma unroll
+  for (int i = 0; i < B; ++i) {
+    const uint32_t magnitude = bits_of(values[i]) & kMagnitude;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const uint8_t scale = block_scale(values, from_bits(largest), rule, global_scale);
+  const Divider quotient(effective_scale<B>(scale, global_scale));
+#pragma unroll
+  for (int word = 0; word < B / 8; ++word) {
+    float q[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[i] = quotient(values[word * 8 + i]);
+    codes[word] = largest > 0x7f800000u ? 0 : encode_eight(q);
+  }
+  return scale;
+}
+
+// formats.global_scale_for: amax / 2688, or / 1536 for four_over_six; 1 where that is zero.
+FP4_BOTH double global_scale_for(float amax, Rule rule) {
+  const float scale = divide(amax, rule == Rule::four_over_six ? 6.0f * 256.0f : 6.0f * 448.0f);
+  return scale == 0.0f ? 1.0 : static_cast<double>(scale);
+}
+
+}  // namespace fp4::cuda

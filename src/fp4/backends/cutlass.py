@@ -1,0 +1,144 @@
+"""The CUTLASS backend: block-scaled matmuls on Blackwell's FP4 tensor cores (csrc/cuda)."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fp4 import ops  # noqa: F401  (the operators' schemas, which the library implements)
+from fp4.backends.base import Backend
+from fp4.formats import Format
+from fp4.scheme import Scheme
+
+_TILE_ROWS, _TILE_COLUMNS = 128, 4  # of block scales, csrc/cuda/swizzle.h
+_K_MULTIPLE = 32  # codes in 16 bytes, the granularity of the tensor memory accelerator
+_N_MULTIPLE = 8  # 16-bit results in 16 bytes
+_ROTATIONS = (16, 32, 64, 128)
+_RULES = ("abs_max", "mse", "four_over_six", "even", "ceil", "below_six", "quest")
+
+try:
+    importlib.import_module("fp4._C_cuda")
+    _UNAVAILABLE = None
+except ImportError as error:
+    _UNAVAILABLE = (
+        "the CUDA kernels were not built with this installation; reinstall with FP4_CUDA=1 where nvcc 12.8 or newer is "
+        f"at hand, or with FP4_CUDA=pypi, which downloads it ({error})"
+    )
+
+
+def architectures() -> tuple[str, ...]:
+    """What the kernels were compiled for (``"100a"``, ``"120a"``, ...); empty where they are not built."""
+    return () if _UNAVAILABLE else tuple(str(torch.ops.fp4.cutlass_architectures()).split(";"))
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``architecture`` runs on a GPU of this compute capability."""
+    major, minor = capability
+    number = int(architecture.rstrip("af"))
+    if architecture.endswith("a"):
+        return number == 10 * major + minor
+    return number // 10 == major and number % 10 <= minor
+
+
+def _multiplies_fp4(architecture: str) -> bool:
+    return architecture[-1] in "af" and int(architecture[:-1]) >= 100
+
+
+def swizzle(scales: Tensor) -> Tensor:
+    """Block scales as the tensor cores read them: uint8 ``[..., N, K/B]`` -> ``[..., N', K']``, padded with zeros.
+
+    N' and K' are N and K/B rounded up to 128 and 4. Tiles of 128 x 4 follow one another along K and then N, and a tile
+    holds rows 0, 32, 64, 96, then 1, 33, ..., four scales each: the layout that cuBLAS and CUTLASS share.
+    """
+    rows, columns = scales.shape[-2:]
+    padded = pad(scales, (0, -columns % _TILE_COLUMNS, 0, -rows % _TILE_ROWS))
+    tiles = padded.unflatten(-1, (-1, _TILE_COLUMNS)).unflatten(-3, (-1, 4, 32))  # tile, quarter, row, tile, column
+    swizzled: Tensor = tiles.movedim(-2, -4).transpose(-2, -3).reshape(padded.shape)
+    return swizzled
+
+
+def unswizzle(swizzled: Tensor, rows: int, columns: int) -> Tensor:
+    """Inverse of :func:`swizzle`: uint8 ``[..., N', K']`` -> ``[..., N, K/B]``."""
+    across = swizzled.shape[-1] // _TILE_COLUMNS
+    tiles = swizzled.reshape(*swizzled.shape[:-2], -1, across, 32, 4, _TILE_COLUMNS)
+    padded = tiles.transpose(-2, -3).movedim(-4, -2).reshape(swizzled.shape)
+    return padded[..., :rows, :columns].contiguous()
+
+
+class CutlassBackend(Backend):
+    """W4A4 on Blackwell: activations are rotated and quantized by one kernel, multiplied by another.
+
+    Layout: ``weight`` is the canonical codes; ``weight_scale`` are the block scales in the order in which the tensor
+    cores read them (:func:`swizzle`), in the dtype that names the format.
+    """
+
+    name = "cutlass"
+    keeps_layout = False
+
+    def unavailable(self) -> str | None:
+        if _UNAVAILABLE is not None:
+            return _UNAVAILABLE
+        if not torch.cuda.is_available():
+            what = "has no CUDA GPU" if torch.version.cuda else "was built without CUDA"
+            built = ", ".join(f"sm_{a}" for a in architectures())
+            return f"this torch {what}; the kernels are built for {built}"
+        return None
+
+    def refuses(self, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
+        if device.type != "cuda":
+            return f"it runs on Blackwell GPUs, not on {device.type}"
+        if scheme.activations not in ("auto", "fp4"):
+            return f"it multiplies FP4 activations alone, and this scheme's are {scheme.activations}"
+        return self._refuses_gpu(torch.cuda.get_device_capability(device)) or self._refuses_shape(scheme, shape)
+
+    def lacks(self, fmt: Format, device: torch.device) -> str | None:
+        # Quantizing needs no tensor core that multiplies FP4, only code for the GPU.
+        if device.type != "cuda":
+            return f"it runs on GPUs, not on {device.type}"
+        capability = torch.cuda.get_device_capability(device)
+        if any(_runs_on(a, capability) for a in architectures()):
+            return None
+        return f"its kernels were built for {', '.join(architectures())}, not for {capability[0]}.{capability[1]}"
+
+    @staticmethod
+    def _refuses_gpu(capability: tuple[int, int]) -> str | None:
+        named = f"{capability[0]}.{capability[1]}"
+        if capability[0] < 10:
+            return f"the GPU has compute capability {named}; tensor cores multiply FP4 from 10.0 (Blackwell)"
+        usable = [a for a in architectures() if _multiplies_fp4(a)]
+        if not any(_runs_on(a, capability) for a in usable):
+            name = "".join(map(str, capability)) + "a"
+            built = ", ".join(usable) or "no architecture that multiplies FP4"
+            return (
+                f"the GPU has compute capability {named}, and the kernels were built for {built}; reinstall with "
+                + (f"FP4_CUDA=1 FP4_CUDA_ARCHS={name}")
+            )
+        return None
+
+    @staticmethod
+    def _refuses_shape(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
+        n, k = shape[-2:]
+        if k % _K_MULTIPLE:
+            return f"K is {k}; FP4 tensor cores want a multiple of {_K_MULTIPLE}"
+        if n % _N_MULTIPLE:
+            return f"N is {n}; results are stored {_N_MULTIPLE} at a time, so it must be a multiple of that"
+        if scheme.rotation != "identity" and scheme.group_size not in _ROTATIONS:
+            return f"the rotation has size {scheme.group_size}; its kernel knows {', '.join(map(str, _ROTATIONS))}"
+        if scheme.activation_rule not in _RULES:
+            return f"it has no kernel for the scale rule {scheme.activation_rule!r}"
+        return None
+
+    def multiplies_fp4(self, device: torch.device) -> bool:
+        return True
+
+    def pack(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        return codes.contiguous(), swizzle(scales.view(torch.uint8)).view(scales.dtype)
+
+    def unpack(self, weight: Tensor, weight_scale: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+        block = 16 if weight_scale.dtype == torch.float8_e4m3fn else 32
+        columns = weight.shape[-1] * 2 // block
+        scales = unswizzle(weight_scale.view(torch.uint8), out_features, columns)
+        return weight, scales.view(weight_scale.dtype)
