@@ -11,7 +11,7 @@ import torch
 from fp4.checkpoint import codec_for
 from fp4.checkpoint.files import Checkpoint, load
 from fp4.checkpoint.layers import packed_layers
-from fp4.formats import dequantize
+from fp4.formats import FP8, dequantize, quantize
 
 compressors = pytest.importorskip("compressed_tensors.compressors", reason="compressed-tensors is not installed")
 quantization = pytest.importorskip("compressed_tensors.quantization")
@@ -64,6 +64,42 @@ def test_values_equal_the_decompressors(name: str, shared: Callable[[str], Path]
     assert_decompresses_to_the_same(shared(f"fixtures/{name}"))
 
 
+def test_fp8_values_equal_the_decompressors(shared: Callable[[str], Path]) -> None:
+    checkpoint = Checkpoint.open(shared("fixtures/llmcompressor-FP8_DYNAMIC"))
+    config = checkpoint.quantization_config() or {}
+    codec = codec_for(config)
+    scheme = quantization.QuantizationScheme.model_validate(config["config_groups"]["group_0"])
+    compressor = compressors.BaseCompressor.get_value_from_registry(config["format"])
+    layers = packed_layers(codec, checkpoint.tensors)
+    assert len(layers) == 14
+    for layer, infos in layers.items():
+        tensors = {suffix: load(info) for suffix, info in infos.items()}
+        theirs = compressor.decompress({name[1:]: tensor for name, tensor in tensors.items()}, scheme)["weight"]
+        ours = codec.scheme(layer)
+        assert ours is not None
+        values = dequantize(*codec.read(tensors, ours).weight)
+        wide = tensors[".weight_scale"].float()
+        assert torch.equal(values, forward.dequantize(x_q=tensors[".weight"], scale=wide, args=scheme.weights)), layer
+        assert torch.equal(values.to(theirs.dtype), theirs), layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fp8_rounds_as_they_do(dtype: torch.dtype) -> None:
+    """Scales, codes and what a row of zeros gets, against their own observer and rounding."""
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weight = torch.randn(16, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[3] = 0
+    config = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    args = quantization.QuantizationArgs.model_validate(config)
+    low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
+    scale, zero_point = calculate_qparams(low, high, args)
+    theirs = forward.quantize(x=weight, scale=scale, zero_point=zero_point, args=args, dtype=torch.float8_e4m3fn)
+    codes, scales, _ = quantize(weight, FP8)
+    assert torch.equal(scales, scale)
+    assert torch.equal(codes.view(torch.uint8), theirs.view(torch.uint8))
+
+
 @pytest.mark.parametrize("name", ["modelopt-MXFP4", "autoround-NVFP4-autoroundfmt", "fpquant-nvfp"])
 def test_converted_files_decompress_to_the_same_values(
     name: str, shared: Callable[[str], Path], tmp_path: Path
@@ -74,7 +110,7 @@ def test_converted_files_decompress_to_the_same_values(
     assert_decompresses_to_the_same(tmp_path / "out")
 
 
-@pytest.mark.parametrize("source", ["modelopt-MXFP4", "autoround-NVFP4-autoroundfmt"])
+@pytest.mark.parametrize("source", ["modelopt-MXFP4", "autoround-NVFP4-autoroundfmt", "llmcompressor-FP8_DYNAMIC"])
 def test_stock_transformers_loads_what_fp4_writes(source: str, shared: Callable[[str], Path], tmp_path: Path) -> None:
     """In another process, without fp4: Transformers' own compressed-tensors code, dequantizing as it loads."""
     import subprocess
@@ -83,6 +119,9 @@ def test_stock_transformers_loads_what_fp4_writes(source: str, shared: Callable[
     from fp4.convert import convert
 
     convert(shared(f"fixtures/{source}"), tmp_path / "out", "compressed-tensors")
+    if source == "llmcompressor-FP8_DYNAMIC":  # from here to a format and back, that it was fp4 that wrote it
+        convert(tmp_path / "out", tmp_path / "there", "modelopt")
+        convert(tmp_path / "there", tmp_path / "out", "compressed-tensors", overwrite=True)
     code = (
         "import sys, torch\n"
         "from transformers import AutoModelForCausalLM, CompressedTensorsConfig\n"
