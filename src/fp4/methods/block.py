@@ -38,8 +38,10 @@ class Block:
 
     Attributes:
         name: of the block in the model, such as ``model.layers.3``; errors name layers with it.
-        module: dense, in its compute dtype (float32 on CPU), on the compute device. A method leaves the weights of
-            ``layers`` as they are; it may change other parameters (norms), and whoever writes the block writes those.
+        module: dense, in its compute dtype (float32 on CPU), on the compute device. A method may turn it into an
+            equivalent one in place (channels rescaled between a norm and the layers that read it), so whoever writes
+            the block writes its other parameters as they are afterwards, rounded to the dtype of the checkpoint, and
+            compares quantized weights with those that the module has then.
         layers: name within ``module`` -> scheme; all are ``nn.Linear``.
         fused: groups of ``layers`` that share one global scale (and one input).
         inputs: hidden states ``[batch, tokens, hidden]``, one entry a batch, from the quantized prefix of the model.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,10 +38,22 @@ def quantize_in_order(
     input_scales = observe_input_scales(block)
     groups = block.groups()
     results: dict[str, LayerResult] = {}
+
+    def round_to_nearest(layer: str) -> None:
+        scheme, rotation = block.layers[layer], block.rotation(layer)
+        rounded = rtn(block.linear(layer).weight.data, scheme, rotation, f"{block.name}.{layer}.weight")
+        results[layer] = LayerResult(rounded, rotation, input_scales.get(layer), scheme.weight_rule)
+
+    for layer, scheme in block.layers.items():
+        if scheme.format.code_bits != 4:  # a row of FP8 has room for every weight; nothing is gained by more
+            round_to_nearest(layer)
     for stage in stages(block):
         for layers, moments in observe(block, stage, dict(results), input_scales, quantized, cross=shift > 0):
             scheme, rotation, name = block.layers[layers[0]], block.rotation(layers[0]), f"{block.name}.{layers[0]}"
+            if scheme.format.code_bits != 4:
+                continue
             goal = objective(moments, damping, name)
+            fmt = replace(scheme.format, block_size=max(scheme.block_size, scheme.format.block_size))
             dense = [block.linear(layer).weight.data.float() for layer in layers]
             weight = torch.cat(dense)
             if rotation is not None:
@@ -52,16 +65,16 @@ def quantize_in_order(
                 if not members:
                     continue
                 shared = shared_global_scale([parts[layer] for layer in members], scheme)
-                solved = solve(torch.cat([parts[layer] for layer in members]), goal, scheme.format, shared, name)
+                solved = solve(torch.cat([parts[layer] for layer in members]), goal, fmt, shared, name)
+                stored = solved.scales.view(torch.uint8)
+                stored = stored.repeat_interleave(fmt.block_size // scheme.format.block_size, dim=-1)
+                stored = stored.view(solved.scales.dtype)
                 start = 0
                 for layer in members:
                     rows = slice(start, start := start + len(parts[layer]))
-                    own = QuantizedTensor(solved.codes[rows], solved.scales[rows], shared)
+                    own = QuantizedTensor(solved.codes[rows], stored[rows], shared)
                     results[layer] = LayerResult(own, rotation, input_scales.get(layer), rule)
-    for layer, scheme in block.layers.items():
+    for layer in block.layers:
         if layer not in results:
-            rounded = rtn(
-                block.linear(layer).weight.data, scheme, block.rotation(layer), f"{block.name}.{layer}.weight"
-            )
-            results[layer] = LayerResult(rounded, block.rotation(layer), input_scales.get(layer), scheme.weight_rule)
+            round_to_nearest(layer)
     return {layer: results[layer] for layer in block.layers}
