@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fp4 import MXFP4, NVFP4, FPQuantConfig, dequantize, quantize
+from fp4 import MXFP4, NVFP4, FPQuantConfig, dequantize
+from fp4.formats import quantize
 from fp4.nn import FP4Linear, FP4MasterLinear
 from fp4.scheme import Scheme
 from fp4.training import fake_quantize

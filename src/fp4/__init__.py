@@ -3,8 +3,9 @@
 from fp4.checkpoint_config import CheckpointConfig
 from fp4.checkpoint_quantizer import CheckpointHfQuantizer, register
 from fp4.config import FPQuantConfig
-from fp4.formats import MXFP4, NVFP4, Format, QuantizedTensor, dequantize, quantize
+from fp4.formats import MXFP4, NVFP4, Format, QuantizedTensor, dequantize
 from fp4.nn import FP4Linear
+from fp4.pipeline import quantize
 from fp4.quantizer import FPQuantHfQuantizer
 
 __version__ = "0.1.0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import platform
@@ -14,13 +15,15 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 
-from fp4 import backends, cli_quality
+from fp4 import backends, cli_quality, cli_quantize
 from fp4.backends.cpu import isa
 from fp4.convert import FORMATS as CONVERT_FORMATS
 from fp4.convert import convert as convert_checkpoint
+from fp4.environment import load_env_file
 from fp4.formats import FORMATS
 from fp4.inspection import inspect as inspect_checkpoint
 from fp4.scheme import Scheme
@@ -167,14 +170,23 @@ def inspect(
     raise typer.Exit(bool(found.problems))
 
 
+app.command()(cli_quantize.quantize)
+app.command()(cli_quantize.schemes)
 app.command()(cli_quality.evaluate)
 app.command()(cli_quality.report)
 
+# The machine's fault rather than the caller's: the same command may succeed later.
+_FAILED = (errno.ENOSPC, errno.ENOMEM, errno.EIO, errno.EDQUOT)
+
 
 def main() -> None:
-    """Entry point: what the user did wrong is printed as one sentence, with exit code 2, not as a traceback."""
+    """Entry point: what went wrong is printed as one sentence, not as a traceback.
+
+    Exit code 2 is a mistake of the user, 3 a failure of the machine (disk full, out of memory).
+    """
     try:
+        load_env_file(Path(".env"))
         app()
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(3 if isinstance(error, OSError) and error.errno in _FAILED else 2)

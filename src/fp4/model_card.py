@@ -34,7 +34,9 @@ def write_model_card(folder: Path, report: Mapping[str, Any], source: Path | Non
             inherited = {key: value for key, value in _metadata(card).items() if key in _INHERITED}
     evaluation = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
     temporary = folder / ".README.md.partial"
-    temporary.write_text(model_card(report, evaluation, inherited, folder.name), encoding="utf-8")
+    temporary.write_text(
+        model_card(report, evaluation, inherited, folder.name.removesuffix(".partial")), encoding="utf-8"
+    )
     os.replace(temporary, folder / "README.md")
 
 

@@ -1,0 +1,225 @@
+"""Calibration samples: token sequences from a recipe, a file, a dataset of the hub, or the text that comes with fp4."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import logging
+import math
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4.calibration.formatters import detect, formatter
+from fp4.calibration.recipe import Amounts, DatasetRecipe, Recipe, read_recipe
+
+logger = logging.getLogger("fp4")
+
+DEFAULT_TEXT = "default.txt"
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".txt": "text"}
+_SHUFFLE_BUFFER = 10_000
+
+
+@dataclass
+class Samples:
+    """What a model is calibrated on.
+
+    Attributes:
+        tokens: int64 ``[length]`` each.
+        description: one sentence, for the report and the model card.
+        warnings: what turned out otherwise than asked.
+    """
+
+    tokens: list[Tensor]
+    description: str
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """Tokens in all."""
+        return sum(sample.numel() for sample in self.tokens)
+
+    @property
+    def sha256(self) -> str:
+        """Of the token ids and lengths: equal samples have equal digests on every machine."""
+        digest = hashlib.sha256()
+        for sample in self.tokens:
+            digest.update(len(sample).to_bytes(8, "little") + sample.to(torch.int64).numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def load_samples(
+    data: str | Path | None,
+    tokenizer: Any,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int | None = None,
+) -> Samples:
+    """Samples to calibrate on.
+
+    Args:
+        data: a recipe (``.yaml``), a dataset file (jsonl, json, parquet, arrow, csv), a folder, a hub id, a plain
+            ``.txt``, or None for the text that comes with fp4. Of a plain text the first ``samples x seq_len`` tokens
+            are taken as they follow each other; everything else is sampled at random as :class:`Recipe` says.
+        tokenizer: of the model.
+        samples, seq_len, seed: in place of the recipe's values, or its defaults.
+
+    Raises:
+        ValueError: the data cannot be read, or has no sample that is long enough; the message names what and where.
+    """
+    given = {"max_samples": samples, "max_seq_len": seq_len, "seed": seed}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    path = None if data is None else Path(data)
+    if path is None or path.suffix == ".txt":
+        amounts = Amounts(**chosen)
+        text, name = _plain_text(path)
+        return _contiguous(text, name, tokenizer, amounts.max_samples, amounts.max_seq_len)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"{path} is no file; expected a recipe of datasets")
+        recipe = read_recipe(path)
+        recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=chosen)})
+        return from_recipe(recipe, tokenizer, path.parent)
+    return from_recipe(Recipe(datasets=[DatasetRecipe(path=str(data))], calibration=Amounts(**chosen)), tokenizer)
+
+
+def _plain_text(path: Path | None) -> tuple[str, str]:
+    if path is None:
+        resource = importlib.resources.files("fp4.calibration") / DEFAULT_TEXT
+        return resource.read_text(encoding="utf-8"), "the text that comes with fp4"
+    try:
+        return path.read_text(encoding="utf-8"), path.name
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+
+
+def _tokenize(tokenizer: Any, text: str, **kwargs: Any) -> Tensor:
+    # Longer than the model's context on purpose: it is cut afterwards, so the tokenizer need not warn.
+    ids = tokenizer(text, return_tensors="pt", verbose=False, **kwargs).input_ids[0]
+    return torch.as_tensor(ids, dtype=torch.int64)
+
+
+def _contiguous(text: str, name: str, tokenizer: Any, count: int, length: int) -> Samples:
+    ids = _tokenize(tokenizer, text, add_special_tokens=False)
+    pieces = list(ids[: count * length].split(length))
+    if pieces and len(pieces[-1]) < length and len(pieces) > 1:
+        pieces.pop()
+    if not pieces or len(pieces[0]) < 2:
+        raise ValueError(f"{name} holds {len(ids)} tokens; calibration needs at least 2")
+    found = Samples(pieces, f"the first {len(pieces)} x {len(pieces[0])} tokens of {name}")
+    if len(pieces) < count or len(pieces[0]) < length:
+        _warn(
+            found,
+            f"{name} holds {len(ids)} tokens: {len(pieces)} samples of {len(pieces[0])} tokens, "
+            f"{count} of {length} were asked for",
+        )
+    return found
+
+
+def _warn(samples: Samples, message: str) -> None:
+    samples.warnings.append(message)
+    logger.warning("%s", message)
+
+
+def from_recipe(recipe: Recipe, tokenizer: Any, base: Path = Path()) -> Samples:
+    """Sample what a recipe says; relative paths are taken from ``base``.
+
+    From each dataset more rows are taken than its share (``oversample_ratio``), in random order; what is too short is
+    left out, and of the rest, shuffled together, the first ``max_samples`` remain.
+
+    Raises:
+        ValueError: a dataset cannot be loaded or formatted, or no sample is long enough.
+    """
+    amounts = recipe.calibration
+    weights = sum(dataset.weight for dataset in recipe.datasets)
+    pool: list[Tensor] = []
+    for number, dataset in enumerate(recipe.datasets):
+        wanted = math.ceil(amounts.max_samples * dataset.weight / weights * amounts.oversample_ratio)
+        try:
+            pool += _draw(dataset, wanted, amounts, tokenizer, base)
+        except ValueError as error:
+            raise ValueError(f"datasets[{number}] ({dataset.path}): {error}") from error
+    random.Random(amounts.seed).shuffle(pool)
+    kept = pool[: amounts.max_samples]
+    names = ", ".join(dataset.path for dataset in recipe.datasets)
+    if not kept:
+        raise ValueError(f"{names} gave no sample of at least {amounts.min_token_length} tokens (min_token_length)")
+    found = Samples(
+        kept,
+        f"{len(kept)} samples of at most {amounts.max_seq_len} tokens, drawn with seed {amounts.seed} from {names}",
+    )
+    if len(kept) < amounts.max_samples:
+        _warn(
+            found,
+            f"{names} gave {len(kept)} samples of at least {amounts.min_token_length} tokens, "
+            f"{amounts.max_samples} were asked for",
+        )
+    return found
+
+
+def _draw(dataset: DatasetRecipe, wanted: int, amounts: Amounts, tokenizer: Any, base: Path) -> list[Tensor]:
+    rows = _rows(dataset, wanted, amounts.seed, base)
+    found: list[Tensor] = []
+    to_text = None
+    for row in rows:
+        if to_text is None:
+            name = dataset.formatter or detect(row)
+            to_text = formatter(name, dataset.columns, row, tokenizer)
+            # A chat template writes the special tokens itself.
+            special = name in ("raw_text", "prompt_answer")
+        try:
+            text = to_text(row)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a row does not have the form of {name}: {error!r}") from error
+        ids = _tokenize(tokenizer, text, add_special_tokens=special)[: amounts.max_seq_len] if text else ()
+        if len(ids) >= amounts.min_token_length:
+            found.append(torch.as_tensor(ids))
+    return found
+
+
+def _rows(dataset: DatasetRecipe, wanted: int, seed: int, base: Path) -> list[dict[str, Any]]:
+    """``wanted`` rows in random order, or as many as there are."""
+    import datasets
+
+    try:
+        loaded = _load(dataset, base)
+        if isinstance(loaded, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+            if dataset.split not in loaded:
+                raise ValueError(f"it has no split {dataset.split!r}; its splits are {', '.join(loaded)}")
+            loaded = loaded[dataset.split]
+        if isinstance(loaded, datasets.IterableDataset):
+            return list(loaded.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER).take(wanted))
+        return list(loaded.shuffle(seed=seed).select(range(min(wanted, len(loaded)))))
+    except ValueError:
+        raise
+    except Exception as error:  # datasets raises errors of many libraries, each with its own base class
+        first = str(error).strip().splitlines()
+        raise ValueError(f"it cannot be loaded: {first[0] if first else type(error).__name__}") from error
+
+
+def _load(dataset: DatasetRecipe, base: Path) -> Any:
+    import datasets
+
+    path = base / Path(dataset.path).expanduser()
+    options: dict[str, Any] = {"streaming": dataset.streaming}
+    if path.is_file():
+        builder = _BUILDERS.get(path.suffix)
+        if builder is None:
+            raise ValueError(f"its files end with {path.suffix!r}; expected one of {', '.join(_BUILDERS)}")
+        if builder == "text":
+            options["sample_by"] = "paragraph"
+        # A single file has one split, whatever it is called.
+        return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+    if path.is_dir():
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(str(path))
+        return datasets.load_dataset(str(path), dataset.name, **options)
+    if dataset.path.startswith((".", "/", "~")) or dataset.path.count("/") > 1 or path.suffix in _BUILDERS:
+        raise ValueError(f"there is no file or folder {path}")
+    return datasets.load_dataset(dataset.path, dataset.name, split=dataset.split, **options)

@@ -1,0 +1,309 @@
+"""``fp4 quantize`` and ``fp4 schemes``."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fp4.checkpoint import CODECS
+from fp4.methods import METHODS
+from fp4.pipeline import Hub, Job
+from fp4.scheme import SCHEMES
+
+console = Console()
+
+_LAYER_NUMBER = r"(?<=\.)\d+(?=\.)"
+_WHAT, _HOW, _DATA, _MACHINE = "What is quantized", "How", "Calibration data", "Machine and hub"
+
+
+def schemes() -> None:
+    """List the schemes: what each does, where it runs, which checkpoint formats hold it."""
+    table = Table("scheme", "what it does", "bits", "runs on", "formats")
+    for name, preset in SCHEMES.items():
+        bits = f"{preset.scheme.format.bits_per_weight:g}"
+        table.add_row(
+            f"[bold]{name}[/bold]", preset.summary, bits, preset.runs_on, ", ".join(preset.checkpoint_formats)
+        )
+    console.print(table)
+    methods = Table("method", "cost")
+    for name, method in METHODS.items():
+        methods.add_row(f"[bold]{name}[/bold]", method.cost)
+    console.print(methods)
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of the model to quantize.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make. It appears when everything in it is complete.")],
+    scheme: Annotated[
+        str,
+        typer.Option(
+            "--scheme",
+            "-s",
+            envvar="FP4_SCHEME",
+            help=f"{', '.join(SCHEMES)}: see [bold]fp4 schemes[/bold].",
+            rich_help_panel=_WHAT,
+        ),
+    ] = "nvfp4",
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Keep layers whose name fits this pattern, e.g. '*.down_proj'. Repeat for more.", rich_help_panel=_WHAT
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Quantize only layers whose name fits. Repeat for more.", rich_help_panel=_WHAT),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another scheme for some layers: '*.mamba.*=fp8_dynamic', or '=keep'. The first that fits wins.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    overrides: Annotated[
+        Path | None,
+        typer.Option(help="A YAML file of such patterns and schemes, for many.", rich_help_panel=_WHAT),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            "-m",
+            envvar="FP4_METHOD",
+            rich_help_panel=_HOW,
+            help="; ".join(f"[bold]{name}[/bold]: {entry.cost}" for name, entry in METHODS.items()),
+        ),
+    ] = "best" if "best" in METHODS else "rtn",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="An option of the method, NAME=VALUE. Repeat for more.", rich_help_panel=_HOW),
+    ] = None,
+    rotation: Annotated[
+        str,
+        typer.Option(
+            help="Block rotation of weights and inputs: none, hadamard64, gsr64, ..., or auto: the best "
+            "measured for the format.",
+            rich_help_panel=_HOW,
+        ),
+    ] = "auto",
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="How block scales are chosen, e.g. abs_max (fastest), mse (default), four_over_six.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Checkpoint format: {', '.join(CODECS)}. Default: compressed-tensors where it holds the "
+            "scheme, fp_quant for rotations.",
+            envvar="FP4_FORMAT",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A recipe (YAML), a file (txt, jsonl, parquet), a folder or a hub id. Default: a short text "
+            "that comes with fp4, which is better than nothing.",
+            envvar="FP4_DATA",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="How many samples. Default 128, or the recipe's.", rich_help_panel=_DATA)
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens a sample. Default 512, or the recipe's.", rich_help_panel=_DATA)
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of everything random, default 0 or the recipe's. Same seed, same bytes.",
+            envvar="FP4_SEED",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where to compute: cpu, cuda, cuda:1. Default: a GPU if there is one.",
+            envvar="FP4_DEVICE",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What may be used, e.g. gpu:60GiB,cpu:200GiB. Default: what is free.",
+            envvar="FP4_MAX_MEMORY",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=_MACHINE)
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the hub, for models that need one.",
+            envvar=["FP4_TOKEN", "HF_TOKEN"],
+            show_envvar=True,
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where hub models are kept.", envvar="FP4_CACHE_DIR", rich_help_panel=_MACHINE)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run model code that comes with the checkpoint.", rich_help_panel=_MACHINE)
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only show what would be quantized, and what it would need.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT, and unfinished work for another request.")] = False,
+) -> None:
+    """Quantize any Transformers decoder model to 4-bit floating point, in memory far smaller than the model.
+
+    [bold]fp4 quantize Qwen/Qwen3-8B out[/bold]  the best known method, on a default text
+
+    [bold]fp4 quantize ./model out --scheme nvfp4a16 --method rtn[/bold]  no data, at the speed of the disk
+
+    [bold]fp4 quantize ./model out --data recipe.yaml --max-memory gpu:60GiB,cpu:200GiB[/bold]  block by block
+
+    [bold]fp4 quantize ./model out --plan[/bold]  look first
+
+    Interrupted at any moment, the same command goes on from the last finished block and writes the same bytes; until
+    everything is complete, work stays in OUT.partial. Every option with a variable beside it can also be set in the
+    environment or in a .env file here.
+
+    Exit codes: 0 done; 2 a mistake in the call, the model or the data; 3 the machine failed (disk, memory), and the
+    same command goes on.
+    """
+    job = Job(
+        model,
+        scheme,
+        method,
+        data,
+        format=format,
+        rotation=rotation,
+        rule=rule,
+        skip=skip or [],
+        only=only or [],
+        overrides=[*(override or []), *_read_overrides(overrides)],
+        options=_read_options(option or []),
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        device=device,
+        max_memory=max_memory,
+        trust_remote_code=trust_remote_code,
+        hub=Hub(revision, token, cache_dir),
+    )
+    if plan:
+        show_plan(job)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        report = job.run(out, overwrite, shlex.join(["fp4", *sys.argv[1:]]), _drawn(bar))
+    layers = report["layers"]
+    errors = sorted((row["output_error"], row["name"]) for row in layers if row["output_error"] is not None)
+    minutes, seconds = divmod(round(report["seconds"]), 60)
+    console.print(
+        f"{len(layers)} layers to {scheme} by {method}, {len(report['kept'])} kept, in {minutes} min {seconds} s, "
+        f"{report['peak_memory_bytes'] / 1e9:.2f} GB: {out} ({report['format']})",
+        highlight=False,
+    )
+    for warning in (report["data"] or {}).get("warnings", []):
+        console.print(f"note: {warning}", highlight=False)
+    if errors:
+        worst = ", ".join(f"{name} {error:.1%}" for error, name in errors[:-4:-1])
+        console.print(f"largest output errors: {worst}", highlight=False)
+
+
+def _drawn(bar: Progress) -> Callable[[str, int, int], None]:
+    tasks: dict[str, TaskID] = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=total)
+        bar.update(tasks[stage], completed=done, total=total)
+
+    return show
+
+
+def _read_overrides(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}; expected lines of the form '\"*.down_proj\": mxfp4'")
+    return [f"{pattern}={'keep' if scheme is None else scheme}" for pattern, scheme in content.items()]
+
+
+def _read_options(entries: list[str]) -> dict[str, Any]:
+    options = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise ValueError(f"option is {entry!r}; expected NAME=VALUE")
+        options[name.replace("-", "_")] = yaml.safe_load(value)
+    return options
+
+
+def show_plan(job: Job) -> None:
+    """Print what a job would do."""
+    table = Table(
+        "layers",
+        "count",
+        "scheme",
+        "rotation",
+        "shape",
+        title=f"{job.model}: what would be quantized",
+        title_justify="left",
+    )
+    alike = Counter(
+        (
+            re.sub(_LAYER_NUMBER, "*", layer.name),
+            layer.preset,
+            "" if layer.scheme.rotation == "identity" else f"{layer.scheme.rotation}{layer.scheme.group_size}",
+            f"{layer.shape[0]} x {layer.shape[1]}",
+        )
+        for layer in job.plan.layers.values()
+    )
+    for (name, preset, rotation, shape), count in alike.items():
+        table.add_row(name, str(count), preset, rotation, shape)
+    console.print(table)
+    kept = Counter((re.sub(_LAYER_NUMBER, "*", layer.name), layer.reason) for layer in job.plan.kept)
+    for (name, reason), count in kept.items():
+        times = "" if count == 1 else f"{count} x "
+        console.print(f"kept: {times}{name} ({reason})", highlight=False)
+    needs = job.estimate()
+    way = f"{len(job.skeleton.blocks)} blocks, one at a time" if job.calibrates else "streamed tensor by tensor"
+    console.print(
+        f"{job.method.name} ({job.method.cost}), {way}, on {job.memory.device}; format {job.format}, "
+        f"{needs.bits_per_weight:.2f} bits per quantized weight",
+        highlight=False,
+    )
+    console.print(
+        f"needs about {needs.memory / 1e9:.1f} GB of memory and {needs.disk / 1e9:.1f} GB of disk; "
+        f"{'forward passes' if job.calibrates else 'streaming'} about {max(1, round(needs.seconds))} s",
+        highlight=False,
+    )

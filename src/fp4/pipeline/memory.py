@@ -1,0 +1,75 @@
+"""How much memory a job may use, and where it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import convert_file_size_to_int, get_max_memory
+
+# Of what is free; the rest is for the operating system's page cache and for what was not counted.
+_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that may be used.
+
+    Attributes:
+        device: where blocks are computed.
+        gpu: on that device, 0 without one.
+        cpu: in main memory.
+    """
+
+    device: torch.device
+    gpu: int
+    cpu: int
+
+    @classmethod
+    def of(cls, asked: str | Mapping[str, str | int] | None, device: str | torch.device | None) -> Memory:
+        """Read ``"gpu:60GiB,cpu:200GiB"``; what is not named is what is free.
+
+        Raises:
+            ValueError: it has another form, or there is no such device.
+        """
+        limits = _parse(asked)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            chosen = torch.device(device)
+            torch.empty(0, device=chosen)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"device is {str(device)!r}, which cannot be used: {str(error).splitlines()[0]}"
+            ) from error
+        free = get_max_memory()
+        number = chosen.index or 0
+        gpu = 0 if chosen.type == "cpu" else limits.get("gpu", int(free.get(number, 0) * _SHARE))
+        return cls(chosen, gpu, limits.get("cpu", int(free["cpu"] * _SHARE)))
+
+    def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """What blocks are computed in: float32 on CPUs, where half precision is slower, the checkpoint's on a GPU."""
+        return torch.float32 if self.device.type == "cpu" else stored
+
+
+def _parse(asked: str | Mapping[str, str | int] | None) -> dict[str, int]:
+    if asked is None:
+        return {}
+    pairs: list[tuple[str, str | int]]
+    if isinstance(asked, str):
+        pairs = [(key, size) for key, _, size in (entry.partition(":") for entry in asked.split(","))]
+    else:
+        pairs = [(str(key), size) for key, size in asked.items()]
+    limits = {}
+    for key, value in pairs:
+        name = key.strip().lower()
+        try:
+            if name not in ("gpu", "cpu"):
+                raise ValueError
+            limits[name] = int(convert_file_size_to_int(value.strip() if isinstance(value, str) else value))
+        except ValueError as error:
+            raise ValueError(
+                f"max_memory has {key}:{value}; expected gpu or cpu and a size, e.g. gpu:60GiB,cpu:200GiB"
+            ) from error
+    return limits

@@ -1,0 +1,255 @@
+"""Which layers of a model are quantized to what, which are kept and why: decided from names and shapes alone."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from fp4.checkpoint.fusing import fused_groups
+from fp4.formats import FORMATS
+from fp4.pipeline.skeleton import Skeleton
+from fp4.rotation import ROTATIONS
+from fp4.scheme import SCHEMES, Scheme
+
+# Routers decide which expert runs; an error there is not an error of a few percent.
+_ROUTERS = ("router", "gate", "gating", "shared_expert_gate")
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer that will be quantized.
+
+    Attributes:
+        name: in the model.
+        preset: name of its scheme.
+        block: number of the decoder block it is in.
+        shape: N, K.
+        stored: what its tensors are called in the checkpoint, without their suffix.
+        key: the stored tensor that is its weight; None where Transformers makes the weight out of others.
+    """
+
+    name: str
+    preset: str
+    scheme: Scheme
+    block: int
+    shape: tuple[int, int]
+    stored: str
+    key: str | None
+
+
+@dataclass(frozen=True)
+class KeptLayer:
+    """One layer with a matrix that stays as it is."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass
+class LayerPlan:
+    """What becomes of every layer.
+
+    Attributes:
+        layers: to be quantized, by name, in the order of the model.
+        groups: layers that share one global scale.
+    """
+
+    layers: dict[str, PlannedLayer] = field(default_factory=dict)
+    kept: list[KeptLayer] = field(default_factory=list)
+    groups: list[list[str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user says about layers, by patterns (``fnmatch`` on the full name, or the end of it after a dot).
+
+    Attributes:
+        scheme: name of the scheme for all layers that no override names.
+        skip: layers to keep.
+        only: where given, all others are kept.
+        overrides: pattern and scheme name, or None to keep; the first that fits wins.
+    """
+
+    scheme: str
+    skip: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, str | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (self.scheme, *(scheme for _, scheme in self.overrides)):
+            if name is not None and name not in SCHEMES:
+                raise ValueError(f"scheme is {name!r}; expected one of {', '.join(SCHEMES)}")
+
+    def of(self, name: str) -> tuple[str | None, str]:
+        """Scheme name of the layer, or None with the reason why it is kept."""
+        for pattern, scheme in self.overrides:
+            if fits(name, pattern):
+                return scheme, f"override {pattern}"
+        for pattern in self.skip:
+            if fits(name, pattern):
+                return None, f"skipped by {pattern}"
+        if self.only and not any(fits(name, pattern) for pattern in self.only):
+            return None, "not among the layers chosen"
+        return self.scheme, ""
+
+    def require_used(self, names: Sequence[str]) -> None:
+        """ValueError for a pattern that fits no layer: most likely a mistake."""
+        options = (("skip", self.skip), ("only", self.only), ("override", [pattern for pattern, _ in self.overrides]))
+        for option, patterns in options:
+            for pattern in patterns:
+                if not any(fits(name, pattern) for name in names):
+                    shown = ", ".join(list(names)[:3])
+                    raise ValueError(f"{option} {pattern!r} fits none of {len(names)} layers ({shown}, ...)")
+
+
+def fits(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def parse_overrides(overrides: Mapping[str, str | None] | Sequence[str]) -> tuple[tuple[str, str | None], ...]:
+    """``{"*.down_proj": "mxfp4"}`` or ``["*.down_proj=mxfp4"]``; None or ``keep`` keeps a layer.
+
+    Raises:
+        ValueError: an entry has no ``=``.
+    """
+    if isinstance(overrides, Mapping):
+        pairs = [(str(pattern), None if scheme is None else str(scheme)) for pattern, scheme in overrides.items()]
+    else:
+        pairs = []
+        for entry in overrides:
+            pattern, equals, scheme = entry.partition("=")
+            if not equals or not pattern or not scheme:
+                raise ValueError(f"override is {entry!r}; expected PATTERN=SCHEME, e.g. '*.down_proj=mxfp4'")
+            pairs.append((pattern, scheme))
+    return tuple((pattern, None if scheme == "keep" else scheme) for pattern, scheme in pairs)
+
+
+def plan_layers(skeleton: Skeleton, choice: Choice) -> LayerPlan:
+    """Decide about every Linear layer of the model.
+
+    Raises:
+        ValueError: a pattern fits nothing, or nothing is left to quantize.
+    """
+    model, plan = skeleton.model, LayerPlan()
+    tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
+    block_of = {name: number for number, block in enumerate(skeleton.blocks) for name in _linears(skeleton, block)}
+    choice.require_used(list(block_of))
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        shape = (module.out_features, module.in_features)
+        reason = _must_keep(skeleton, name, module, tied, head) if name in block_of else None
+        if name not in block_of:
+            reason = "output embedding" if module is head else "outside the decoder's blocks"
+        preset, why = (None, reason) if reason else choice.of(name)
+        if preset is None:
+            plan.kept.append(KeptLayer(name, shape, why or "kept"))
+            continue
+        scheme = SCHEMES[preset].scheme
+        if module.in_features % scheme.k_multiple:
+            multiple = f"its {module.in_features} columns are no multiple of {scheme.k_multiple}"
+            plan.kept.append(KeptLayer(name, shape, multiple))
+            continue
+        source = skeleton.sources[f"{name}.weight"]
+        key = source.keys[0] if source.converter is None and source.keys[0].endswith(".weight") else None
+        stored = key.removesuffix(".weight") if key else name
+        plan.layers[name] = PlannedLayer(name, preset, scheme, block_of[name], shape, stored, key)
+    if not plan.layers:
+        kinds = sorted(
+            {type(module).__name__ for module in model.modules() if getattr(module, "weight", None) is not None}
+        )
+        raise ValueError(f"no layer is left to quantize; the model's modules with weights are {', '.join(kinds)}")
+    plan.groups = _groups(plan.layers)
+    return plan
+
+
+def _linears(skeleton: Skeleton, block: str) -> list[str]:
+    module = skeleton.model.get_submodule(block)
+    return [f"{block}.{name}" for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+
+
+def _must_keep(skeleton: Skeleton, name: str, module: nn.Linear, tied: set[str], head: nn.Module | None) -> str | None:
+    if name in tied:
+        return "tied to another weight"
+    if name.rpartition(".")[2] in _ROUTERS or module.out_features == 1:
+        return "router"
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} may compute something else than nn.Linear"
+    in_float32 = list(skeleton.model._keep_in_fp32_modules or [])
+    if in_float32 and not should_convert_module(name, in_float32):
+        return "the model keeps it in float32"
+    if f"{name}.weight" not in skeleton.sources:
+        return "the checkpoint has no weight of its own for it"
+    return None
+
+
+def _groups(layers: Mapping[str, PlannedLayer]) -> list[list[str]]:
+    """Groups of fused layers that are quantized alike; a layer with a scheme of its own is not fused with others."""
+    groups = []
+    for group in fused_groups(name for name, layer in layers.items() if layer.scheme.format.needs_global_scale):
+        for preset in dict.fromkeys(layers[name].preset for name in group):
+            alike = [name for name in group if layers[name].preset == preset]
+            if len(alike) > 1:
+                groups.append(alike)
+    return groups
+
+
+def rotated(plan: LayerPlan, rotation: str) -> LayerPlan:
+    """The plan with a block rotation of weights and inputs.
+
+    Args:
+        rotation: ``"none"``, a name of ``rotation.ROTATIONS`` with its size (``"hadamard64"``), or ``"auto"``: what
+            measurement shows best without calibration data.
+
+    Raises:
+        ValueError: there is no such rotation.
+    """
+    named = re.fullmatch(r"([a-z]+?)(\d+)", rotation)
+    if rotation not in ("auto", "none") and (named is None or named[1] not in ROTATIONS or not _is_size(int(named[2]))):
+        raise ValueError(
+            f"rotation is {rotation!r}; expected 'auto', 'none', or a name and a size such as 'hadamard64'"
+        )
+    layers = {}
+    for name, layer in plan.layers.items():
+        kind, size = (named[1], int(named[2])) if named else _AUTO[rotation].get(layer.scheme.format.name, _NONE)
+        if kind == "identity" or layer.shape[1] % size or layer.scheme.format.name not in FORMATS:
+            layers[name] = layer  # a layer whose columns do not divide is quantized as it is
+        else:
+            layers[name] = replace(layer, scheme=replace(layer.scheme, rotation=kind, group_size=size))
+    return replace(plan, layers=layers)
+
+
+_NONE = ("identity", 0)
+# Measured without calibration data: benchmarks/default_scheme.py.
+_AUTO = {"none": dict[str, tuple[str, int]](), "auto": {"mxfp4": ("hadamard", 64)}}
+
+
+def _is_size(size: int) -> bool:
+    return size >= 2 and size & (size - 1) == 0
+
+
+def ruled(plan: LayerPlan, rule: str | None) -> LayerPlan:
+    """The plan with another rule for the block scales of weights, in every layer whose format has it.
+
+    Raises:
+        ValueError: no layer's format has it.
+    """
+    if rule is None:
+        return plan
+    layers = {
+        name: replace(layer, scheme=replace(layer.scheme, weight_rule=rule))
+        if rule in layer.scheme.format.rules
+        else layer
+        for name, layer in plan.layers.items()
+    }
+    if not any(layer.scheme.weight_rule == rule for layer in layers.values()):
+        known = sorted({rule for layer in layers.values() for rule in layer.scheme.format.rules})
+        raise ValueError(f"rule is {rule!r}; expected one of {', '.join(known)}")
+    return replace(plan, layers=layers)

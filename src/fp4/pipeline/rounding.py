@@ -1,0 +1,225 @@
+"""Round to nearest without data: weights are streamed from file to file, and no model is built."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fp4.checkpoint import Codec, LayerScheme, StoredLinear
+from fp4.checkpoint.files import DTYPES, ShardWriter, Spec, TensorInfo, load
+from fp4.formats import QuantizedTensor
+from fp4.layer_stats import LayerStatistics, layer_statistics
+from fp4.methods.rtn import global_scale_of, rtn
+from fp4.pipeline.output import planned_specs, rotation_of, scheme_in_file
+from fp4.pipeline.plan import LayerPlan, PlannedLayer
+from fp4.pipeline.report import layer_row
+from fp4.pipeline.skeleton import Skeleton
+from fp4.pipeline.staging import Staging
+
+Progress = Callable[[str, int, int], None]
+
+# A rotated weight is float32; that many elements of it are in memory at a time.
+_TILE_ELEMENTS = 1 << 24
+# Statistics of the report are taken of about this many elements of a weight, since all would take longer than rounding.
+_SAMPLED_ELEMENTS = 1 << 18
+
+
+@dataclass
+class _Unit:
+    """Layers that are rounded together because they share a global scale, or one layer."""
+
+    layers: list[PlannedLayer]
+    nbytes: int
+
+
+class StreamedRounding:
+    """Rounds the planned layers of a checkpoint shard by shard, each output file named as its source.
+
+    Weights that share a global scale are read together, and the next ones while these are rounded, as long as no more
+    than twice the largest tensor of the checkpoint is held.
+    """
+
+    def __init__(self, skeleton: Skeleton, plan: LayerPlan, codec: Codec, staging: Staging, progress: Progress) -> None:
+        self.skeleton, self.plan, self.codec, self.staging, self.progress = skeleton, plan, codec, staging, progress
+        self.tensors = skeleton.checkpoint.tensors
+        self.limit = 2 * max(info.nbytes for info in self.tensors.values())
+        self.done = 0
+        self.total = sum(info.nbytes for info in self.tensors.values())
+
+    def run(self) -> list[dict[str, object]]:
+        """Write every shard that is not there yet; returns the report's rows of all layers.
+
+        Raises:
+            ValueError: a weight holds NaN or infinity; the message names it.
+        """
+        rows: list[dict[str, object]] = []
+        for number, shard in enumerate(self.skeleton.checkpoint.shards):
+            note = f"shard-{number:05}.json"
+            found = self.staging.read(note)
+            if found is None or not (self.staging.folder / shard.name).is_file():
+                found = {"layers": self._write(shard)}
+                self.staging.note(note, found)
+            else:
+                self.done += sum(info.nbytes for info in self.tensors.values() if info.file == shard)
+            rows += found["layers"]
+            self.progress("rounding", self.done, self.total)
+        order = {name: number for number, name in enumerate(self.plan.layers)}
+        return sorted(rows, key=lambda row: order[str(row["name"])])
+
+    def _write(self, shard: Path) -> list[dict[str, object]]:
+        layers = {layer.name: layer for layer in self.plan.layers.values() if self._home(layer) == shard}
+        used = {key for layer in self.plan.layers.values() for key in self._keys(layer)}
+        copied = [name for name, info in self.tensors.items() if info.file == shard and name not in used]
+        specs = {name: Spec(self.tensors[name].dtype, self.tensors[name].shape) for name in copied}
+        for layer in layers.values():
+            for suffix, spec in planned_specs(self.codec, layer, self._dtype(layer)).items():
+                specs[layer.stored + suffix] = spec
+        metadata = self.skeleton.checkpoint.metadata[shard] or {"format": "pt"}
+        file = ShardWriter(self.staging.folder / shard.name, specs, metadata)
+        rows: list[dict[str, object]] = []
+        try:
+            for name in copied:
+                file.copy(name, self.tensors[name])
+                self._advance(self.tensors[name])
+            for unit, weights in self._read_ahead(self._units(layers)):
+                rows += self._round(unit, weights, file, set(layers))
+            file.close()
+        except BaseException:
+            file.abandon()
+            raise
+        return rows
+
+    def _keys(self, layer: PlannedLayer) -> list[str]:
+        return self.skeleton.sources[f"{layer.name}.weight"].keys
+
+    def _home(self, layer: PlannedLayer) -> Path:
+        """The shard that a layer is written to: that of its first stored tensor."""
+        return self.tensors[self._keys(layer)[0]].file
+
+    def _dtype(self, layer: PlannedLayer) -> torch.dtype:
+        return DTYPES[self.tensors[self._keys(layer)[0]].dtype]
+
+    def _units(self, layers: dict[str, PlannedLayer]) -> list[_Unit]:
+        group_of = {name: group for group in self.plan.groups for name in group}
+        units: dict[tuple[str, ...], _Unit] = {}
+        for name in layers:
+            names = tuple(group_of.get(name, [name]))
+            members = [self.plan.layers[member] for member in names]
+            size = sum(self.tensors[key].nbytes for member in members for key in self._keys(member))
+            units[names] = _Unit(members, size)
+        return list(units.values())
+
+    def _read_ahead(self, units: Sequence[_Unit]) -> Iterator[tuple[_Unit, list[Tensor] | None]]:
+        """Each unit with its weights, or None where they do not fit into memory together."""
+        with ThreadPoolExecutor(1) as reader:
+            ahead: Future[list[Tensor]] | None = None
+            for number, unit in enumerate(units):
+                weights = None
+                if ahead is not None:
+                    weights = ahead.result()
+                elif unit.nbytes <= self.limit:
+                    weights = [self._weight(layer) for layer in unit.layers]
+                following = units[number + 1] if number + 1 < len(units) else None
+                fits = following is not None and following.nbytes + unit.nbytes <= self.limit and self._plain(following)
+                ahead = None
+                if fits and following is not None:
+                    ahead = reader.submit(lambda layers: [self._weight(layer) for layer in layers], following.layers)
+                yield unit, weights
+                del weights
+
+    def _plain(self, unit: _Unit) -> bool:
+        return all(layer.key is not None for layer in unit.layers)
+
+    def _weight(self, layer: PlannedLayer) -> Tensor:
+        if layer.key is not None:
+            return load(self.tensors[layer.key])
+        # Made out of other tensors, by Transformers.
+        self.skeleton.fill(self._keys(layer), torch.device("cpu"))
+        module = self.skeleton.model.get_submodule(layer.name)
+        weight: Tensor = module.get_parameter("weight").data
+        module.to_empty(device="meta")
+        return weight
+
+    def _round(
+        self, unit: _Unit, weights: list[Tensor] | None, file: ShardWriter, here: set[str]
+    ) -> list[dict[str, object]]:
+        rows = []
+        shared = None
+        if len(unit.layers) > 1:
+            each = (self._weight(layer) for layer in unit.layers) if weights is None else weights
+            own = [_global_scale(weight, layer) for weight, layer in zip(each, unit.layers, strict=True)]
+            shared = torch.stack([scale for scale in own if scale is not None]).amax()
+        for number, layer in enumerate(unit.layers):
+            if layer.name not in here:
+                continue  # fused with this one, but stored in another file
+            started = time.perf_counter()
+            weight = self._weight(layer) if weights is None else weights[number]
+            try:
+                quantized = quantize_weight(weight, layer, shared)
+                stored = self.codec.write(StoredLinear(quantized, None, rotation_of(layer)), self._scheme(layer))
+            except ValueError as error:
+                raise ValueError(f"{layer.name}: {error}") from error
+            for suffix, tensor in stored.items():
+                file.write(layer.stored + suffix, tensor)
+            rows.append(
+                layer_row(
+                    layer,
+                    sampled_statistics(weight, quantized, rotation_of(layer)),
+                    layer.scheme.weight_rule,
+                    None,
+                    time.perf_counter() - started,
+                )
+            )
+            for key in self._keys(layer):
+                self._advance(self.tensors[key])
+        return rows
+
+    def _scheme(self, layer: PlannedLayer) -> LayerScheme:
+        return scheme_in_file(layer, rotation_of(layer))
+
+    def _advance(self, info: TensorInfo) -> None:
+        self.done += info.nbytes
+        self.progress("rounding", self.done, self.total)
+
+
+def _tiles(weight: Tensor) -> list[slice]:
+    rows = max(1, _TILE_ELEMENTS // max(1, weight.shape[-1]))
+    return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
+
+
+def _global_scale(weight: Tensor, layer: PlannedLayer) -> Tensor | None:
+    """The global scale of a weight ``[N, K]`` under its layer's scheme: float64 ``[]``, None for none."""
+    rotation = rotation_of(layer)
+    if rotation is None:
+        return global_scale_of(weight, layer.scheme)
+    # Scales grow with the largest magnitude, so the largest of the tiles' is the whole weight's.
+    own = [global_scale_of(weight[tile], layer.scheme, rotation) for tile in _tiles(weight)]
+    found = [scale for scale in own if scale is not None]
+    return torch.stack(found).amax() if found else None
+
+
+def quantize_weight(weight: Tensor, layer: PlannedLayer, global_scale: Tensor | None = None) -> QuantizedTensor:
+    """Round ``weight`` ``[N, K]`` to nearest, a rotated one some rows at a time because rotating makes it float32."""
+    rotation = rotation_of(layer)
+    if rotation is None:
+        return rtn(weight, layer.scheme, None, "its weight", global_scale)
+    if global_scale is None:
+        global_scale = _global_scale(weight, layer)
+    parts = [rtn(weight[tile], layer.scheme, rotation, "its weight", global_scale) for tile in _tiles(weight)]
+    scales = torch.cat([part.scales.view(torch.uint8) for part in parts]).view(parts[0].scales.dtype)
+    return QuantizedTensor(torch.cat([part.codes for part in parts]), scales, parts[0].global_scale)
+
+
+def sampled_statistics(weight: Tensor, quantized: QuantizedTensor, rotation: Tensor | None) -> LayerStatistics:
+    """Statistics of some rows, evenly spread over the weight."""
+    step = max(1, weight.numel() // _SAMPLED_ELEMENTS)
+    codes, scales, global_scale = quantized
+    bits = scales.view(torch.uint8) if scales.element_size() == 1 else scales
+    some = QuantizedTensor(codes[::step], bits[::step].view(scales.dtype), global_scale)
+    return layer_statistics(weight[::step], some, rotation)

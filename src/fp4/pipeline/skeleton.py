@@ -1,0 +1,232 @@
+"""A model without its weights, parts of which are filled from the checkpoint and emptied again.
+
+The model is built on the meta device by Transformers' own classes, and a part is filled by Transformers' own weight
+conversion, so a checkpoint loads here exactly as ``from_pretrained`` loads it, only one part at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from fp4.checkpoint.files import Checkpoint, TensorInfo, load
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class _Lazy:
+    """A stored tensor that is read when Transformers asks for its values, as it does with safetensors' slices."""
+
+    def __init__(self, info: TensorInfo) -> None:
+        self.info = info
+
+    def __getitem__(self, index: Any) -> Tensor:
+        try:
+            return load(self.info)[index]
+        except OSError as error:
+            raise OSError(f"{self.info.file} could not be read: {error}") from error
+
+
+@dataclass
+class Source:
+    """Where a parameter of the model comes from.
+
+    Attributes:
+        keys: names of stored tensors; several where Transformers merges them (experts).
+        converter: how they are merged or split; None where the stored tensor is the parameter.
+    """
+
+    keys: list[str] = field(default_factory=list)
+    converter: WeightConverter | None = None
+
+
+class Skeleton:
+    """A model on the meta device, its decoder's blocks, and where each parameter is stored.
+
+    Attributes:
+        model: what config.json describes, in ``dtype``.
+        decoder: the part that turns tokens into hidden states of text.
+        blocks: full names of the decoder's blocks, in order.
+        sources: stored tensors of each parameter, by its full name (of its first target, where one is split).
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.model = _build(checkpoint.folder, dtype, trust_remote_code)
+        self.decoder_name, self.decoder = _decoder(self.model)
+        self.blocks = find_blocks(self.decoder, self.decoder_name)
+        self.conversions = get_model_conversion_mapping(self.model)
+        self.sources = self._sources()
+
+    def _sources(self) -> dict[str, Source]:
+        renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self.conversions if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        parameters = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        sources: dict[str, Source] = {}
+        for key in sorted(self.checkpoint.tensors):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, parameters)
+            if name not in parameters and key in parameters:
+                name, pattern = rename_source_key(key, [], [], prefix, parameters)
+            if name in parameters:
+                source = sources.setdefault(name, Source())
+                source.keys.append(key)
+                source.converter = None if pattern is None else by_pattern[pattern]
+        return sources
+
+    def keys_below(self, name: str) -> list[str]:
+        """Stored tensors of everything in the module ``name``."""
+        return [key for parameter, source in self.sources.items() if _below(parameter, name) for key in source.keys]
+
+    def keys_outside(self) -> list[str]:
+        """Stored tensors of the decoder, without those of its blocks."""
+        outside = [
+            source
+            for parameter, source in self.sources.items()
+            if (_below(parameter, self.decoder_name) or not self.decoder_name)
+            and not any(_below(parameter, block) for block in self.blocks)
+        ]
+        return [key for source in outside for key in source.keys]
+
+    def fill(self, keys: list[str], device: torch.device) -> None:
+        """Load the parameters that ``keys`` make up, and the buffers of their modules, onto ``device``.
+
+        Raises:
+            ValueError: a tensor cannot be converted, or does not fit the model.
+            OSError: a file cannot be read.
+        """
+        state = {key: _Lazy(self.checkpoint.tensors[key]) for key in keys}
+        options = LoadStateDictConfig(device_map={"": device}, dtype=self.dtype, weight_mapping=self.conversions)
+        with _quiet():
+            found, _ = convert_and_load_state_dict_in_model(self.model, state, options)
+        if found.conversion_errors or found.mismatched_keys:
+            problems = [f"{name}: {error.splitlines()[-1]}" for name, error in found.conversion_errors.items()]
+            problems += [
+                f"{name}: stored as {tuple(has)}, the model has {tuple(wants)}"
+                for name, has, wants in found.mismatched_keys
+            ]
+            raise ValueError(f"{len(problems)} tensors do not fit the model: {'; '.join(problems[:5])}")
+
+    @contextlib.contextmanager
+    def filled(self, name: str, device: torch.device) -> Iterator[nn.Module]:
+        """The module ``name`` (a block), with its weights while the context lasts."""
+        module = self.model.get_submodule(name)
+        replaced = list(self.model.get_submodule(name).named_modules())
+        try:
+            self.fill(self.keys_below(name), device)
+            self.settle(module, device, name)
+            yield module
+        finally:
+            for path, child in replaced:
+                if path:
+                    module.set_submodule(path, child)
+            module.to_empty(device="meta")
+
+    @contextlib.contextmanager
+    def outside_filled(self, device: torch.device) -> Iterator[None]:
+        """The decoder with everything but its blocks (embeddings, rotary tables, norms) in memory."""
+        parts = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if (_below(name, self.decoder_name) or not self.decoder_name)
+            and not any(_below(f"{name}.", block) for block in self.blocks)
+        ]
+        try:
+            self.fill(self.keys_outside(), device)
+            for name, module in parts:
+                self.settle(module, device, name, recurse=False)
+            yield
+        finally:
+            for _, module in parts:
+                module.to_empty(device="meta", recurse=False)
+
+    def settle(self, part: nn.Module, device: torch.device, name: str, recurse: bool = True) -> None:
+        """Compute what no checkpoint holds (rotary tables and the like), as Transformers initialises it."""
+        for module in part.modules() if recurse else [part]:
+            empty = [key for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+            for key in empty:
+                setattr(module, key, torch.empty_like(getattr(module, key), device=device))
+            if empty:
+                self.model._init_weights(module)
+        missing = [key for key, value in part.named_parameters(recurse=recurse) if value.is_meta]
+        if missing:
+            raise ValueError(
+                f"the checkpoint has no weight for {name}.{missing[0]} ({len(missing)} are missing in all)"
+            )
+
+
+def _below(name: str, module: str) -> bool:
+    return name.startswith(f"{module}.") if module else True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Transformers' own progress bar, of which there would be one a block."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _build(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    import transformers
+
+    config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    names = config.architectures or []
+    cls: Any = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    with torch.device("meta"):
+        model: PreTrainedModel
+        if cls is not None:
+            model = cls._from_config(config, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        return model
+
+
+def _decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    decoder = model.get_decoder()
+    if not isinstance(decoder, nn.Module):
+        decoder = model
+    return next(((name, module) for name, module in model.named_modules() if module is decoder), ("", model))
+
+
+def find_blocks(decoder: nn.Module, prefix: str = "") -> list[str]:
+    """Names of the blocks of ``decoder``: the ModuleList, inside no other, that holds most of its parameters.
+
+    Raises:
+        ValueError: there is no list of blocks.
+    """
+    lists: list[tuple[int, str, nn.ModuleList]] = []
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(_below(name, outer) for _, outer, _ in lists):
+            lists.append((sum(parameter.numel() for parameter in module.parameters()), name, module))
+    size, name, blocks = max(lists, key=lambda entry: entry[0], default=(0, "", nn.ModuleList()))
+    if not size:
+        raise ValueError(
+            f"{type(decoder).__name__} has no list of decoder blocks (an nn.ModuleList with weights); fp4 quantizes "
+            "decoder models"
+        )
+    start = f"{prefix}.{name}" if prefix else name
+    return [f"{start}.{index}" for index in range(len(blocks))]
