@@ -28,6 +28,9 @@ from fp4.pipeline.samples import batches_of, stored_samples
 from fp4.pipeline.skeleton import Skeleton
 from fp4.pipeline.staging import Staging
 
+# Output errors for the report are measured on so many tokens.
+_MEASURED_TOKENS = 512
+
 
 class BlockCalibration:
     """Quantizes a model block by block; every finished block is on disk, with the hidden states that follow it."""
@@ -215,12 +218,13 @@ class BlockCalibration:
         after.close()
 
     def _output_errors(self, block: Block, results: dict[str, LayerResult]) -> dict[str, float]:
-        """``|Y - Yq| / |Y|`` of each layer on the first batch of inputs."""
+        """``|Y - Yq| / |Y|`` of each layer on the first inputs."""
         errors: dict[str, float] = {}
 
         def see(layer: str, x: Tensor) -> None:
             if layer in errors:
                 return
+            x = x.reshape(-1, x.shape[-1])[:_MEASURED_TOKENS]
             result, weight = results[layer], block.linear(layer).weight
             rounded = backends.for_device(weight.device).dequantize(result.weight, weight.dtype)
             exact = x @ weight.T
@@ -229,7 +233,7 @@ class BlockCalibration:
             errors[layer] = float(error.norm() / exact.norm().clamp_min(1e-30))
 
         with torch.no_grad(), capture_inputs(block, results, see):
-            block.run(block.inputs[0][:1], 0)
+            block.run(block.inputs[0], 0)
         return errors
 
     def _write(

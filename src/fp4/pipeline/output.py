@@ -112,7 +112,7 @@ def write_side_files(
         if path.name not in _NOT_COPIED and path.suffix in _COPIED_SUFFIXES and path.is_file():
             shutil.copyfile(path, folder / path.name)
             written.append(path.name)
-    shards = sorted(folder.glob("*.safetensors"))
+    shards = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith(("block-", "samples")))
     headers = {shard.name: read_header(shard).tensors for shard in shards}
     if len(shards) > 1 or shards[0].name != "model.safetensors":
         weight_map = {name: file for file, tensors in headers.items() for name in tensors}

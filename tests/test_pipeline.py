@@ -1,0 +1,285 @@
+"""Whole checkpoints: streamed and block by block, many architectures, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import ARCHITECTURES, save_small, save_text, save_vision_language, tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+import fp4
+from fp4 import FP4Linear, FPQuantConfig
+from fp4.calibration.data import load_samples
+from fp4.pipeline import Job
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def same_bytes(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))
+        for name in a
+    )
+
+
+def all_bytes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor if tensor.ndim else tensor[None] for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_streamed_rounding_equals_quantizing_on_the_fly(architecture: str, tmp_path: Path) -> None:
+    model = save_small(architecture, tmp_path / "model")
+    fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn", rule="abs_max")
+    config = FPQuantConfig(activation_dtype="model", scale_rule="abs_max", checkpoint_format="compressed-tensors")
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, quantization_config=config)
+    loaded.save_pretrained(tmp_path / "fly")
+    assert same_bytes(all_bytes(tensors_of(tmp_path / "out")), all_bytes(tensors_of(tmp_path / "fly")))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_calibrated_checkpoint_loads_and_computes_what_it_should(architecture: str, tmp_path: Path, text: Path) -> None:
+    model = save_small(architecture, tmp_path / "model")
+    report = fp4.quantize(model, tmp_path / "out", "nvfp4", "rtn", text, samples=3, seq_len=32, device="cpu")
+    assert all(0 < row["output_error"] < 0.5 for row in report["layers"])
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    quantized = [name for name, module in packed.named_modules() if isinstance(module, FP4Linear)]
+    assert sorted(quantized) == sorted(row["name"] for row in report["layers"])
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        expected, found = dense(ids).logits, packed(ids).logits
+    assert torch.nn.functional.cosine_similarity(expected.flatten(), found.flatten(), dim=0) > 0.9
+
+
+def test_input_scales_come_from_the_quantized_prefix(tmp_path: Path, text: Path) -> None:
+    """The block before is the quantized one: computed once more by the loaded checkpoint, the ranges are the same."""
+    model = save_small("llama", tmp_path / "model", torch.float32)
+    fp4.quantize(model, tmp_path / "out", "nvfp4", "rtn", text, samples=2, seq_len=32, device="cpu")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    seen: dict[str, float] = {}
+    layers = {name: module for name, module in packed.named_modules() if isinstance(module, FP4Linear)}
+    for name, module in layers.items():
+        module.quantizes_input = True
+        module.register_forward_pre_hook(
+            lambda m, args, name=name: seen.__setitem__(name, max(seen.get(name, 0.0), float(args[0].abs().max())))
+        )
+    with torch.no_grad():
+        packed(torch.stack(load_samples(text, tokenizer(), 2, 32).tokens))
+    for name, module in layers.items():
+        largest_scale = module.input_global_scale.item() * 448 * 6
+        assert largest_scale / 2.2 <= seen[name] <= largest_scale * 1.01, name
+
+
+def test_vision_tower_is_kept(tmp_path: Path, text: Path) -> None:
+    model = save_vision_language(tmp_path / "model")
+    report = fp4.quantize(model, tmp_path / "out", "nvfp4", "rtn", text, samples=2, seq_len=32, device="cpu")
+    assert len(report["layers"]) == 21
+    assert all("language_model" in row["name"] for row in report["layers"])
+    assert any("vision_tower" in row["name"] for row in report["kept"])
+    before, after = tensors_of(model), tensors_of(tmp_path / "out")
+    vision = [name for name in before if "vision" in name or "projector" in name]
+    assert vision
+    assert all(torch.equal(before[name], after[name]) for name in vision)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert sum(isinstance(module, FP4Linear) for module in loaded.modules()) == 21
+
+
+def test_fused_layers_share_their_global_scale(tmp_path: Path, text: Path) -> None:
+    model = save_small("llama", tmp_path / "model")
+    for scheme, options in (("nvfp4a16", {}), ("nvfp4", {"samples": 2, "seq_len": 32})):
+        fp4.quantize(model, tmp_path / scheme, scheme, "rtn", text, **options)
+        tensors = tensors_of(tmp_path / scheme)
+        for names in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            scales = {float(tensors[f"model.layers.1.{name}.weight_global_scale"]) for name in names}
+            assert len(scales) == 1
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp4a16", "fp8_dynamic", "nvfp4a8"])
+def test_every_scheme_loads_in_its_default_format(scheme: str, tmp_path: Path, text: Path) -> None:
+    model = save_small("llama", tmp_path / "model")
+    report = fp4.quantize(model, tmp_path / "out", scheme, "rtn", text, samples=2, seq_len=32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.isfinite(loaded(torch.arange(3, 20)[None]).logits).all()
+    assert {row["scheme"] for row in report["layers"]} == {scheme}
+
+
+def test_patterns_choose_layers(tmp_path: Path) -> None:
+    model = save_small("llama", tmp_path / "model")
+    job = Job(
+        model, "nvfp4a16", "rtn", skip=["down_proj"], overrides={"*.0.*": None, "o_proj": "mxfp4a16"}, rotation="none"
+    )
+    chosen = {name: layer.preset for name, layer in job.plan.layers.items()}
+    assert set(chosen.values()) == {"nvfp4a16", "mxfp4a16"}
+    assert not any("down_proj" in name or ".0." in name for name in chosen)
+    assert all((preset == "mxfp4a16") == name.endswith("o_proj") for name, preset in chosen.items())
+    only = Job(model, "nvfp4a16", "rtn", only=["*.layers.2.mlp.*"])
+    assert sorted(only.plan.layers) == [f"model.layers.2.mlp.{name}_proj" for name in ("down", "gate", "up")]
+    reasons = {layer.name: layer.reason for layer in job.plan.kept}
+    assert reasons["lm_head"] == "output embedding"
+    assert reasons["model.layers.1.mlp.down_proj"] == "skipped by down_proj"
+
+
+def test_mixed_schemes_in_one_checkpoint(tmp_path: Path) -> None:
+    model = save_small("llama", tmp_path / "model")
+    fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn", overrides=["down_proj=mxfp4a16"], rotation="none")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    formats = {
+        name.rpartition(".")[2]: m.scheme.format.name for name, m in loaded.named_modules() if isinstance(m, FP4Linear)
+    }
+    assert formats["down_proj"] == "mxfp4"
+    assert formats["up_proj"] == "nvfp4"
+
+
+def test_output_is_whole(tmp_path: Path, text: Path) -> None:
+    model = save_small("llama", tmp_path / "model")
+    report = fp4.quantize(model, tmp_path / "out", "nvfp4", "rtn", text, samples=2, seq_len=32, command="the command")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    expected = {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "model.safetensors",
+        "report.json",
+        "README.md",
+    }
+    assert expected <= names
+    assert not (tmp_path / "out.partial").exists()
+    assert not any(name.startswith(("block-", "hidden-", ".", "lock")) for name in names)
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert report["command"] == "the command"
+    assert report["data"]["samples"] == 2
+    assert len(report["data"]["sha256"]) == 64
+
+
+def test_several_shards(tmp_path: Path, text: Path) -> None:
+    model = save_small("llama", tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    loaded.save_pretrained(tmp_path / "split", max_shard_size="60KB")
+    assert len(list((tmp_path / "split").glob("*.safetensors"))) > 3
+    (tmp_path / "split" / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
+    (tmp_path / "split" / "tokenizer_config.json").write_bytes((model / "tokenizer_config.json").read_bytes())
+    for scheme in ("nvfp4a16", "nvfp4"):
+        for source in ("model", "split"):
+            fp4.quantize(tmp_path / source, tmp_path / f"{source}-{scheme}", scheme, "rtn", text, samples=2, seq_len=32)
+        both = [all_bytes(tensors_of(tmp_path / f"{source}-{scheme}")) for source in ("model", "split")]
+        assert same_bytes(*both)
+
+
+# --- what is refused
+
+
+def test_mistakes_are_named(tmp_path: Path, text: Path) -> None:
+    model = save_small("llama", tmp_path / "model")
+    for options, message in (
+        ({"scheme": "int4"}, "scheme is 'int4'"),
+        ({"method": "magic"}, "method is 'magic'"),
+        ({"skip": ["nothing.*"]}, "skip 'nothing.\\*' fits none"),
+        ({"rotation": "hadamard63"}, "rotation is 'hadamard63'"),
+        ({"format": "gguf"}, "format is 'gguf'"),
+        ({"options": {"x": 1}}, "has no option x"),
+        ({"max_memory": "60"}, "max_memory"),
+        ({"only": ["*.0.*"], "skip": ["*.0.*"]}, "no layer is left"),
+        ({"rule": "best"}, "rule is 'best'"),
+        ({"format": "fp_quant", "scheme": "nvfp4a8"}, "fp_quant has no place for nvfp4a8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fp4.quantize(model, tmp_path / "out", **({"scheme": "nvfp4a16", "method": "rtn"} | options))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
+    model = save_small("llama", tmp_path / "model", num_hidden_layers=0)
+    with pytest.raises(ValueError, match="no list of decoder blocks"):
+        fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
+
+
+def test_an_unknown_model_type_is_refused(tmp_path: Path) -> None:
+    model = save_small("llama", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    with pytest.raises(ValueError, match="unheard_of"):
+        fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
+
+
+def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
+    model = save_small("llama", tmp_path / "model")
+    fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
+    with pytest.raises(ValueError, match="quantized already"):
+        fp4.quantize(tmp_path / "out", tmp_path / "again", "nvfp4a16", "rtn")
+    with pytest.raises(ValueError, match="exists"):
+        fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
+
+
+def test_no_tokenizer(tmp_path: Path, text: Path) -> None:
+    model = save_small("llama", tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        os.unlink(model / name)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        fp4.quantize(model, tmp_path / "out", "nvfp4", "rtn", text)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4a16", "nvfp4"])
+def test_nan_is_named_and_finished_work_is_kept(scheme: str, tmp_path: Path, text: Path) -> None:
+    model = save_small("llama", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.2.mlp.up_proj.weight"
+    tensors[name][3, 5] = torch.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.up_proj.* NaN"):
+        fp4.quantize(model, tmp_path / "out", scheme, "rtn", text, samples=2, seq_len=32)
+    assert not (tmp_path / "out").exists()
+    assert scheme == "nvfp4a16" or (tmp_path / "out.partial" / "block-00001.json").is_file()
+
+
+def test_a_truncated_shard(tmp_path: Path) -> None:
+    model = save_small("llama", tmp_path / "model")
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="truncated"):
+        fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fp4.checkpoint.files import ShardWriter
+
+    def fail(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        raise OSError(28, "No space left on device")
+
+    model = save_small("llama", tmp_path / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", fail)
+        with pytest.raises(OSError, match=r"disk of .* is full; make room; what is finished is kept"):
+            fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
+    assert not (tmp_path / "out").exists()
+    fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_unfinished_work_of_another_request_is_not_lost(tmp_path: Path) -> None:
+    model = save_small("llama", tmp_path / "model")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "request.json").write_text('{"scheme": "mxfp4"}')
+    with pytest.raises(ValueError, match=r"another request.*scheme"):
+        fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
+    fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn", overwrite=True)
