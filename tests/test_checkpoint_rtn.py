@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from fp4 import FPQuantConfig
 from fp4.checkpoint import codec_for
 from fp4.checkpoint.codec import StoredLinear
 from fp4.checkpoint.files import Checkpoint, load
 from fp4.checkpoint.fusing import fused_groups
 from fp4.checkpoint.layers import packed_layers
 from fp4.formats import (
+    FP8,
     MXFP4,
     NVFP4,
     QuantizedTensor,
@@ -27,6 +31,7 @@ from fp4.formats import (
     quantize,
     unpack_codes,
 )
+from fp4.tool_rules import TOOL_RULES, tool_quantize
 
 
 def layers_of(folder: Path, source: Path) -> list[tuple[torch.Tensor, torch.Tensor, StoredLinear]]:
@@ -103,3 +108,70 @@ def test_modelopt_mxfp4_is_ceil_but_for_ties(shared: Callable[[str], Path]) -> N
         assert torch.equal(mine[differ], other[differ] + 1)
         ties += int(differ.sum())
     assert ties == 1484
+
+
+# --- from the source model to the tool's file ------------------------------------------------------------------------
+
+
+def bytes_of(folder: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return {
+        name: (tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llmcompressor-NVFP4A16", {"scheme": "nvfp4a16", "scale_rule": "llm-compressor"}),
+        ("llmcompressor-NVFP4", {"scheme": "nvfp4a16", "scale_rule": "llm-compressor"}),
+        ("llmcompressor-MXFP4", {"scheme": "mxfp4", "scale_rule": "llm-compressor"}),
+        ("llmcompressor-FP8_DYNAMIC", {"scheme": "fp8_dynamic", "scale_rule": "llm-compressor"}),
+        ("modelopt-W4A16_NVFP4", {"scheme": "nvfp4a16", "scale_rule": "modelopt"}),
+        ("modelopt-NVFP4", {"scheme": "nvfp4a16", "scale_rule": "modelopt"}),
+        ("modelopt-MXFP4", {"scheme": "mxfp4", "scale_rule": "modelopt"}),
+    ],
+)
+def test_a_model_rounded_by_a_tools_rule_is_saved_as_the_tools_own_file(
+    name: str, options: dict[str, str], shared: Callable[[str], Path], tmp_path: Path
+) -> None:
+    tool = "modelopt" if name.startswith("modelopt") else "compressed-tensors"
+    config = FPQuantConfig(**options, checkpoint_format=tool)
+    source = shared("fixtures/source-llama")
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "out")
+    ours, theirs = bytes_of(tmp_path / "out"), bytes_of(shared(f"fixtures/{name}"))
+    # Scales of activations come from calibration data.
+    theirs = {key: value for key, value in theirs.items() if not key.endswith((".input_global_scale", ".input_scale"))}
+    assert set(ours) == set(theirs)
+    assert [key for key in ours if ours[key] != theirs[key]] == []
+
+
+def test_tool_rules_keep_to_their_formats() -> None:
+    assert FPQuantConfig("mxfp4", scale_rule="modelopt").activation_rule == "ceil"
+    assert FPQuantConfig("mxfp4", scale_rule="llm-compressor").transform_init == "identity"
+    with pytest.raises(ValueError, match="scale_rule"):
+        FPQuantConfig("fp8", scale_rule="modelopt")
+    with pytest.raises(ValueError, match="not for training"):
+        FPQuantConfig("nvfp4", scale_rule="modelopt", store_master_weights=True)
+    with pytest.raises(ValueError, match="not defined for fp8"):
+        tool_quantize(torch.zeros(1, 16), FP8, "modelopt")
+    for rule in TOOL_RULES:
+        codes, scales, global_scale = tool_quantize(torch.zeros(2, 32), NVFP4, rule)
+        assert not codes.any()
+        assert global_scale == 1
+        assert scales.float().isfinite().all()
+
+
+def test_stacks_of_experts_are_rounded_one_by_one() -> None:
+    weight = torch.randn(3, 8, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for rule, formats in TOOL_RULES.items():
+        for fmt in formats:
+            stacked = tool_quantize(weight, fmt, rule)
+            for expert in range(3):
+                alone = tool_quantize(weight[expert], fmt, rule)
+                assert torch.equal(stacked.codes[expert].view(torch.uint8), alone.codes.view(torch.uint8))
+                assert torch.equal(stacked.scales[expert].view(torch.uint8), alone.scales.view(torch.uint8))

@@ -12,6 +12,7 @@ from fp4.formats import FP8, MXFP4, NVFP4, WEIGHT_FORMATS
 from fp4.ops import BACKENDS
 from fp4.rotation import ROTATIONS
 from fp4.scheme import SCHEMES, Scheme
+from fp4.tool_rules import TOOL_RULES
 
 # FP-Quant quantizes under a fixed global scale: blocks are multiplied by 3 before their scale is taken (not for QuEST).
 _FP_QUANT_GLOBAL_SCALE = 1 / 3
@@ -86,7 +87,8 @@ class FPQuantConfig(QuantizationConfigMixin):
         modules_to_not_convert: layers to keep, as names, suffixes or regular expressions. Default: the output
             embedding. Embeddings and layers tied to them are always kept.
         scale_rule: how block scales of weights are chosen: ``"fp_quant"`` (``forward_method`` under FP-Quant's fixed
-            global scale) or a rule of the format (``formats.NVFP4.rules``, ``formats.MXFP4.rules``).
+            global scale), a rule of the format (``formats.NVFP4.rules``, ``formats.MXFP4.rules``), or
+            ``"llm-compressor"`` or ``"modelopt"``: to the bit as that tool rounds, without a rotation by default.
         activation_dtype: ``"fp4"`` (W4A4), ``"fp8"`` (one E4M3 scale a token: W4A8, or W8A8 beside FP8 weights),
             ``"model"`` (W4A16: activations keep the model's dtype) or ``"auto"``: the format of the weights where the
             hardware multiplies that, the model's dtype elsewhere.
@@ -190,6 +192,15 @@ class FPQuantConfig(QuantizationConfigMixin):
                 f"{self.hadamard_group_size!r}; leave both out"
             )
         rotation, group_size, weight_rule, activation_rule = _BEST[fmt.name]
+        tools = tuple(rule for rule, formats in TOOL_RULES.items() if fmt in formats)
+        if self.scale_rule in tools:
+            rotation, group_size = "identity", fmt.k_multiple
+            activation_rule = "ceil" if fmt is MXFP4 and self.scale_rule == "modelopt" else activation_rule
+            if self.store_master_weights:
+                raise ValueError(
+                    f"scale_rule {self.scale_rule!r} is for writing what that tool writes, not for training with "
+                    "store_master_weights; use a rule of the format"
+                )
         # Any option that only FP-Quant has a meaning for asks for all of FP-Quant's behaviour.
         named = (
             self.transform_init is not None or self.hadamard_group_size is not None or self.forward_method == "quest"
@@ -217,7 +228,7 @@ class FPQuantConfig(QuantizationConfigMixin):
         if self.activation_scaling is None:
             self.activation_scaling = "static" if as_fp_quant and self.activation_dtype != "fp8" else "dynamic"
         own_rules = () if fmt is FP8 else ("fp_quant",)
-        _require(self.scale_rule, (*own_rules, *fmt.rules), f"scale_rule (of {fmt.name})")
+        _require(self.scale_rule, (*own_rules, *fmt.rules, *tools), f"scale_rule (of {fmt.name})")
         on_the_fly = tuple(rule for rule in fmt.rules if rule != "mse")
         _require(self.activation_rule, (*own_rules, *on_the_fly), f"activation_rule (of {fmt.name})")
         fp8_inputs = fmt is FP8 or self.activation_dtype == "fp8"
@@ -305,6 +316,8 @@ class FPQuantConfig(QuantizationConfigMixin):
             own["forward_dtype"] = self.forward_dtype
         elif self.scale_rule == "fp_quant" and forward_dtype != FP8.name:
             own |= {"scale_rule": "fp_quant", "transform_init": self.transform_init}
+        elif WEIGHT_FORMATS.get(forward_dtype) in TOOL_RULES.get(str(self.scale_rule), ()):
+            own["scale_rule"] = self.scale_rule
         return FPQuantConfig(**(own | options))
 
     def scheme_for(self, name: str) -> tuple[Scheme, str] | None:

@@ -13,6 +13,7 @@ from fp4.methods.block import Block, LayerResult
 from fp4.methods.scales import observe_input_scales, shared_global_scale, weight_scale
 from fp4.rotation import rotate
 from fp4.scheme import Scheme
+from fp4.tool_rules import TOOL_RULES, tool_global_scale, tool_quantize
 
 
 def global_scale_of(weight: Tensor, scheme: Scheme, rotation: Tensor | None = None) -> Tensor | None:
@@ -23,6 +24,8 @@ def global_scale_of(weight: Tensor, scheme: Scheme, rotation: Tensor | None = No
         return None
     if rotation is not None:
         weight = rotate(weight, rotation)
+    if scheme.weight_rule in TOOL_RULES:
+        return tool_global_scale(weight, scheme.format, scheme.weight_rule)
     largest = backends.for_device(weight.device).largest_magnitude(weight)
     return weight_scale(largest, scheme)
 
@@ -49,6 +52,8 @@ def rtn(
         weight = rotate(weight, rotation)
     if global_scale is None:
         global_scale = global_scale_of(weight, scheme)
+    if scheme.weight_rule in TOOL_RULES:
+        return tool_quantize(weight, scheme.format, scheme.weight_rule, global_scale)
     if scheme.block_size in (0, scheme.format.block_size):
         backend = backends.for_device(weight.device, scheme.format)
         return backend.quantize(weight, scheme.format, scheme.weight_rule, global_scale)

@@ -12,12 +12,16 @@ from fp4.formats import E2M1_MAX, E4M3_MAX, FP8, portable_global_scale_for
 from fp4.methods.block import Block, capture_inputs, quantizes_activations
 from fp4.rotation import rotate
 from fp4.scheme import Scheme
+from fp4.tool_rules import TOOL_RULES, tool_global_scale
 
 
 def shared_global_scale(weights: Iterable[Tensor], scheme: Scheme) -> Tensor | None:
     """The one global scale of (rotated) weights ``[N, K]``: float64 ``[]``, None if the format has none."""
     if not scheme.format.needs_global_scale:
         return None
+    if scheme.weight_rule in TOOL_RULES and scheme.global_scale is None:
+        own = [tool_global_scale(weight, scheme.format, scheme.weight_rule) for weight in weights]
+        return torch.stack([scale for scale in own if scale is not None]).amax()
     largest = torch.stack([weight.abs().amax().float() for weight in weights]).amax()
     if scheme.global_scale is not None:
         return torch.full((), scheme.global_scale, dtype=torch.float64, device=largest.device)
