@@ -163,6 +163,7 @@ def adversarial(k: int) -> dict[str, Tensor]:
     few_small[[5, k // 2]] = torch.tensor([1e-5, -1e-9])
     return {
         "few small": few_small,
+        "wide range": torch.randn(k) * torch.randn(k).mul(3).exp(),
         "zeros": torch.zeros(k),
         "minus zeros": -torch.zeros(k),
         "subnormal": torch.randn(k) * 1e-40,
@@ -195,9 +196,10 @@ def test_adversarial_activations(fmt: Format, kind: str, m: int, dtype: torch.dt
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_activations_finish(fmt: Format, bad: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_non_finite_activations_finish(fmt: Format, bad: float, dtype: torch.dtype) -> None:
     weight = random_weight(fmt, 20, 128)
-    x = torch.randn(5, 128)
+    x = torch.randn(5, 128, dtype=dtype)
     x[2, 7] = bad
     out = ops.cpu_linear(x, *packed(weight), None, 20)
     assert out[[0, 1, 3, 4]].isfinite().all()
@@ -218,6 +220,9 @@ def test_every_code_and_scale(fmt: Format) -> None:
         x = torch.eye(block)[:m]
         out = ops.cpu_linear(x, *packed(weight), None, top)
         assert torch.equal(out, values[:, :m].T)
+        # No value has more bits than a bfloat16 holds, nor is one below its normal numbers but MXFP4's very smallest.
+        rounded = ops.cpu_linear(x.bfloat16(), *packed(weight), None, top)
+        assert torch.equal(rounded, values[:, :m].T.bfloat16())
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)

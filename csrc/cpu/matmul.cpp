@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "scratch.h"
+
 namespace fp4::cpu {
 
 namespace {
@@ -43,6 +45,19 @@ Matmul::Tile Matmul::tile_at(int64_t task) const {
   const size_t index = std::upper_bound(starts.begin(), starts.end(), task) - starts.begin() - 1;
   const Segment& segment = product_.segments[index];
   return {&segment, tiling(segment), task - starts[index]};
+}
+
+void Matmul::load_row(const Input& input, int64_t row, float* to) const {
+  const int64_t k = product_.k;
+  const void* from = static_cast<const uint8_t*>(input.x) + row * k * element_size(input.dtype);
+  if (input.rotation == nullptr) return kernels_.load(from, input.dtype, k, to);
+  auto unrotated = scratch<float>(k);
+  kernels_.load(from, input.dtype, k, unrotated.get());
+  kernels_.rotate(unrotated.get(), k / input.h, input.rotation, input.h, to);
+  if (input.dtype == Dtype::float32) return;
+  auto rounded = scratch<uint16_t>(k);
+  kernels_.store(to, input.dtype, k, rounded.get());
+  kernels_.load(rounded.get(), input.dtype, k, to);
 }
 
 void Matmul::finish(const Segment& segment, int64_t row, int64_t rows, int64_t panel, const float* sums,

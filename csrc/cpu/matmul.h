@@ -48,7 +48,15 @@ struct Tiling {
   int64_t rows;
 };
 
-// Everything the two products below share: the tasks of a call, and the way from sums to output.
+// x, contiguous. With a rotation [h, h], groups of h columns are multiplied by it in float32 and rounded to dtype again.
+struct Input {
+  const void* x;
+  Dtype dtype;
+  const float* rotation;
+  int64_t h;
+};
+
+// What the products below share: the tasks of a call, the way of x in and of sums out.
 class Matmul {
  public:
   // `k` rows of a tile are stored chunk after chunk of K (`chunk` columns), so that what the inner loop reads is
@@ -75,6 +83,9 @@ class Matmul {
   Tile tile_at(int64_t task) const;
   Tiling tiling(const Segment& segment) const { return Tiling(segment.rows, tile_); }
 
+  // Row `row` of x, k values.
+  void load_row(const Input& input, int64_t row, float* to) const;
+
   // Writes the 16 sums, times unit, of each of `rows` rows (from `row` on) as columns of `panel`.
   void finish(const Segment& segment, int64_t row, int64_t rows, int64_t panel, const float* sums,
               float unit = 1) const;
@@ -90,33 +101,42 @@ class Matmul {
   std::vector<int64_t> prepare_starts_;  // the same of tiles
 };
 
-// Weight-only: x in its own precision, sums in float32 (or better: digits.h).
+// Weight-only: x in its own precision, sums in float32.
 class WeightOnly : public Matmul {
  public:
   // `memory` holds memory_bytes(product, rows of x), aligned to 8 bytes. It is written by prepare.
-  WeightOnly(const Product& product, const void* x, Dtype x_dtype, int64_t rows, uint8_t* memory);
-  static int64_t memory_bytes(const Product& product, int64_t rows);
-  int64_t prepare_tasks() const { return Matmul::prepare_tasks() + (digits_ ? rows_ * pieces_ : 0); }
+  WeightOnly(const Product& product, const Input& input, uint8_t* memory);
+  static int64_t memory_bytes(const Product& product, int64_t rows) { return rows * product.k * 4; }
   void prepare(int64_t begin, int64_t end) const;
   void run(int64_t begin, int64_t end) const;
 
  private:
-  void prepare_tile(int64_t task) const;
-  void prepare_digits(int64_t task) const;
-  bool runs_on_digits(const Segment& segment) const;
-  void run_digits(const Piece& piece) const;
   void run_rows(const Piece& piece) const;
   void run_tiles(const Piece& piece) const;
-  float* tiles(int64_t row) const { return reinterpret_cast<float*>(memory_) + row * product_.k; }
-  Residuals* residuals(int64_t row) const;
-  uint8_t* digit_row(int64_t row) const;
+  float* tiles(int64_t row) const { return tiles_ + row * product_.k; }
 
-  const void* x_;
-  Dtype x_dtype_;
-  int64_t rows_;
-  uint8_t* memory_;  // tiles, then residuals, then digits
-  bool digits_;      // whether some segment may go through digits
-  int64_t pieces_;   // of a row: each is made into digits by a task of its own and has its own residuals
+  const Input& input_;
+  float* tiles_;
+};
+
+// Weight-only for bfloat16 x: x in fixed point (fixed_point.h), products of blocks exact.
+class FixedPoint : public Matmul {
+ public:
+  static bool runs(Dtype dtype) { return dtype == Dtype::bfloat16 && matmul_kernels().fixed_point != nullptr; }
+  // `memory` as above.
+  FixedPoint(const Product& product, const Input& input, int64_t rows, uint8_t* memory);
+  static int64_t memory_bytes(const Product& product, int64_t rows);
+  void prepare(int64_t begin, int64_t end) const;
+  void run(int64_t begin, int64_t end) const;
+
+ private:
+  void finish_panel(const Segment& segment, int64_t first_row, int64_t rows, int64_t panel, float* sums) const;
+  Residual* residuals(int64_t row) const { return residuals_ + row * product_.k; }
+
+  const Input& input_;
+  uint8_t* tiles_;
+  int64_t* residual_counts_;  // one for each row of x
+  Residual* residuals_;       // room for k of each row
 };
 
 // W4A4: x is quantized by `quantizer`, products are exact integers, block scales are applied in float32.

@@ -199,6 +199,29 @@ AVX2 void multiply_integer(const uint8_t* x, int rows, const uint8_t* w, const f
   }
 }
 
+template <int N>
+AVX2_INLINE void rotate_columns(const float* x, const float* rotation, int64_t h, float* out) {
+  __m256 sum[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) sum[n] = _mm256_setzero_ps();
+  for (int64_t i = 0; i < h; ++i, rotation += h) {
+    const __m256 value = _mm256_set1_ps(x[i]);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sum[n] = _mm256_fmadd_ps(value, _mm256_loadu_ps(rotation + 8 * n), sum[n]);
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) _mm256_storeu_ps(out + 8 * n, sum[n]);
+}
+
+AVX2 void rotate(const float* x, int64_t groups, const float* rotation, int64_t h, float* out) {
+  if (h % 16 != 0) return kScalarMatmul.rotate(x, groups, rotation, h, out);
+  for (int64_t g = 0; g < groups; ++g, x += h, out += h) {
+    int64_t j = 0;
+    for (; j + 64 <= h; j += 64) rotate_columns<8>(x, rotation + j, h, out + j);
+    for (; j < h; j += 16) rotate_columns<2>(x, rotation + j, h, out + j);
+  }
+}
+
 AVX2 void load(const void* from, Dtype dtype, int64_t n, float* to) {
   const uint16_t* half = static_cast<const uint16_t*>(from);
   const int64_t whole = n / 8 * 8;
@@ -246,7 +269,7 @@ AVX2 void store(const float* from, Dtype dtype, int64_t n, void* to) {
 }  // namespace
 
 const MatmulKernels kAvx2Matmul = {
-    &kDigitKernels,
+    &kFixedPointKernels,
     2,
     6,
     3,
@@ -255,6 +278,7 @@ const MatmulKernels kAvx2Matmul = {
     multiply_float,
     {decode_integer<Format::nvfp4>, decode_integer<Format::mxfp4>},
     {multiply_integer<Format::nvfp4>, multiply_integer<Format::mxfp4>},
+    rotate,
     load,
     store,
 };

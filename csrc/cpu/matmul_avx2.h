@@ -20,7 +20,7 @@ namespace fp4::cpu::avx2 {
 // where the hardware's own prefetching stops. Asking beyond the last panel is harmless.
 template <Format F>
 AVX2_INLINE void prefetch_block(const uint8_t* codes, const uint8_t* scales) {
-  constexpr int kAhead = 2048;  // bytes of codes
+  constexpr int kAhead = 4096;  // bytes of codes
   const char* const next = reinterpret_cast<const char*>(codes) + kAhead;
   for (int i = 0; i < block_bytes(F); i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
   _mm_prefetch(reinterpret_cast<const char*>(scales) + kAhead / block_bytes(F) * kPanelRows, _MM_HINT_T0);
@@ -32,29 +32,38 @@ struct Scales {
 };
 
 // E4M3 passes through float16, whose exponent is one bit wider: the conversion instruction handles subnormals whatever
-// the processor's denormal mode, and leaves a factor 2^8 between the biases. So `unit` (scale_unit) is 2^8 * global
-// scale.
+// the processor's denormal mode, and leaves a factor 2^8 between the biases.
 template <Format F>
-AVX2_INLINE Scales load_scales(const uint8_t* scales, __m256 unit) {
+constexpr float kRawScaleUnit = F == Format::nvfp4 ? 256.0f : 1.0f;
+
+// Block scales over kRawScaleUnit.
+template <Format F>
+AVX2_INLINE Scales raw_scales(const uint8_t* scales) {
   if constexpr (F == Format::nvfp4) {
     const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
     const __m256i shifted = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 1);
     const __m256i half = _mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<short>(0xBFFF)));
-    return {_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), unit),
-            _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), unit)};
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
   } else {
     // An E8M0 byte is a float32 exponent field, except that 0 means the subnormal 2^-127.
     const __m256i smallest = _mm256_set1_epi32(0x00400000);
     const __m256i low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales)));
     const __m256i high = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + 8)));
-    return {_mm256_mul_ps(_mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(low, 23), smallest)), unit),
-            _mm256_mul_ps(_mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(high, 23), smallest)), unit)};
+    return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(low, 23), smallest)),
+            _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(high, 23), smallest))};
   }
+}
+
+// Block scales times `unit` (scale_unit) over kRawScaleUnit.
+template <Format F>
+AVX2_INLINE Scales load_scales(const uint8_t* scales, __m256 unit) {
+  const Scales raw = raw_scales<F>(scales);
+  return {_mm256_mul_ps(raw.low, unit), _mm256_mul_ps(raw.high, unit)};
 }
 
 template <Format F>
 AVX2_INLINE __m256 scale_unit(float global_scale) {
-  return _mm256_set1_ps(F == Format::nvfp4 ? global_scale * 256.0f : global_scale);
+  return _mm256_set1_ps(global_scale * kRawScaleUnit<F>);
 }
 
 // Four columns as bfloat16 pairs: in each 32-bit lane of k02 column 0 (low half) and 2 of a row, in k13 columns 1 and
@@ -89,7 +98,7 @@ AVX2_INLINE __m256 second(__m256i pair) {
   return _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
 }
 
-extern const DigitKernels kDigitKernels;
+extern const FixedPointKernels kFixedPointKernels;
 
 }  // namespace fp4::cpu::avx2
 

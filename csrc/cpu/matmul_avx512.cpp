@@ -198,6 +198,7 @@ const MatmulKernels kAvx512Matmul = {
     multiply_float,
     {kAvx2Matmul.decode_integer[0], kAvx2Matmul.decode_integer[1]},
     {multiply_integer<Format::nvfp4>, multiply_integer<Format::mxfp4>},
+    kAvx2Matmul.rotate,
     kAvx2Matmul.load,
     kAvx2Matmul.store,
 };

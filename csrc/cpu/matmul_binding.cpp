@@ -135,13 +135,17 @@ struct Activation {
   const std::string& rule;
 };
 
-// float32 of x [.., K] in groups times the rotation [h, h], as rotation.py computes it: the same operation of torch, so
-// that no code differs from the reference by the order of a sum.
-Tensor rotated(const Tensor& x, const Tensor& rotation) {
-  STD_TORCH_CHECK(rotation.dim() == 2 && rotation.size(0) == rotation.size(1) &&
+void check_rotation(const Tensor& rotation, const Tensor& x) {
+  STD_TORCH_CHECK(rotation.dim() == 2 && rotation.size(0) == rotation.size(1) && rotation.size(0) > 0 &&
                       x.size(x.dim() - 1) % rotation.size(0) == 0,
                   "rotation ", shape_text(rotation), " must be square and its size divide the columns of x ",
                   shape_text(x));
+}
+
+// float32 of x [.., K] in groups times the rotation [h, h], as rotation.py computes it: the same operation of torch, so
+// that no code differs from the reference by the order of a sum.
+Tensor rotated(const Tensor& x, const Tensor& rotation) {
+  check_rotation(rotation, x);
   const Tensor groups = torch::stable::reshape(torch::stable::to(x, ScalarType::Float), {-1, rotation.size(0)});
   return torch::stable::contiguous(torch::stable::matmul(groups, torch::stable::to(rotation, ScalarType::Float)));
 }
@@ -209,12 +213,24 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scal
   }
 
   if (activation == nullptr) {
-    const bool rotates = rotation.has_value();
-    const Tensor input = torch::stable::contiguous(
-        rotates ? torch::stable::to(rotated(x, *rotation), x.scalar_type()) : x);
-    Tensor memory = torch::stable::new_empty(x, {WeightOnly::memory_bytes(product, rows)}, ScalarType::Byte);
-    execute(WeightOnly(product, input.const_data_ptr(), dtype, rows, static_cast<uint8_t*>(memory.mutable_data_ptr())),
-            product, rows);
+    const Tensor contiguous = torch::stable::contiguous(x);
+    Input input{contiguous.const_data_ptr(), dtype, nullptr, 0};
+    std::optional<Tensor> matrix;
+    if (rotation.has_value()) {
+      check_rotation(*rotation, x);
+      matrix = torch::stable::contiguous(torch::stable::to(*rotation, ScalarType::Float));
+      input.rotation = static_cast<const float*>(matrix->const_data_ptr());
+      input.h = rotation->size(0);
+    }
+    const bool fixed = FixedPoint::runs(dtype);
+    const int64_t bytes = fixed ? FixedPoint::memory_bytes(product, rows) : WeightOnly::memory_bytes(product, rows);
+    Tensor tensor = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
+    auto* const memory = static_cast<uint8_t*>(tensor.mutable_data_ptr());
+    if (fixed) {
+      execute(FixedPoint(product, input, rows, memory), product, rows);
+    } else {
+      execute(WeightOnly(product, input, memory), product, rows);
+    }
     return out;
   }
   const Rule rule = rule_of(packed.format, activation->rule);

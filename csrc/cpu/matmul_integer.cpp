@@ -41,7 +41,7 @@ void IntegerProduct::prepare(int64_t begin, int64_t end) const {
         for (int64_t b = c / block; b < (c + length) / block; ++b, to += integer_block_bytes(product_.format, rows)) {
           int32_t sum = 0;
           for (int i = 0; i < block; ++i) sum += codes[b * block + i];
-          const int32_t correction = -kIntegerBias * sum;
+          const int32_t correction = -kCodeBias * sum;
           for (int i = 0; i < block; ++i) {
             const int8_t code = codes[b * block + i / 4 * 4 + kIntegerColumn[i % 4]];
             to[(i / 4 * rows + m) * 4 + i % 4] = static_cast<uint8_t>(code);

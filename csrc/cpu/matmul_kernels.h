@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "digits.h"
+#include "fixed_point.h"
 #include "isa.h"
 #include "layout.h"
 
@@ -12,35 +12,18 @@ namespace fp4::cpu {
 
 // Integer activations of one block of a tile of `rows` rows, as matmul_integer.cpp lays them out:
 //   int8  codes[block_size / 4][rows][4]   doubled E2M1 values, columns in kIntegerColumn order
-//   int32 correction[rows]                 -12 * sum of the row's codes: decoded weights are stored 12 too large
+//   int32 correction[rows]                 -12 * sum of the row's codes: decoded weights are stored kCodeBias too large
 //   float scale[rows]
-constexpr int kIntegerBias = 12;
 constexpr int64_t integer_block_bytes(Format format, int64_t rows) { return rows * (block_size(format) + 8); }
 
 // `codes` and `scales` point at a block of a panel (layout.h) and `blocks` blocks are read from there. Indexed by
 // Format.
 
-// Products of activations as digits (digits.h).
-struct DigitKernels {
-  int rows;  // most rows of x that are worth it
-
-  // One row of x, whose first block begins with group `first_group` of four columns. Residuals are appended.
-  void (*split[2])(const float* x, int64_t blocks, int32_t first_group, uint8_t* out, Residuals& residuals);
-
-  // y[m][16] = sum over k of x[m][k] * value[k][16], but for residuals. Rows of x lie `stride` bytes apart.
-  void (*gemv[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const uint8_t* x,
-                  int64_t stride, int rows, float* y);
-
-  // y[16] += sum over residuals. codes and scales are those of the panel's first block.
-  void (*add_residuals[2])(const uint8_t* codes, const uint8_t* scales, float global_scale, const Residuals& residuals,
-                           float* y);
-};
-
 struct MatmulKernels {
-  const DigitKernels* digits;  // null where decoding to float32 is as fast
-  int gemv_rows;               // most rows of x that `gemv` takes
-  int float_tile;              // most rows of x that `multiply_float` takes
-  int integer_tile;            // most rows of x that `multiply_integer` takes
+  const FixedPointKernels* fixed_point;  // null where float32 is as fast
+  int gemv_rows;     // most rows of x that `gemv` takes
+  int float_tile;    // most rows of x that `multiply_float` takes
+  int integer_tile;  // most rows of x that `multiply_integer` takes
 
   // y[m][16] = sum over k of x[k][m] * value[k][16]: weights are decoded in registers and used at once.
   void (*gemv[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const float* x,
@@ -52,13 +35,16 @@ struct MatmulKernels {
   // sum[m][16] += sum over k of x[k][m] * w[k][16].
   void (*multiply_float)(const float* x, int rows, const float* w, int64_t k, float* sum);
 
-  // out[k / 4][16][4] = doubled E2M1 + kIntegerBias, columns in kIntegerColumn order; out_scales[block][16].
+  // out[k / 4][16][4] = doubled E2M1 + kCodeBias, columns in kIntegerColumn order; out_scales[block][16].
   void (*decode_integer[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, uint8_t* out,
                             float* out_scales);
 
   // sum[m][16] += sum over blocks of (exact integer dot product) * scale[m] * w_scales[16].
   void (*multiply_integer[2])(const uint8_t* x, int rows, const uint8_t* w, const float* w_scales, int64_t blocks,
                               float* sum);
+
+  // out[group][h] = x[group][h] @ rotation[h][h], rows in order: each output is one chain of (fused) multiply-adds.
+  void (*rotate)(const float* x, int64_t groups, const float* rotation, int64_t h, float* out);
 
   // n elements to and from float32 (to nearest even).
   void (*load)(const void* from, Dtype dtype, int64_t n, float* to);

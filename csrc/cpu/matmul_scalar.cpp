@@ -78,7 +78,7 @@ void decode_integer(const uint8_t* codes, const uint8_t* scales, int64_t blocks,
     for (int r = 0; r < kPanelRows; ++r) out_scales[r] = block_scale<F>(scales[r]);
     for (int k = 0; k < size; k += 4) {
       for (int r = 0; r < kPanelRows; ++r) {
-        for (const int i : kIntegerColumn) *out++ = kDoubled[nibble(codes, k + i, r)] + kIntegerBias;
+        for (const int i : kIntegerColumn) *out++ = kDoubled[nibble(codes, k + i, r)] + kCodeBias;
       }
     }
   }
@@ -102,6 +102,16 @@ void multiply_integer(const uint8_t* x, int rows, const uint8_t* w, const float*
         }
         sum[m * kPanelRows + r] += static_cast<float>(dot) * scale * w_scales[b * kPanelRows + r];
       }
+    }
+  }
+}
+
+void rotate(const float* x, int64_t groups, const float* rotation, int64_t h, float* out) {
+  for (int64_t g = 0; g < groups; ++g, x += h, out += h) {
+    for (int64_t j = 0; j < h; ++j) {
+      float sum = 0;
+      for (int64_t i = 0; i < h; ++i) sum += x[i] * rotation[i * h + j];
+      out[j] = sum;
     }
   }
 }
@@ -165,6 +175,7 @@ const MatmulKernels kScalarMatmul = {
     multiply_float,
     {decode_integer<Format::nvfp4>, decode_integer<Format::mxfp4>},
     {multiply_integer<Format::nvfp4>, multiply_integer<Format::mxfp4>},
+    rotate,
     load,
     store,
 };

@@ -65,8 +65,17 @@ void run(Format format, Dtype dtype, int64_t m, int64_t n, int64_t k, bool integ
     const auto tiles = exactly<uint8_t>(rows * IntegerProduct::tile_bytes(format, k));
     drive(IntegerProduct(product, x.get(), dtype, quantizer, tiles.get()));
   } else {
-    const auto memory = exactly<uint8_t>(WeightOnly::memory_bytes(product, rows));
-    drive(WeightOnly(product, x.get(), dtype, rows, memory.get()));
+    const auto rotation = exactly<float>(16 * 16);
+    for (int i = 0; i < 16 * 16; ++i) rotation[i] = i % 17 == 0 ? 1.0f : 0.01f;
+    for (const bool rotates : {false, true}) {
+      const Input input{x.get(), dtype, rotates ? rotation.get() : nullptr, 16};
+      if (FixedPoint::runs(dtype)) {
+        const auto memory = exactly<uint8_t>(FixedPoint::memory_bytes(product, rows));
+        drive(FixedPoint(product, input, rows, memory.get()));
+      }
+      const auto memory = exactly<uint8_t>(WeightOnly::memory_bytes(product, rows));
+      drive(WeightOnly(product, input, memory.get()));
+    }
   }
   const auto result = exactly<float>(rows * n);
   kScalarMatmul.load(out.get(), dtype, rows * n, result.get());

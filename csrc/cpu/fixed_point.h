@@ -1,0 +1,53 @@
+// Activations in fixed point: how bfloat16 x meets packed weights faster than by float32 multiplications, and no less
+// exactly.
+//
+// Widening 4-bit codes to float32 costs more instructions than the multiplications do, and a float32 multiply-add takes
+// one column where an integer one takes two. So each block of x is written as 16-bit integers,
+//
+//   x[k] = unit * word[k] + residual[k],      unit = 2^(e - 14) for a block whose largest |x| is below 2^(e + 1),
+//
+// which meet the doubled codes (stored 12 too large, so that zero bytes widen them) in exact integer arithmetic: a
+// block's sum stays below 2^24, so that not even its conversion to float32 rounds. Words hold a bfloat16 exactly down
+// to 2^-7 of its block's largest; what they do not hold is not dropped: the residual is exact in float32, rare, and its
+// products are added in float32. A block with an infinity or a NaN is residual altogether. float16 and float32 x, of
+// which more would be left over, are multiplied in float32.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+
+namespace fp4::cpu {
+
+constexpr int kCodeBias = 12;
+
+// One block of a tile of `rows` rows of x:
+//   int16 words[block_size / 4][rows][4]   columns in kIntegerColumn order: pairs that meet the words of layout.h
+//   int32 correction[rows]                 -12 * sum of the row's words
+//   float unit[rows]                       half of the unit above: codes are doubled
+constexpr int64_t fixed_point_block_bytes(Format format, int64_t rows) { return rows * (2 * block_size(format) + 8); }
+
+struct Residual {
+  int32_t column;
+  float x;
+};
+
+struct FixedPointKernels {
+  int rows;           // most rows that `multiply` takes
+  float unit[2];      // by Format: what the sums of the kernels below are to be multiplied by, beside the global scale
+
+  // One row of x, as row m (`to` is moved there) of a tile of `rows`. Appends what is left over; returns its number.
+  // `first_column` is that of x[0].
+  int64_t (*split[2])(const float* x, int64_t blocks, int rows, uint8_t* to, int m, int32_t first_column,
+                      Residual* residuals);
+
+  // sum[m][16] += sum over k of x[m][k] * value[k][16], but for residuals. Both x and weights are of `blocks` blocks.
+  void (*multiply[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, const uint8_t* x, int rows,
+                      float* sum);
+
+  // sum[16] += sum over residuals. codes and scales are those of the panel's first block.
+  void (*add_residuals[2])(const uint8_t* codes, const uint8_t* scales, const Residual* residuals, int64_t count,
+                           float* sum);
+};
+
+}  // namespace fp4::cpu

@@ -1,0 +1,177 @@
+// AVX2 kernels for activations in fixed point (fixed_point.h). AVX-512 decodes codes to float32 in one instruction and
+// does without.
+#include "matmul_avx2.h"
+
+#ifdef FP4_X86
+
+#include <cstring>
+
+#include "fixed_point.h"
+
+namespace fp4::cpu::avx2 {
+namespace {
+
+AVX2_INLINE int32_t sum(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
+
+AVX2_INLINE __m256 power_of_two(int exponent_field) {
+  return _mm256_castsi256_ps(_mm256_set1_epi32(exponent_field << 23));
+}
+
+template <Format F>
+AVX2 int64_t split(const float* x, int64_t blocks, int rows, uint8_t* to, int m, int32_t first_column,
+                   Residual* residuals) {
+  constexpr int size = block_size(F);
+  const __m256i pairs = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, -1, -1, -1, -1, -1, -1, -1, -1));
+  Residual* const first = residuals;
+  for (int64_t b = 0; b < blocks; ++b, x += size, to += fixed_point_block_bytes(F, rows), first_column += size) {
+    __m256i largest = _mm256_setzero_si256();
+    for (int i = 0; i < size; i += 8) {
+      const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(x + i));
+      largest = _mm256_max_epi32(largest, _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF)));
+    }
+    __m128i most = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+    most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4E));
+    most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0xB1));
+    int exponent = _mm_cvtsi128_si32(most) >> 23;
+    if (exponent < 40) exponent = 40;  // keeps every power of two below a normal number
+    const bool finite = exponent < 255;
+    const __m256 unit = power_of_two(exponent - 14);
+    const __m256 per_unit = finite ? power_of_two(254 + 14 - exponent) : _mm256_setzero_ps();
+    __m256i total = _mm256_setzero_si256();
+    for (int i = 0; i < size; i += 8) {
+      const __m256 values = _mm256_loadu_ps(x + i);
+      __m256i words = _mm256_setzero_si256();
+      if (finite) words = _mm256_cvtps_epi32(_mm256_mul_ps(values, per_unit));
+      total = _mm256_add_epi32(total, words);
+      const __m256i stored = _mm256_shuffle_epi8(_mm256_packs_epi32(words, words), pairs);
+      uint8_t* group = to + (i / 4 * rows + m) * 8;
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(group), _mm256_castsi256_si128(stored));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(group + rows * 8), _mm256_extracti128_si256(stored, 1));
+      const __m256 rest = _mm256_sub_ps(values, _mm256_mul_ps(_mm256_cvtepi32_ps(words), unit));
+      int left = _mm256_movemask_ps(_mm256_cmp_ps(rest, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+      if (left == 0) continue;
+      alignas(32) float residual[8];
+      _mm256_store_ps(residual, rest);
+      for (; left != 0; left &= left - 1) {
+        const int lane = __builtin_ctz(static_cast<unsigned>(left));
+        *residuals++ = {first_column + i + lane, residual[lane]};
+      }
+    }
+    const int32_t correction = -kCodeBias * sum(total);
+    const float half_unit = 0.5f * _mm256_cvtss_f32(unit);
+    std::memcpy(to + rows * 2 * size + m * 4, &correction, 4);
+    std::memcpy(to + rows * (2 * size + 4) + m * 4, &half_unit, 4);
+  }
+  return residuals - first;
+}
+
+AVX2_INLINE __m256i broadcast(const uint8_t* from) {
+  int32_t four;
+  std::memcpy(&four, from, 4);
+  return _mm256_set1_epi32(four);
+}
+
+template <Format F, int M>
+AVX2 void multiply_rows(const uint8_t* codes, const uint8_t* scales, int64_t blocks, const uint8_t* x, float* sum) {
+  constexpr int size = block_size(F);
+  const __m256i table =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+  const __m256i nibble = _mm256_set1_epi8(0x0F), zero = _mm256_setzero_si256();
+  __m256 low[M], high[M];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    low[m] = _mm256_loadu_ps(sum + m * kPanelRows);
+    high[m] = _mm256_loadu_ps(sum + m * kPanelRows + 8);
+  }
+  for (int64_t b = 0; b < blocks; ++b, codes += block_bytes(F), scales += kPanelRows) {
+    prefetch_block<F>(codes, scales);
+    __m256i low32[M], high32[M];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) low32[m] = high32[m] = broadcast(x + M * 2 * size + 4 * m);
+#pragma GCC unroll 8
+    for (int g = 0; g < size / 4; ++g) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 32 * g));
+      const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, nibble));
+      const __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
+      const __m256i even_low = _mm256_unpacklo_epi8(even, zero), even_high = _mm256_unpackhi_epi8(even, zero);
+      const __m256i odd_low = _mm256_unpacklo_epi8(odd, zero), odd_high = _mm256_unpackhi_epi8(odd, zero);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const __m256i x02 = broadcast(x + (g * M + m) * 8), x13 = broadcast(x + (g * M + m) * 8 + 4);
+        low32[m] = _mm256_add_epi32(low32[m], _mm256_madd_epi16(even_low, x02));
+        FP4_KEEP_ORDER(low32[m]);
+        high32[m] = _mm256_add_epi32(high32[m], _mm256_madd_epi16(even_high, x02));
+        FP4_KEEP_ORDER(high32[m]);
+        low32[m] = _mm256_add_epi32(low32[m], _mm256_madd_epi16(odd_low, x13));
+        FP4_KEEP_ORDER(low32[m]);
+        high32[m] = _mm256_add_epi32(high32[m], _mm256_madd_epi16(odd_high, x13));
+        FP4_KEEP_ORDER(high32[m]);
+      }
+    }
+    const Scales s = raw_scales<F>(scales);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const __m256 unit = _mm256_castsi256_ps(broadcast(x + M * (2 * size + 4) + 4 * m));
+      low[m] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(low32[m]), unit), s.low, low[m]);
+      high[m] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(high32[m]), unit), s.high, high[m]);
+    }
+    x += fixed_point_block_bytes(F, M);
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    _mm256_storeu_ps(sum + m * kPanelRows, low[m]);
+    _mm256_storeu_ps(sum + m * kPanelRows + 8, high[m]);
+  }
+}
+
+template <Format F>
+AVX2 void multiply(const uint8_t* codes, const uint8_t* scales, int64_t blocks, const uint8_t* x, int rows,
+                   float* sum) {
+  switch (rows) {
+    case 1: return multiply_rows<F, 1>(codes, scales, blocks, x, sum);
+    case 2: return multiply_rows<F, 2>(codes, scales, blocks, x, sum);
+    case 3: return multiply_rows<F, 3>(codes, scales, blocks, x, sum);
+    default: return multiply_rows<F, 4>(codes, scales, blocks, x, sum);
+  }
+}
+
+template <Format F>
+AVX2 void add_residuals(const uint8_t* codes, const uint8_t* scales, const Residual* residuals, int64_t count,
+                        float* sum) {
+  const __m256 magnitudes = _mm256_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6);
+  const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x80000000u)), zero = _mm256_setzero_si256();
+  __m256 low = _mm256_loadu_ps(sum), high = _mm256_loadu_ps(sum + 8);
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t column = residuals[i].column;
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + column / 4 * 32));
+    const __m128i down = _mm_cvtsi32_si128(column % 4 * 4), up = _mm_cvtsi32_si128(28 - column % 4 * 4);
+    const auto value = [&](__m256i rows) FP4_TARGET_AVX2_FMA {
+      const __m256 magnitude = _mm256_permutevar8x32_ps(magnitudes, _mm256_srl_epi32(rows, down));
+      return _mm256_xor_ps(magnitude, _mm256_castsi256_ps(_mm256_and_si256(_mm256_sll_epi32(rows, up), sign)));
+    };
+    const Scales s = raw_scales<F>(scales + column / block_size(F) * kPanelRows);
+    const __m256 x = _mm256_set1_ps(residuals[i].x);
+    low = _mm256_fmadd_ps(_mm256_mul_ps(value(_mm256_unpacklo_epi16(words, zero)), x), s.low, low);
+    high = _mm256_fmadd_ps(_mm256_mul_ps(value(_mm256_unpackhi_epi16(words, zero)), x), s.high, high);
+  }
+  _mm256_storeu_ps(sum, low);
+  _mm256_storeu_ps(sum + 8, high);
+}
+
+}  // namespace
+
+const FixedPointKernels kFixedPointKernels = {
+    4,
+    {kRawScaleUnit<Format::nvfp4>, kRawScaleUnit<Format::mxfp4>},
+    {split<Format::nvfp4>, split<Format::mxfp4>},
+    {multiply<Format::nvfp4>, multiply<Format::mxfp4>},
+    {add_residuals<Format::nvfp4>, add_residuals<Format::mxfp4>},
+};
+
+}  // namespace fp4::cpu::avx2
+
+#endif
