@@ -183,6 +183,10 @@ def _draw(dataset: DatasetRecipe, wanted: int, amounts: Amounts, tokenizer: Any,
     return found
 
 
+class _Mistake(ValueError):
+    """What the user named wrongly, told apart from the errors of the libraries that read it."""
+
+
 def _rows(dataset: DatasetRecipe, wanted: int, seed: int, base: Path) -> list[dict[str, Any]]:
     """``wanted`` rows in random order, or as many as there are."""
     import datasets
@@ -191,12 +195,12 @@ def _rows(dataset: DatasetRecipe, wanted: int, seed: int, base: Path) -> list[di
         loaded = _load(dataset, base)
         if isinstance(loaded, (datasets.DatasetDict, datasets.IterableDatasetDict)):
             if dataset.split not in loaded:
-                raise ValueError(f"it has no split {dataset.split!r}; its splits are {', '.join(loaded)}")
+                raise _Mistake(f"it has no split {dataset.split!r}; its splits are {', '.join(loaded)}")
             loaded = loaded[dataset.split]
         if isinstance(loaded, datasets.IterableDataset):
             return list(loaded.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER).take(wanted))
         return list(loaded.shuffle(seed=seed).select(range(min(wanted, len(loaded)))))
-    except ValueError:
+    except _Mistake:
         raise
     except Exception as error:  # datasets raises errors of many libraries, each with its own base class
         first = str(error).strip().splitlines()
@@ -211,7 +215,7 @@ def _load(dataset: DatasetRecipe, base: Path) -> Any:
     if path.is_file():
         builder = _BUILDERS.get(path.suffix)
         if builder is None:
-            raise ValueError(f"its files end with {path.suffix!r}; expected one of {', '.join(_BUILDERS)}")
+            raise _Mistake(f"its files end with {path.suffix!r}; expected one of {', '.join(_BUILDERS)}")
         if builder == "text":
             options["sample_by"] = "paragraph"
         # A single file has one split, whatever it is called.
@@ -221,5 +225,5 @@ def _load(dataset: DatasetRecipe, base: Path) -> Any:
             return datasets.load_from_disk(str(path))
         return datasets.load_dataset(str(path), dataset.name, **options)
     if dataset.path.startswith((".", "/", "~")) or dataset.path.count("/") > 1 or path.suffix in _BUILDERS:
-        raise ValueError(f"there is no file or folder {path}")
+        raise _Mistake(f"there is no file or folder {path}")
     return datasets.load_dataset(dataset.path, dataset.name, split=dataset.split, **options)

@@ -273,16 +273,16 @@ class BlockCalibration:
         return file
 
     def _changed(self, name: str, module: nn.Module, kept: set[str]) -> dict[str, Tensor]:
-        """Vectors (norms) that the method changed, by the name of their stored tensor, in its dtype."""
+        """What the method changed of the parameters that are kept (norms, biases), by stored name, in stored dtype."""
         changed = {}
         for parameter, value in module.named_parameters():
             source = self.skeleton.sources.get(f"{name}.{parameter}")
-            if value.ndim > 1 or source is None or source.converter is not None or source.keys[0] not in kept:
+            if source is None or source.converter is not None or source.keys[0] not in kept:
                 continue
-            info = self.skeleton.checkpoint.tensors[source.keys[0]]
-            before, after = load(info), value.detach().cpu().to(DTYPES[info.dtype])
-            if not torch.equal(before.to(value.dtype), value.detach().cpu()) and not torch.equal(before, after):
-                changed[source.keys[0]] = after
+            info, after = self.skeleton.checkpoint.tensors[source.keys[0]], value.detach().cpu()
+            before = load(info)
+            if before.shape == after.shape and not torch.equal(before.to(after.dtype), after):
+                changed[source.keys[0]] = after.to(DTYPES[info.dtype])
         return changed
 
 

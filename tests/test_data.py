@@ -1,0 +1,246 @@
+"""Calibration data: recipes, formatters, plain files, and how every mistake is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import CHAT_TEMPLATE, TEXT, tokenizer
+
+from fp4.calibration.data import Samples, load_samples
+from fp4.calibration.formatters import detect, formatter
+from fp4.calibration.recipe import read_recipe
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def sentences(count: int, words: int = 12) -> list[dict[str, object]]:
+    return [{"text": " ".join(f"w{i}x{j}" for j in range(words))} for i in range(count)]
+
+
+def decoded(samples: Samples) -> list[str]:
+    made = tokenizer()
+    return [made.decode(sample) for sample in samples.tokens]
+
+
+# --- plain text
+
+
+def test_plain_text_is_taken_as_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    samples = load_samples(path, tokenizer(), 3, 50)
+    ids = tokenizer()(TEXT, add_special_tokens=False).input_ids
+    assert [sample.tolist() for sample in samples.tokens] == [ids[:50], ids[50:100], ids[100:150]]
+    assert samples.description == "the first 3 x 50 tokens of text.txt"
+    assert not samples.warnings
+
+
+def test_short_text_warns_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("x" * 130)
+    samples = load_samples(path, tokenizer(), 9, 50)
+    assert [len(sample) for sample in samples.tokens] == [50, 50]
+    assert "130 tokens" in samples.warnings[0]
+    path.write_text("short")
+    assert [len(sample) for sample in load_samples(path, tokenizer(), 9, 50).tokens] == [5]
+
+
+@pytest.mark.parametrize("content", ["", "x"])
+def test_empty_text_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(content)
+    with pytest.raises(ValueError, match=r"text.txt holds \d tokens"):
+        load_samples(tmp_path / "text.txt", tokenizer())
+
+
+def test_default_text_works_offline() -> None:
+    samples = load_samples(None, tokenizer(), 4, 64)
+    assert len(samples.tokens) == 4
+    assert "comes with fp4" in samples.description
+
+
+# --- recipes
+
+
+def test_recipe_mixes_datasets_by_weight(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": f"aaaa {i} " * 8} for i in range(100)])
+    write_jsonl(tmp_path / "b.jsonl", [{"question": f"bbbb {i} " * 8, "answer": "yes"} for i in range(100)])
+    (tmp_path / "recipe.yaml").write_text(
+        "datasets:\n"
+        "  - path: a.jsonl\n"
+        "    weight: 3\n"
+        "  - path: b.jsonl\n"
+        "    formatter: prompt_answer\n"
+        "calibration: {max_samples: 40, max_seq_len: 24, seed: 1, min_token_length: 4, oversample_ratio: 1}\n"
+    )
+    samples = load_samples(tmp_path / "recipe.yaml", tokenizer())
+    texts = decoded(samples)
+    assert len(texts) == 40
+    assert sum("aaaa" in text for text in texts) == 30
+    assert all(len(sample) == 24 for sample in samples.tokens)
+    again = load_samples(tmp_path / "recipe.yaml", tokenizer())
+    assert samples.sha256 == again.sha256
+    assert samples.sha256 != load_samples(tmp_path / "recipe.yaml", tokenizer(), seed=2).sha256
+    assert len(load_samples(tmp_path / "recipe.yaml", tokenizer(), samples=10).tokens) == 10
+
+
+def test_oversampling_makes_up_for_short_rows(tmp_path: Path) -> None:
+    rows = [row for pair in zip(sentences(60), [{"text": "no"}] * 60, strict=True) for row in pair]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    recipe = "datasets: [{path: a.jsonl}]\ncalibration: {max_samples: 30, min_token_length: 8, oversample_ratio: %s}\n"
+    (tmp_path / "few.yaml").write_text(recipe % 1)
+    few = load_samples(tmp_path / "few.yaml", tokenizer())
+    assert 0 < len(few.tokens) < 30
+    assert "30 were asked for" in few.warnings[0]
+    (tmp_path / "enough.yaml").write_text(recipe % 3)
+    enough = load_samples(tmp_path / "enough.yaml", tokenizer())
+    assert len(enough.tokens) == 30
+    assert not enough.warnings
+
+
+def test_streaming_gives_samples(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", sentences(50))
+    (tmp_path / "r.yaml").write_text("datasets: [{path: a.jsonl, streaming: true}]\ncalibration: {max_samples: 8}\n")
+    assert len(load_samples(tmp_path / "r.yaml", tokenizer()).tokens) == 8
+
+
+def test_files_and_folders_without_a_recipe(tmp_path: Path) -> None:
+    import datasets
+
+    made = datasets.Dataset.from_list(sentences(20))
+    write_jsonl(tmp_path / "rows.jsonl", sentences(20))
+    made.to_parquet(tmp_path / "rows.parquet")
+    made.save_to_disk(str(tmp_path / "saved"))
+    expected = set(decoded(load_samples(tmp_path / "rows.jsonl", tokenizer(), 30)))
+    assert len(expected) == 20
+    for name in ("rows.parquet", "saved"):
+        assert set(decoded(load_samples(tmp_path / name, tokenizer(), 30))) == expected
+
+
+def test_no_sample_is_long_enough(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "hi"}] * 5)
+    with pytest.raises(ValueError, match=r"gave no sample of at least 16 tokens"):
+        load_samples(tmp_path / "a.jsonl", tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        ("datasets: []\n", ["line 1, datasets"]),
+        ("data: []\n", ["line 1, data: there is no such key", "datasets: field required"]),
+        ("datasets:\n  - path: x\n    wieght: 2\n", ["line 3, datasets[0].wieght: there is no such key"]),
+        ("datasets:\n  - split: train\n", ["line 2, datasets[0].path: field required"]),
+        (
+            "datasets:\n  - path: x\n  - path: y\n    weight: -1\n",
+            ["line 4, datasets[1].weight", "greater than 0", "-1"],
+        ),
+        ("datasets:\n  - path: x\n    formatter: alpaca\n", ["line 3, datasets[0].formatter", "raw_text", "alpaca"]),
+        ("datasets: [{path: x}]\ncalibration:\n  max_samples: many\n", ["line 3, calibration.max_samples", "many"]),
+        ("datasets: [\n", ["no valid YAML", "line 2"]),
+        ("- path: x\n", ["expected a mapping"]),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named(text: str, messages: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"recipe\.yaml") as raised:
+        read_recipe(path)
+    for message in messages:
+        assert message in str(raised.value)
+
+
+def test_all_mistakes_are_listed_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("datasets:\n  - path: x\n    weight: 0\n    streaming: perhaps\ncalibration: {max_seq_len: 1}\n")
+    with pytest.raises(ValueError, match="3 mistakes"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("absent.yaml", "is no file"),
+        ("absent.jsonl", "no file or folder"),
+        ("absent.txt", "cannot be read"),
+        ("./absent", "no file or folder"),
+        ("file.zip", "expected one of"),
+    ],
+)
+def test_what_cannot_be_found(data: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.zip").write_bytes(b"")
+    with pytest.raises(ValueError, match=message):
+        load_samples(data, tokenizer())
+
+
+def test_wrong_column_names_what_there_is(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", sentences(3))
+    (tmp_path / "r.yaml").write_text("datasets: [{path: a.jsonl, columns: body, formatter: raw_text}]\n")
+    with pytest.raises(ValueError, match=r"datasets\[0\] \(a.jsonl\): it has no column 'body'; its columns are text"):
+        load_samples(tmp_path / "r.yaml", tokenizer())
+
+
+def test_damaged_file_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"a.parquet\): it cannot be loaded"):
+        load_samples(tmp_path / "a.parquet", tokenizer())
+
+
+# --- formatters
+
+CHAT = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]
+SHARE = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hello."}]
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "text"),
+    [
+        ({"text": "abc", "id": 1}, "raw_text", "abc"),
+        ({"whatever": "abc"}, "raw_text", "abc"),
+        ({"question": "1+1?", "answer": "2"}, "prompt_answer", "1+1?\n2"),
+        ({"instruction": "Say hi", "output": "hi"}, "prompt_answer", "Say hi\nhi"),
+        ({"messages": CHAT}, "chat_completion", "<user> Hello?\n<assistant> Hello.\n"),
+        ({"conversations": SHARE}, "sharegpt", "<user> Hello?\n<assistant> Hello.\n"),
+    ],
+)
+def test_formatters_are_detected(row: dict[str, object], name: str, text: str) -> None:
+    assert detect(row) == name
+    assert formatter(name, None, row, tokenizer())(row) == text
+
+
+def test_columns_choose_what_is_read() -> None:
+    row = {"q": "1+1?", "a": "2", "more": "x", "turns": CHAT}
+    assert formatter("prompt_answer", {"prompt": "q", "answer": "a"}, row, None)(row) == "1+1?\n2"
+    assert formatter("raw_text", ["q", "more"], row, None)(row) == "1+1?\nx"
+    assert formatter("chat_completion", "turns", row, tokenizer())(row) == "<user> Hello?\n<assistant> Hello.\n"
+
+
+def test_chat_needs_a_template() -> None:
+    with pytest.raises(ValueError, match="needs the tokenizer's chat template"):
+        formatter("chat_completion", None, {"messages": CHAT}, tokenizer(chat_template=None))
+    assert tokenizer().chat_template == CHAT_TEMPLATE
+
+
+def test_rows_that_fit_nothing() -> None:
+    with pytest.raises(ValueError, match="no formatter fits its columns"):
+        detect({"a": 1, "b": 2})
+
+
+def test_chats_get_no_second_beginning(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "chat.jsonl", [{"messages": CHAT * 3}] * 4)
+    first = load_samples(tmp_path / "chat.jsonl", tokenizer(), 2).tokens[0]
+    assert isinstance(first, torch.Tensor)
+    assert tokenizer().decode(first) == "<user> Hello?\n<assistant> Hello.\n" * 3
