@@ -8,12 +8,12 @@ OLDEST_TRANSFORMERS ?= 5.17.0
 MODEL ?=
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint types pytest pytest-oldest parity sanitize bench-cpu clean
+.PHONY: demo test lint types pytest pytest-oldest pytest-triton parity sanitize bench-cpu clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python examples/demo.py $(MODEL)
 
-test: lint types pytest pytest-oldest parity
+test: lint types pytest pytest-oldest pytest-triton parity
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
@@ -28,6 +28,11 @@ pytest: $(VENV)/test
 # The parts that meet Transformers, once more under the oldest supported one.
 pytest-oldest: $(VENV)/oldest
 	PYTHONPATH=$(VENV)/oldest $(VENV)/bin/python -m pytest -n 2 -rs tests/test_quantizer.py tests/test_training.py
+
+# The Triton kernels on the CPU by Triton's interpreter, then their compilation for GPUs that need not be there.
+pytest-triton: $(VENV)/parity
+	PYTHONPATH=$(VENV)/parity TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 -rs tests/test_triton_kernels.py
+	PYTHONPATH=$(VENV)/parity $(VENV)/bin/python -m pytest -n 2 -rs tests/test_triton_compile.py
 
 # Against FP-Quant's own Triton kernels, run by Triton's interpreter.
 parity: $(VENV)/parity

@@ -12,6 +12,7 @@ from fp4.backends.cpu import CpuBackend
 from fp4.backends.cutlass import CutlassBackend
 from fp4.backends.reference import ReferenceBackend
 from fp4.backends.scaled_mm import ScaledMMBackend
+from fp4.backends.triton import TritonBackend
 from fp4.formats import NVFP4, Format
 from fp4.scheme import Scheme
 
@@ -19,7 +20,8 @@ logger = logging.getLogger("fp4")
 
 # In order of preference; the first that does not refuse is taken.
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (CutlassBackend(), CpuBackend(), ScaledMMBackend(), ReferenceBackend())
+    backend.name: backend
+    for backend in (CutlassBackend(), CpuBackend(), TritonBackend(), ScaledMMBackend(), ReferenceBackend())
 }
 REFERENCE = BACKENDS["reference"]
 

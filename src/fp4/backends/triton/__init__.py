@@ -1,0 +1,65 @@
+"""The Triton backend: packed FP4 weights on any NVIDIA GPU of compute capability 8.0 or newer, without a toolkit."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from fp4 import ops
+from fp4.backends.base import Backend
+from fp4.backends.triton import layout
+from fp4.scheme import Scheme
+
+# Tests run the kernels on the CPU this way.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _register() -> str | None:
+    """Register the operators; why they cannot be, if they cannot."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; CUDA builds of torch for Linux bring it"
+    from fp4.backends.triton import linear, quantize
+
+    functions = (
+        linear.linear, linear.linear_w4a4, linear.grouped_linear, linear.grouped_linear_w4a4,
+        quantize.quantize, quantize.dequantize, quantize.largest_magnitude,
+    )  # fmt: skip
+    for function in functions:
+        for key in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
+            ops.implement(f"triton_{function.__name__}", function, key)
+    return None
+
+
+_UNAVAILABLE = _register()
+
+
+class TritonBackend(Backend):
+    """Weight-only and W4A4 matmuls on NVIDIA GPUs; layout.py describes what ``pack`` does."""
+
+    name = "triton"
+    keeps_layout = False
+
+    def unavailable(self) -> str | None:
+        if _UNAVAILABLE is None and not _INTERPRETED and not torch.cuda.is_available():
+            return "no CUDA device is visible"
+        return _UNAVAILABLE
+
+    def refuses(self, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
+        refusal = super().refuses(scheme, device, shape)
+        if refusal is not None:
+            return refusal
+        if _INTERPRETED and device.type == "cpu":
+            return None
+        if device.type != "cuda" or torch.version.hip is not None:
+            return f"it runs on NVIDIA GPUs, not on {device.type if torch.version.hip is None else 'ROCm'}"
+        major, minor = torch.cuda.get_device_capability(device)
+        return None if major >= 8 else f"it needs compute capability 8.0, this device has {major}.{minor}"
+
+    def pack(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        return layout.pack(codes, scales)
+
+    def unpack(self, weight: Tensor, weight_scale: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+        return layout.unpack(weight, weight_scale, out_features)

@@ -1,0 +1,220 @@
+"""The operators: shapes, launch configurations and buffers around the kernels of matmul.py and quantize.py."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fp4.backends.triton import layout
+from fp4.backends.triton.codec import INTERPRETED
+from fp4.backends.triton.matmul import add_partial_sums, multiply
+from fp4.backends.triton.quantize import VALUES, quantize_activation, rotate
+from fp4.formats import MXFP4, format_of
+
+
+class Tiling(NamedTuple):
+    """One entry of the table of configurations; the names are those of the kernel's parameters."""
+
+    BM: int
+    SLICES: int
+    PANELS: int
+    CHUNKS: int
+    num_warps: int
+    num_stages: int
+
+
+# By the largest number of rows that an entry is for. Few rows: memory-bound, so every warp streams a slice of K of its
+# own and x is read by as few programs as possible. Many rows: tensor cores, so tiles are large and K is not sliced.
+TILINGS: dict[int, Tiling] = {
+    1: Tiling(1, 8, 1, 2, 8, 3),
+    2: Tiling(2, 8, 1, 2, 8, 3),
+    4: Tiling(4, 8, 2, 2, 8, 2),
+    8: Tiling(8, 8, 2, 1, 8, 3),
+    16: Tiling(16, 4, 4, 1, 4, 3),
+    32: Tiling(32, 4, 4, 1, 4, 2),
+    64: Tiling(64, 1, 8, 1, 4, 3),
+    1 << 30: Tiling(128, 1, 8, 1, 8, 3),
+}
+# Float32 activations are held as three bfloat16 terms, which leaves no room for the largest tiles.
+WIDE_ROWS = 64
+
+
+def tiling_for(rows: int, parts: int) -> Tiling:
+    if parts > 1:
+        rows = min(rows, WIDE_ROWS)
+    return next(tiling for most, tiling in TILINGS.items() if rows <= most)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _split(programs: int, chunks: int, tiling: Tiling, device: torch.device) -> int:
+    """How many programs share one tile's K: a power of two that gives every processor work, if K is long enough."""
+    split = 1
+    wanted = 2 * _processors(device) if tiling.SLICES == 1 else _processors(device)
+    while programs * split * 2 <= wanted and chunks >= split * 2 * tiling.SLICES * tiling.CHUNKS * 2:
+        split *= 2
+    return split
+
+
+def _parts(x: Tensor, mx: bool) -> int:
+    """How many terms x is taken apart into so that its products with the decoded weight are exact."""
+    if x.dtype == torch.float32:
+        return 3
+    return 2 if x.dtype == torch.float16 and mx else 1
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    out_features: int,
+    x_unit: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """x ``[T, K]`` contiguous against packed weights -> ``[T, N]`` in ``dtype``, times the float64 ``x_unit``."""
+    rows, k = x.shape
+    out = torch.empty(rows, out_features, dtype=dtype, device=x.device)
+    if not out.numel():
+        return out
+    mx = format_of(weight_scale) is MXFP4
+    experts = 0 if offsets is None else weight.shape[0]
+    panels, chunks = weight.shape[-3:-1]
+    if panels != triton.cdiv(out_features, layout.ROWS) or chunks != triton.cdiv(k, layout.CHUNK):
+        raise ValueError(
+            f"weight {tuple(weight.shape)} is not the triton layout of {out_features} x {k}; pack it with this backend"
+        )
+    parts = _parts(x, mx)
+    # Rows an expert can expect, where there are experts: a larger tile would mostly be empty.
+    tiling = tiling_for(triton.cdiv(rows, experts) if experts else rows, parts)
+    m_tiles = triton.cdiv(rows, tiling.BM)
+    if experts:
+        m_tiles = min(rows, rows // tiling.BM + min(experts, rows))
+    n_tiles = triton.cdiv(panels, tiling.PANELS)
+    split = _split(m_tiles * n_tiles, chunks, tiling, x.device)
+    into = out if split == 1 else torch.empty(split, rows, out_features, dtype=torch.float32, device=x.device)
+    multiply[(n_tiles, m_tiles, split)](
+        x, weight.view(torch.uint32), weight_scale.view(torch.uint8), global_scale, x_unit, bias, offsets, into,
+        rows, out_features, k, chunks, weight_scale.shape[-1], experts,
+        mx, parts, x_unit is not None and x_unit.numel() > 1, triton.next_power_of_2(experts) if experts else 0,
+        tiling.BM, tiling.SLICES, tiling.PANELS, tiling.CHUNKS, split,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+    )  # fmt: skip
+    if split > 1:
+        block = 1024
+        add_partial_sums[(triton.cdiv(out.numel(), block),)](into, out, out.numel(), split, block, num_warps=4)
+    return out
+
+
+def _weight_only(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    out_features: int,
+    rotation: Tensor | None,
+) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if rotation is not None:
+        flat = rotate(flat, rotation)
+    out = _product(flat, weight, weight_scale, global_scale, bias, offsets, out_features, None, x.dtype)
+    return out.view(*x.shape[:-1], out_features)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    rotation: Tensor | None = None,
+) -> Tensor:
+    """W4A16: x ``[..., K]`` in its own precision against packed weights."""
+    return _weight_only(x, weight, weight_scale, global_scale, bias, None, out_features, rotation)
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor,
+    out_features: int,
+    rotation: Tensor | None = None,
+) -> Tensor:
+    """W4A16 over experts; only weights of experts that have rows are read, and nothing waits for the device."""
+    return _weight_only(x, weight, weight_scale, global_scale, bias, offsets, out_features, rotation)
+
+
+def _w4a4(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    out_features: int,
+    rotation: Tensor | None,
+    input_global_scale: Tensor | None,
+    rule: str,
+) -> Tensor:
+    """Activations are quantized to FP4 and multiplied as the bfloat16 numbers that E2M1 x block scale are, exactly."""
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if not flat.numel():
+        return x.new_empty(*x.shape[:-1], out_features)
+    fmt = format_of(weight_scale)
+    values, _, unit = quantize_activation(flat, fmt, rotation, input_global_scale, rule, VALUES.value)
+    out = _product(values, weight, weight_scale, global_scale, bias, offsets, out_features, unit, x.dtype)
+    return out.view(*x.shape[:-1], out_features)
+
+
+def linear_w4a4(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    rotation: Tensor | None,
+    input_global_scale: Tensor | None,
+    rule: str,
+) -> Tensor:
+    """W4A4: x ``[..., K]`` is rotated and quantized first."""
+    return _w4a4(x, weight, weight_scale, global_scale, bias, None, out_features, rotation, input_global_scale, rule)
+
+
+def grouped_linear_w4a4(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor,
+    out_features: int,
+    rotation: Tensor | None,
+    input_global_scale: Tensor | None,
+    rule: str,
+) -> Tensor:
+    """W4A4 over experts; ``input_global_scale`` is one number or one an expert."""
+    if input_global_scale is not None and input_global_scale.numel() > 1:
+        row = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
+        expert = torch.searchsorted(offsets[1:], row, right=True).clamp_(max=weight.shape[0] - 1)
+        input_global_scale = input_global_scale[expert]
+    return _w4a4(x, weight, weight_scale, global_scale, bias, offsets, out_features, rotation, input_global_scale, rule)
+
+
+#: Where the kernels run: Triton's interpreter takes CPU tensors.
+DISPATCH_KEYS = ("CUDA", "CPU") if INTERPRETED.value else ("CUDA",)

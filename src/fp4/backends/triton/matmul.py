@@ -1,0 +1,207 @@
+"""The matrix product with packed weights: decoded in registers, multiplied by tensor cores, summed in float32.
+
+One kernel serves a single row and thousands. A program multiplies a tile of weight rows by a tile of x; for few rows of
+x its warps each take a slice of K (``SLICES``), and for few rows of weight several programs do (``SPLIT``), whose
+partial sums a second kernel adds in a fixed order. Nothing is atomic, so results do not change from run to run.
+
+The weight is the left operand, because its decoded values are then in the registers that hold a left operand.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fp4.backends.triton.codec import INTERPRETED, dot, dot_split, narrow, widen
+
+
+@triton.jit
+def _times_packed(a, b, dtype: tl.constexpr):
+    """Product of the two 16-bit floats in each word of a and b; exact by the choice of operands in ``_decode``."""
+    if INTERPRETED:
+        low = widen((a & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True))
+        low *= widen((b & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True))
+        high = widen((a >> 16).to(tl.uint16).to(dtype, bitcast=True))
+        high *= widen((b >> 16).to(tl.uint16).to(dtype, bitcast=True))
+        low_bits = narrow(low, dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
+        return low_bits | (narrow(high, dtype).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+    elif dtype == tl.bfloat16:
+        # Compute capability 8.0 multiplies pairs of bfloat16 only in a fused multiply-add; -0 leaves every product be.
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }",
+            "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _decode_pair(words, scale, PAIR: tl.constexpr, MX: tl.constexpr, dtype: tl.constexpr):
+    """Codes 2 PAIR and 2 PAIR + 1 of each word times their block scale, two floats a word."""
+    top = words << (12 - 4 * PAIR)
+    if dtype == tl.float16:
+        pair = (top & 0x80008000) | ((top >> 3) & 0x0E000E00)
+    else:
+        pair = (top & 0x80008000) | ((top >> 6) & 0x01C001C0)
+        if MX:  # to the true values, since a scale of any exponent follows
+            pair = _times_packed(pair, tl.full(pair.shape, 0x7E807E80, tl.uint32), dtype)
+    return _times_packed(pair, scale, dtype)
+
+
+@triton.jit
+def _decode(words, scale_bytes, shape: tl.constexpr, MX: tl.constexpr, dtype: tl.constexpr):
+    """Weight values in ``dtype``, ``[L, 16, columns]``: words ``[L, 256 C]`` and scales ``[L, C, 32, 8]`` of C chunks.
+
+    A code's three bits of magnitude, put at the boundary of a 16-bit float's exponent and mantissa, are its E2M1 value
+    times 2**-14 (float16) or 2**-126 (bfloat16); subnormals make 0.5 come out right. Scales carry a power of two that
+    keeps the product in range, so that every result is exact: the value times 2**-7 (NVFP4 in float16), 2**-8 (NVFP4
+    in bfloat16) or 1 (MXFP4, bfloat16 only).
+    """
+    L: tl.constexpr = words.shape[0]
+    C: tl.constexpr = scale_bytes.shape[1]
+    if MX:
+        half = tl.where(scale_bytes == 0, 0x40, scale_bytes.to(tl.uint32) << 7)
+    else:
+        # The bits of E4M3 in a float16 are its value times 2**-8.
+        shifted = (scale_bytes.to(tl.uint16) << 7).to(tl.float16, bitcast=True)
+        if dtype == tl.float16:
+            half = (shifted * 32768.0).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        else:
+            # In float32 it has four significant bits: the upper half is a bfloat16.
+            scaled = shifted.to(tl.float32) * 85070591730234615865843651857942052864.0
+            half = scaled.to(tl.uint32, bitcast=True) >> 16
+    both = half | (half << 16)
+    # layout.py's order of words (half, g, t, c, r) and scales (g, t, half, c, r) -> rows (r, g), columns (half, c, t).
+    both = tl.permute(tl.reshape(both, (L, C, 8, 4, 2, 2, 2)), (0, 6, 2, 1, 4, 5, 3))
+    both = tl.reshape(both, (L, 16, C * 16))
+    words = tl.permute(tl.reshape(words, (L, C * 2, 8, 4, 2, 2)), (0, 5, 2, 1, 4, 3))
+    words = tl.reshape(words, (L, 16, C * 16))
+    even = tl.join(_decode_pair(words, both, 0, MX, dtype), _decode_pair(words, both, 2, MX, dtype))
+    odd = tl.join(_decode_pair(words, both, 1, MX, dtype), _decode_pair(words, both, 3, MX, dtype))
+    pairs = tl.join(even, odd)
+    low = (pairs & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
+    high = (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    return tl.reshape(tl.join(low, high), shape)
+
+
+@triton.jit
+def _rows_of_tile(offsets, tile, experts, BM: tl.constexpr, BE: tl.constexpr):
+    """Which expert tile number ``tile`` of BM rows belongs to, and its first row and the expert's end."""
+    e = tl.arange(0, BE)
+    start = tl.load(offsets + e, mask=e < experts, other=0)
+    end = tl.load(offsets + e + 1, mask=e < experts, other=0)
+    tiles = tl.cdiv(end - start, BM)
+    last = tl.cumsum(tiles, 0)
+    expert = tl.sum((last <= tile).to(tl.int32), 0)
+    here = e == expert
+    first_tile = tl.sum(tl.where(here, last - tiles, 0), 0)
+    first = tl.sum(tl.where(here, start, 0), 0) + (tile - first_tile) * BM
+    return expert, first, tl.sum(tl.where(here, end, 0), 0)
+
+
+@triton.jit
+def multiply(
+    x, weight, weight_scale, unit, x_unit, bias, offsets, out,
+    rows, N, K, chunks, scale_stride, experts,
+    MX: tl.constexpr, PARTS: tl.constexpr, UNIT_BY_ROW: tl.constexpr, BE: tl.constexpr,
+    BM: tl.constexpr, SLICES: tl.constexpr, PANELS: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """``out = (x @ weight.T) * unit * x_unit + bias`` for a tile of BM rows of x and PANELS panels of weight.
+
+    Grid: tiles of weight rows, tiles of x rows, SPLIT. x ``[rows, K]`` contiguous; weight as uint32 words and scales as
+    bytes, of layout.py. PARTS is the number of bfloat16 terms x is taken apart into (1: x has the weight's dtype). With
+    ``offsets`` (BE experts at most) a tile belongs to one expert. Where SPLIT > 1, out is float32 ``[SPLIT, rows, N]``.
+    """
+    dtype: tl.constexpr = tl.float16 if PARTS == 1 and x.dtype.element_ty == tl.float16 else tl.bfloat16
+    SCALES: tl.constexpr = 64 if MX else 128  # bytes a chunk
+    L: tl.constexpr = SLICES * PANELS
+    BN: tl.constexpr = PANELS * 16
+    BK: tl.constexpr = CHUNKS * 128
+
+    panels = tl.cdiv(N, 16)
+    expert, first_row, end_row = 0, tl.program_id(1) * BM, rows
+    if offsets is not None:
+        expert, first_row, end_row = _rows_of_tile(offsets, tl.program_id(1), experts, BM, BE)
+        if expert >= experts:
+            return
+        weight += expert.to(tl.int64) * panels * chunks * 256
+        weight_scale += expert.to(tl.int64) * panels * scale_stride
+
+    # Slices of K, whole steps of CHUNKS chunks each; the last ones may be short or empty.
+    steps = tl.cdiv(tl.cdiv(chunks, CHUNKS), SPLIT * SLICES)
+    i = tl.arange(0, L)
+    panel = tl.program_id(0) * PANELS + i % PANELS
+    begin = (tl.program_id(2) * SLICES + i // PANELS) * (steps * CHUNKS)
+    in_chunk = tl.arange(0, CHUNKS)
+    word = tl.arange(0, CHUNKS * 256)
+    lane = tl.arange(0, 32)
+    in_scales = (lane // 4 if MX else lane // 2) * 8
+    words_at = weight + (panel * chunks + begin)[:, None] * 256 + word[None, :]
+    scales_at = (
+        weight_scale
+        + (panel * scale_stride + begin * SCALES)[:, None, None, None]
+        + (in_chunk * SCALES)[None, :, None, None]
+        + in_scales[None, None, :, None]
+        + tl.arange(0, 8)[None, None, None, :]
+    )
+
+    row = first_row + tl.arange(0, BM)
+    k = tl.arange(0, BK)
+    here = row < end_row
+    x_row = x + row.to(tl.int64) * K
+    if SLICES == 1:
+        k_begin = tl.program_id(2) * steps * BK
+        acc = tl.zeros((BN, BM), tl.float32)
+    else:
+        k_begin = (tl.program_id(2) * SLICES + tl.arange(0, SLICES)) * steps * BK
+        acc = tl.zeros((SLICES, BN, BM), tl.float32)
+
+    for step in range(0, steps):
+        left = tl.where(panel < panels, chunks - begin - step * CHUNKS, 0)  # chunks that are really there
+        words = tl.load(words_at + step * (CHUNKS * 256), mask=word[None, :] < left[:, None] * 256, other=0)
+        inside = in_chunk[None, :, None, None] < left[:, None, None, None]
+        scale_bytes = tl.load(scales_at + step * (CHUNKS * SCALES), mask=inside, other=0)
+        if SLICES == 1:
+            at = k_begin + step * BK + k
+            values = tl.load(x_row[None, :] + at[:, None], mask=here[None, :] & (at < K)[:, None], other=0.0)
+            decoded = _decode(words, scale_bytes, (BN, BK), MX, dtype)
+        else:
+            at = (k_begin + step * BK)[:, None] + k[None, :]
+            mask = here[None, None, :] & (at < K)[:, :, None]
+            values = tl.load(x_row[None, None, :] + at[:, :, None], mask=mask, other=0.0)
+            decoded = _decode(words, scale_bytes, (SLICES, BN, BK), MX, dtype)
+        if PARTS == 1:
+            acc = dot(decoded, values, acc)
+        else:
+            acc = dot_split(decoded, values, acc, PARTS)
+
+    total = acc if SLICES == 1 else tl.sum(acc, 0)
+    if not MX:  # what _decode left out
+        total *= 128.0 if dtype == tl.float16 else 256.0
+    if unit is not None:
+        total *= tl.load(unit + expert).to(tl.float32)
+    if x_unit is not None:
+        if UNIT_BY_ROW:
+            total *= tl.load(x_unit + row, mask=here, other=0.0).to(tl.float32)[None, :]
+        else:
+            total *= tl.load(x_unit).to(tl.float32)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    if bias is not None:
+        if tl.program_id(2) == 0:
+            total += widen(tl.load(bias + expert * N + n, mask=n < N, other=0.0))[:, None]
+    if SPLIT > 1:
+        out += tl.program_id(2).to(tl.int64) * rows * N
+    out_at = out + row.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(out_at, narrow(total, out.dtype.element_ty), mask=here[None, :] & (n < N)[:, None])
+
+
+@triton.jit
+def add_partial_sums(partial, out, count, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    """``out[i] = sum_s partial[s, i]``, in the order of s."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for s in tl.static_range(SPLIT):
+        total += tl.load(partial + s * count.to(tl.int64) + i, mask=i < count, other=0.0)
+    tl.store(out + i, narrow(total, out.dtype.element_ty), mask=i < count)
