@@ -1,0 +1,237 @@
+"""The Triton kernels against ``fp4.formats`` and float64 products: on the CPU by Triton's interpreter.
+
+``make pytest-triton`` sets TRITON_INTERPRET=1 and provides Triton; elsewhere these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp4 import formats, rotation
+from fp4.backends import BACKENDS, reference
+from fp4.formats import MXFP4, NVFP4, Format, QuantizedTensor
+from fp4.nn.linear import FP4Linear
+from fp4.scheme import Scheme
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="Triton is not installed, or TRITON_INTERPRET=1 is not set",
+)
+
+ops = torch.ops.fp4
+BACKEND = BACKENDS["triton"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OUTPUT_ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+RULES = [(fmt, rule) for fmt in (NVFP4, MXFP4) for rule in fmt.rules]
+# What results may be off by below the normal numbers; GPUs need not resolve products there.
+TINY = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-25}
+FORMAT = pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=lambda fmt: fmt.name)
+DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def assert_product(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """``x @ weight.T + bias`` up to 2 K roundings of float32 on the sum of magnitudes, and the final rounding."""
+    x, weight = x.double(), weight.double()
+    exact, magnitude = x @ weight.T, x.abs() @ weight.abs().T
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    bound = magnitude * (2 * x.shape[-1] * 2.0**-24) + exact.abs() * OUTPUT_ROUNDING[result.dtype] + TINY[result.dtype]
+    assert ((result.double() - exact).abs() <= bound).all()
+
+
+def random_weight(fmt: Format, *shape: int) -> QuantizedTensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    codes = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8, generator=generator)
+    low, high = (0, 127) if fmt is NVFP4 else (110, 135)
+    scales = torch.randint(low, high, (*shape[:-1], shape[-1] // fmt.block_size), generator=generator)
+    unit = torch.rand(shape[:-2], dtype=torch.float64, generator=generator) * 0.001 + 1e-4
+    return QuantizedTensor(codes, scales.to(torch.uint8).view(fmt.scale_dtype), unit)
+
+
+def packed(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    return *BACKEND.pack(weight.codes, weight.scales), weight.global_scale
+
+
+def check_bits(x: Tensor, fmt: Format, rule: str, global_scale: Tensor | None = None) -> None:
+    expected = formats.quantize(x, fmt, rule, global_scale)
+    codes, scales = ops.triton_quantize(x, expected.global_scale, fmt.name, rule)
+    assert torch.equal(scales.view(torch.uint8), expected.scales.view(torch.uint8))
+    assert torch.equal(codes, expected.codes)
+    values = ops.triton_dequantize(codes, scales, expected.global_scale, x.dtype)
+    assert torch.equal(values, formats.dequantize(*expected, dtype=x.dtype))
+
+
+@pytest.mark.parametrize(("fmt", "rule"), RULES, ids=[f"{fmt.name}-{rule}" for fmt, rule in RULES])
+@DTYPE
+def test_quantize_is_equal_to_the_bit(fmt: Format, rule: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 96, generator=generator) * 10 ** torch.randn(9, 1, generator=generator)
+    check_bits(x.to(dtype), fmt, rule)
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]).to(dtype)
+    check_bits(torch.cat([ties, -ties]).repeat(4).reshape(2, 32), fmt, rule, torch.tensor(1.0, dtype=torch.float64))
+    rows = torch.stack([torch.zeros(32), -torch.zeros(32), torch.full((32,), torch.finfo(dtype).smallest_normal)])
+    check_bits(rows.to(dtype), fmt, rule)
+    check_bits(torch.randn(3, 5, 64).to(dtype), fmt, rule)
+
+
+@DTYPE
+def test_largest_magnitude(dtype: torch.dtype) -> None:
+    for shape in [(1, 1), (3, 7), (2, 40, 64), (0, 16), (2, 0, 16)]:
+        x = torch.randn(shape).to(dtype)
+        assert torch.equal(ops.triton_largest_magnitude(x), formats.largest_magnitude(x))
+    bad = torch.randn(4, 32).to(dtype)
+    bad[3, 1] = float("nan")
+    assert ops.triton_largest_magnitude(bad).isnan()
+
+
+@FORMAT
+def test_nan_is_never_hidden(fmt: Format) -> None:
+    x = torch.randn(2, 64)
+    x[1, 3] = float("nan")
+    _, scales = ops.triton_quantize(x, torch.tensor(1.0, dtype=torch.float64), fmt.name, "abs_max")
+    assert scales.float()[1, 0].isnan()
+    assert scales.float()[0].isfinite().all()
+
+
+@FORMAT
+@pytest.mark.parametrize("shape", [(1, 32), (16, 64), (37, 96), (3, 5, 64), (2, 2, 17, 32), (33, 320)], ids=str)
+def test_pack_is_exact(fmt: Format, shape: tuple[int, ...]) -> None:
+    weight = random_weight(fmt, *shape)
+    codes, scales, _ = packed(weight)
+    back, back_scales = BACKEND.unpack(codes, scales, shape[-2])
+    assert torch.equal(back, weight.codes)
+    assert torch.equal(back_scales.view(torch.uint8), weight.scales.view(torch.uint8))
+
+
+@FORMAT
+@DTYPE
+@pytest.mark.parametrize("m", [1, 3, 8, 13, 30])
+def test_linear(fmt: Format, dtype: torch.dtype, m: int) -> None:
+    n, k = 37, 5 * 64
+    weight, bias = random_weight(fmt, n, k), torch.randn(n)
+    x = torch.randn(m, k).to(dtype)
+    result = ops.triton_linear(x, *packed(weight), bias, n)
+    assert result.dtype == dtype
+    assert_product(result, x, formats.dequantize(*weight), bias)
+
+
+@FORMAT
+@pytest.mark.parametrize("m", [50, 70])
+def test_linear_of_many_rows(fmt: Format, m: int) -> None:
+    weight, x = random_weight(fmt, 130, 96), torch.randn(m, 96).bfloat16()
+    assert_product(ops.triton_linear(x, *packed(weight), None, 130), x, formats.dequantize(*weight))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 3, 16), (1, 17, 48), (5, 1, 144)], ids=str)
+def test_odd_shapes(shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    weight, x = random_weight(NVFP4, n, k), torch.randn(m, k)
+    assert_product(ops.triton_linear(x, *packed(weight), None, n), x, formats.dequantize(*weight))
+    assert ops.triton_linear(x[:0], *packed(weight), None, n).shape == (0, n)
+    assert ops.triton_linear(x[0], *packed(weight), None, n).shape == (n,)
+
+
+def test_partial_sums_are_added() -> None:
+    """One row panel and a long K: several programs share it."""
+    weight, x = random_weight(NVFP4, 5, 8192), torch.randn(1, 8192)
+    assert_product(
+        ops.triton_linear(x, *packed(weight), torch.ones(5), 5), x, formats.dequantize(*weight), torch.ones(5)
+    )
+
+
+@FORMAT
+def test_every_code_and_scale(fmt: Format) -> None:
+    """One-hot activations read each weight back: codes and scales must come out exact."""
+    block, top = fmt.block_size, 127 if fmt is NVFP4 else 253
+    codes = torch.arange(16, dtype=torch.uint8).repeat(top, block // 16)
+    scales = torch.arange(top, dtype=torch.uint8)[:, None].view(fmt.scale_dtype)
+    unit = torch.tensor(1.0, dtype=torch.float64) if fmt.needs_global_scale else None
+    weight = QuantizedTensor(formats.pack_codes(codes), scales, unit)
+    result = ops.triton_linear(torch.eye(block), *packed(weight), None, top)
+    assert torch.equal(result, formats.dequantize(*weight).T)
+
+
+@FORMAT
+@DTYPE
+@pytest.mark.parametrize("group", [None, 16, 64, 8])
+def test_linear_w4a4(fmt: Format, dtype: torch.dtype, group: int | None) -> None:
+    n, k = 21, 192
+    weight, x = random_weight(fmt, n, k), torch.randn(3, k).to(dtype)
+    rotate = None if group is None else rotation.hadamard(group).float()
+    for rule in ("abs_max", "four_over_six") if fmt is NVFP4 else ("abs_max", "quest"):
+        for unit in (None, torch.tensor(0.003, dtype=torch.float64)):
+            result = ops.triton_linear_w4a4(x, *packed(weight), None, n, rotate, unit, rule)
+            seen = reference.quantize_activation(x, fmt, rotate, unit, rule)
+            if rotate is None:
+                assert_product(result, seen, formats.dequantize(*weight))
+            else:  # rotated values differ in their last bits, which may move one to the neighbouring code
+                expected = seen @ formats.dequantize(*weight).T
+                error = (result.float() - expected).norm() / expected.norm()
+                assert error < 0.02
+
+
+def test_weight_only_rotation() -> None:
+    weight, x, rotate = random_weight(NVFP4, 20, 64), torch.randn(3, 64), rotation.gsr(32).float()
+    result = ops.triton_linear(x, *packed(weight), None, 20, rotate)
+    torch.testing.assert_close(result, rotation.rotate(x, rotate) @ formats.dequantize(*weight).T)
+
+
+@FORMAT
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 2], [20, 1, 0, 0, 17]], ids=str)
+def test_grouped(fmt: Format, counts: list[int]) -> None:
+    experts, n, k, total = len(counts), 21, 96, sum(counts)
+    weight, bias = random_weight(fmt, experts, n, k), torch.randn(experts, n)
+    # Rows beyond the last expert's belong to nobody.
+    x = torch.randn(total + 2, k).bfloat16()
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    values = formats.dequantize(*weight)
+    units = torch.rand(experts, dtype=torch.float64) * 0.01 + 1e-3
+    result = ops.triton_grouped_linear(x, *packed(weight), bias, offsets, n)
+    shared = ops.triton_grouped_linear_w4a4(x[:total], *packed(weight), bias, offsets, n, None, None, "abs_max")
+    own = ops.triton_grouped_linear_w4a4(x, *packed(weight), bias, offsets, n, None, units, "abs_max")
+    seen = reference.quantize_activation(x[:total], fmt, None, None, "abs_max")
+    for e, (start, end) in enumerate(itertools.pairwise(offsets)):
+        if start < end:
+            rows = slice(start, end)
+            assert_product(result[rows], x[rows], values[e], bias[e])
+            assert_product(shared[rows], seen[rows], values[e], bias[e])
+            mine = reference.quantize_activation(x[rows], fmt, None, units[e], "abs_max")
+            assert_product(own[rows], mine, values[e], bias[e])
+
+
+@FORMAT
+def test_adversarial_activations(fmt: Format) -> None:
+    n, k = 33, 128
+    weight = random_weight(fmt, n, k)
+    outlier, small = torch.randn(k), torch.full((k,), 1e-3)
+    outlier[k // 3], small[::7] = 1e30, 1e20
+    for x in (torch.zeros(k), -torch.zeros(k), outlier, small, -torch.rand(k)):
+        assert_product(ops.triton_linear(x[None], *packed(weight), None, n), x[None], formats.dequantize(*weight))
+    x = torch.randn(3, k)
+    x[1, 7] = float("inf")
+    result = ops.triton_linear(x, *packed(weight), None, n)
+    assert result[[0, 2]].isfinite().all()
+    assert not result[1].isfinite().all()
+
+
+def test_module_compiles_without_graph_break() -> None:
+    torch.manual_seed(0)
+    layer = FP4Linear.from_linear(torch.nn.Linear(64, 40), Scheme(NVFP4, activations="model"), "triton")
+    assert layer.backend.name == "triton"
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(compiled, layer(x))
+        torch.testing.assert_close(compiled, x @ layer.dequantize().T + layer.bias)
+
+
+def test_a_weight_of_another_shape_is_named() -> None:
+    weight = random_weight(NVFP4, 40, 64)
+    with pytest.raises(ValueError, match="not the triton layout of 60 x 64"):
+        ops.triton_linear(torch.zeros(2, 64), *packed(weight), None, 60)
