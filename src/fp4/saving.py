@@ -49,15 +49,53 @@ def _save_pretrained(
         type(model).save_pretrained(model, staging, *args, **kwargs)
         for name, content in side_files.items():
             write_json(staging / name, content)
-        target.mkdir(exist_ok=True)
-        written = [path.name for path in staging.iterdir()]
-        for path in staging.iterdir():
-            os.replace(path, target / path.name)
-        if any(_WEIGHT_FILE.fullmatch(name) for name in written):
-            for path in target.iterdir():
-                if _WEIGHT_FILE.fullmatch(path.name) and path.name not in written:
-                    path.unlink()  # a shard or index of a model saved here before
+        written = sorted(path.name for path in staging.iterdir())
+        stale: list[str] = []
+        if target.is_dir() and any(_WEIGHT_FILE.fullmatch(name) for name in written):
+            # Shards or an index of a model that was saved here before.
+            present = (path.name for path in target.iterdir())
+            stale = [name for name in present if _WEIGHT_FILE.fullmatch(name) and name not in written]
+        _exchange(staging, target, written, stale)
+    except _HalfDoneError:
+        raise
     except OSError as error:
         raise OSError(f"could not save the model to {target}: {error}; nothing there was changed") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+class _HalfDoneError(OSError):
+    """Files were exchanged in part, and not all could be put back."""
+
+
+def _exchange(staging: Path, target: Path, written: list[str], stale: list[str]) -> None:
+    """Move ``written`` from ``staging`` into ``target`` and ``stale`` out of it; a failure half-way is taken back."""
+    created = not target.exists()
+    target.mkdir(exist_ok=True)
+    before = Path(tempfile.mkdtemp(prefix=f".{target.name}.before.", dir=target.parent))
+    moved: list[tuple[Path, Path]] = []
+
+    def move(origin: Path, place: Path) -> None:
+        os.replace(origin, place)
+        moved.append((origin, place))
+
+    try:
+        for name in [*written, *stale]:
+            if (target / name).exists():
+                move(target / name, before / name)
+        for name in written:
+            move(staging / name, target / name)
+    except OSError as error:
+        try:
+            for origin, place in reversed(moved):
+                os.replace(place, origin)
+            if created:
+                target.rmdir()
+        except OSError as second:
+            raise _HalfDoneError(
+                f"{target} is incomplete: saving failed ({error}), and so did putting back what was there ({second}); "
+                f"it is in {before}"
+            ) from error
+        shutil.rmtree(before, ignore_errors=True)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
