@@ -1,7 +1,7 @@
 """Codes and block scales found together: block by block, every candidate scale is tried with its own best rounding.
 
 Both sweeps solve the same small problem: round the B columns of a block one after the other, feeding each error to the
-columns that follow, for all candidate scales at once, and keep per row the scale that costs least. ``forward_sweep``
+columns that follow, for all scales worth trying at once, and keep per row the scale that costs least. ``forward_sweep``
 does so once over the blocks, feeding errors on to later blocks (GPTQ, with the scale chosen when the block's final
 target is known). ``descend`` goes over the blocks again with all others fixed (block coordinate descent): it never
 makes the objective worse.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fp4.formats import Format
-from fp4.methods.grid import OFFSETS, effective, nearest, scale_candidates
+from fp4.methods.grid import NEAR_OFFSETS, OFFSETS, effective, nearest, neighbours, scale_to_six
 from fp4.methods.hessian import Objective, upper_factor
 
 
@@ -34,9 +34,8 @@ class _Block(NamedTuple):
     loss: Tensor  # [..., N]
 
 
-def _round_block(target: Tensor, factor: Tensor, fmt: Format, unit: Tensor | None) -> _Block:
-    """Round ``target`` ``[..., B, N]`` against the upper factor ``[..., B, B]``, with the best candidate scale."""
-    candidates = scale_candidates(target.abs().amax(dim=-2), fmt, unit, OFFSETS[fmt.name])
+def _round_block(target: Tensor, factor: Tensor, candidates: Tensor, unit: Tensor | None) -> _Block:
+    """Round ``target`` ``[..., B, N]`` against U ``[..., B, B]``, with the best of ``candidates`` ``[C, ..., N]``."""
     scale = effective(candidates, unit)
     left = target.expand(len(candidates), *target.shape).clone()
     values, errors = torch.empty_like(left), torch.empty_like(left)
@@ -60,7 +59,7 @@ def forward_sweep(
     weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | None, name: str = "weight"
 ) -> Rounded:
     """Round ``weight`` ``[..., N, K]`` block by block in the order of falling Hessian diagonal."""
-    size = fmt.block_size
+    size, unit = fmt.block_size, _unit(global_scale)
     diagonal = goal.hessian.diagonal(dim1=-2, dim2=-1)
     order = torch.argsort(diagonal.unflatten(-1, (-1, size)).mean(dim=-1), dim=-1, descending=True, stable=True)
     index = (order[..., :, None] * size + torch.arange(size, device=order.device)).flatten(-2)
@@ -73,7 +72,9 @@ def forward_sweep(
     values, scales = torch.empty_like(left), []
     for start in range(0, left.shape[-2], size):
         inside, after = slice(start, start + size), slice(start + size, None)
-        block = _round_block(left[..., inside, :], factor[..., inside, inside], fmt, _unit(global_scale))
+        middle = scale_to_six(left[..., inside, :].abs().amax(dim=-2), fmt, unit)
+        candidates = neighbours(middle, fmt, OFFSETS[fmt.name])
+        block = _round_block(left[..., inside, :], factor[..., inside, inside], candidates, unit)
         left[..., after, :] -= factor[..., inside, after].transpose(-1, -2) @ block.errors
         values[..., inside, :] = block.values
         scales.append(block.scales.view(torch.uint8))
@@ -101,7 +102,8 @@ def descend(
             inside = slice(start, start + size)
             now = values[..., inside, :] * scale[..., number, None, :]
             step = inverses[number] @ gradient[..., inside, :]
-            block = _round_block(now - step, factors[number], fmt, unit)
+            current = scales[..., number, :].contiguous().view(fmt.scale_dtype)
+            block = _round_block(now - step, factors[number], neighbours(current, fmt, NEAR_OFFSETS[fmt.name]), unit)
             better = block.loss < (step * gradient[..., inside, :]).sum(dim=-2)
             values[..., inside, :] = torch.where(better[..., None, :], block.values, values[..., inside, :])
             scales[..., number, :] = torch.where(better, block.scales.view(torch.uint8), scales[..., number, :])

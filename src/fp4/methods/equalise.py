@@ -12,6 +12,7 @@ is taken back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -121,11 +122,12 @@ def _find_folds(block: Block) -> dict[str, _Fold]:
     return folds
 
 
-def equalise(block: Block, alpha: float) -> list[str]:
+def equalise(block: Block, alpha: float, weights: Sequence[Tensor] | None = None) -> list[str]:
     """Makes ``block.module`` an equivalent one with channels alike, in place.
 
     Args:
         alpha: share of the differences that inputs give up; 0 leaves them to the inputs, 1 moves all to the weights.
+        weights: of the tokens of each batch, ``[batch, tokens]``; None for all alike.
 
     Returns:
         for each fold that was valid, the first of the layers whose input it changed.
@@ -134,14 +136,18 @@ def equalise(block: Block, alpha: float) -> list[str]:
     energy: dict[str, Tensor] = {}
 
     def see(layer: str, x: Tensor) -> None:
-        squares = x.float().reshape(-1, x.shape[-1]).square().sum(dim=0)
+        squares = x.float().reshape(-1, x.shape[-1]).square()
+        if weights is not None and len(squares) == weights[batch].numel():
+            squares = squares * weights[batch].view(-1, 1)
+        squares = squares.sum(dim=0)
         energy[layer] = energy[layer] + squares if layer in energy else squares
 
     with torch.no_grad():
         with capture_inputs(block, folds, see):
-            outputs = [block.run(hidden, i) for i, hidden in enumerate(block.inputs)]
-        wanted = outputs[0].float()
-        tokens = sum(output.shape[:-1].numel() for output in outputs)
+            for batch, hidden in enumerate(block.inputs):
+                block.run(hidden, batch)
+        tokens = sum(hidden.shape[:-1].numel() for hidden in block.inputs)
+        wanted = block.run(block.inputs[0], 0).float()
 
         def changed() -> bool:
             difference = (block.run(block.inputs[0], 0).float() - wanted).norm()

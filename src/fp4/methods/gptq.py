@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fp4.formats import Format, QuantizedTensor
 from fp4.methods.block import Block, LayerResult
-from fp4.methods.grid import OFFSETS, assemble, effective, nearest, scale_candidates
+from fp4.methods.grid import OFFSETS, assemble, effective, nearest, neighbours, scale_to_six
 from fp4.methods.hessian import Objective, upper_factor
 from fp4.methods.layerwise import quantize_in_order
 
@@ -35,7 +35,7 @@ def search_scales(weight: Tensor, importance: Tensor, fmt: Format, global_scale:
     blocks = weight.unflatten(-1, (-1, fmt.block_size))
     cost = importance.unflatten(-1, (-1, fmt.block_size))[..., None, :, :]
     unit = None if global_scale is None else global_scale[..., None, None]
-    candidates = scale_candidates(blocks.abs().amax(dim=-1), fmt, unit, OFFSETS[fmt.name])
+    candidates = neighbours(scale_to_six(blocks.abs().amax(dim=-1), fmt, unit), fmt, OFFSETS[fmt.name])
     best, least = candidates[0].view(torch.uint8), None
     for candidate in candidates.unbind():
         scale = effective(candidate, unit)[..., None]

@@ -16,8 +16,9 @@ from fp4.formats import (
     pack_codes,
 )
 
-# Scales that are tried, in representable steps from the one that maps the largest magnitude to 6.
+# Scales that are tried, in representable steps: from the one that maps the largest magnitude to 6, and from a good one.
 OFFSETS = {"nvfp4": (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, 6), "mxfp4": (0, 1, -1)}
+NEAR_OFFSETS = {"nvfp4": (0, -1, 1, -2, 2), "mxfp4": (0, 1, -1)}
 
 # Bits of a float32: its exponent, that of 1.0, and what makes 1.5 * 2**(e + 22) of 2**e: its last place is 2**(e-1).
 _EXPONENT, _EXPONENT_OF_ONE, _MAGIC = 0x7F800000, 0x3F800000, (22 << 23) | 0x400000
@@ -39,23 +40,23 @@ def assemble(values: Tensor, scales: Tensor, global_scale: Tensor | None) -> Qua
     return QuantizedTensor(pack_codes(encode_e2m1(values)), scales, global_scale)
 
 
-def scale_candidates(amax: Tensor, fmt: Format, global_scale: Tensor | None, offsets: tuple[int, ...]) -> Tensor:
-    """Representable block scales around the one that maps ``amax`` to 6, so many steps away.
+def scale_to_six(amax: Tensor, fmt: Format, global_scale: Tensor | None) -> Tensor:
+    """The block scale that maps ``amax`` (float32 ``[...]``) to 6, for E8M0 the one by the OCP floor rule.
 
-    Args:
-        amax: largest magnitude of each block, float32 ``[...]``.
-        global_scale: float64 that broadcasts against ``amax``.
-
-    Returns:
-        ``fmt.scale_dtype [offsets, ...]``.
+    ``global_scale`` is float64 and broadcasts against ``amax``.
     """
     if global_scale is not None:
         amax = amax / global_scale.float()
     # For E8M0 floor(log2(amax)) - 2, of amax = mantissa in [1/2, 1) times 2**exponent.
-    middle = encode_e4m3(amax / E2M1_MAX) if fmt.needs_global_scale else encode_e8m0(torch.frexp(amax).exponent - 3)
+    return encode_e4m3(amax / E2M1_MAX) if fmt.needs_global_scale else encode_e8m0(torch.frexp(amax).exponent - 3)
+
+
+def neighbours(scales: Tensor, fmt: Format, offsets: tuple[int, ...]) -> Tensor:
+    """Block scales ``[...]`` and those so many representable steps away: ``[offsets, ...]``."""
     low, high = (1, 126) if fmt.needs_global_scale else (0, 252)
-    steps = torch.tensor(offsets, dtype=torch.int16, device=amax.device).view(-1, *[1] * amax.dim())
-    return (middle.view(torch.uint8).to(torch.int16) + steps).clamp(low, high).to(torch.uint8).view(fmt.scale_dtype)
+    steps = torch.tensor(offsets, dtype=torch.int16, device=scales.device).view(-1, *[1] * scales.dim())
+    bits = scales.view(torch.uint8).to(torch.int16) + steps
+    return bits.clamp(low, high).to(torch.uint8).view(fmt.scale_dtype)
 
 
 def effective(scales: Tensor, global_scale: Tensor | None) -> Tensor:

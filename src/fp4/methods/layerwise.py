@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,7 @@ Solve = Callable[[Tensor, Objective, Format, "Tensor | None", str], QuantizedTen
 
 
 def quantize_in_order(
-    block: Block, solve: Solve, rule: str, damping: float, shift: float, quantized: bool = True
+    block: Block, solve: Solve, rule: str, damping: float, shift: float, weights: Sequence[Tensor] | None = None
 ) -> dict[str, LayerResult]:
     """Quantize every layer of ``block`` with ``solve``, later ones on what the quantized earlier ones feed them.
 
@@ -31,7 +31,7 @@ def quantize_in_order(
         rule: the name of ``solve`` in the results.
         damping: of the Hessians.
         shift: share of the shift to the original target (:mod:`fp4.methods.hessian`).
-        quantized: whether Hessians are of the inputs rounded to FP4, where the scheme rounds them.
+        weights: of the tokens of each batch (:func:`.walk.token_weights`), None for all alike.
     """
     for layer in block.layers:
         require_finite(block.linear(layer).weight.data, f"{block.name}.{layer}.weight")
@@ -48,7 +48,7 @@ def quantize_in_order(
         if scheme.format.code_bits != 4:  # a row of FP8 has room for every weight; nothing is gained by more
             round_to_nearest(layer)
     for stage in stages(block):
-        for layers, moments in observe(block, stage, dict(results), input_scales, quantized, cross=shift > 0):
+        for layers, moments in observe(block, stage, dict(results), input_scales, cross=shift > 0, weights=weights):
             scheme, rotation, name = block.layers[layers[0]], block.rotation(layers[0]), f"{block.name}.{layers[0]}"
             if scheme.format.code_bits != 4:
                 continue

@@ -8,7 +8,7 @@ of layers that are calibrated in one pass: those that read the same tensor (q, k
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 
 import torch
@@ -69,14 +69,14 @@ def observe(
     stage: list[list[str]],
     done: Mapping[str, LayerResult],
     input_scales: Mapping[str, Tensor],
-    quantized: bool,
     cross: bool,
+    weights: Sequence[Tensor] | None = None,
 ) -> Iterator[tuple[list[str], SecondMoments]]:
-    """Second moments for each set of layers of ``stage``, with the layers in ``done`` quantized.
+    """Second moments of what each set of layers of ``stage`` multiplies, with the layers in ``done`` quantized.
 
     Args:
-        quantized: observe the inputs rounded to FP4 where the scheme rounds them, or as they come.
         cross: also observe what the dense block on ``block.originals`` feeds the layer, the input it was meant to read.
+        weights: of the tokens of each batch, ``[batch, tokens]``; a layer that reads other tokens takes all as equal.
     """
     leaders = [layers[0] for layers in stage]
     moments: dict[str, SecondMoments] = {}
@@ -88,14 +88,27 @@ def observe(
             rotation = block.rotation(layer)
             if layer not in moments:
                 moments[layer] = SecondMoments.empty(x.shape[-1], x.device, cross=cross)
-            if quantized:
-                values = quantized_input(x, block.layers[layer], rotation, input_scales.get(layer))
-            else:
-                values = x.float() if rotation is None else rotate(x, rotation)
+            values = quantized_input(x, block.layers[layer], rotation, input_scales.get(layer))
             wanted = meant.get(layer)
             if wanted is not None and rotation is not None:
                 wanted = rotate(wanted, rotation)
+            if weights is not None and values.shape[:-1].numel() == weights[index].numel():
+                root = weights[index].sqrt().view(*values.shape[:-1], 1)
+                values, wanted = values * root, None if wanted is None else wanted * root
             moments[layer].update(values, wanted)
     for layers in stage:
         if layers[0] in moments:
             yield layers, moments[layers[0]]
+
+
+@torch.no_grad()
+def token_weights(block: Block) -> list[Tensor]:
+    """How much the error of a token counts: ``[batch, tokens]`` of each batch, 1 on average.
+
+    The layers that come after normalise the hidden states, so an error matters beside the size of its own token. A few
+    tokens are hundreds of times larger than the others (attention sinks); counted by energy they would be all there is.
+    """
+    energies = [block.run(hidden, i).float().square().mean(dim=-1) for i, hidden in enumerate(block.inputs)]
+    weights = [1 / energy.clamp(min=torch.finfo(torch.float32).tiny) for energy in energies]
+    mean = torch.cat([w.flatten() for w in weights]).mean()
+    return [w / mean for w in weights]
