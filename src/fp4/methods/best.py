@@ -1,8 +1,7 @@
 """The recipe that won on perplexity: channels made alike, then codes and block scales found together.
 
 1. ``equalise``: an equivalent block whose channels are alike, for inputs and weights both.
-2. Second moments of the inputs as they will be multiplied: from the quantized prefix, rounded to FP4 at W4A4, every
-   token counted relative to its size.
+2. Second moments of the inputs as they will be multiplied: from the quantized prefix, rounded to FP4 at W4A4.
 3. ``forward_sweep`` (NVFP4) or ``gptq`` (MXFP4) on them, improved by ``descend``.
 """
 
@@ -20,7 +19,7 @@ from fp4.methods.gptq import gptq
 from fp4.methods.grid import assemble
 from fp4.methods.hessian import Objective
 from fp4.methods.layerwise import quantize_in_order
-from fp4.methods.walk import token_weights
+from fp4.methods.survey import survey
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,12 @@ class BestOptions:
         damping: added to the Hessian diagonal, as a share of its mean.
         shift: how much of the difference between the quantized and the original inputs is made up for, 0 to 1.
         sweeps: of coordinate descent over the blocks of each layer.
-        by_token: whether the error of a token counts relative to its size, as the next norm sees it, or as it is.
     """
 
     alpha: float | None = 0.5
     damping: float = 0.01
     shift: float = 0.0
     sweeps: int = 2
-    by_token: bool = True
 
 
 def best(
@@ -58,11 +55,11 @@ def best(
 
 def best_block(block: Block, options: BestOptions) -> dict[str, LayerResult]:
     """The recipe on every layer of ``block``, which it turns into an equivalent block in place (:mod:`.equalise`)."""
-    weights = token_weights(block) if options.by_token else None
+    seen = survey(block)
     if options.alpha is not None:
-        equalise(block, options.alpha, weights)
+        equalise(block, options.alpha, seen)
 
     def solve(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | None, name: str) -> QuantizedTensor:
         return best(weight, goal, fmt, global_scale, name, options.sweeps)
 
-    return quantize_in_order(block, solve, "best", options.damping, options.shift, weights)
+    return quantize_in_order(block, solve, "best", options.damping, options.shift, seen)

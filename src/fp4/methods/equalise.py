@@ -12,13 +12,13 @@ is taken back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from fp4.methods.block import Block, capture_inputs
+from fp4.methods.survey import Survey
 from fp4.methods.walk import stages
 
 _SAME_OUTPUT = 1e-3  # largest change of the output, relative to its norm, that is put down to rounding
@@ -30,6 +30,7 @@ class _Fold:
 
     producer: nn.Module
     consumers: list[nn.Linear]
+    layers: list[str]
     width: int
     repeats: int
     saved: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -44,8 +45,11 @@ class _Fold:
         middle = s[known].log().mean().exp() if bool(known.any()) else s.new_ones(())
         return torch.where(known, s / middle, 1.0)
 
-    def apply(self, s: Tensor) -> None:
-        """Fold ``s`` in, exactly: gains of norms stay representable in bfloat16, and s follows their rounding."""
+    def apply(self, s: Tensor) -> Tensor:
+        """Fold ``s`` in, exactly, and return it as the consumers' channels ``[K]`` see it.
+
+        Gains of norms stay representable in bfloat16, and s follows their rounding.
+        """
         weight = self.producer.weight
         assert isinstance(weight, nn.Parameter)
         if weight.dim() == 1:
@@ -63,6 +67,7 @@ class _Fold:
             s = s.view(-1, 1, self.width).expand(-1, self.repeats, -1).flatten()
         for layer in self.consumers:
             self._set(layer.weight, layer.weight.data * s)
+        return s
 
     def _set(self, parameter: Tensor, value: Tensor) -> None:
         self.saved.append((parameter, parameter.data))
@@ -116,49 +121,38 @@ def _find_folds(block: Block) -> dict[str, _Fold]:
         assert isinstance(gain, nn.Parameter)
         width = gain.shape[0]
         if width == columns:
-            folds[layers[0]] = _Fold(producer, consumers, width, 1)
+            folds[layers[0]] = _Fold(producer, consumers, layers, width, 1)
         elif isinstance(producer, nn.Linear) and head and columns % width == 0 and width % head == 0:
-            folds[layers[0]] = _Fold(producer, consumers, head, columns // width)  # heads that share a value
+            folds[layers[0]] = _Fold(producer, consumers, layers, head, columns // width)  # heads that share a value
     return folds
 
 
-def equalise(block: Block, alpha: float, weights: Sequence[Tensor] | None = None) -> list[str]:
+def equalise(block: Block, alpha: float, seen: Survey) -> list[str]:
     """Makes ``block.module`` an equivalent one with channels alike, in place.
 
     Args:
         alpha: share of the differences that inputs give up; 0 leaves them to the inputs, 1 moves all to the weights.
-        weights: of the tokens of each batch, ``[batch, tokens]``; None for all alike.
+        seen: a survey of the block, which is made to tell of the equivalent one.
 
     Returns:
         for each fold that was valid, the first of the layers whose input it changed.
     """
     folds = _find_folds(block)
-    energy: dict[str, Tensor] = {}
-
-    def see(layer: str, x: Tensor) -> None:
-        squares = x.float().reshape(-1, x.shape[-1]).square()
-        if weights is not None and len(squares) == weights[batch].numel():
-            squares = squares * weights[batch].view(-1, 1)
-        squares = squares.sum(dim=0)
-        energy[layer] = energy[layer] + squares if layer in energy else squares
-
     with torch.no_grad():
-        with capture_inputs(block, folds, see):
-            for batch, hidden in enumerate(block.inputs):
-                block.run(hidden, batch)
-        tokens = sum(hidden.shape[:-1].numel() for hidden in block.inputs)
         wanted = block.run(block.inputs[0], 0).float()
 
         def changed() -> bool:
             difference = (block.run(block.inputs[0], 0).float() - wanted).norm()
             return not bool(difference <= _SAME_OUTPUT * wanted.norm())
 
-        def apply(layers: list[str]) -> None:
-            # In running order: a producer may itself read what an earlier fold has scaled, which its rows do not see.
-            for layer in layers:
-                folds[layer].apply(folds[layer].scales(energy[layer] / max(tokens, 1), alpha))
+        applied: dict[str, Tensor] = {}
 
-        kept = [layer for layer in folds if layer in energy]
+        def apply(layers: list[str]) -> None:
+            # A producer may itself read what an earlier fold has scaled: that is in its columns, not in its rows.
+            for layer in layers:
+                applied[layer] = folds[layer].apply(folds[layer].scales(seen.energy[layer], alpha))
+
+        kept = [layer for layer in folds if layer in seen.energy]
         apply(kept)
         if changed():
             for layer in reversed(kept):
@@ -170,4 +164,8 @@ def equalise(block: Block, alpha: float, weights: Sequence[Tensor] | None = None
                     folds[layer].undo()
                 else:
                     kept.append(layer)
+    for layer in kept:
+        for name in folds[layer].layers:
+            seen.energy[name] = seen.energy[name] / applied[layer].square()
+            seen.amax[name] = seen.amax[name] / applied[layer].abs()
     return kept

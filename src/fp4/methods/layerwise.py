@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,8 @@ from fp4.formats import Format, QuantizedTensor, require_finite
 from fp4.methods.block import Block, LayerResult
 from fp4.methods.hessian import Objective, objective, shifted
 from fp4.methods.rtn import rtn
-from fp4.methods.scales import observe_input_scales, shared_global_scale
+from fp4.methods.scales import shared_global_scale, static_input_scales
+from fp4.methods.survey import Survey, survey
 from fp4.methods.walk import observe, stages
 from fp4.rotation import rotate
 
@@ -21,7 +22,7 @@ Solve = Callable[[Tensor, Objective, Format, "Tensor | None", str], QuantizedTen
 
 
 def quantize_in_order(
-    block: Block, solve: Solve, rule: str, damping: float, shift: float, weights: Sequence[Tensor] | None = None
+    block: Block, solve: Solve, rule: str, damping: float, shift: float, seen: Survey | None = None
 ) -> dict[str, LayerResult]:
     """Quantize every layer of ``block`` with ``solve``, later ones on what the quantized earlier ones feed them.
 
@@ -31,11 +32,11 @@ def quantize_in_order(
         rule: the name of ``solve`` in the results.
         damping: of the Hessians.
         shift: share of the shift to the original target (:mod:`fp4.methods.hessian`).
-        weights: of the tokens of each batch (:func:`.walk.token_weights`), None for all alike.
+        seen: of the block as it is, where a survey was made; else one is.
     """
     for layer in block.layers:
         require_finite(block.linear(layer).weight.data, f"{block.name}.{layer}.weight")
-    input_scales = observe_input_scales(block)
+    input_scales = static_input_scales(block, survey(block) if seen is None else seen)
     groups = block.groups()
     results: dict[str, LayerResult] = {}
 
@@ -48,7 +49,7 @@ def quantize_in_order(
         if scheme.format.code_bits != 4:  # a row of FP8 has room for every weight; nothing is gained by more
             round_to_nearest(layer)
     for stage in stages(block):
-        for layers, moments in observe(block, stage, dict(results), input_scales, cross=shift > 0, weights=weights):
+        for layers, moments in observe(block, stage, dict(results), input_scales, cross=shift > 0):
             scheme, rotation, name = block.layers[layers[0]], block.rotation(layers[0]), f"{block.name}.{layers[0]}"
             if scheme.format.code_bits != 4:
                 continue

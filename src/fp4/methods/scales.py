@@ -10,6 +10,7 @@ from torch import Tensor
 from fp4.calibration.observers import Amax
 from fp4.formats import E2M1_MAX, E4M3_MAX, FP8, portable_global_scale_for
 from fp4.methods.block import Block, capture_inputs, quantizes_activations
+from fp4.methods.survey import Survey
 from fp4.rotation import rotate
 from fp4.scheme import Scheme
 from fp4.tool_rules import TOOL_RULES, tool_global_scale
@@ -54,6 +55,20 @@ def input_scale(amax: Tensor, scheme: Scheme) -> Tensor:
 def observe_input_scales(block: Block) -> dict[str, Tensor]:
     """Static input scales of the layers that need one, from the dense block on ``block.inputs``."""
     layers = [layer for layer, scheme in block.layers.items() if has_static_input_scale(scheme)]
+    return _observe(block, layers)
+
+
+def static_input_scales(block: Block, seen: Survey) -> dict[str, Tensor]:
+    """The same from a survey of the block; only rotated layers, whose largest magnitudes it lacks, are run again."""
+    layers = [layer for layer, scheme in block.layers.items() if has_static_input_scale(scheme)]
+    scales = _observe(block, [layer for layer in layers if block.rotation(layer) is not None])
+    for layer in layers:
+        if layer not in scales and layer in seen.amax:
+            scales[layer] = input_scale(seen.amax[layer].amax(), block.layers[layer])
+    return scales
+
+
+def _observe(block: Block, layers: list[str]) -> dict[str, Tensor]:
     if not layers or not block.inputs:
         return {}
     observed = {layer: Amax() for layer in layers}

@@ -8,7 +8,7 @@ of layers that are calibrated in one pass: those that read the same tensor (q, k
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 
 import torch
@@ -70,13 +70,11 @@ def observe(
     done: Mapping[str, LayerResult],
     input_scales: Mapping[str, Tensor],
     cross: bool,
-    weights: Sequence[Tensor] | None = None,
 ) -> Iterator[tuple[list[str], SecondMoments]]:
     """Second moments of what each set of layers of ``stage`` multiplies, with the layers in ``done`` quantized.
 
     Args:
         cross: also observe what the dense block on ``block.originals`` feeds the layer, the input it was meant to read.
-        weights: of the tokens of each batch, ``[batch, tokens]``; a layer that reads other tokens takes all as equal.
     """
     leaders = [layers[0] for layers in stage]
     moments: dict[str, SecondMoments] = {}
@@ -92,23 +90,7 @@ def observe(
             wanted = meant.get(layer)
             if wanted is not None and rotation is not None:
                 wanted = rotate(wanted, rotation)
-            if weights is not None and values.shape[:-1].numel() == weights[index].numel():
-                root = weights[index].sqrt().view(*values.shape[:-1], 1)
-                values, wanted = values * root, None if wanted is None else wanted * root
             moments[layer].update(values, wanted)
     for layers in stage:
         if layers[0] in moments:
             yield layers, moments[layers[0]]
-
-
-@torch.no_grad()
-def token_weights(block: Block) -> list[Tensor]:
-    """How much the error of a token counts: ``[batch, tokens]`` of each batch, 1 on average.
-
-    The layers that come after normalise the hidden states, so an error matters beside the size of its own token. A few
-    tokens are hundreds of times larger than the others (attention sinks); counted by energy they would be all there is.
-    """
-    energies = [block.run(hidden, i).float().square().mean(dim=-1) for i, hidden in enumerate(block.inputs)]
-    weights = [1 / energy.clamp(min=torch.finfo(torch.float32).tiny) for energy in energies]
-    mean = torch.cat([w.flatten() for w in weights]).mean()
-    return [w / mean for w in weights]
