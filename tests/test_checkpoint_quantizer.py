@@ -161,6 +161,30 @@ def test_damage_is_reported_for_every_layer_at_once(shared: Callable[[str], Path
         assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["modelopt-NVFP4", "modelopt-MXFP4"])
+def test_modelopt_that_says_so_beside_config_json_only(
+    name: str, shared: Callable[[str], Path], token_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = tmp_path / "legacy"
+    shutil.copytree(shared(f"fixtures/{name}"), folder, copy_function=shutil.copyfile)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    side = json.loads((folder / "hf_quant_config.json").read_text())
+    model, expected = from_pretrained(folder), from_pretrained(shared(f"fixtures/{name}"))
+    with torch.no_grad():
+        assert torch.equal(model(token_ids).logits, expected(token_ids).logits)
+    model.save_pretrained(tmp_path / "out")
+    written = json.loads((tmp_path / "out/hf_quant_config.json").read_text())
+    assert written["quantization"] == {"group_size": 32} | side["quantization"]  # MXFP4 had none to say
+    assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["quant_method"] == "modelopt"
+    assert len(packed(from_pretrained(tmp_path / "out"))) == 14
+
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    with pytest.raises(ValueError, match="cannot be run by fp4: its quant_algo is 'FP8'"):
+        from_pretrained(folder)
+
+
 # --- what is not taken over ------------------------------------------------------------------------------------------
 
 NVFP4 = {"num_bits": 4, "type": "float", "group_size": 16}

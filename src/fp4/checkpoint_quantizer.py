@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
+from fp4 import legacy_config
 from fp4.checkpoint import codec_for
 from fp4.checkpoint.files import read_header
 from fp4.checkpoint.layers import packed_layers
@@ -114,6 +115,7 @@ def register() -> None:
     for config in (FPQuantConfig, CheckpointConfig):
         if config not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
             auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config,)
+    legacy_config.register()
     if os.environ.get("FP4_TAKE_OVER", "1") == "0":
         return
     # `register_quantizer` refuses names that are taken.
