@@ -124,12 +124,6 @@ def test_rotation_of_a_transform_config_is_applied(
         assert torch.equal(model(token_ids).logits, source(token_ids).logits)
 
 
-@pytest.mark.parametrize("name", ["llmcompressor-NVFP4-qwen3moe", "modelopt-NVFP4-qwen3moe"])
-def test_packed_experts_are_never_loaded_wrong_in_silence(name: str, shared: Callable[[str], Path]) -> None:
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.0\.\w+ is packed, but Qwen3MoeForCausalLM holds"):
-        from_pretrained(shared(f"fixtures/{name}"))
-
-
 def test_w4a4_follows_the_checkpoint_where_asked(shared: Callable[[str], Path], token_ids: torch.Tensor) -> None:
     path = shared("fixtures/modelopt-NVFP4")
     weight_only = from_pretrained(path)

@@ -9,9 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
@@ -22,7 +25,9 @@ from fp4.checkpoint.layers import packed_layers
 from fp4.checkpoint_config import CheckpointConfig
 from fp4.config import FPQuantConfig
 from fp4.nn import FP4Linear
+from fp4.nn.layout import ExpertsLayout
 from fp4.quantizer import FPQuantHfQuantizer
+from fp4.scheme import Scheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fp4")
 
 _TAKEN_OVER = ("compressed-tensors", "auto-round")
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+# From the end of the name of an experts module on: an expert's number and matrix, or a stack of all of them.
+_EXPERT = re.compile(r"(?<=\.experts)\.(\d+\.)?\w+$")
 
 
 class CheckpointHfQuantizer(FPQuantHfQuantizer):
@@ -40,8 +46,7 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
 
     def __init__(self, quantization_config: CheckpointConfig, **kwargs: Any) -> None:
         HfQuantizer.__init__(self, quantization_config, **kwargs)
-        self.problems, self.loaded, self.sharing = {}, set(), {}
-        self.codec = quantization_config.codec
+        self._reset(quantization_config.codec)
         obstacle = self.codec.obstacle()
         if obstacle is not None:
             raise ValueError(f"this {self.codec.name} checkpoint cannot be run by fp4: {obstacle}")
@@ -52,26 +57,56 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        self._require_modules_for_experts(model, kwargs.get("checkpoint_files") or [])
+        packed = self._packed_experts(model, kwargs.get("checkpoint_files") or [])
+        self._packed_modules = set(packed.values())
         super()._process_model_before_weight_loading(model, **kwargs)
+        modules = {name for name, _ in model.named_modules()}
+        for layer, module in packed.items():
+            # Without this check Transformers would leave such experts randomly initialized.
+            if module not in self.experts and layer not in modules:
+                raise ValueError(
+                    f"{layer} is packed, but {type(model).__name__} has neither such a layer nor stacked experts that "
+                    "fp4 can run in its place. Dequantize the experts, or use a model class with separate experts"
+                )
         schemes = [self.codec.scheme(name) for name, module in model.named_modules() if isinstance(module, FP4Linear)]
         fp8 = sum(scheme is not None and scheme.activations == "fp8" for scheme in schemes)
         if fp8:
             logger.info("%d layers expect FP8 activations; fp4 runs them with unquantized ones", fp8)
 
-    def _require_modules_for_experts(self, model: PreTrainedModel, files: list[Any]) -> None:
-        """ValueError if experts are packed one by one while the model holds them stacked.
-
-        Without this check Transformers would leave such experts randomly initialized.
-        """
+    def _packed_experts(self, model: PreTrainedModel, files: list[Any]) -> dict[str, str]:
+        """Packed matrices (or stacks) of experts in a checkpoint and the module of each, as the model names them."""
+        renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
         modules = {name for name, _ in model.named_modules()}
+        prefix = model.base_model_prefix
+        found = {}
         for path in map(Path, files):
             for layer in packed_layers(self.codec, read_header(path).tensors) if path.suffix == ".safetensors" else ():
-                if _EXPERT.search(layer) and layer not in modules:
-                    raise ValueError(
-                        f"{layer} is packed, but {type(model).__name__} holds its experts stacked, which fp4 does not "
-                        "load from this format. Dequantize the experts, or use a model class with separate experts"
-                    )
+                if _EXPERT.search(layer) is None:
+                    continue
+                name = layer
+                for renaming in renamings:
+                    name, _ = renaming.rename_source_key(name)
+                if _EXPERT.sub("", name) not in modules:
+                    name = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
+                found[name] = _EXPERT.sub("", name)
+        return found
+
+    def schemes_of_experts(
+        self, name: str, layout: ExpertsLayout, choose: Callable[[str], tuple[Scheme, str] | None]
+    ) -> dict[str, tuple[Scheme, str]] | None:
+        if name not in self._packed_modules:
+            return None
+        chosen = {}
+        for projection in layout.projections:
+            names = [self.expert_names[name][part] for part in layout.parts(projection)]
+            layers = [f"{name}.{expert}.{part}" for expert in range(layout.num_experts) for part in names]
+            choices = {choose(layer) for layer in ([f"{name}.{projection}"] if self.codec.stacks else layers)}
+            if len(choices) > 1:
+                raise ValueError(f"{name}: the configuration gives the experts' {projection} more than one scheme")
+            choice = choices.pop()
+            if choice is not None:
+                chosen[projection] = choice
+        return chosen or None
 
 
 def takes_over(config: dict[str, Any]) -> bool:

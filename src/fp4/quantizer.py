@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
+from fp4 import stacking
 from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear
 from fp4.checkpoint.codec import name_rotation
 from fp4.checkpoint.fp_quant import FPQuantCodec
 from fp4.checkpoint.fusing import fused_groups
 from fp4.checkpoint_config import CheckpointConfig
 from fp4.config import FPQuantConfig
+from fp4.coverage import Coverage, coverage_of
 from fp4.formats import FP8, QuantizedTensor
-from fp4.methods.rtn import global_scale_of
-from fp4.nn import FP4Linear, swap_linears
-from fp4.rotation import share
+from fp4.loading import ReadLayer, RoundToNearest, SharedScale, reads_layers
+from fp4.nn import FP4Experts, FP4Linear, PackedWeight, swap_experts, swap_linears
+from fp4.nn.layout import ExpertsLayout
 from fp4.saving import save_atomically
 from fp4.scheme import Scheme
 
@@ -30,106 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger("fp4")
-
-
-class _LoadOp(ConversionOps):
-    """Makes the canonical parameters of one layer; what goes wrong is noted with the quantizer, by layer."""
-
-    def __init__(self, quantizer: FPQuantHfQuantizer) -> None:
-        self.hf_quantizer = quantizer
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _LoadOp:
-        return self  # Transformers copies a converter for every layer; all of them report to the one quantizer
-
-
-@dataclass
-class SharedScale:
-    """Layers that are to have one global scale, and the dense weights of those that have been read."""
-
-    layers: list[str]
-    waiting: dict[str, Tensor] = field(default_factory=dict)
-
-
-class RoundToNearest(_LoadOp):
-    """Rounds one dense weight as soon as it is read, so that no more are in memory than share a global scale."""
-
-    def convert(
-        self, input_dict: dict[str, Any], *, model: nn.Module | None = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        ((name, value),) = input_dict.items()
-        weight = value[0] if isinstance(value, list) else value
-        module, _ = get_module_from_name(model, name)
-        layer = name.rpartition(".")[0]
-        group = self.hf_quantizer.sharing.get(layer)
-        if group is None:
-            return self._round({layer: weight}, {layer: module})
-        # Layers that share a global scale wait for each other: it is known when the last of them has been read.
-        group.waiting[layer] = weight
-        if len(group.waiting) < len(group.layers):
-            return {}
-        modules: dict[str, Any] = {name: model.get_submodule(name) for name in group.layers if model is not None}
-        weights, group.waiting = group.waiting, {}
-        return self._round(weights, modules)
-
-    def _round(self, weights: dict[str, Tensor], modules: dict[str, Any]) -> dict[str, Tensor]:
-        shared = None
-        if len(weights) > 1:
-            own = [
-                global_scale_of(weight, modules[layer].scheme, modules[layer].rotation)
-                for layer, weight in weights.items()
-            ]
-            shared = torch.stack([scale for scale in own if scale is not None]).amax()
-        found: dict[str, Tensor] = {}
-        for layer, weight in weights.items():
-            try:
-                parameters = modules[layer].round(weight, f"{layer}.weight", shared)
-            except ValueError as error:
-                self.hf_quantizer.problems[layer] = str(error)
-                continue
-            self.hf_quantizer.loaded.add(layer)
-            found |= {f"{layer}.{parameter}": tensor for parameter, tensor in parameters.items()}
-        return found
-
-
-class ReadLayer(_LoadOp):
-    """Gathers the stored tensors of one layer into its canonical parameters, as the checkpoint's codec reads them."""
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        *,
-        model: nn.Module | None = None,
-        full_layer_name: str = "",
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        layer = full_layer_name.rpartition(".")[0]
-        module, parameter = get_module_from_name(model, full_layer_name)
-        tensors = {pattern.replace("\\", ""): values[0] for pattern, values in input_dict.items()}
-        dense = tensors.get(".weight")
-        plain = dense is not None and dense.is_floating_point() and dense.element_size() > 1
-        if not isinstance(module, FP4Linear) and plain and len(tensors) == 1:
-            # ModelOpt calls packed weights as ordinary ones are called, and FP8 weights are called so everywhere.
-            return {full_layer_name: tensors[".weight"].to(getattr(module, parameter).dtype)}
-        try:
-            if not isinstance(module, FP4Linear):
-                raise ValueError("the checkpoint holds a quantized weight, but the configuration keeps this layer")
-            scheme = self.hf_quantizer.stored_scheme(layer, module)
-            stored = self.hf_quantizer.codec.read(tensors, scheme, (module.out_features, module.in_features))
-        except ValueError as error:
-            self.hf_quantizer.problems[layer] = str(error)
-            return {}
-        self.hf_quantizer.loaded.add(layer)
-        module.rotation = None if stored.rotation is None else share(stored.rotation.to(stored.weight.codes.device))
-        loaded = {"weight": stored.weight.codes, "weight_scale": stored.weight.scales}
-        if stored.weight.global_scale is not None:
-            loaded["global_scale"] = stored.weight.global_scale
-        static = self.hf_quantizer.quantization_config.uses_static_scales or module.input_global_scale is not None
-        if stored.input_global_scale is not None and static:
-            loaded["input_global_scale"] = stored.input_global_scale
-        for name, tensor in loaded.items():
-            if getattr(module, name) is None:  # a parameter that only some checkpoints have
-                setattr(module, name, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
-        return {f"{layer}.{name}": tensor for name, tensor in loaded.items()}
 
 
 class FPQuantHfQuantizer(HfQuantizer):
@@ -147,25 +50,31 @@ class FPQuantHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         if quantization_config.store_master_weights:
             self.pre_quantized = False  # such a checkpoint holds the unquantized weights
+        self._reset(FPQuantCodec(quantization_config.to_dict()))
+
+    def _reset(self, codec: Codec) -> None:
+        #: Reads and writes the stored tensors.
+        self.codec = codec
         #: What went wrong with which layer while loading; reported together, after the last one.
         self.problems: dict[str, str] = {}
         self.loaded: set[str] = set()
-        #: Reads and writes the stored tensors.
-        self.codec: Codec = FPQuantCodec(quantization_config.to_dict())
         #: Groups of layers that share a global scale, by each of their names.
         self.sharing: dict[str, SharedScale] = {}
+        #: Experts modules, and what checkpoints call the matrices of an expert of each.
+        self.experts: dict[str, FP4Experts] = {}
+        self.expert_names: dict[str, dict[str, str]] = {}
+        #: Which share of the model's parameters is quantized, to what, and why the others are not.
+        self.report: Coverage | None = None
 
-    def stored_scheme(self, layer: str, module: FP4Linear) -> LayerScheme:
-        """How the tensors of ``layer`` are stored."""
+    def stored_scheme(self, layer: str, runs: Scheme) -> LayerScheme:
+        """How the tensors of ``layer`` are stored, which runs by scheme ``runs``."""
         if isinstance(self.quantization_config, CheckpointConfig):
             scheme = self.codec.scheme(layer)
             if scheme is None:
                 raise ValueError("it is packed, but the configuration says that it is not quantized")
             return scheme
-        fp8 = module.scheme.input_format is FP8
-        return LayerScheme(
-            module.scheme.format, "model" if module.scheme.activations == "model" else "fp8" if fp8 else "fp4"
-        )
+        fp8 = runs.input_format is FP8
+        return LayerScheme(runs.format, "model" if runs.activations == "model" else "fp8" if fp8 else "fp4")
 
     # --- before the weights are read
 
@@ -180,41 +89,60 @@ class FPQuantHfQuantizer(HfQuantizer):
         def choose(name: str) -> tuple[Scheme, str] | None:
             return config.scheme_for(name) if name not in tied and should_convert_module(name, patterns) else None
 
+        def choose_experts(name: str, layout: ExpertsLayout) -> dict[str, tuple[Scheme, str]] | None:
+            if not should_convert_module(name, patterns):
+                return None
+            self.expert_names[name] = stacking.names_on_disk(name, layout, conversions)
+            return self.schemes_of_experts(name, layout, choose)
+
+        conversions = get_model_conversion_mapping(model)
         report = swap_linears(model, choose, master_weights=config.store_master_weights)
+        report.update(swap_experts(model, choose_experts, master_weights=config.store_master_weights))
+        self._base_model_prefix = model.base_model_prefix
+        self.experts = {name: module for name, module in model.named_modules() if isinstance(module, FP4Experts)}
         if not self.pre_quantized:
             for name in report.quantized:
                 module = model.get_submodule(name)
                 if isinstance(module, FP4Linear):
                     module.expect_dense_weight(model.dtype)
         if self.converts:
-            self._prepare_for_format(model, report.quantized)
+            self._prepare_for_format(model)
         if not report.quantized:
-            logger.warning("no layer of %s was quantized; all Linear layers are kept", type(model).__name__)
+            logger.warning("no layer of %s was quantized; all layers are kept", type(model).__name__)
+        self.report = coverage_of(model, report.kept)
+        logger.info("%s", self.report.describe())
         if report.unsupported():
             if config.strict:
                 raise ValueError(f"strict=True, but these layers cannot be quantized: {report.describe_unsupported()}")
             logger.warning("kept unquantized: %s", report.describe_unsupported())
+
+    def schemes_of_experts(
+        self, name: str, layout: ExpertsLayout, choose: Callable[[str], tuple[Scheme, str] | None]
+    ) -> dict[str, tuple[Scheme, str]] | None:
+        """Scheme and backend preference of each projection that is quantized; None for none."""
+        chosen = {projection: choose(f"{name}.{projection}") for projection in layout.projections}
+        return {projection: choice for projection, choice in chosen.items() if choice is not None} or None
 
     @property
     def converts(self) -> bool:
         """Whether the model will be saved in another tool's format than it is loaded from."""
         return getattr(self.quantization_config, "checkpoint_format", "fp_quant") != "fp_quant"
 
-    def _prepare_for_format(self, model: PreTrainedModel, layers: list[str]) -> None:
+    def _prepare_for_format(self, model: PreTrainedModel) -> None:
         """Let fused layers share their global scale. ValueError if the format has no place for the rotation."""
-        modules: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
+        modules: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, FP4Linear)}
         name_of_format = self.quantization_config.checkpoint_format
         writer, problems = CODECS[name_of_format]({"config_groups": {}}), {}
-        for name, module in modules.items():
-            scale = module.scheme.global_scale
-            unit = torch.tensor(1.0 if scale is None else scale, dtype=torch.float64, device="cpu")
-            weight = QuantizedTensor(
-                torch.empty_like(module.weight, device="meta"),
-                torch.empty_like(module.weight_scale, device="meta"),
-                unit if module.global_scale is not None else None,
-            )
+        schemes = {name: (m.scheme, (m.out_features, m.in_features)) for name, m in modules.items()}
+        for name, experts in self.experts.items():
+            shapes = experts.layout.projections
+            schemes |= {f"{name}.{p}": (scheme, shapes[p]) for p, (scheme, _) in experts.schemes.items()}
+        for name, (scheme, shape) in schemes.items():
+            unit = torch.tensor(scheme.global_scale or 1.0, dtype=torch.float64, device="cpu")
+            meta = PackedWeight(shape[1], shape[0], scheme, dtype=model.dtype, device="meta")
+            weight = QuantizedTensor(meta.weight, meta.weight_scale, None if meta.global_scale is None else unit)
             try:
-                writer.write(StoredLinear(weight, None, module.rotation), self._written_scheme(module))
+                writer.write(StoredLinear(weight, None, meta.rotation), self._written_scheme(meta))
             except ValueError as error:
                 problems[name] = str(error)
         if problems:
@@ -224,13 +152,13 @@ class FPQuantHfQuantizer(HfQuantizer):
         for group in fused_groups(free):
             self.sharing |= dict.fromkeys(group, SharedScale(group))
 
-    def _written_scheme(self, module: FP4Linear) -> LayerScheme:
+    def _written_scheme(self, weight: PackedWeight) -> LayerScheme:
         """The scheme of a layer quantized on the fly in another tool's format."""
-        fmt = module.scheme.format
+        fmt = weight.scheme.format
         # NVFP4 activations, and FP8 ones of FP4 weights, need a calibrated global scale there.
-        calibrated = fmt.needs_global_scale or module.scheme.input_format is not fmt
-        weight_only = module.scheme.activations == "model" or calibrated
-        rotation, group_size = name_rotation(module.rotation)
+        calibrated = fmt.needs_global_scale or weight.scheme.input_format is not fmt
+        weight_only = weight.scheme.activations == "model" or calibrated
+        rotation, group_size = name_rotation(weight.rotation)
         return LayerScheme(fmt, "model" if weight_only else "fp8" if fmt is FP8 else "fp4", rotation, group_size)
 
     def _adopt_format(self, model: PreTrainedModel) -> None:
@@ -238,12 +166,17 @@ class FPQuantHfQuantizer(HfQuantizer):
         asked = self.quantization_config
         modules = dict(model.named_modules())
         schemes = {name: self._written_scheme(m) for name, m in modules.items() if isinstance(m, FP4Linear)}
+        for name, experts in self.experts.items():
+            schemes |= {
+                layer: self._written_scheme(projection)
+                for layer, projection in stacking.layers_of(name, experts, self.expert_names[name])
+            }
         matrices = (
             name
             for name, module in modules.items()
             if isinstance(weight := getattr(module, "weight", None), Tensor)
             and weight.ndim == 2
-            and not isinstance(module, (FP4Linear, nn.Embedding))
+            and not isinstance(module, (PackedWeight, nn.Embedding))
         )
         stored = CODECS[asked.checkpoint_format].configuration(schemes, sorted(matrices), {})
         self.quantization_config = CheckpointConfig(stored, asked.activation_dtype, asked.backend)  # type: ignore[arg-type]
@@ -252,13 +185,16 @@ class FPQuantHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, tensor_name = get_module_from_name(model, param_name)
+        if isinstance(module, FP4Experts):
+            return tensor_name in module.layout.projections
         return isinstance(module, FP4Linear) and tensor_name == "weight"
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         # A weight that is still dense when device maps are computed will have been rounded by the time it arrives.
         if param.is_floating_point() and self.param_needs_quantization(model, param_name):
-            module, _ = get_module_from_name(model, param_name)
-            return float(module.scheme.format.code_bits / 8)
+            module, parameter = get_module_from_name(model, param_name)
+            scheme = module.schemes[parameter][0] if isinstance(module, FP4Experts) else module.scheme
+            return float(scheme.format.code_bits / 8)
         return param.element_size()
 
     # --- while they are read
@@ -273,11 +209,25 @@ class FPQuantHfQuantizer(HfQuantizer):
         patterns = [suffix.replace(".", "\\.") for suffix in self.codec.suffixes]
         return [WeightConverter(patterns, ".weight", [ReadLayer(self)])]
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        conversions = [*weight_conversions, *self.get_weight_conversions()]
+        if self.pre_quantized and self.experts:
+            reader = stacking.ReadExperts(self)
+            # First, because Transformers' converters of dense experts take what ModelOpt calls `weight` as well.
+            conversions.insert(0, stacking.ExpertsConverter(reader, self.experts, self._base_model_prefix))
+        return conversions
+
     # --- after that
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FP4Linear)]
-        for name, _ in layers:
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedWeight)]
+        dense = [
+            f"{name}.{projection}"
+            for name, experts in self.experts.items()
+            for projection in experts.layout.projections
+            if projection in experts._parameters
+        ]
+        for name in [*dense, *(name for name, _ in layers)]:
             if name not in self.loaded:
                 self.problems.setdefault(name, "the checkpoint has no weight for this layer")
         if self.problems:
@@ -291,7 +241,7 @@ class FPQuantHfQuantizer(HfQuantizer):
             module.settle(torch.device(hook.execution_device) if getattr(hook, "offload", False) else None)
         # The converters above are for reading; `get_state_dict_and_metadata` writes.
         conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [c for c in conversions if not _reads_layers(c)]
+        model._weight_conversions = [c for c in conversions if not reads_layers(c)]
         save_atomically(model, self.codec.side_files(self.quantization_config.to_dict()))
         return model
 
@@ -301,19 +251,25 @@ class FPQuantHfQuantizer(HfQuantizer):
         state_dict = model.state_dict()
         self.codec.dtype = model.dtype
         for name, module in model.named_modules():
-            if not isinstance(module, FP4Linear):
+            if not isinstance(module, PackedWeight):
                 continue
             prefix = f"{name}." if name else ""
+            for key in ("weight", "weight_scale", "global_scale", "input_global_scale"):
+                state_dict.pop(prefix + key, None)
             with align_module_device(module):
-                for key in ("weight", "weight_scale", "global_scale", "input_global_scale"):
-                    state_dict.pop(prefix + key, None)
-                layer = StoredLinear(module.canonical(), module.input_global_scale, module.rotation)
-                stored = self.codec.write(layer, self.stored_scheme(name, module))
-                state_dict |= {name + suffix: tensor for suffix, tensor in stored.items()}
+                if isinstance(module, FP4Linear):
+                    layer = StoredLinear(module.canonical(), module.input_global_scale, module.rotation)
+                    stored = self.codec.write(layer, self.stored_scheme(name, module.scheme))
+                    state_dict |= {name + suffix: tensor for suffix, tensor in stored.items()}
+                else:
+                    state_dict |= stacking.write(self, name)
         return state_dict, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        dtype = dtype or model.dtype
+        if not isinstance(dtype, torch.dtype):  # `save_pretrained` leaves its name in the configuration
+            dtype = model.dtype
+        for name, experts in self.experts.items():
+            model.set_submodule(name, experts.dequantize(dtype))
         for name, module in list(model.named_modules()):
             if isinstance(module, FP4Linear):
                 dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
@@ -336,7 +292,3 @@ class FPQuantHfQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
-
-
-def _reads_layers(conversion: Any) -> bool:
-    return any(isinstance(op, ReadLayer) for op in getattr(conversion, "operations", ()))

@@ -66,6 +66,8 @@ class Codec(ABC):
     suffixes: tuple[str, ...]
     codes: tuple[str, ...]
     markers: Mapping[str, tuple[str, ...]]
+    #: Whether the format holds stacks of experts, and nothing else.
+    stacks: ClassVar[bool] = False
     #: How the tool that writes the format rounds MXFP4 activations, one of ``formats.MXFP4.rules``.
     mxfp4_input_rule: ClassVar[str] = "even"
 

@@ -33,6 +33,7 @@ class Mxfp4Codec(Codec):
     suffixes = ("_blocks", "_scales")
     codes = ("_blocks",)
     markers: Mapping[str, tuple[str, ...]] = {"_blocks": ()}
+    stacks = True
 
     def scheme(self, layer: str) -> LayerScheme | None:
         kept = self.config.get("modules_to_not_convert") or []

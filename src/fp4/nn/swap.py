@@ -1,4 +1,4 @@
-"""Replace a model's Linear layers by packed ones."""
+"""Replace a model's Linear layers and experts by packed ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from fp4.nn.experts import FP4Experts
+from fp4.nn.layout import ExpertsLayout, layout_of
 from fp4.nn.linear import FP4Linear
 from fp4.nn.master import FP4MasterLinear
 from fp4.scheme import Scheme
@@ -14,10 +16,18 @@ from fp4.scheme import Scheme
 
 @dataclass
 class SwapReport:
-    """What a swap did: names of the quantized layers, and why each other Linear layer was left as it is."""
+    """What a swap did: names of the quantized layers, and why each other one that holds weights was left as it is.
+
+    Experts are named as the module that holds all of them.
+    """
 
     quantized: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+
+    def update(self, other: SwapReport) -> None:
+        """Add what another swap of the same model did."""
+        self.quantized += other.quantized
+        self.kept |= other.kept
 
     def unsupported(self) -> dict[str, str]:
         """Layers that were asked for but cannot be quantized, with the reason."""
@@ -74,3 +84,48 @@ def swap_linears(
         model.set_submodule(name, replacement)
         report.quantized.append(name)
     return report
+
+
+def swap_experts(
+    model: nn.Module,
+    choose: Callable[[str, ExpertsLayout], dict[str, tuple[Scheme, str]] | None],
+    master_weights: bool = False,
+) -> SwapReport:
+    """Put an :class:`FP4Experts` in the place of every experts module that ``choose`` wants quantized.
+
+    Args:
+        model: changed in place; the new module holds the dense parameters of the one it replaces, to be replaced too.
+        choose: maps a module's full name and layout to scheme and backend preference of each of its projections, or to
+            None to keep it.
+        master_weights: training was asked for, which experts do not take part in.
+    """
+    report = SwapReport()
+    for name, module in list(model.named_modules()):
+        if not any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
+            continue
+        layout = layout_of(module)
+        if layout is None:
+            if "Experts" in type(module).__name__:
+                report.kept[name] = f"{type(module).__name__} lays out or runs its experts in a way fp4 does not know"
+            continue
+        schemes = choose(name, layout)
+        if schemes is None:
+            report.kept[name] = NOT_ASKED
+            continue
+        obstacle = "experts have no form for training" if master_weights else _experts_obstacle(layout, schemes)
+        if obstacle is not None:
+            report.kept[name] = obstacle
+            continue
+        model.set_submodule(name, FP4Experts(module, schemes))
+        report.quantized.append(name)
+    return report
+
+
+def _experts_obstacle(layout: ExpertsLayout, schemes: dict[str, tuple[Scheme, str]]) -> str | None:
+    for projection, (_, columns) in layout.projections.items():
+        if projection not in schemes:
+            return f"{projection} is to be kept, and the projections of experts are quantized together"
+        multiple = schemes[projection][0].k_multiple
+        if columns % multiple:
+            return f"the {columns} columns of {projection} are not a multiple of {multiple}"
+    return None

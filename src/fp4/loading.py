@@ -1,0 +1,139 @@
+"""What happens to tensors on their way from a checkpoint into packed modules: Transformers' conversion operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from fp4.methods.rtn import global_scale_of
+from fp4.nn import FP4Experts, FP4Linear
+from fp4.rotation import share
+
+if TYPE_CHECKING:
+    from fp4.quantizer import FPQuantHfQuantizer
+
+
+class LoadOp(ConversionOps):
+    """Makes the canonical parameters of one layer; what goes wrong is noted with the quantizer, by layer."""
+
+    def __init__(self, quantizer: FPQuantHfQuantizer) -> None:
+        self.hf_quantizer = quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadOp:
+        return self  # Transformers copies a converter for every layer; all of them report to the one quantizer
+
+
+@dataclass
+class SharedScale:
+    """Layers that are to have one global scale, and the dense weights of those that have been read."""
+
+    layers: list[str]
+    waiting: dict[str, Tensor] = field(default_factory=dict)
+
+
+class RoundToNearest(LoadOp):
+    """Rounds one dense weight as soon as it is read, so that no more are in memory than share a global scale."""
+
+    def convert(
+        self, input_dict: dict[str, Any], *, model: nn.Module | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        ((name, value),) = input_dict.items()
+        weight = value[0] if isinstance(value, list) else value
+        module, _ = get_module_from_name(model, name)
+        if isinstance(module, FP4Experts):
+            return self._round_experts(module, name, weight, kwargs.get("missing_keys"))
+        layer = name.rpartition(".")[0]
+        group = self.hf_quantizer.sharing.get(layer)
+        if group is None:
+            return self._round({layer: weight}, {layer: module})
+        # Layers that share a global scale wait for each other: it is known when the last of them has been read.
+        group.waiting[layer] = weight
+        if len(group.waiting) < len(group.layers):
+            return {}
+        modules: dict[str, Any] = {name: model.get_submodule(name) for name in group.layers if model is not None}
+        weights, group.waiting = group.waiting, {}
+        return self._round(weights, modules)
+
+    def _round_experts(
+        self, experts: FP4Experts, name: str, weight: Tensor, missing_keys: set[str] | None
+    ) -> dict[str, Tensor]:
+        packed = experts.place(name.rpartition(".")[2], weight.shape[0])
+        if missing_keys is not None:
+            missing_keys.discard(name)
+        try:
+            parameters = packed.round(experts.dense_rows(weight), name)
+        except ValueError as error:
+            self.hf_quantizer.problems[name] = str(error)
+            return {}
+        self.hf_quantizer.loaded.add(name)
+        return {f"{name}.{parameter}": tensor for parameter, tensor in parameters.items()}
+
+    def _round(self, weights: dict[str, Tensor], modules: dict[str, Any]) -> dict[str, Tensor]:
+        shared = None
+        if len(weights) > 1:
+            own = [
+                global_scale_of(weight, modules[layer].scheme, modules[layer].rotation)
+                for layer, weight in weights.items()
+            ]
+            shared = torch.stack([scale for scale in own if scale is not None]).amax()
+        found: dict[str, Tensor] = {}
+        for layer, weight in weights.items():
+            try:
+                parameters = modules[layer].round(weight, f"{layer}.weight", shared)
+            except ValueError as error:
+                self.hf_quantizer.problems[layer] = str(error)
+                continue
+            self.hf_quantizer.loaded.add(layer)
+            found |= {f"{layer}.{parameter}": tensor for parameter, tensor in parameters.items()}
+        return found
+
+
+class ReadLayer(LoadOp):
+    """Gathers the stored tensors of one layer into its canonical parameters, as the checkpoint's codec reads them."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *,
+        model: nn.Module | None = None,
+        full_layer_name: str = "",
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        layer = full_layer_name.rpartition(".")[0]
+        module, parameter = get_module_from_name(model, full_layer_name)
+        tensors = {pattern.replace("\\", ""): values[0] for pattern, values in input_dict.items()}
+        dense = tensors.get(".weight")
+        plain = dense is not None and dense.is_floating_point() and dense.element_size() > 1
+        if not isinstance(module, FP4Linear) and plain and len(tensors) == 1:
+            # ModelOpt calls packed weights as ordinary ones are called, and FP8 weights are called so everywhere.
+            return {full_layer_name: tensors[".weight"].to(getattr(module, parameter).dtype)}
+        try:
+            if not isinstance(module, FP4Linear):
+                raise ValueError("the checkpoint holds a quantized weight, but the configuration keeps this layer")
+            scheme = self.hf_quantizer.stored_scheme(layer, module.scheme)
+            stored = self.hf_quantizer.codec.read(tensors, scheme, (module.out_features, module.in_features))
+        except ValueError as error:
+            self.hf_quantizer.problems[layer] = str(error)
+            return {}
+        self.hf_quantizer.loaded.add(layer)
+        module.rotation = None if stored.rotation is None else share(stored.rotation.to(stored.weight.codes.device))
+        loaded = {"weight": stored.weight.codes, "weight_scale": stored.weight.scales}
+        if stored.weight.global_scale is not None:
+            loaded["global_scale"] = stored.weight.global_scale
+        static = self.hf_quantizer.quantization_config.uses_static_scales or module.input_global_scale is not None
+        if stored.input_global_scale is not None and static:
+            loaded["input_global_scale"] = stored.input_global_scale
+        for name, tensor in loaded.items():
+            if getattr(module, name) is None:  # a parameter that only some checkpoints have
+                setattr(module, name, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
+        return {f"{layer}.{name}": tensor for name, tensor in loaded.items()}
+
+
+def reads_layers(conversion: Any) -> bool:
+    """Whether a converter of Transformers is one of this package's, for reading only."""
+    return any(isinstance(op, LoadOp) for op in getattr(conversion, "operations", ()))

@@ -1,0 +1,241 @@
+"""Experts between the form checkpoints have them in, one by one, and the stacks that a model holds."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import MergeModulelist, WeightConverter
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from fp4.checkpoint import StoredLinear
+from fp4.formats import QuantizedTensor
+from fp4.loading import LoadOp
+from fp4.nn import FP4Experts, FP4GroupedLinear
+from fp4.nn.layout import GATE_UP, ExpertsLayout
+from fp4.rotation import share
+
+if TYPE_CHECKING:
+    from fp4.quantizer import FPQuantHfQuantizer
+
+_PER_EXPERT = re.compile(r"\*\.(\w+)\\?\.weight$")
+
+
+def names_on_disk(module: str, layout: ExpertsLayout, conversions: Iterable[Any]) -> dict[str, str]:
+    """What checkpoints call the matrices of an expert, by ``layout.parts``: as Transformers' own converters name them.
+
+    Without such a converter (the family's checkpoints hold stacks) the names are those of ``layout.parts`` themselves.
+    """
+    names = {part: part for projection in layout.projections for part in layout.parts(projection)}
+    for conversion in conversions:
+        if not isinstance(conversion, WeightConverter) or (conversion.scope_prefix or "") not in module:
+            continue
+        merges = any(isinstance(op, MergeModulelist) for op in conversion.operations)
+        projection = conversion.target_patterns[0].rpartition(".")[2]
+        if not merges or projection not in layout.projections:
+            continue
+        target = re.compile(conversion.target_patterns[0] + "$")
+        found = [_PER_EXPERT.search(pattern) for pattern in conversion.source_patterns]
+        if target.search(f"{module}.{projection}") and len(found) == len(layout.parts(projection)) and all(found):
+            names |= zip(layout.parts(projection), (match[1] for match in found if match), strict=True)
+    return names
+
+
+class ReadExperts(LoadOp):
+    """Stacks the stored tensors of all experts of one projection into its canonical parameters."""
+
+    def convert(
+        self,
+        input_dict: dict[Any, Any],
+        *,
+        model: nn.Module | None = None,
+        full_layer_name: str = "",
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        quantizer, layer = self.hf_quantizer, full_layer_name.rpartition(".")[0]
+        experts, projection = get_module_from_name(model, full_layer_name)
+        tensors: dict[tuple[int | None, str], dict[str, Tensor]] = {}
+        for (expert, name, suffix), values in input_dict.items():
+            tensors.setdefault((expert, name), {})[suffix] = values[0]
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        try:
+            parts = self._parts(layer, experts, projection, tensors)
+        except ValueError as error:
+            quantizer.problems[full_layer_name] = str(error)
+            return {}
+        if len(parts) == 1:
+            placed = {projection: experts.place(projection)}
+        else:
+            placed = dict(zip(parts, experts.place_parts(), strict=True))
+        loaded: dict[str, Tensor] = {}
+        for name, packed in placed.items():
+            stored = parts[name]
+            packed.rotation = stored.rotation
+            own = packed.parameters_of(stored.weight)
+            own.pop("input_global_scale", None)
+            if stored.input_global_scale is not None and quantizer.quantization_config.uses_static_scales:
+                own["input_global_scale"] = stored.input_global_scale
+            for key, tensor in own.items():
+                if getattr(packed, key) is None:  # a parameter that only some checkpoints have
+                    setattr(packed, key, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
+            loaded |= {f"{layer}.{name}.{key}": tensor for key, tensor in own.items()}
+            quantizer.loaded.add(f"{layer}.{name}")
+        return loaded
+
+    def _parts(
+        self, layer: str, experts: FP4Experts, projection: str, tensors: dict[tuple[int | None, str], dict[str, Tensor]]
+    ) -> dict[str, StoredLinear]:
+        """The stacks of ``projection``: one, or one for each of its parts where these share no global scale."""
+        layout = experts.layout
+        if (None, projection) in tensors:
+            return {projection: self._stacked(layer, experts, projection, tensors[None, projection])}
+        names = self.hf_quantizer.expert_names[layer]
+        parts: dict[str, StoredLinear] = {}
+        for part in layout.parts(projection):
+            name = names[part] if any(found == names[part] for _, found in tensors) else part
+            scheme_of = experts.schemes[projection][0]
+            stored = []
+            for expert in range(layout.num_experts):
+                matrix = f"{expert}.{name}"
+                try:
+                    scheme = self.hf_quantizer.stored_scheme(f"{layer}.{matrix}", scheme_of)
+                    found = tensors.get((expert, name), {})
+                    stored.append(self.hf_quantizer.codec.read(found, scheme, layout.shape(part)))
+                except ValueError as error:
+                    raise ValueError(f"{matrix}: {error}") from error
+            parts[part] = stack(stored)
+        if len(parts) == 1:
+            return {projection: next(iter(parts.values()))}
+        gate, up = parts.values()
+        if not _same_scales(gate, up):
+            return parts
+        codes, scales = (layout.join_rows(*rows) for rows in zip(gate.weight[:2], up.weight[:2], strict=True))
+        weight = QuantizedTensor(codes, scales, gate.weight.global_scale)
+        return {GATE_UP: StoredLinear(weight, gate.input_global_scale, gate.rotation)}
+
+    def _stacked(self, layer: str, experts: FP4Experts, projection: str, tensors: dict[str, Tensor]) -> StoredLinear:
+        """A stack that is stored as one."""
+        codec, layout = self.hf_quantizer.codec, experts.layout
+        scheme = self.hf_quantizer.stored_scheme(f"{layer}.{projection}", experts.schemes[projection][0])
+        rows, columns = layout.projections[projection]
+        if codec.stacks:
+            return codec.read(tensors, scheme, (rows, columns))
+        if any(tensor.ndim == 0 or tensor.shape[0] != layout.num_experts for tensor in tensors.values()):
+            shapes = ", ".join(f"{suffix} {tuple(tensor.shape)}" for suffix, tensor in tensors.items())
+            raise ValueError(f"found {shapes}; expected a leading axis of {layout.num_experts} experts on each")
+        each = ({suffix: tensor[expert] for suffix, tensor in tensors.items()} for expert in range(layout.num_experts))
+        return stack([codec.read(own, scheme, (rows, columns)) for own in each])
+
+
+def stack(matrices: list[StoredLinear]) -> StoredLinear:
+    """One stack of the same matrix of every expert."""
+    rotations = {None if stored.rotation is None else id(share(stored.rotation)) for stored in matrices}
+    if len(rotations) > 1:
+        raise ValueError("its experts are rotated differently, which a stack of them has no place for")
+    weights = [stored.weight for stored in matrices]
+    codes, scales = (torch.stack([weight[i] for weight in weights]) for i in range(2))  # type: ignore[misc]
+    weight = QuantizedTensor(codes, scales, _stack_scales([weight.global_scale for weight in weights]))
+    rotation = matrices[0].rotation
+    device = codes.device
+    return StoredLinear(
+        weight,
+        _stack_scales([stored.input_global_scale for stored in matrices]),
+        None if rotation is None else share(rotation.to(device)),
+    )
+
+
+def _stack_scales(scales: list[Tensor | None]) -> Tensor | None:
+    if all(scale is None for scale in scales):
+        return None
+    # A global scale of 1 is how fp_quant writes that an MXFP4 weight has none.
+    device = next(scale.device for scale in scales if scale is not None)
+    one = torch.ones((), dtype=torch.float64, device=device)
+    return torch.stack([one if scale is None else scale for scale in scales])
+
+
+def _same_scales(gate: StoredLinear, up: StoredLinear) -> bool:
+    pairs = ((gate.weight.global_scale, up.weight.global_scale), (gate.input_global_scale, up.input_global_scale))
+    return gate.rotation is up.rotation and all(
+        (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b)) for a, b in pairs
+    )
+
+
+class ExpertsConverter(WeightConverter):
+    """Collects the stored tensors of each projection of packed experts, whatever the checkpoint calls its matrices.
+
+    Args:
+        reader: what is done with them.
+        modules: the experts modules, by name.
+        prefix: of the base model, which names in a checkpoint may have or lack.
+    """
+
+    __slots__ = ("modules", "reader", "tail")
+
+    def __init__(self, reader: ReadExperts, modules: Mapping[str, FP4Experts], prefix: str) -> None:
+        super().__init__(["experts.*.packed"], "experts.packed", [reader])
+        self.reader = reader
+        #: Projection by name of a matrix or stack, for each module.
+        self.modules: dict[str, dict[str, str]] = {}
+        for module, experts in modules.items():
+            own: dict[str, str] = {}
+            for projection in experts.layout.projections:
+                for part in experts.layout.parts(projection):
+                    own |= dict.fromkeys((part, reader.hf_quantizer.expert_names[module][part]), projection)
+                own[projection] = projection
+            bare = module.removeprefix(f"{prefix}.")
+            self.modules |= dict.fromkeys((module, bare, f"{prefix}.{bare}"), own)
+        names = {re.escape(name) for own in self.modules.values() for name in own}
+        suffixes = map(re.escape, reader.hf_quantizer.codec.suffixes)
+        self.tail = re.compile(rf"\.(?:(\d+)\.)?({'|'.join(names)})({'|'.join(suffixes)})$")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertsConverter:
+        twin = copy.copy(self)
+        object.__setattr__(twin, "collected_tensors", defaultdict(list))
+        object.__setattr__(twin, "layer_targets", defaultdict(set))
+        return twin
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        match = self.tail.search(source_key)
+        module = source_key[: match.start()] if match else ""
+        projection = self.modules.get(module, {}).get(match[2]) if match else None
+        if match is None or projection is None or (match[1] is None and match[2] != projection):
+            return source_key, None
+        object.__setattr__(self, "_was_used", True)
+        return f"{module}.{projection}", self.source_patterns[0]
+
+    def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
+        match = self.tail.search(source_key)
+        assert match is not None  # the key was renamed by it
+        expert = None if match[1] is None else int(match[1])
+        self.collected_tensors[expert, match[2], match[3]].append(future)
+        self.layer_targets[target_key].add(source_key)
+
+
+def layers_of(name: str, experts: FP4Experts, names: Mapping[str, str]) -> Iterator[tuple[str, FP4GroupedLinear]]:
+    """Every matrix of every expert of the module ``name``, as checkpoints call it, and the projection it is part of."""
+    for part, (weight, projection) in experts.matrices().items():
+        for expert in range(weight.codes.shape[0]):
+            yield f"{name}.{expert}.{names[part]}", projection
+
+
+def write(quantizer: FPQuantHfQuantizer, name: str) -> dict[str, Tensor]:
+    """The tensors to store for one packed projection, expert by expert."""
+    module, _, child = name.rpartition(".")
+    experts, names = quantizer.experts[module], quantizer.expert_names[module]
+    stored: dict[str, Tensor] = {}
+    for part, (weight, projection) in experts.matrices(child).items():
+        for expert in range(weight.codes.shape[0]):
+            layer = f"{module}.{expert}.{names[part]}"
+            own = QuantizedTensor(*(None if tensor is None else tensor[expert].contiguous() for tensor in weight))  # type: ignore[arg-type]
+            input_scale = None if projection.input_global_scale is None else projection.input_global_scale[expert]
+            linear = StoredLinear(own, input_scale, projection.rotation)
+            tensors = quantizer.codec.write(linear, quantizer.stored_scheme(layer, projection.scheme))
+            stored |= {layer + suffix: tensor for suffix, tensor in tensors.items()}
+    return stored
