@@ -88,3 +88,12 @@ def test_evaluate_and_report(packed: Path, llama: Path, shared: Callable[[str], 
     assert result.exit_code == 0, result.output
     assert "worst of 14 layers" in result.output
     assert (folder / "report.html").is_file()
+
+
+def test_report_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("matplotlib", "fp4.report.p"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = CliRunner().invoke(app, ["report", "anything"])
+    assert isinstance(result.exception, ValueError)
+    assert "fp4[report]" in str(result.exception)

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from fp4 import layer_stats
 from fp4.formats import FP8, MXFP4, NVFP4, Format, QuantizedTensor, dequantize, quantize
-from fp4.layer_stats import layer_statistics
+from fp4.report import layer_stats
+from fp4.report.layer_stats import layer_statistics
 from fp4.rotation import hadamard, rotate
 
 

@@ -17,10 +17,10 @@ from fp4.checkpoint import codec_for
 from fp4.checkpoint.files import Checkpoint, load
 from fp4.checkpoint.layers import packed_layers
 from fp4.formats import dequantize
-from fp4.report import Report, gather, write_report
+from fp4.report.gather import Report, gather
 
 pytest.importorskip("matplotlib", reason="the plots need the extra 'report'")
-from fp4.report_page import page, verdict
+from fp4.report.page import page, verdict, write_report
 
 
 @pytest.mark.parametrize("name", ["llmcompressor-NVFP4", "modelopt-MXFP4", "autoround-NVFP4"])

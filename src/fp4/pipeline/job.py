@@ -18,7 +18,6 @@ from fp4.checkpoint import CODECS
 from fp4.checkpoint.files import Checkpoint, write_json
 from fp4.checkpoint.source import is_hub_id, local_folder
 from fp4.methods import METHODS
-from fp4.model_card import write_model_card
 from fp4.pipeline.blocks import BlockCalibration
 from fp4.pipeline.estimate import Estimate, estimate
 from fp4.pipeline.memory import Memory
@@ -35,6 +34,7 @@ from fp4.pipeline.report import build_report, kept_rows, peak_memory
 from fp4.pipeline.rounding import Progress, StreamedRounding
 from fp4.pipeline.skeleton import Skeleton
 from fp4.pipeline.staging import Staging, identity_of, plain_errors
+from fp4.report.model_card import write_model_card
 
 logger = logging.getLogger("fp4")
 

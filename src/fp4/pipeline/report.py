@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fp4.layer_stats import LayerStatistics
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.skeleton import Skeleton
+from fp4.report.layer_stats import LayerStatistics
 
 
 def layer_row(

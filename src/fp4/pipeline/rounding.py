@@ -14,13 +14,13 @@ from torch import Tensor
 from fp4.checkpoint import Codec, LayerScheme, StoredLinear
 from fp4.checkpoint.files import DTYPES, ShardWriter, Spec, TensorInfo, load
 from fp4.formats import QuantizedTensor
-from fp4.layer_stats import LayerStatistics, layer_statistics
 from fp4.methods.rtn import global_scale_of, rtn
 from fp4.pipeline.output import planned_specs, rotation_of, scheme_in_file
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.report import layer_row
 from fp4.pipeline.skeleton import Skeleton
 from fp4.pipeline.staging import Staging
+from fp4.report.layer_stats import LayerStatistics, layer_statistics
 
 Progress = Callable[[str, int, int], None]
 

@@ -7,10 +7,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from fp4.report import Report, median_error
-from fp4.report_plots import error_by_depth, error_by_kind, size_bar
+from fp4.report.gather import Progress, Report, gather, median_error
+from fp4.report.plots import error_by_depth, error_by_kind, size_bar
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #5a6570; --line: #d5dae0; --back: #ffffff; --mark: #fff3d6; }
@@ -85,6 +86,17 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("scale_rule", "scale rule", ""),
     ("seconds", "seconds", ".1f"),
 )
+
+
+def write_report(
+    folder: Path, output: Path, *, source: str | Path | None = None, progress: Progress | None = None
+) -> Report:
+    """Write the page about ``folder`` to ``output``; arguments and errors as for :func:`gather`."""
+    report = gather(folder, source=source, progress=progress)
+    temporary = output.with_name(f".{output.name}.partial")
+    temporary.write_text(page(report), encoding="utf-8")
+    temporary.replace(output)
+    return report
 
 
 def page(report: Report) -> str:

@@ -75,7 +75,7 @@ def evaluate(
         _print(console, found)
     if save:
         from fp4.checkpoint.files import write_json
-        from fp4.model_card import EVALUATION, refresh_model_card
+        from fp4.report.model_card import EVALUATION, refresh_model_card
 
         write_json(Path(model) / EVALUATION, found.to_dict())
         if refresh_model_card(Path(model)) and not as_json:
@@ -121,7 +121,10 @@ def report(
 
         fp4 report RedHatAI-Qwen3-8B-NVFP4 --source Qwen/Qwen3-8B --output qwen3.html
     """
-    from fp4.report import write_report
+    try:
+        from fp4.report.page import write_report
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the plots need {error.name}, which is not installed: pip install 'fp4[report]'") from error
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("comparing weights", total=None)

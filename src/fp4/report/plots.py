@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fp4.report import Report, median_error
+from fp4.report.gather import Report, median_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,8 +17,8 @@ from fp4.checkpoint.files import Checkpoint, TensorInfo, load, read_json
 from fp4.checkpoint.layers import packed_layers
 from fp4.checkpoint.source import local_folder
 from fp4.inspection import inspect
-from fp4.layer_stats import layer_statistics
-from fp4.model_card import EVALUATION, REPORT
+from fp4.report.layer_stats import layer_statistics
+from fp4.report.model_card import EVALUATION, REPORT
 
 _NUMBERS = ("output_error", "weight_error", "weight_snr_db", "clipped", "zero", "bits_per_weight", "seconds")
 
@@ -70,19 +70,6 @@ class Report:
 
 def median_error(layers: Iterable[Mapping[str, Any]], measured: str) -> float:
     return float(statistics.median(layer[measured] for layer in layers))
-
-
-def write_report(
-    folder: Path, output: Path, *, source: str | Path | None = None, progress: Progress | None = None
-) -> Report:
-    """Write the page about ``folder`` to ``output``; arguments and errors as for :func:`gather`."""
-    from fp4.report_page import page  # matplotlib is needed from here on
-
-    report = gather(folder, source=source, progress=progress)
-    temporary = output.with_name(f".{output.name}.partial")
-    temporary.write_text(page(report), encoding="utf-8")
-    temporary.replace(output)
-    return report
 
 
 def gather(folder: Path, *, source: str | Path | None = None, progress: Progress | None = None) -> Report:

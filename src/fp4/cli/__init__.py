@@ -1,0 +1,49 @@
+"""The ``fp4`` command."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fp4.cli.checkpoints import convert, inspect
+from fp4.cli.env import env
+from fp4.cli.quality import evaluate, report
+from fp4.cli.quantize import quantize, schemes
+from fp4.cli.settings import load_env_file
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Models in 4-bit floating point (NVFP4, MXFP4).",
+    rich_markup_mode="rich",
+)
+
+
+@app.callback()
+def fp4() -> None:
+    """Models in 4-bit floating point (NVFP4, MXFP4)."""
+
+
+for command in (quantize, evaluate, report, inspect, convert, schemes, env):
+    app.command()(command)
+
+# The machine's fault rather than the caller's: the same command may succeed later.
+_FAILED = (errno.ENOSPC, errno.ENOMEM, errno.EIO, errno.EDQUOT)
+
+
+def main() -> None:
+    """Entry point: what went wrong is printed as one sentence, not as a traceback.
+
+    Exit code 2 is a mistake of the user, 3 a failure of the machine (disk full, out of memory).
+    """
+    try:
+        load_env_file(Path(".env"))
+        app()
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(3 if isinstance(error, OSError) and error.errno in _FAILED else 2)
