@@ -34,9 +34,11 @@ pytest-triton: $(VENV)/parity
 	PYTHONPATH=$(VENV)/parity TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 -rs tests/test_triton_kernels.py
 	PYTHONPATH=$(VENV)/parity $(VENV)/bin/python -m pytest -n 2 -rs tests/test_triton_compile.py
 
-# Against FP-Quant's own Triton kernels, run by Triton's interpreter.
-parity: $(VENV)/parity
+# Against other tools: FP-Quant's own Triton kernels, run by Triton's interpreter, then what compressed-tensors, ModelOpt
+# and auto-round make of checkpoints.
+parity: $(VENV)/parity $(VENV)/parity-checkpoints
 	PYTHONPATH=$(VENV)/parity $(VENV)/bin/python -m pytest -rs tests/parity/test_fp_quant.py
+	PYTHONPATH=$(VENV)/parity-checkpoints $(VENV)/bin/python -m pytest -n 2 -rs tests/parity --ignore tests/parity/test_fp_quant.py
 
 sanitize:
 	sh csrc/cpu/sanitize.sh
@@ -76,3 +78,11 @@ $(VENV)/oldest: $(VENV)/test
 $(VENV)/parity: $(VENV)/test
 	rm -rf $@
 	$(VENV)/bin/pip install -q --no-deps --target $@ fp_quant==0.3.2 triton==3.7.1 scipy==1.17.1
+
+# Without dependencies too: these tools pin other versions of Transformers and bring tools for training and evaluation.
+$(VENV)/parity-checkpoints: $(VENV)/test
+	rm -rf $@
+	$(VENV)/bin/pip install -q --no-deps --target $@ auto-round==0.16.1 compressed-tensors==0.19.0 loguru==0.7.3 \
+		nvidia-modelopt==0.47.0 nvidia-ml-py==13.615.71 omegaconf==2.4.0 antlr4-python3-runtime==4.13.2 pulp==3.3.2 \
+		py-cpuinfo==9.0.0 pydantic-settings==2.16.3 scipy==1.17.1 threadpoolctl==3.8.0
+	PYTHONPATH=$@ $(VENV)/bin/python -c "import auto_round, compressed_tensors, modelopt.torch.quantization"

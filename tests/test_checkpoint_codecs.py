@@ -227,6 +227,23 @@ def test_auto_round_blocks_and_extra_config() -> None:
         codec.scheme("lm_head")
 
 
+def test_auto_round_multiplies_in_its_own_order() -> None:
+    stored = stored_linear(global_scale=1 / 3000)
+    codec = codec_for({"quant_method": "auto-round"})
+    values = codec.values(stored.weight)
+    assert values is not None
+    codes, scales = stored.weight.codes[0, :8], stored.weight.scales[0, 0].float().item()
+    grid = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    for column, byte in enumerate(codes.tolist()):
+        for half, nibble in enumerate((byte & 15, byte >> 4)):
+            product = torch.tensor(grid[nibble & 7]) * torch.tensor(1 / 3000)
+            expected = (product * scales).item() * (-1 if nibble & 8 else 1)
+            assert values[0, 2 * column + half].item() == expected
+    assert codec.values(stored_linear(MXFP4).weight) is None
+    assert not torch.equal(values, dequantize(*stored.weight))
+    torch.testing.assert_close(values, dequantize(*stored.weight), rtol=2**-22, atol=0)
+
+
 def test_unknown_method_is_named() -> None:
     with pytest.raises(ValueError, match=r"'awq'; fp4 reads fp_quant, compressed-tensors"):
         codec_for({"quant_method": "awq"})

@@ -133,6 +133,8 @@ def bytes_of(folder: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], byte
         ("modelopt-W4A16_NVFP4", {"scheme": "nvfp4a16", "scale_rule": "modelopt"}),
         ("modelopt-NVFP4", {"scheme": "nvfp4a16", "scale_rule": "modelopt"}),
         ("modelopt-MXFP4", {"scheme": "mxfp4", "scale_rule": "modelopt"}),
+        ("llmcompressor-NVFP4-qwen3moe", {"scheme": "nvfp4a16", "scale_rule": "llm-compressor"}),
+        ("modelopt-NVFP4-qwen3moe", {"scheme": "nvfp4a16", "scale_rule": "modelopt"}),
     ],
 )
 def test_a_model_rounded_by_a_tools_rule_is_saved_as_the_tools_own_file(
@@ -140,7 +142,7 @@ def test_a_model_rounded_by_a_tools_rule_is_saved_as_the_tools_own_file(
 ) -> None:
     tool = "modelopt" if name.startswith("modelopt") else "compressed-tensors"
     config = FPQuantConfig(**options, checkpoint_format=tool)
-    source = shared("fixtures/source-llama")
+    source = shared("fixtures/source-qwen3moe" if name.endswith("moe") else "fixtures/source-llama")
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "out")
     ours, theirs = bytes_of(tmp_path / "out"), bytes_of(shared(f"fixtures/{name}"))

@@ -269,11 +269,11 @@ class FPQuantHfQuantizer(HfQuantizer):
         if not isinstance(dtype, torch.dtype):  # `save_pretrained` leaves its name in the configuration
             dtype = model.dtype
         for name, experts in self.experts.items():
-            model.set_submodule(name, experts.dequantize(dtype))
+            model.set_submodule(name, experts.dequantize(dtype, self.codec.values))
         for name, module in list(model.named_modules()):
             if isinstance(module, FP4Linear):
                 dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-                dense.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+                dense.weight = nn.Parameter(module.dequantize(dtype, self.codec.values), requires_grad=False)
                 dense.bias = module.bias  # type: ignore[assignment]
                 model.set_submodule(name, dense)
         return model

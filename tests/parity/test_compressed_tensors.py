@@ -110,40 +110,42 @@ def test_converted_files_decompress_to_the_same_values(
     assert_decompresses_to_the_same(tmp_path / "out")
 
 
-@pytest.mark.parametrize("source", ["modelopt-MXFP4", "autoround-NVFP4-autoroundfmt", "llmcompressor-FP8_DYNAMIC"])
-def test_stock_transformers_loads_what_fp4_writes(source: str, shared: Callable[[str], Path], tmp_path: Path) -> None:
+def test_stock_transformers_loads_what_fp4_writes(shared: Callable[[str], Path], tmp_path: Path) -> None:
     """In another process, without fp4: Transformers' own compressed-tensors code, dequantizing as it loads."""
     import subprocess
     import sys
 
     from fp4.convert import convert
 
-    convert(shared(f"fixtures/{source}"), tmp_path / "out", "compressed-tensors")
-    if source == "llmcompressor-FP8_DYNAMIC":  # from here to a format and back, that it was fp4 that wrote it
-        convert(tmp_path / "out", tmp_path / "there", "modelopt")
-        convert(tmp_path / "there", tmp_path / "out", "compressed-tensors", overwrite=True)
+    sources = ("modelopt-MXFP4", "autoround-NVFP4-autoroundfmt", "llmcompressor-FP8_DYNAMIC")
+    for source in sources:
+        convert(shared(f"fixtures/{source}"), tmp_path / source, "compressed-tensors")
+        if source == "llmcompressor-FP8_DYNAMIC":  # from here to a format and back, that it was fp4 that wrote it
+            convert(tmp_path / source, tmp_path / "there", "modelopt")
+            convert(tmp_path / "there", tmp_path / source, "compressed-tensors", overwrite=True)
     code = (
         "import sys, torch\n"
         "from transformers import AutoModelForCausalLM, CompressedTensorsConfig\n"
-        "config = CompressedTensorsConfig(dequantize=True)\n"
-        "model = AutoModelForCausalLM.from_pretrained(\n"
-        "    sys.argv[1], quantization_config=config, dtype=torch.float32)\n"
+        "for folder in sys.argv[1:]:\n"
+        "    config = CompressedTensorsConfig(dequantize=True)\n"
+        "    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)\n"
+        "    torch.save({k: v for k, v in model.state_dict().items()}, folder + '.pt')\n"
         "assert 'fp4' not in sys.modules\n"
-        "torch.save({k: v for k, v in model.state_dict().items()}, sys.argv[2])\n"
     )
-    saved = tmp_path / "state.pt"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "out"), str(saved)], capture_output=True, text=True
-    )
+    folders = [str(tmp_path / source) for source in sources]
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    theirs = torch.load(saved, weights_only=True)
-    checkpoint = Checkpoint.open(tmp_path / "out")
-    codec = codec_for(checkpoint.quantization_config() or {})
-    for layer, infos in packed_layers(codec, checkpoint.tensors).items():
-        scheme = codec.scheme(layer)
-        assert scheme is not None
-        values = dequantize(*codec.read({s: load(i) for s, i in infos.items()}, scheme).weight)
-        assert torch.equal(theirs[f"{layer}.weight"], values.bfloat16().float()), layer
+    for source in sources:
+        theirs = torch.load(tmp_path / f"{source}.pt", weights_only=True)
+        checkpoint = Checkpoint.open(tmp_path / source)
+        codec = codec_for(checkpoint.quantization_config() or {})
+        layers = packed_layers(codec, checkpoint.tensors)
+        assert len(layers) == 14
+        for layer, infos in layers.items():
+            scheme = codec.scheme(layer)
+            assert scheme is not None
+            values = dequantize(*codec.read({s: load(i) for s, i in infos.items()}, scheme).weight)
+            assert torch.equal(theirs[f"{layer}.weight"], values.bfloat16().float()), (source, layer)
 
 
 def test_configuration_is_valid_to_compressed_tensors(shared: Callable[[str], Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fp4.checkpoint.codec import Codec, LayerScheme, StoredLinear, require_no_rotation
 from fp4.checkpoint.compressed_tensors import CompressedTensorsCodec
-from fp4.formats import FP8, MXFP4, NVFP4
+from fp4.formats import FP8, MXFP4, NVFP4, QuantizedTensor, decode_e2m1, unpack_codes
 
 _FORMATS = {("nv_fp", 16): NVFP4, ("mx_fp", 32): MXFP4}
 
@@ -88,6 +88,17 @@ class AutoRoundCodec(CompressedTensorsCodec):
         if scheme.format is FP8:
             raise ValueError(f"it is {scheme}; {self.name} has a place for FP4 weights only")
         return super().write(stored, scheme, allow_rounding)
+
+    def values(self, weight: QuantizedTensor) -> Tensor | None:
+        """NVFP4 is ``(code * global scale) * block scale`` there, rounded to float32 after each product."""
+        codes, scales, global_scale = weight
+        if global_scale is None:
+            return None
+        # One rounding of the float64 reciprocal gives the float32 reciprocal that auto-round takes.
+        unit = global_scale.float()[..., None, None]
+        blocks = (decode_e2m1(unpack_codes(codes)) * unit).unflatten(-1, (scales.shape[-1], -1))
+        values: Tensor = (blocks * scales.float()[..., None]).flatten(-2)
+        return values
 
     @classmethod
     def configuration(

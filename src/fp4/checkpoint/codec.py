@@ -115,6 +115,11 @@ class Codec(ABC):
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
         """Inverse of :meth:`read`. ValueError for what the format has no exact place for."""
 
+    def values(self, weight: QuantizedTensor) -> Tensor | None:
+        """float32 values of a canonical weight as the tool that writes the format computes them, if it rounds products
+        in another order than :func:`fp4.formats.dequantize`; None if it does not."""
+        return None
+
     @classmethod
     @abstractmethod
     def configuration(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fp4.formats import QuantizedTensor
 from fp4.nn.layout import GATE_UP, ExpertsLayout, layout_of
-from fp4.nn.packed import PackedWeight, frozen
+from fp4.nn.packed import PackedWeight, Values, frozen
 from fp4.scheme import Scheme
 
 
@@ -173,8 +173,9 @@ class FP4Experts(nn.Module):
         for projection in self.packed().values():
             projection.settle(device)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The module that was replaced, with the dense weights that this one multiplies with."""
+    def dequantize(self, dtype: torch.dtype = torch.float32, values: Values | None = None) -> nn.Module:
+        """The module that was replaced, with the dense weights that this one multiplies with (``values`` as in
+        :meth:`PackedWeight.dequantize`)."""
         dense: nn.Module = nn.Module.__new__(self.replaced)
         nn.Module.__init__(dense)
         packed = self.packed()
@@ -187,9 +188,10 @@ class FP4Experts(nn.Module):
             dense.register_buffer(name, buffer, name not in self._non_persistent_buffers_set)
         for name in self.layout.projections:
             if name in packed:
-                rows = packed[name].dequantize(dtype)
+                rows = packed[name].dequantize(dtype, values)
             else:
-                rows = self.layout.join_rows(*(packed[part].dequantize(dtype) for part in self.layout.parts(name)))
+                parts = self.layout.parts(name)
+                rows = self.layout.join_rows(*(packed[part].dequantize(dtype, values) for part in parts))
             dense.register_parameter(name, frozen(self.dense_rows(rows).contiguous()))
         for name, parameter in self.named_parameters(recurse=False):
             dense.register_parameter(name, parameter)

@@ -15,6 +15,8 @@ from fp4.rotation import rotate, rotation_for, share
 from fp4.scheme import Scheme
 
 _Self = TypeVar("_Self", bound="PackedWeight")
+#: From a canonical weight to float32 values ``[..., N, K]``, or to None where it does not know better.
+Values = Callable[[QuantizedTensor], Tensor | None]
 
 
 class PackedWeight(nn.Module):
@@ -105,10 +107,15 @@ class PackedWeight(nn.Module):
         self.weight, self.weight_scale = frozen(weight.codes), frozen(weight.scales)
         self.global_scale = None if weight.global_scale is None else frozen(weight.global_scale)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight ``[..., N, K]`` that this module multiplies with, rotated back where it is rotated."""
-        backend = backends.for_device(self.weight.device, self.scheme.format)
-        dense = backend.dequantize(self.canonical(), torch.float32)
+    def dequantize(self, dtype: torch.dtype = torch.float32, values: Values | None = None) -> Tensor:
+        """The dense weight ``[..., N, K]`` that this module multiplies with, rotated back where it is rotated.
+
+        ``values`` may compute it from the canonical form in place of the backend, where it does not return None.
+        """
+        dense = None if values is None else values(self.canonical())
+        if dense is None:
+            backend = backends.for_device(self.weight.device, self.scheme.format)
+            dense = backend.dequantize(self.canonical(), torch.float32)
         if self.rotation is not None:
             # Orthogonal up to rounding: the inverse, not the transpose, gives back exactly what is multiplied.
             dense = rotate(dense, torch.linalg.inv(self.rotation.double()).float())
