@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from moe import FAMILIES, make_moe
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from fp4 import FPQuantConfig
 from fp4.checkpoint import codec_for
@@ -39,7 +40,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def load_moe(path: Path, config: FPQuantConfig | None = None, **options: object) -> nn.Module:
     if config is not None:
         options["quantization_config"] = config
-    return AutoModelForCausalLM.from_pretrained(path, **options)
+    (name,) = AutoConfig.from_pretrained(path).architectures
+    return getattr(transformers, name).from_pretrained(path, **options).eval()
 
 
 # What the formats can hold of each scheme: rotations have no place in ModelOpt's and auto-round's.

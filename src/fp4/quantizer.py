@@ -78,6 +78,9 @@ class FPQuantHfQuantizer(HfQuantizer):
 
     # --- before the weights are read
 
+    def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
+        """Keeps Llama 4's experts as one module, which Transformers would take apart for compressed-tensors."""
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
         if config.modules_to_not_convert is None:

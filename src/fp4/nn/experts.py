@@ -256,4 +256,4 @@ class FP4Experts(nn.Module):
             out = self.post_expert_norm(out)
         weights = top_k_weights.reshape(-1)[order].masked_fill(~local, 0.0)
         weighted = (out * weights[:, None])[torch.argsort(order)]
-        return weighted.view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+        return weighted.view(tokens, top_k, out.shape[-1]).sum(dim=1).to(hidden_states.dtype)

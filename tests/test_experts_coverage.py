@@ -1,0 +1,67 @@
+"""How much of a mixture-of-experts model is in FP4, counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from moe import FAMILIES, make_moe
+
+from fp4 import FPQuantConfig
+from fp4.coverage import Coverage
+from fp4.nn import FP4Experts
+from fp4.quantizer import FPQuantHfQuantizer
+
+
+def coverage(model: transformers.PreTrainedModel, config: FPQuantConfig) -> Coverage:
+    """Of a model that is prepared for loading."""
+    quantizer = FPQuantHfQuantizer(config, pre_quantized=False)
+    quantizer.preprocess_model(model)
+    assert quantizer.report is not None
+    return quantizer.report
+
+
+def test_qwen3_30b_a3b_is_in_fp4() -> None:
+    """All but routers, norms and embeddings, so 99.96% of what is outside embeddings.
+
+    The two embeddings, kept by default, are 2% of the model. The input embedding alone is more than 1%, so 99% of all
+    parameters is out of reach for a model of this shape even with ``lm_head`` in FP4.
+    """
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+    )
+    with torch.device("meta"):
+        model = transformers.Qwen3MoeForCausalLM(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters == 30_532_122_624
+    found = coverage(model, FPQuantConfig())
+    assert found.total == parameters
+    assert sum(found.embeddings.values()) == 2 * 151936 * 2048
+    assert found.share_of_blocks > 0.999
+    assert 0.979 < found.share < 0.98
+    assert found.embeddings["model.embed_tokens"] / parameters > 0.01
+    assert sum(isinstance(module, FP4Experts) for module in model.modules()) == 48
+    assert "97.9% of 30,532,122,624 parameters are quantized (nvfp4 97.9%), 100.0% of those outside" in found.describe()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_and_linears_are_counted_and_routers_are_kept(family: str, tmp_path: Path) -> None:
+    dense = make_moe(family)
+    total = sum(parameter.numel() for parameter in dense.parameters())
+    found = coverage(dense, FPQuantConfig())  # type: ignore[arg-type]
+    assert found.total == total
+    assert found.share_of_blocks > 0.9
+    kept = found.kept | found.embeddings
+    assert any("router" in name or name.endswith(".gate") for name in kept)
+    assert not any(name.endswith(".experts") for name in kept) or family == "gpt_oss"  # its biases
