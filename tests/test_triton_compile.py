@@ -14,8 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fp4.backends.triton.linear import TILINGS, Tiling
+from fp4.backends.triton.linear import SCALED_TILINGS, SMALL_SCALED_TILINGS, TILINGS, Tiling
 from fp4.backends.triton.matmul import multiply
+from fp4.backends.triton.scaled import multiply_scaled
 
 CONSTANTS = ("MX", "PARTS", "UNIT_BY_ROW", "BE", "BM", "SLICES", "PANELS", "CHUNKS", "SPLIT")
 
@@ -56,3 +57,42 @@ def test_every_type_compiles(dtype: str, mx: bool) -> None:
 
 def test_experts_compile() -> None:
     assert "mma" in compile_multiply(90, "bf16", False, TILINGS[8], True)
+
+
+def compile_scaled(capability: int, mx: bool, tiling: Tiling) -> tuple[str, str]:
+    """PTX and machine code of the product with FP4 activations."""
+    types = dict.fromkeys(multiply_scaled.arg_names, "i32") | dict.fromkeys(
+        ("MX", "UNIT_BY_ROW", "BE", "BM", "PANELS", "CHUNKS", "SPLIT", "bias", "offsets"), "constexpr"
+    )
+    types |= dict.fromkeys(("x", "x_scale", "weight", "weight_scale"), "*u8")
+    types |= {"out": "*bf16", "unit": "*fp64", "x_unit": "*fp64"}
+    constants = {
+        "bias": None, "offsets": None, "MX": mx, "UNIT_BY_ROW": False, "BE": 0, "BM": tiling.BM,
+        "PANELS": tiling.PANELS, "CHUNKS": tiling.CHUNKS, "SPLIT": 1,
+    }  # fmt: skip
+    names = ("x", "x_scale", "weight", "weight_scale", "out", "N", "K", "scale_stride")
+    aligned = [multiply_scaled.arg_names.index(n) for n in names]
+    source = ASTSource(multiply_scaled, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return str(compiled.asm["ptx"]), str(compiled.asm["sass"])
+
+
+@pytest.mark.parametrize("mx", [False, True], ids=["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("tiling", SCALED_TILINGS.values(), ids=lambda tiling: f"BM{tiling.BM}")
+def test_blackwell_multiplies_fp4(tiling: Tiling, mx: bool) -> None:
+    kind = "mxf4.block_scale.scale_vec::2X" if mx else "mxf4nvf4.block_scale.scale_vec::4X"
+    ptx, machine_code = compile_scaled(100, mx, tiling)
+    assert f"tcgen05.mma.cta_group::1.kind::{kind}" in ptx
+    assert "UTCOMMA" in machine_code
+    assert "STL" not in machine_code  # nothing is spilled
+
+
+@pytest.mark.parametrize("mx", [False, True], ids=["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("tiling", SMALL_SCALED_TILINGS.values(), ids=lambda tiling: f"BM{tiling.BM}")
+def test_consumer_blackwell_multiplies_fp4(tiling: Tiling, mx: bool) -> None:
+    kind = f"kind::mxf4nvf4.block_scale.scale_vec::{2 if mx else 4}X.f32.e2m1.e2m1"
+    ptx, machine_code = compile_scaled(120, mx, tiling)
+    assert kind in ptx
+    assert "OMMA.SF.16864.F32.E2M1.E2M1" in machine_code
+    assert "STL" not in machine_code

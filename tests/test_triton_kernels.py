@@ -1,6 +1,7 @@
-"""The Triton kernels against ``fp4.formats`` and float64 products: on the CPU by Triton's interpreter.
+"""The Triton kernels against ``fp4.formats`` and float64 products on the CPU.
 
-``make pytest-triton`` sets TRITON_INTERPRET=1 and provides Triton; elsewhere these tests are skipped.
+They run on a CUDA GPU where there is one, and on the CPU by Triton's interpreter where TRITON_INTERPRET=1 says so
+(``make pytest-triton`` does, and provides Triton).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +21,13 @@ from fp4.formats import MXFP4, NVFP4, Format, QuantizedTensor
 from fp4.nn.linear import FP4Linear
 from fp4.scheme import Scheme
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="Triton is not installed, or TRITON_INTERPRET=1 is not set",
+    importlib.util.find_spec("triton") is None or not (INTERPRETED or torch.cuda.is_available()),
+    reason="needs Triton, and either a CUDA GPU or TRITON_INTERPRET=1",
 )
 
-ops = torch.ops.fp4
+DEVICE = "cpu" if INTERPRETED else "cuda"
 BACKEND = BACKENDS["triton"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUT_ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -33,6 +36,13 @@ RULES = [(fmt, rule) for fmt in (NVFP4, MXFP4) for rule in fmt.rules]
 TINY = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-25}
 FORMAT = pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=lambda fmt: fmt.name)
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def run(name: str, *arguments: object) -> Any:
+    """``fp4::triton_name`` on the device under test, from and to the CPU."""
+    moved = [a.to(DEVICE) if isinstance(a, Tensor) else a for a in arguments]
+    result = getattr(torch.ops.fp4, f"triton_{name}")(*moved)
+    return tuple(r.cpu() for r in result) if isinstance(result, tuple) else result.cpu()
 
 
 def assert_product(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -60,10 +70,10 @@ def packed(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def check_bits(x: Tensor, fmt: Format, rule: str, global_scale: Tensor | None = None) -> None:
     expected = formats.quantize(x, fmt, rule, global_scale)
-    codes, scales = ops.triton_quantize(x, expected.global_scale, fmt.name, rule)
+    codes, scales = run("quantize", x, expected.global_scale, fmt.name, rule)
     assert torch.equal(scales.view(torch.uint8), expected.scales.view(torch.uint8))
     assert torch.equal(codes, expected.codes)
-    values = ops.triton_dequantize(codes, scales, expected.global_scale, x.dtype)
+    values = run("dequantize", codes, scales, expected.global_scale, x.dtype)
     assert torch.equal(values, formats.dequantize(*expected, dtype=x.dtype))
 
 
@@ -84,17 +94,17 @@ def test_quantize_is_equal_to_the_bit(fmt: Format, rule: str, dtype: torch.dtype
 def test_largest_magnitude(dtype: torch.dtype) -> None:
     for shape in [(1, 1), (3, 7), (2, 40, 64), (0, 16), (2, 0, 16)]:
         x = torch.randn(shape).to(dtype)
-        assert torch.equal(ops.triton_largest_magnitude(x), formats.largest_magnitude(x))
+        assert torch.equal(run("largest_magnitude", x), formats.largest_magnitude(x))
     bad = torch.randn(4, 32).to(dtype)
     bad[3, 1] = float("nan")
-    assert ops.triton_largest_magnitude(bad).isnan()
+    assert run("largest_magnitude", bad).isnan()
 
 
 @FORMAT
 def test_nan_is_never_hidden(fmt: Format) -> None:
     x = torch.randn(2, 64)
     x[1, 3] = float("nan")
-    _, scales = ops.triton_quantize(x, torch.tensor(1.0, dtype=torch.float64), fmt.name, "abs_max")
+    _, scales = run("quantize", x, torch.tensor(1.0, dtype=torch.float64), fmt.name, "abs_max")
     assert scales.float()[1, 0].isnan()
     assert scales.float()[0].isfinite().all()
 
@@ -116,7 +126,7 @@ def test_linear(fmt: Format, dtype: torch.dtype, m: int) -> None:
     n, k = 37, 5 * 64
     weight, bias = random_weight(fmt, n, k), torch.randn(n)
     x = torch.randn(m, k).to(dtype)
-    result = ops.triton_linear(x, *packed(weight), bias, n)
+    result = run("linear", x, *packed(weight), bias, n)
     assert result.dtype == dtype
     assert_product(result, x, formats.dequantize(*weight), bias)
 
@@ -125,24 +135,22 @@ def test_linear(fmt: Format, dtype: torch.dtype, m: int) -> None:
 @pytest.mark.parametrize("m", [50, 70])
 def test_linear_of_many_rows(fmt: Format, m: int) -> None:
     weight, x = random_weight(fmt, 130, 96), torch.randn(m, 96).bfloat16()
-    assert_product(ops.triton_linear(x, *packed(weight), None, 130), x, formats.dequantize(*weight))
+    assert_product(run("linear", x, *packed(weight), None, 130), x, formats.dequantize(*weight))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 16), (2, 3, 16), (1, 17, 48), (5, 1, 144)], ids=str)
 def test_odd_shapes(shape: tuple[int, int, int]) -> None:
     m, n, k = shape
     weight, x = random_weight(NVFP4, n, k), torch.randn(m, k)
-    assert_product(ops.triton_linear(x, *packed(weight), None, n), x, formats.dequantize(*weight))
-    assert ops.triton_linear(x[:0], *packed(weight), None, n).shape == (0, n)
-    assert ops.triton_linear(x[0], *packed(weight), None, n).shape == (n,)
+    assert_product(run("linear", x, *packed(weight), None, n), x, formats.dequantize(*weight))
+    assert run("linear", x[:0], *packed(weight), None, n).shape == (0, n)
+    assert run("linear", x[0], *packed(weight), None, n).shape == (n,)
 
 
 def test_partial_sums_are_added() -> None:
     """One row panel and a long K: several programs share it."""
     weight, x = random_weight(NVFP4, 5, 8192), torch.randn(1, 8192)
-    assert_product(
-        ops.triton_linear(x, *packed(weight), torch.ones(5), 5), x, formats.dequantize(*weight), torch.ones(5)
-    )
+    assert_product(run("linear", x, *packed(weight), torch.ones(5), 5), x, formats.dequantize(*weight), torch.ones(5))
 
 
 @FORMAT
@@ -153,7 +161,7 @@ def test_every_code_and_scale(fmt: Format) -> None:
     scales = torch.arange(top, dtype=torch.uint8)[:, None].view(fmt.scale_dtype)
     unit = torch.tensor(1.0, dtype=torch.float64) if fmt.needs_global_scale else None
     weight = QuantizedTensor(formats.pack_codes(codes), scales, unit)
-    result = ops.triton_linear(torch.eye(block), *packed(weight), None, top)
+    result = run("linear", torch.eye(block), *packed(weight), None, top)
     assert torch.equal(result, formats.dequantize(*weight).T)
 
 
@@ -166,7 +174,7 @@ def test_linear_w4a4(fmt: Format, dtype: torch.dtype, group: int | None) -> None
     rotate = None if group is None else rotation.hadamard(group).float()
     for rule in ("abs_max", "four_over_six") if fmt is NVFP4 else ("abs_max", "quest"):
         for unit in (None, torch.tensor(0.003, dtype=torch.float64)):
-            result = ops.triton_linear_w4a4(x, *packed(weight), None, n, rotate, unit, rule)
+            result = run("linear_w4a4", x, *packed(weight), None, n, rotate, unit, rule)
             seen = reference.quantize_activation(x, fmt, rotate, unit, rule)
             if rotate is None:
                 assert_product(result, seen, formats.dequantize(*weight))
@@ -178,7 +186,7 @@ def test_linear_w4a4(fmt: Format, dtype: torch.dtype, group: int | None) -> None
 
 def test_weight_only_rotation() -> None:
     weight, x, rotate = random_weight(NVFP4, 20, 64), torch.randn(3, 64), rotation.gsr(32).float()
-    result = ops.triton_linear(x, *packed(weight), None, 20, rotate)
+    result = run("linear", x, *packed(weight), None, 20, rotate)
     torch.testing.assert_close(result, rotation.rotate(x, rotate) @ formats.dequantize(*weight).T)
 
 
@@ -192,9 +200,9 @@ def test_grouped(fmt: Format, counts: list[int]) -> None:
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
     values = formats.dequantize(*weight)
     units = torch.rand(experts, dtype=torch.float64) * 0.01 + 1e-3
-    result = ops.triton_grouped_linear(x, *packed(weight), bias, offsets, n)
-    shared = ops.triton_grouped_linear_w4a4(x[:total], *packed(weight), bias, offsets, n, None, None, "abs_max")
-    own = ops.triton_grouped_linear_w4a4(x, *packed(weight), bias, offsets, n, None, units, "abs_max")
+    result = run("grouped_linear", x, *packed(weight), bias, offsets, n)
+    shared = run("grouped_linear_w4a4", x[:total], *packed(weight), bias, offsets, n, None, None, "abs_max")
+    own = run("grouped_linear_w4a4", x, *packed(weight), bias, offsets, n, None, units, "abs_max")
     seen = reference.quantize_activation(x[:total], fmt, None, None, "abs_max")
     for e, (start, end) in enumerate(itertools.pairwise(offsets)):
         if start < end:
@@ -212,19 +220,41 @@ def test_adversarial_activations(fmt: Format) -> None:
     outlier, small = torch.randn(k), torch.full((k,), 1e-3)
     outlier[k // 3], small[::7] = 1e30, 1e20
     for x in (torch.zeros(k), -torch.zeros(k), outlier, small, -torch.rand(k)):
-        assert_product(ops.triton_linear(x[None], *packed(weight), None, n), x[None], formats.dequantize(*weight))
+        assert_product(run("linear", x[None], *packed(weight), None, n), x[None], formats.dequantize(*weight))
     x = torch.randn(3, k)
     x[1, 7] = float("inf")
-    result = ops.triton_linear(x, *packed(weight), None, n)
+    result = run("linear", x, *packed(weight), None, n)
     assert result[[0, 2]].isfinite().all()
     assert not result[1].isfinite().all()
 
 
+@FORMAT
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 40, 96), (19, 130, 320), (70, 16, 64)])
+@pytest.mark.skipif(not INTERPRETED, reason="addresses around tl.dot_scaled are checked by the interpreter")
+def test_native_fp4_product(fmt: Format, m: int, n: int, k: int) -> None:
+    """What Blackwell runs, but for the instruction itself, which the interpreter computes in float32."""
+    from fp4.backends.triton.linear import scaled_product
+    from fp4.backends.triton.quantize import INTERLEAVED, quantize_activation
+
+    weight, x, bias = random_weight(fmt, n, k), torch.randn(m, k), torch.randn(n)
+    codes, scales, unit = quantize_activation(x, fmt, None, None, "abs_max", INTERLEAVED.value)
+    result = scaled_product(codes, scales, *packed(weight), bias, None, n, unit, torch.float32)
+    seen = reference.quantize_activation(x, fmt, None, None, "abs_max")
+    assert_product(result, seen, formats.dequantize(*weight), bias)
+    experts = random_weight(fmt, 3, n, k)
+    offsets = torch.tensor([0, m // 2, m // 2, m], dtype=torch.int32)
+    result = scaled_product(codes, scales, *packed(experts), None, offsets, n, unit, torch.float32)
+    values = formats.dequantize(*experts)
+    assert_product(result[: m // 2], seen[: m // 2], values[0])
+    assert_product(result[m // 2 :], seen[m // 2 :], values[2])
+
+
 def test_module_compiles_without_graph_break() -> None:
     torch.manual_seed(0)
-    layer = FP4Linear.from_linear(torch.nn.Linear(64, 40), Scheme(NVFP4, activations="model"), "triton")
+    dense = torch.nn.Linear(64, 40, device=DEVICE)
+    layer = FP4Linear.from_linear(dense, Scheme(NVFP4, activations="model"), "triton")
     assert layer.backend.name == "triton"
-    x = torch.randn(3, 64)
+    x = torch.randn(3, 64, device=DEVICE)
     with torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
         torch.testing.assert_close(compiled, layer(x))
@@ -234,4 +264,4 @@ def test_module_compiles_without_graph_break() -> None:
 def test_a_weight_of_another_shape_is_named() -> None:
     weight = random_weight(NVFP4, 40, 64)
     with pytest.raises(ValueError, match="not the triton layout of 60 x 64"):
-        ops.triton_linear(torch.zeros(2, 64), *packed(weight), None, 60)
+        run("linear", torch.zeros(2, 64), *packed(weight), None, 60)

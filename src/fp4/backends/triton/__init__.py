@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +20,19 @@ from fp4.scheme import Scheme
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be the one that the first argument is on."""
+
+    @functools.wraps(function)
+    def run(x: Tensor, *arguments: Any, **options: Any) -> Any:
+        if x.device.index == torch.cuda.current_device():
+            return function(x, *arguments, **options)
+        with torch.cuda.device(x.device):
+            return function(x, *arguments, **options)
+
+    return run
+
+
 def _register() -> str | None:
     """Register the operators; why they cannot be, if they cannot."""
     if importlib.util.find_spec("triton") is None:
@@ -28,8 +44,9 @@ def _register() -> str | None:
         quantize.quantize, quantize.dequantize, quantize.largest_magnitude,
     )  # fmt: skip
     for function in functions:
-        for key in ("CUDA", "CPU") if _INTERPRETED else ("CUDA",):
-            ops.implement(f"triton_{function.__name__}", function, key)
+        ops.implement(f"triton_{function.__name__}", _on_its_device(function), "CUDA")
+        if _INTERPRETED:
+            ops.implement(f"triton_{function.__name__}", function, "CPU")
     return None
 
 
@@ -57,6 +74,13 @@ class TritonBackend(Backend):
             return f"it runs on NVIDIA GPUs, not on {device.type if torch.version.hip is None else 'ROCm'}"
         major, minor = torch.cuda.get_device_capability(device)
         return None if major >= 8 else f"it needs compute capability 8.0, this device has {major}.{minor}"
+
+    def multiplies_fp4(self, device: torch.device) -> bool:
+        if self.unavailable() is not None:
+            return False
+        from fp4.backends.triton import linear
+
+        return linear.multiplies_fp4(device)
 
     def pack(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         return layout.pack(codes, scales)

@@ -10,9 +10,9 @@ import triton
 from torch import Tensor
 
 from fp4.backends.triton import layout
-from fp4.backends.triton.codec import INTERPRETED
 from fp4.backends.triton.matmul import add_partial_sums, multiply
-from fp4.backends.triton.quantize import VALUES, quantize_activation, rotate
+from fp4.backends.triton.quantize import INTERLEAVED, VALUES, quantize_activation, rotate
+from fp4.backends.triton.scaled import CAPABILITIES, multiply_scaled
 from fp4.formats import MXFP4, format_of
 
 
@@ -39,6 +39,19 @@ TILINGS: dict[int, Tiling] = {
     64: Tiling(64, 1, 8, 1, 4, 3),
     1 << 30: Tiling(128, 1, 8, 1, 8, 3),
 }
+# The same for FP4 activations on tensor cores that multiply them.
+SCALED_TILINGS: dict[int, Tiling] = {
+    16: Tiling(16, 1, 8, 2, 4, 3),
+    32: Tiling(32, 1, 8, 2, 4, 3),
+    64: Tiling(64, 1, 8, 2, 4, 3),
+    1 << 30: Tiling(128, 1, 8, 2, 4, 3),
+}
+# Consumer Blackwell keeps sums in registers, so its tiles are smaller.
+SMALL_SCALED_TILINGS: dict[int, Tiling] = {
+    16: Tiling(16, 1, 4, 2, 4, 3),
+    32: Tiling(32, 1, 4, 2, 4, 3),
+    1 << 30: Tiling(64, 1, 4, 2, 4, 3),
+}
 # Float32 activations are held as three bfloat16 terms, which leaves no room for the largest tiles.
 WIDE_ROWS = 64
 
@@ -47,6 +60,16 @@ def tiling_for(rows: int, parts: int) -> Tiling:
     if parts > 1:
         rows = min(rows, WIDE_ROWS)
     return next(tiling for most, tiling in TILINGS.items() if rows <= most)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return (0, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+
+
+def multiplies_fp4(device: torch.device) -> bool:
+    """Whether Triton reaches tensor cores of ``device`` that multiply FP4."""
+    return _capability(device) in CAPABILITIES
 
 
 @functools.cache
@@ -70,6 +93,44 @@ def _parts(x: Tensor, mx: bool) -> int:
     return 2 if x.dtype == torch.float16 and mx else 1
 
 
+class _Launch(NamedTuple):
+    """How the rows of a call are cut into tiles."""
+
+    grid: tuple[int, int, int]
+    experts: int
+
+    @property
+    def split(self) -> int:
+        return self.grid[2]
+
+
+def _launch(rows: int, k: int, weight: Tensor, out_features: int, tiling: Tiling, grouped: bool) -> _Launch:
+    experts = weight.shape[0] if grouped else 0
+    panels, chunks = weight.shape[-3:-1]
+    if panels != triton.cdiv(out_features, layout.ROWS) or chunks != triton.cdiv(k, layout.CHUNK):
+        raise ValueError(
+            f"weight {tuple(weight.shape)} is not the triton layout of {out_features} x {k}; pack it with this backend"
+        )
+    m_tiles = triton.cdiv(rows, tiling.BM)
+    if experts:
+        m_tiles = min(rows, rows // tiling.BM + min(experts, rows))
+    n_tiles = triton.cdiv(panels, tiling.PANELS)
+    return _Launch((n_tiles, m_tiles, _split(m_tiles * n_tiles, chunks, tiling, weight.device)), experts)
+
+
+def _rows_a_matrix(rows: int, weight: Tensor, grouped: bool) -> int:
+    """Rows that a matrix can expect: with larger tiles those of experts would mostly be empty."""
+    return triton.cdiv(rows, weight.shape[0]) if grouped else rows
+
+
+def _summed(partial: Tensor, out: Tensor) -> Tensor:
+    """``out``, into which partial sums ``[SPLIT, T, N]`` are added, unless it already holds the result itself."""
+    if partial is not out:
+        count, block = out.numel(), 1024
+        add_partial_sums[(triton.cdiv(count, block),)](partial, out, count, partial.shape[0], block, num_warps=4)
+    return out
+
+
 def _product(
     x: Tensor,
     weight: Tensor,
@@ -86,33 +147,50 @@ def _product(
     out = torch.empty(rows, out_features, dtype=dtype, device=x.device)
     if not out.numel():
         return out
-    mx = format_of(weight_scale) is MXFP4
-    experts = 0 if offsets is None else weight.shape[0]
-    panels, chunks = weight.shape[-3:-1]
-    if panels != triton.cdiv(out_features, layout.ROWS) or chunks != triton.cdiv(k, layout.CHUNK):
-        raise ValueError(
-            f"weight {tuple(weight.shape)} is not the triton layout of {out_features} x {k}; pack it with this backend"
-        )
+    mx, grouped = format_of(weight_scale) is MXFP4, offsets is not None
     parts = _parts(x, mx)
-    # Rows an expert can expect, where there are experts: a larger tile would mostly be empty.
-    tiling = tiling_for(triton.cdiv(rows, experts) if experts else rows, parts)
-    m_tiles = triton.cdiv(rows, tiling.BM)
-    if experts:
-        m_tiles = min(rows, rows // tiling.BM + min(experts, rows))
-    n_tiles = triton.cdiv(panels, tiling.PANELS)
-    split = _split(m_tiles * n_tiles, chunks, tiling, x.device)
-    into = out if split == 1 else torch.empty(split, rows, out_features, dtype=torch.float32, device=x.device)
-    multiply[(n_tiles, m_tiles, split)](
+    tiling = tiling_for(_rows_a_matrix(rows, weight, grouped), parts)
+    launch = _launch(rows, k, weight, out_features, tiling, grouped)
+    into = out if launch.split == 1 else torch.empty(launch.split, *out.shape, dtype=torch.float32, device=x.device)
+    multiply[launch.grid](
         x, weight.view(torch.uint32), weight_scale.view(torch.uint8), global_scale, x_unit, bias, offsets, into,
-        rows, out_features, k, chunks, weight_scale.shape[-1], experts,
-        mx, parts, x_unit is not None and x_unit.numel() > 1, triton.next_power_of_2(experts) if experts else 0,
-        tiling.BM, tiling.SLICES, tiling.PANELS, tiling.CHUNKS, split,
+        rows, out_features, k, weight.shape[-2], weight_scale.shape[-1], launch.experts,
+        mx, parts, x_unit is not None and x_unit.numel() > 1, triton.next_power_of_2(launch.experts),
+        tiling.BM, tiling.SLICES, tiling.PANELS, tiling.CHUNKS, launch.split,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
-    if split > 1:
-        block = 1024
-        add_partial_sums[(triton.cdiv(out.numel(), block),)](into, out, out.numel(), split, block, num_warps=4)
-    return out
+    return _summed(into, out)
+
+
+def scaled_product(
+    codes: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    out_features: int,
+    x_unit: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The same for activations as interleaved codes ``[T, K/2]`` and scale bytes ``[T, K/B]``, multiplied as FP4."""
+    rows, k = codes.shape[0], codes.shape[1] * 2
+    out = torch.empty(rows, out_features, dtype=dtype, device=codes.device)
+    mx, grouped = format_of(weight_scale) is MXFP4, offsets is not None
+    tilings = SMALL_SCALED_TILINGS if _capability(codes.device)[0] == 12 else SCALED_TILINGS
+    expected = _rows_a_matrix(rows, weight, grouped)
+    tiling = next(tiling for most, tiling in tilings.items() if expected <= most)
+    launch = _launch(rows, k, weight, out_features, tiling, grouped)
+    into = out if launch.split == 1 else torch.empty(launch.split, *out.shape, dtype=torch.float32, device=out.device)
+    multiply_scaled[launch.grid](
+        codes, scales, weight, weight_scale.view(torch.uint8), global_scale, x_unit, bias, offsets, into,
+        rows, out_features, k, weight.shape[-2], weight_scale.shape[-1], launch.experts,
+        mx, x_unit is not None and x_unit.numel() > 1, triton.next_power_of_2(launch.experts),
+        tiling.BM, tiling.PANELS, tiling.CHUNKS, launch.split,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+    )  # fmt: skip
+    return _summed(into, out)
 
 
 def _weight_only(
@@ -171,11 +249,19 @@ def _w4a4(
     input_global_scale: Tensor | None,
     rule: str,
 ) -> Tensor:
-    """Activations are quantized to FP4 and multiplied as the bfloat16 numbers that E2M1 x block scale are, exactly."""
+    """Activations are quantized to FP4, and multiplied as such where the hardware does; elsewhere as the bfloat16
+    numbers that E2M1 x block scale are, exactly."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if not flat.numel():
         return x.new_empty(*x.shape[:-1], out_features)
     fmt = format_of(weight_scale)
+    if multiplies_fp4(x.device):
+        codes, scales, unit = quantize_activation(flat, fmt, rotation, input_global_scale, rule, INTERLEAVED.value)
+        assert scales is not None
+        out = scaled_product(
+            codes, scales, weight, weight_scale, global_scale, bias, offsets, out_features, unit, x.dtype
+        )
+        return out.view(*x.shape[:-1], out_features)
     values, _, unit = quantize_activation(flat, fmt, rotation, input_global_scale, rule, VALUES.value)
     out = _product(values, weight, weight_scale, global_scale, bias, offsets, out_features, unit, x.dtype)
     return out.view(*x.shape[:-1], out_features)
@@ -214,7 +300,3 @@ def grouped_linear_w4a4(
         expert = torch.searchsorted(offsets[1:], row, right=True).clamp_(max=weight.shape[0] - 1)
         input_global_scale = input_global_scale[expert]
     return _w4a4(x, weight, weight_scale, global_scale, bias, offsets, out_features, rotation, input_global_scale, rule)
-
-
-#: Where the kernels run: Triton's interpreter takes CPU tensors.
-DISPATCH_KEYS = ("CUDA", "CPU") if INTERPRETED.value else ("CUDA",)

@@ -87,7 +87,7 @@ def _decode(words, scale_bytes, shape: tl.constexpr, MX: tl.constexpr, dtype: tl
 
 
 @triton.jit
-def _rows_of_tile(offsets, tile, experts, BM: tl.constexpr, BE: tl.constexpr):
+def rows_of_tile(offsets, tile, experts, BM: tl.constexpr, BE: tl.constexpr):
     """Which expert tile number ``tile`` of BM rows belongs to, and its first row and the expert's end."""
     e = tl.arange(0, BE)
     start = tl.load(offsets + e, mask=e < experts, other=0)
@@ -99,6 +99,28 @@ def _rows_of_tile(offsets, tile, experts, BM: tl.constexpr, BE: tl.constexpr):
     first_tile = tl.sum(tl.where(here, last - tiles, 0), 0)
     first = tl.sum(tl.where(here, start, 0), 0) + (tile - first_tile) * BM
     return expert, first, tl.sum(tl.where(here, end, 0), 0)
+
+
+@triton.jit
+def finish(
+    total, unit, x_unit, bias, out, expert, row, rows, here, N, UNIT_BY_ROW: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """Write a tile of float32 sums ``[weight rows, x rows]`` times the global scales, plus bias, to ``out[row, n]``."""
+    if unit is not None:
+        total *= tl.load(unit + expert).to(tl.float32)
+    if x_unit is not None:
+        if UNIT_BY_ROW:
+            total *= tl.load(x_unit + row, mask=here, other=0.0).to(tl.float32)[None, :]
+        else:
+            total *= tl.load(x_unit).to(tl.float32)
+    n = tl.program_id(0) * total.shape[0] + tl.arange(0, total.shape[0])
+    if bias is not None:
+        if tl.program_id(2) == 0:
+            total += widen(tl.load(bias + expert * N + n, mask=n < N, other=0.0))[:, None]
+    if SPLIT > 1:
+        out += tl.program_id(2).to(tl.int64) * rows * N
+    at = out + row.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(at, narrow(total, out.dtype.element_ty), mask=here[None, :] & (n < N)[:, None])
 
 
 @triton.jit
@@ -123,7 +145,7 @@ def multiply(
     panels = tl.cdiv(N, 16)
     expert, first_row, end_row = 0, tl.program_id(1) * BM, rows
     if offsets is not None:
-        expert, first_row, end_row = _rows_of_tile(offsets, tl.program_id(1), experts, BM, BE)
+        expert, first_row, end_row = rows_of_tile(offsets, tl.program_id(1), experts, BM, BE)
         if expert >= experts:
             return
         weight += expert.to(tl.int64) * panels * chunks * 256
@@ -180,21 +202,7 @@ def multiply(
     total = acc if SLICES == 1 else tl.sum(acc, 0)
     if not MX:  # what _decode left out
         total *= 128.0 if dtype == tl.float16 else 256.0
-    if unit is not None:
-        total *= tl.load(unit + expert).to(tl.float32)
-    if x_unit is not None:
-        if UNIT_BY_ROW:
-            total *= tl.load(x_unit + row, mask=here, other=0.0).to(tl.float32)[None, :]
-        else:
-            total *= tl.load(x_unit).to(tl.float32)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    if bias is not None:
-        if tl.program_id(2) == 0:
-            total += widen(tl.load(bias + expert * N + n, mask=n < N, other=0.0))[:, None]
-    if SPLIT > 1:
-        out += tl.program_id(2).to(tl.int64) * rows * N
-    out_at = out + row.to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(out_at, narrow(total, out.dtype.element_ty), mask=here[None, :] & (n < N)[:, None])
+    finish(total, unit, x_unit, bias, out, expert, row, rows, here, N, UNIT_BY_ROW, SPLIT)
 
 
 @triton.jit
