@@ -6,7 +6,8 @@ Each model is quantized by ``fp4 quantize`` and evaluated by ``fp4 evaluate`` on
 processes of their own; ``--evaluator`` names a program to use in place of the latter that takes ``--source --model
 --act --text --windows`` and prints ``{"ppl": ...}``, such as the one that measured the other tools. Those are recorded
 numbers: their tools run in environments of their own. A and B stand for SmolLM2-135M-Instruct and its continuous twin.
-Appends every measurement to ``--results`` (jsonl) and prints a table of all that it holds, so that a run can be cut.
+A W4A4 checkpoint is also evaluated weight-only. Appends every measurement to ``--results`` (jsonl) and prints a table
+of all that it holds, so that a run can be cut.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ RECORDED: dict[tuple[str, str], dict[str, float]] = {
     ("B", "mxfp4"): {"plain rtn hadamard 64": 76.11, "llm-compressor rtn": 126.4},
     ("B", "mxfp4a16"): {"llm-compressor rtn": 50.52},
 }
+CLI = [sys.executable, "-c", "from fp4.cli import main; main()"]
 UNQUANTIZED = {"A": 21.19, "B": 27.82}
 
 
@@ -50,10 +52,22 @@ def run(command: list[str]) -> tuple[str, float, float]:
         return out.read(), usage.ru_utime, usage.ru_maxrss / 1e6
 
 
+def evaluate(source: Path, out: Path, act: str, options: argparse.Namespace) -> float:
+    """Perplexity of ``out`` on the text, with activations quantized to ``act`` ("none": not at all)."""
+    text, windows = str(options.text), str(options.windows)
+    if options.evaluator:
+        command = [sys.executable, str(options.evaluator), "--source", str(source), "--model", str(out)]
+        printed, _, _ = run([*command, "--act", act, "--text", text, "--windows", windows])
+        return float(json.loads(printed.strip().splitlines()[-1])["ppl"])
+    activations = "model" if act == "none" else "fp4"
+    command = [*CLI, "evaluate", str(out), "--data", text, "--windows", windows, "--json"]
+    printed, _, _ = run([*command, "--activations", activations])
+    return float(json.loads(printed)["perplexity"])
+
+
 def measure(model: str, source: Path, scheme: str, method: str, options: argparse.Namespace) -> dict[str, Any]:
     out = Path(tempfile.mkdtemp(dir=options.work)) / "model"
-    cli = [sys.executable, "-c", "from fp4.cli import main; main()"]
-    command = [*cli, "quantize", str(source), str(out), "--scheme", scheme, "--method", method]
+    command = [*CLI, "quantize", str(source), str(out), "--scheme", scheme, "--method", method]
     if method != "rtn" or scheme == "nvfp4":
         command += ["--data", str(options.calibrate), "--samples", str(options.samples), "--seed", str(options.seed)]
     for option in options.option:
@@ -63,21 +77,14 @@ def measure(model: str, source: Path, scheme: str, method: str, options: argpars
     started = time.monotonic()
     _, user, peak = run(command)
     wall = time.monotonic() - started
-    act, text, windows = ACTIVATIONS[scheme], str(options.text), str(options.windows)
-    if options.evaluator:
-        evaluator = [sys.executable, str(options.evaluator), "--source", str(source), "--model", str(out)]
-        printed, _, _ = run([*evaluator, "--act", act, "--text", text, "--windows", windows])
-        perplexity = json.loads(printed.strip().splitlines()[-1])["ppl"]
-    else:
-        activations = "model" if act == "none" else "fp4"
-        evaluator = [*cli, "evaluate", str(out), "--data", text, "--windows", windows, "--json"]
-        printed, _, _ = run([*evaluator, "--activations", activations])
-        perplexity = json.loads(printed)["perplexity"]
+    perplexity = evaluate(source, out, ACTIVATIONS[scheme], options)
+    weight_only = perplexity if ACTIVATIONS[scheme] == "none" else evaluate(source, out, "none", options)
     shutil.rmtree(out.parent)
     name = " ".join([method, *options.option, *([f"rotation={options.rotation}"] if options.rotation else [])])
     return {
         "model": model, "scheme": scheme, "method": name, "samples": options.samples, "seed": options.seed,
-        "windows": options.windows, "perplexity": perplexity, "user_s": user, "wall_s": wall, "peak_gb": peak,
+        "windows": options.windows, "perplexity": perplexity, "weight_only": weight_only,
+        "user_s": user, "wall_s": wall, "peak_gb": peak,
     }  # fmt: skip
 
 
@@ -96,11 +103,15 @@ def table(rows: list[dict[str, Any]]) -> str:
                 "recorded |"
             )
         for row in rows:
-            if (row["model"], row["scheme"]) == (model, scheme):
-                increase = row["perplexity"] - base
+            # Other tools' weight-only numbers are of their W4A4 checkpoints: so are these, beside those of the scheme.
+            as_weight_only = f"{row['scheme']}a16" == scheme and row["weight_only"] is not None
+            if row["model"] == model and (row["scheme"] == scheme or as_weight_only):
+                perplexity = row["weight_only"] if as_weight_only else row["perplexity"]
+                increase = perplexity - base
+                note = f"its {row['scheme']} file" if as_weight_only else "measured"
                 lines.append(
-                    f"| {model} | {scheme} | **fp4 {row['method']}** | {row['samples']} | {row['perplexity']:.2f} | "
-                    f"{increase:.2f} | {increase / best:.2f} | {row['user_s']:.0f} | {row['peak_gb']:.2f} | measured |"
+                    f"| {model} | {scheme} | **fp4 {row['method']}** | {row['samples']} | {perplexity:.2f} | "
+                    f"{increase:.2f} | {increase / best:.2f} | {row['user_s']:.0f} | {row['peak_gb']:.2f} | {note} |"
                 )
     return "\n".join(lines)
 

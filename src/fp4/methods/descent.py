@@ -35,20 +35,30 @@ class _Block(NamedTuple):
 
 
 def _round_block(target: Tensor, factor: Tensor, candidates: Tensor, unit: Tensor | None) -> _Block:
-    """Round ``target`` ``[..., B, N]`` against U ``[..., B, B]``, with the best of ``candidates`` ``[C, ..., N]``."""
-    scale = effective(candidates, unit)
-    left = target.expand(len(candidates), *target.shape).clone()
-    values, errors = torch.empty_like(left), torch.empty_like(left)
-    for j in range(left.shape[-2]):
-        value = nearest(left[..., j, :] / scale)
-        error = torch.addcmul(left[..., j, :], value, scale, value=-1).div_(factor[..., j, j, None])
-        left[..., j + 1 :, :].addcmul_(factor[..., j, j + 1 :, None], error[..., None, :], value=-1)
-        values[..., j, :], errors[..., j, :] = value, error
-    losses = errors.square().sum(dim=-2)
-    loss, chosen = losses.min(dim=0)
-    at = chosen[None, ..., None, :].expand(1, *target.shape)
-    scales = candidates.view(torch.uint8).gather(0, chosen[None])[0].view(candidates.dtype)
-    return _Block(values.gather(0, at)[0], scales, scale.gather(0, chosen[None])[0], errors.gather(0, at)[0], loss)
+    """Round ``target`` ``[..., B, N]`` against U ``[..., B, B]``, with the best of ``candidates`` ``[..., C, N]``."""
+    scale = effective(candidates, None if unit is None else unit[..., None])
+    reciprocal = scale.reciprocal()
+    size, shape = target.shape[-2], (*target.shape[:-2], target.shape[-2], *scale.shape[-2:])
+    values, errors = target.new_empty(shape), target.new_empty(shape)
+    for j in range(size):
+        left = target[..., j, None, :]
+        if j:  # what the columns before leave to this one, in one product over memory in its order
+            fed = factor[..., None, :j, j] @ errors[..., :j, :, :].flatten(-2)
+            left = left - fed.view_as(scale)
+        value = nearest(left * reciprocal)
+        values[..., j, :, :] = value
+        torch.addcmul(left, value, scale, value=-1, out=errors[..., j, :, :])
+        errors[..., j, :, :] /= factor[..., j, j, None, None]
+    loss, chosen = errors.square().sum(dim=-3).min(dim=-2, keepdim=True)
+    at = chosen[..., None, :, :].expand(*shape[:-2], 1, shape[-1])
+    scales = candidates.view(torch.uint8).gather(-2, chosen).view(candidates.dtype)
+    return _Block(
+        values.gather(-2, at)[..., 0, :],
+        scales[..., 0, :],
+        scale.gather(-2, chosen)[..., 0, :],
+        errors.gather(-2, at)[..., 0, :],
+        loss[..., 0, :],
+    )
 
 
 def _unit(global_scale: Tensor | None) -> Tensor | None:
@@ -73,7 +83,7 @@ def forward_sweep(
     for start in range(0, left.shape[-2], size):
         inside, after = slice(start, start + size), slice(start + size, None)
         middle = scale_to_six(left[..., inside, :].abs().amax(dim=-2), fmt, unit)
-        candidates = neighbours(middle, fmt, OFFSETS[fmt.name])
+        candidates = neighbours(middle, fmt, OFFSETS[fmt.name]).movedim(0, -2)
         block = _round_block(left[..., inside, :], factor[..., inside, inside], candidates, unit)
         left[..., after, :] -= factor[..., inside, after].transpose(-1, -2) @ block.errors
         values[..., inside, :] = block.values
@@ -92,7 +102,7 @@ def descend(
     values, scales = rounded.values.clone(), rounded.scales.view(torch.uint8).clone()
     target = weight.transpose(-1, -2)
     scale = effective(rounded.scales, None if unit is None else unit[..., None])
-    gradient = goal.hessian @ (values * scale.repeat_interleave(size, dim=-2) - target)
+    difference = values * scale.repeat_interleave(size, dim=-2) - target
     blocks = range(0, target.shape[-2], size)
     hessians = torch.stack([goal.hessian[..., s : s + size, s : s + size] for s in blocks])
     inverses = torch.linalg.inv(hessians)
@@ -101,13 +111,14 @@ def descend(
         for number, start in enumerate(blocks):
             inside = slice(start, start + size)
             now = values[..., inside, :] * scale[..., number, None, :]
-            step = inverses[number] @ gradient[..., inside, :]
+            gradient = goal.hessian[..., inside, :] @ difference
+            step = inverses[number] @ gradient
             current = scales[..., number, :].contiguous().view(fmt.scale_dtype)
-            block = _round_block(now - step, factors[number], neighbours(current, fmt, NEAR_OFFSETS[fmt.name]), unit)
-            better = block.loss < (step * gradient[..., inside, :]).sum(dim=-2)
+            candidates = neighbours(current, fmt, NEAR_OFFSETS[fmt.name]).movedim(0, -2)
+            block = _round_block(now - step, factors[number], candidates, unit)
+            better = block.loss < (step * gradient).sum(dim=-2)
             values[..., inside, :] = torch.where(better[..., None, :], block.values, values[..., inside, :])
             scales[..., number, :] = torch.where(better, block.scales.view(torch.uint8), scales[..., number, :])
             scale[..., number, :] = torch.where(better, block.effective, scale[..., number, :])
-            change = values[..., inside, :] * scale[..., number, None, :] - now
-            gradient += goal.hessian[..., :, inside] @ change
+            difference[..., inside, :] += values[..., inside, :] * scale[..., number, None, :] - now
     return Rounded(values, scales.view(fmt.scale_dtype))

@@ -16,8 +16,9 @@ from fp4.pipeline.staging import Staging
 _FILE = "samples.safetensors"
 _NOTE = "samples.json"
 
-# Tokens computed together. More would not be faster on a CPU, and a block's intermediate values grow with them.
-_BATCH_TOKENS = 4096
+# Tokens computed together, which are one step of autoround. More would not be faster on a CPU, what methods look at on
+# one batch would cost more, and a block's intermediate values grow with them.
+_BATCH_TOKENS = 1024
 
 
 def stored_samples(staging: Staging, folder: Path, read: Callable[[Any], Samples]) -> Samples:
