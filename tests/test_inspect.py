@@ -55,6 +55,19 @@ def test_shared_global_scales_are_no_problem_and_unshared_are(shared: Callable[[
     assert "model.layers.0.mlp: gate_proj, up_proj have different global scales" in unshared[0]
 
 
+def test_fused_layers_of_different_schemes_are_noted(shared: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    shutil.copytree(shared("fixtures/modelopt-W4A16_NVFP4"), folder, copy_function=shutil.copyfile)
+    tensors = load_file(folder / "model.safetensors")
+    for suffix in ("weight_scale", "weight_scale_2"):
+        del tensors[f"{LAYER}.{suffix}"]
+    tensors[f"{LAYER}.weight"] = torch.zeros(256, 128, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    notes = inspect(folder).notes
+    assert "model.layers.0.mlp: gate_proj is nvfp4a16, up_proj is not quantized; engines" in notes[0]
+    assert not any("engines" in note for note in inspect(shared("fixtures/modelopt-W4A16_NVFP4")).notes)
+
+
 LAYER = "model.layers.0.mlp.up_proj"
 
 

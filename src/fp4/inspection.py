@@ -99,6 +99,7 @@ def inspect(
             groups = packed_layers(codec, checkpoint.tensors)
             _inspect_layers(result, codec, groups, readable, readable and values)
             _expect_packed(result, codec, checkpoint, groups)
+            _note_fused_layers(result, dense_matrices(checkpoint.tensors, groups))
     others = other_quantized(checkpoint.tensors, groups)
     if others and result.format != "none":
         dtype = checkpoint.tensors.get(f"{others[0]}.weight")
@@ -154,6 +155,16 @@ def _inspect_layers(
             result.problems.append(
                 f"{group[0].rpartition('.')[0]}: {names} have different global scales; engines that fuse them "
                 "(vLLM) compute something else"
+            )
+
+
+def _note_fused_layers(result: Inspection, dense: list[str]) -> None:
+    schemes = {row.name: row.scheme for row in result.layers} | dict.fromkeys(dense, "not quantized")
+    for group in fused_groups(schemes):
+        if len({schemes[layer] for layer in group}) > 1:
+            named = ", ".join(f"{layer.rpartition('.')[2]} is {schemes[layer]}" for layer in group)
+            result.notes.append(
+                f"{group[0].rpartition('.')[0]}: {named}; engines that fuse these layers (vLLM) need one scheme for them"
             )
 
 
