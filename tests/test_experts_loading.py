@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,19 +10,25 @@ import pytest
 import torch
 import transformers
 from moe import FAMILIES, make_moe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from fp4 import FPQuantConfig
 from fp4.checkpoint import codec_for
 from fp4.checkpoint.files import Checkpoint, load
-from fp4.formats import dequantize
-from fp4.nn import FP4Experts
+from fp4.formats import MXFP4, dequantize, quantize
+from fp4.nn import FP4Experts, FP4Linear
 
 
 def experts_of(model: nn.Module) -> dict[str, FP4Experts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FP4Experts)}
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)]
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*bits)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +126,86 @@ def test_experts_of_other_tools_load_exactly_and_are_saved_with_the_same_bytes(
     expected, found = load_file(source / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert set(found) == set(expected)
     for key, tensor in expected.items():
-        assert (found[key].dtype, found[key].shape) == (tensor.dtype, tensor.shape), key
-        assert found[key].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), key
+        assert same_bytes(found[key], tensor), key
     with torch.no_grad():
         assert torch.equal(model(token_ids).logits, load_moe(tmp_path / "out")(token_ids).logits)
+
+
+@pytest.mark.parametrize("name", ["llmcompressor-NVFP4-qwen3moe", "modelopt-NVFP4-qwen3moe"])
+def test_stacks_load_as_single_matrices_do_and_are_saved_as_stacks(
+    name: str, shared: Callable[[str], Path], token_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """The same values in one tensor for all experts, gate and up projection in one."""
+    single = load_moe(shared(f"fixtures/{name}"))
+    single.save_pretrained(tmp_path / "stacks")
+    tensors = load_file(tmp_path / "stacks/model.safetensors")
+    for prefix in experts_of(single):
+        suffixes = {key.partition("gate_proj")[2] for key in tensors if key.startswith(f"{prefix}.0.gate_proj")}
+        for suffix in suffixes:
+            of = {
+                part: torch.stack([tensors.pop(f"{prefix}.{expert}.{part}{suffix}") for expert in range(8)])
+                for part in ("gate_proj", "up_proj", "down_proj")
+            }
+            one = of["gate_proj"] if of["gate_proj"].ndim < 3 else torch.cat([of["gate_proj"], of["up_proj"]], dim=1)
+            tensors |= {f"{prefix}.gate_up_proj{suffix}": one, f"{prefix}.down_proj{suffix}": of["down_proj"]}
+    save_file(tensors, tmp_path / "stacks/model.safetensors", {"format": "pt"})
+    stacks = load_moe(tmp_path / "stacks")
+    assert experts_of(stacks).keys() == experts_of(single).keys()
+    with torch.no_grad():
+        assert torch.equal(stacks(token_ids).logits, single(token_ids).logits)
+    stacks.save_pretrained(tmp_path / "again")
+    saved = load_file(tmp_path / "again/model.safetensors")
+    assert saved.keys() == tensors.keys()
+    assert all(same_bytes(saved[key], tensor) for key, tensor in tensors.items())
+
+
+# --- gpt-oss's own MXFP4
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gpt-oss checkpoint as OpenAI's are: stacks of blocks and scales, and patterns with wildcards."""
+    folder = tmp_path_factory.mktemp("gpt-oss")
+    make_moe("gpt_oss").save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        codes, scales, _ = quantize(tensors.pop(name).transpose(1, 2).contiguous(), MXFP4, "even")
+        tensors[f"{name}_blocks"] = codes.unflatten(-1, (-1, 16))
+        tensors[f"{name}_scales"] = scales.view(torch.uint8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_gpt_oss_checkpoints_stay_packed_and_are_saved_with_the_same_bytes(
+    gpt_oss: Path, token_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    model = load_moe(gpt_oss)
+    assert len(experts_of(model)) == 2
+    assert not any(isinstance(module, FP4Linear) for module in model.modules())
+    tensors = load_file(gpt_oss / "model.safetensors")
+    for name, experts in experts_of(model).items():
+        for projection, packed in experts.packed().items():
+            stored = [tensors[f"{name}.{projection}_{suffix}"] for suffix in ("blocks", "scales")]
+            transformers_own = convert_moe_packed_tensors(*stored, dtype=torch.float32)
+            assert torch.equal(packed.dequantize().transpose(1, 2), transformers_own)
+    model.save_pretrained(tmp_path / "out")
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert saved.keys() == tensors.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in tensors.items())
+    config, saved_config = (json.loads((folder / "config.json").read_text()) for folder in (gpt_oss, tmp_path / "out"))
+    assert config["quantization_config"] == saved_config["quantization_config"]
+    with torch.no_grad():
+        assert torch.equal(model(token_ids).logits, load_moe(tmp_path / "out")(token_ids).logits)
+
+
+def test_gpt_oss_logits_are_those_of_transformers_dequantizing(gpt_oss: Path, token_ids: torch.Tensor) -> None:
+    packed = load_moe(gpt_oss, dtype=torch.float32)
+    stock = load_moe(gpt_oss, transformers.Mxfp4Config(dequantize=True), dtype=torch.float32)
+    assert not experts_of(stock)
+    with torch.no_grad():
+        expected = stock.float()(token_ids).logits
+        torch.testing.assert_close(packed(token_ids).logits, expected, rtol=1e-3, atol=1e-3)

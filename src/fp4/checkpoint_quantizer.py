@@ -1,7 +1,8 @@
 """Other tools' checkpoints in ``from_pretrained``: read as they are, run packed, saved in the format they came in.
 
 ``modelopt`` is new to Transformers. Of ``compressed-tensors`` and ``auto-round`` only checkpoints whose quantized
-layers are all FP4 are taken over; any other gets Transformers' own configuration and quantizer, as without fp4.
+layers are all FP4 are taken over; any other gets Transformers' own configuration and quantizer, as without fp4. So does
+a model that is to be quantized while loading by Transformers' own ``Mxfp4Config``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fp4")
 
-_TAKEN_OVER = ("compressed-tensors", "auto-round")
+_TAKEN_OVER = ("compressed-tensors", "auto-round", "mxfp4")
 # From the end of the name of an experts module on: an expert's number and matrix, or a stack of all of them.
 _EXPERT = re.compile(r"(?<=\.experts)\.(\d+\.)?\w+$")
 

@@ -63,6 +63,8 @@ class FPQuantHfQuantizer(HfQuantizer):
         #: Experts modules, and what checkpoints call the matrices of an expert of each.
         self.experts: dict[str, FP4Experts] = {}
         self.expert_names: dict[str, dict[str, str]] = {}
+        #: Projections of experts that the checkpoint stores as stacks, though its format can store single matrices.
+        self.stacked: set[str] = set()
         #: Which share of the model's parameters is quantized, to what, and why the others are not.
         self.report: Coverage | None = None
 

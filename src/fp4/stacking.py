@@ -130,6 +130,7 @@ class ReadExperts(LoadOp):
         if any(tensor.ndim == 0 or tensor.shape[0] != layout.num_experts for tensor in tensors.values()):
             shapes = ", ".join(f"{suffix} {tuple(tensor.shape)}" for suffix, tensor in tensors.items())
             raise ValueError(f"found {shapes}; expected a leading axis of {layout.num_experts} experts on each")
+        self.hf_quantizer.stacked.add(f"{layer}.{projection}")
         each = ({suffix: tensor[expert] for suffix, tensor in tensors.items()} for expert in range(layout.num_experts))
         return stack([codec.read(own, scheme, (rows, columns)) for own in each])
 
@@ -220,22 +221,39 @@ class ExpertsConverter(WeightConverter):
 
 def layers_of(name: str, experts: FP4Experts, names: Mapping[str, str]) -> Iterator[tuple[str, FP4GroupedLinear]]:
     """Every matrix of every expert of the module ``name``, as checkpoints call it, and the projection it is part of."""
-    for part, (weight, projection) in experts.matrices().items():
-        for expert in range(weight.codes.shape[0]):
+    for part, (_, projection) in experts.matrices().items():
+        for expert in range(projection.num_experts):
             yield f"{name}.{expert}.{names[part]}", projection
 
 
 def write(quantizer: FPQuantHfQuantizer, name: str) -> dict[str, Tensor]:
-    """The tensors to store for one packed projection, expert by expert."""
+    """The tensors to store for one packed projection: expert by expert, or stacks where these were read."""
     module, _, child = name.rpartition(".")
     experts, names = quantizer.experts[module], quantizer.expert_names[module]
+    if quantizer.codec.stacks:
+        packed = experts.packed()[child]
+        whole = StoredLinear(packed.canonical(), packed.input_global_scale, packed.rotation)
+        tensors = quantizer.codec.write(whole, quantizer.stored_scheme(name, packed.scheme))
+        return {name + suffix: tensor for suffix, tensor in tensors.items()}
+    if name in quantizer.stacked:
+        packed = experts.packed()[child]
+        scheme, canonical = quantizer.stored_scheme(name, packed.scheme), packed.canonical()
+        each = [
+            quantizer.codec.write(_matrix(canonical, packed, expert), scheme) for expert in range(packed.num_experts)
+        ]
+        return {name + suffix: torch.stack([tensors[suffix] for tensors in each]) for suffix in each[0]}
     stored: dict[str, Tensor] = {}
     for part, (weight, projection) in experts.matrices(child).items():
-        for expert in range(weight.codes.shape[0]):
+        for expert in range(projection.num_experts):
             layer = f"{module}.{expert}.{names[part]}"
-            own = QuantizedTensor(*(None if tensor is None else tensor[expert].contiguous() for tensor in weight))  # type: ignore[arg-type]
-            input_scale = None if projection.input_global_scale is None else projection.input_global_scale[expert]
-            linear = StoredLinear(own, input_scale, projection.rotation)
-            tensors = quantizer.codec.write(linear, quantizer.stored_scheme(layer, projection.scheme))
+            scheme = quantizer.stored_scheme(layer, projection.scheme)
+            tensors = quantizer.codec.write(_matrix(weight, projection, expert), scheme)
             stored |= {layer + suffix: tensor for suffix, tensor in tensors.items()}
     return stored
+
+
+def _matrix(weight: QuantizedTensor, projection: FP4GroupedLinear, expert: int) -> StoredLinear:
+    """One expert's matrix of a stack."""
+    own = QuantizedTensor(*(None if tensor is None else tensor[expert].contiguous() for tensor in weight))  # type: ignore[arg-type]
+    input_scale = None if projection.input_global_scale is None else projection.input_global_scale[expert]
+    return StoredLinear(own, input_scale, projection.rotation)

@@ -8,6 +8,7 @@ Per stack of experts (``gate_up_proj``, ``down_proj``), besides ``*_bias``:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from fp4.checkpoint.codec import (
 )
 from fp4.formats import MXFP4, QuantizedTensor
 
+_STACK = re.compile(r"(?:^|\.)experts\.\w+$")
+
 
 class Mxfp4Codec(Codec):
     """Reads and writes gpt-oss checkpoints."""
@@ -36,9 +39,12 @@ class Mxfp4Codec(Codec):
     stacks = True
 
     def scheme(self, layer: str) -> LayerScheme | None:
-        kept = self.config.get("modules_to_not_convert") or []
-        if any(layer == name or layer.startswith(f"{name}.") for name in kept):
+        if not _STACK.search(layer):
             return None
+        for kept in self.config.get("modules_to_not_convert") or []:
+            # As Transformers reads them: an expression that ends where the name of a module does, or the name's end.
+            if re.match(rf"(?:{kept})(?=\.|$)", layer) or layer.endswith(kept):
+                return None
         return LayerScheme(MXFP4, "model")
 
     def read(

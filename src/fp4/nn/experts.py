@@ -32,6 +32,7 @@ class FP4GroupedLinear(PackedWeight):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(in_features, out_features, scheme, backend, dtype, device, (num_experts,))
+        self.num_experts = num_experts
 
     def round(self, weight: Tensor, name: str = "weight", global_scale: Tensor | None = None) -> dict[str, Tensor]:
         """As for :class:`PackedWeight`, expert by expert: no more than one of them is held rotated or transposed.
@@ -69,7 +70,7 @@ class FP4GroupedLinear(PackedWeight):
         return out  # noqa: RET504  (names the type)
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.lead[0]}, {super().extra_repr()}"
+        return f"num_experts={self.num_experts}, {super().extra_repr()}"
 
 
 class ExpertMatrices(NamedTuple):
@@ -240,7 +241,7 @@ class FP4Experts(nn.Module):
 
         Nothing here depends on the values of ``top_k_index`` in shape, so a graph compiles once and for any routing.
         """
-        num_experts = self.down_proj.lead[0]
+        num_experts = self.down_proj.num_experts
         steps = torch.arange(num_experts + 1, device=hidden_states.device, dtype=torch.int64)
         if top_k_index is None or top_k_weights is None:
             rows = hidden_states.view(-1, self.layout.hidden)
