@@ -164,7 +164,7 @@ def _note_fused_layers(result: Inspection, dense: list[str]) -> None:
         if len({schemes[layer] for layer in group}) > 1:
             named = ", ".join(f"{layer.rpartition('.')[2]} is {schemes[layer]}" for layer in group)
             result.notes.append(
-                f"{group[0].rpartition('.')[0]}: {named}; engines that fuse these layers (vLLM) need one scheme for them"
+                f"{group[0].rpartition('.')[0]}: {named}; engines that fuse them (vLLM) need one scheme for all"
             )
 
 
