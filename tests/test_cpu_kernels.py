@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import platform
 import subprocess
@@ -127,30 +128,37 @@ def test_linear_w4a4(shape: tuple[int, int, int], fmt: Format, dtype: torch.dtyp
 
 
 @settings(max_examples=30, deadline=None)
-@given(formats_, st.lists(st.integers(0, 9), min_size=1, max_size=6), st.booleans(), st.booleans(), st.booleans())
-def test_grouped(fmt: Format, counts: list[int], w4a4: bool, has_bias: bool, rotates: bool) -> None:
+@given(formats_, st.lists(st.integers(0, 9), min_size=1, max_size=6), st.sampled_from([0, 0, 3]), st.data())
+def test_grouped(fmt: Format, counts: list[int], beyond: int, data: st.DataObject) -> None:
+    w4a4, has_bias, rotates, own_units = (data.draw(st.booleans()) for _ in range(4))
     experts, n, k = len(counts), 21, 3 * fmt.block_size
     torch.manual_seed(sum(counts))
     weight = random_weight(fmt, experts, n, k)
-    x = torch.randn(sum(counts), k)
+    x = torch.randn(sum(counts) + beyond, k)
+    x[sum(counts) :] = math.nan  # rows beyond the last expert's are nobody's
     bias = torch.randn(experts, n) if has_bias else None
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
     rotate = rotation.hadamard(16).float() if rotates else None
     uncertainty = torch.zeros(x.shape, dtype=torch.float64)
     if w4a4:
         rule = ACTIVATION_RULES[fmt.name][-1]
-        out = ops.cpu_grouped_linear_w4a4(x, *packed(weight), bias, offsets, n, rotate, None, rule)
-        if len(x):
-            x = reference.quantize_activation(x, fmt, rotate, None, rule)
+        units = torch.rand(experts, dtype=torch.float64) * 0.01 + 1e-4 if own_units else None
+        after = bias, offsets, n, rotate, units, rule
+        results = [ops.cpu_grouped_linear_w4a4(x, *packed(weight), *after)]
+        if sum(counts):
+            results.append(ops.reference_grouped_linear_w4a4(x, *weight, *after))
+            of_row = None if units is None else units.repeat_interleave(torch.tensor(counts))
+            x = reference.quantize_activation(x[: sum(counts)], fmt, rotate, of_row, rule)
     else:
-        out = ops.cpu_grouped_linear(x, *packed(weight), bias, offsets, n, rotate)
+        results = [ops.cpu_grouped_linear(x, *packed(weight), bias, offsets, n, rotate)]
         if rotate is not None:
             x, uncertainty = rotated(x, rotate)
-    assert out.shape == (len(x), n)
     values = formats.dequantize(*weight)
-    for e, (start, end) in enumerate(itertools.pairwise(offsets)):
-        rows = slice(start, end)
-        assert_product(out[rows], x[rows], values[e], None if bias is None else bias[e], uncertainty[rows])
+    for out in results:
+        assert out.shape == (sum(counts) + beyond, n)
+        for e, (start, end) in enumerate(itertools.pairwise(offsets)):
+            rows = slice(start, end)
+            assert_product(out[rows], x[rows], values[e], None if bias is None else bias[e], uncertainty[rows])
 
 
 def adversarial(k: int) -> dict[str, Tensor]:

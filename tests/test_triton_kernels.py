@@ -197,11 +197,12 @@ def test_grouped(fmt: Format, counts: list[int]) -> None:
     weight, bias = random_weight(fmt, experts, n, k), torch.randn(experts, n)
     # Rows beyond the last expert's belong to nobody.
     x = torch.randn(total + 2, k).bfloat16()
+    x[total:] = torch.nan
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
     values = formats.dequantize(*weight)
     units = torch.rand(experts, dtype=torch.float64) * 0.01 + 1e-3
     result = run("grouped_linear", x, *packed(weight), bias, offsets, n)
-    shared = run("grouped_linear_w4a4", x[:total], *packed(weight), bias, offsets, n, None, None, "abs_max")
+    shared = run("grouped_linear_w4a4", x, *packed(weight), bias, offsets, n, None, None, "abs_max")
     own = run("grouped_linear_w4a4", x, *packed(weight), bias, offsets, n, None, units, "abs_max")
     seen = reference.quantize_activation(x[:total], fmt, None, None, "abs_max")
     for e, (start, end) in enumerate(itertools.pairwise(offsets)):

@@ -22,8 +22,9 @@ struct Segment {
   int64_t rows;
   const uint8_t* codes;
   const uint8_t* scales;
-  double global_scale;  // 1 where there is none
-  const void* bias;     // [n], or null
+  double global_scale;         // 1 where there is none
+  const void* bias;            // [n], or null
+  const Quantizer* quantizer;  // W4A4: of these rows
 };
 
 // out [.., n] = x [.., k] weight^T + bias, rounded once to out_dtype.
@@ -139,11 +140,11 @@ class FixedPoint : public Matmul {
   Residual* residuals_;       // room for k of each row
 };
 
-// W4A4: x is quantized by `quantizer`, products are exact integers, block scales are applied in float32.
+// W4A4: x is quantized by its segment's quantizer, products are exact integers, block scales are applied in float32.
 class IntegerProduct : public Matmul {
  public:
   // `tiles` holds tile_bytes(format, k) bytes for each row of x. It is written by prepare.
-  IntegerProduct(const Product& product, const void* x, Dtype x_dtype, const Quantizer& quantizer, uint8_t* tiles);
+  IntegerProduct(const Product& product, const void* x, Dtype x_dtype, uint8_t* tiles);
   static int64_t tile_bytes(Format format, int64_t k) {
     return k / block_size(format) * integer_block_bytes(format, 1);
   }
@@ -153,7 +154,6 @@ class IntegerProduct : public Matmul {
  private:
   const void* x_;
   Dtype x_dtype_;
-  const Quantizer& quantizer_;
   uint8_t* tiles_;
 };
 

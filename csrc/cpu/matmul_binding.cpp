@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -107,7 +108,8 @@ std::vector<double> global_scales(const std::optional<Tensor>& given, const Pack
   return std::vector<double>(data, data + weight.experts);
 }
 
-// Row ranges of the experts: offsets int32 [experts + 1], or one range over all rows.
+// Row ranges of the experts: offsets int32 [experts + 1], or one range over all rows. Rows beyond the last expert's are
+// left alone.
 std::vector<int64_t> row_ranges(const std::optional<Tensor>& offsets, int64_t experts, int64_t rows) {
   if (!offsets.has_value()) return {0, rows};
   STD_TORCH_CHECK(offsets->scalar_type() == ScalarType::Int && offsets->dim() == 1 && offsets->size(0) == experts + 1,
@@ -115,8 +117,8 @@ std::vector<int64_t> row_ranges(const std::optional<Tensor>& offsets, int64_t ex
   const Tensor values = torch::stable::contiguous(*offsets);
   const int32_t* data = static_cast<const int32_t*>(values.const_data_ptr());
   std::vector<int64_t> ranges(data, data + experts + 1);
-  STD_TORCH_CHECK(ranges.front() == 0 && ranges.back() == rows && std::is_sorted(ranges.begin(), ranges.end()),
-                  "offsets must rise from 0 to the ", rows, " rows of x");
+  STD_TORCH_CHECK(ranges.front() == 0 && ranges.back() <= rows && std::is_sorted(ranges.begin(), ranges.end()),
+                  "offsets must rise from 0 to at most the ", rows, " rows of x");
   return ranges;
 }
 
@@ -167,15 +169,32 @@ float largest(const void* x, Dtype dtype, int64_t elements) {
   return result;
 }
 
-double activation_scale(const Activation& activation, Format format, Rule rule, const Tensor& x, Dtype dtype) {
+// How the rows of each expert are quantized: by one quantizer for all, or by one for each expert. Those of experts without
+// rows are null.
+struct Quantizers {
+  const Quantizer* of(int64_t expert) const { return own.size() == 1 ? own[0].get() : own[expert].get(); }
+  std::vector<std::unique_ptr<Quantizer>> own;
+};
+
+Quantizers quantizers_for(const Activation& activation, const PackedWeight& weight, const std::vector<int64_t>& ranges,
+                          const Tensor& x, Dtype dtype) {
+  const Rule rule = rule_of(weight.format, activation.rule);
+  std::vector<double> scales = {1.0};
   if (activation.global_scale.has_value()) {
-    STD_TORCH_CHECK(activation.global_scale->numel() == 1, "input_global_scale must hold one element, got ",
-                    shape_text(*activation.global_scale));
-    const Tensor value = torch::stable::to(*activation.global_scale, ScalarType::Double);
-    return *static_cast<const double*>(value.const_data_ptr());
+    const Tensor given = torch::stable::contiguous(torch::stable::to(*activation.global_scale, ScalarType::Double));
+    STD_TORCH_CHECK(given.numel() == 1 || given.numel() == weight.experts, "input_global_scale must hold one element",
+                    weight.experts > 1 ? " or one for each expert" : "", ", got ", shape_text(given));
+    const double* data = static_cast<const double*>(given.const_data_ptr());
+    scales.assign(data, data + given.numel());
+  } else if (weight.format == Format::nvfp4) {
+    scales = {global_scale_for(largest(x.const_data_ptr(), dtype, ranges.back() * weight.k), rule)};
   }
-  if (format == Format::mxfp4) return 1.0;
-  return global_scale_for(largest(x.const_data_ptr(), dtype, x.numel()), rule);
+  Quantizers made;
+  for (size_t e = 0; e < scales.size(); ++e) {
+    const bool used = scales.size() == 1 || ranges[e] < ranges[e + 1];
+    made.own.push_back(used ? std::make_unique<Quantizer>(weight.format, rule, dtype, scales[e]) : nullptr);
+  }
+  return made;
 }
 
 Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
@@ -188,8 +207,8 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scal
   for (int64_t d = 0; d + 1 < x.dim(); ++d) shape.push_back(x.size(d));
   shape.push_back(out_features);
   const std::vector<double> scales = global_scales(global_scale, packed);
-  const int64_t rows = x.numel() / packed.k;
-  const std::vector<int64_t> ranges = row_ranges(offsets, packed.experts, rows);
+  const std::vector<int64_t> ranges = row_ranges(offsets, packed.experts, x.numel() / packed.k);
+  const int64_t rows = ranges.back();
   std::optional<Tensor> bias_values;
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->numel() == packed.experts * packed.n && bias->size(bias->dim() - 1) == packed.n, "bias ",
@@ -201,6 +220,7 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scal
 
   Product product{packed.format, packed.n, packed.k, Dtype::float32, dtype, out.mutable_data_ptr(), {}};
   if (bias_values.has_value()) product.bias_dtype = dtype_of(*bias_values, "bias");
+  std::vector<int64_t> experts;  // of the segments
   for (int64_t e = 0; e < packed.experts; ++e) {
     if (ranges[e] == ranges[e + 1]) continue;
     const uint8_t* expert_bias = nullptr;
@@ -209,7 +229,8 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scal
                     e * packed.n * element_size(product.bias_dtype);
     }
     product.segments.push_back({ranges[e], ranges[e + 1] - ranges[e], packed.expert_codes(e), packed.expert_scales(e),
-                                scales[e], expert_bias});
+                                scales[e], expert_bias, nullptr});
+    experts.push_back(e);
   }
 
   if (activation == nullptr) {
@@ -233,15 +254,14 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scal
     }
     return out;
   }
-  const Rule rule = rule_of(packed.format, activation->rule);
   const bool rotates = rotation.has_value();
   const Tensor input = rotates ? rotated(x, *rotation) : torch::stable::contiguous(x);
   const Dtype input_dtype = rotates ? Dtype::float32 : dtype;
-  const Quantizer quantizer(packed.format, rule, input_dtype,
-                            activation_scale(*activation, packed.format, rule, input, input_dtype));
+  const Quantizers quantizers = quantizers_for(*activation, packed, ranges, input, input_dtype);
+  for (size_t i = 0; i < experts.size(); ++i) product.segments[i].quantizer = quantizers.of(experts[i]);
   Tensor tiles =
       torch::stable::new_empty(x, {rows * IntegerProduct::tile_bytes(packed.format, packed.k)}, ScalarType::Byte);
-  execute(IntegerProduct(product, input.const_data_ptr(), input_dtype, quantizer,
+  execute(IntegerProduct(product, input.const_data_ptr(), input_dtype,
                          static_cast<uint8_t*>(tiles.mutable_data_ptr())),
           product, rows);
   return out;

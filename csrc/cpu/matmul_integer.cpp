@@ -13,13 +13,8 @@ constexpr int64_t kPanelGroup = 8;
 
 }  // namespace
 
-IntegerProduct::IntegerProduct(const Product& product, const void* x, Dtype x_dtype, const Quantizer& quantizer,
-                               uint8_t* tiles)
-    : Matmul(product, matmul_kernels().integer_tile, kChunk),
-      x_(x),
-      x_dtype_(x_dtype),
-      quantizer_(quantizer),
-      tiles_(tiles) {}
+IntegerProduct::IntegerProduct(const Product& product, const void* x, Dtype x_dtype, uint8_t* tiles)
+    : Matmul(product, matmul_kernels().integer_tile, kChunk), x_(x), x_dtype_(x_dtype), tiles_(tiles) {}
 
 void IntegerProduct::prepare(int64_t begin, int64_t end) const {
   const int64_t k = product_.k;
@@ -33,7 +28,8 @@ void IntegerProduct::prepare(int64_t begin, int64_t end) const {
     uint8_t* segment_tiles = tiles_ + segment.first_row * tile_bytes(product_.format, k);
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t offset = (segment.first_row + start + m) * k * element_size(x_dtype_);
-      quantizer_.quantize_doubled(static_cast<const uint8_t*>(x_) + offset, 0, k / block, codes.get(), effective.get());
+      segment.quantizer->quantize_doubled(static_cast<const uint8_t*>(x_) + offset, 0, k / block, codes.get(),
+                                          effective.get());
       for (int64_t c = 0; c < k; c += chunk_) {
         const int64_t length = std::min(chunk_, k - c);
         const int64_t per_row = length / block * integer_block_bytes(product_.format, 1);

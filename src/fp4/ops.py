@@ -23,7 +23,9 @@ BACKENDS = ("reference", "cpu", "triton", "cutlass", "scaled_mm")
 # linear: with a rotation [h, h], x @ rotation in groups of h columns (float32) and rounded to x.dtype takes x's place.
 # w4a4: x @ rotation in groups, then quantized with `rule` under input_global_scale (None: from the amax of this call).
 # FP8 weights (their scales' dtype says so): linear keeps x, linear_w4a4 is W8A8, with one scale a row of x.
-# grouped: x [T, K] sorted by expert, offsets int32 [E+1] their row ranges, a leading expert axis on all of the weight.
+# grouped: x [T, K] sorted by expert, offsets int32 [E+1] their row ranges, a leading expert axis on all of the weight
+# and, where it has one, on input_global_scale. Rows from offsets[E] on are nobody's: they are not looked at, and what
+# comes out for them is unspecified.
 # largest_magnitude: x [..., N, K] -> float32 [...].
 # quantize and dequantize: canonical form; the global scale is the caller's.
 _WEIGHT = "Tensor x, Tensor weight, Tensor weight_scale, Tensor? global_scale, Tensor? bias"

@@ -51,9 +51,9 @@ void run(Format format, Dtype dtype, int64_t m, int64_t n, int64_t k, bool integ
   std::memset(out.get(), 0xFF, rows * n * element_size(dtype));  // NaN, so that a place never written shows
   const int64_t half_codes = panels * kPanelRows * k / 2, half_scales = panels * kPanelRows * k / block;
   Product product{format, n, k, dtype, dtype, out.get(), {}};
-  product.segments.push_back({0, m, codes.get(), scales.get(), 0.01, nullptr});
+  product.segments.push_back({0, m, codes.get(), scales.get(), 0.01, nullptr, nullptr});
   product.segments.push_back({m, rows - m, codes.get() + half_codes, scales.get() + half_scales, 0.02,
-                              bias.get() + n * element_size(dtype)});
+                              bias.get() + n * element_size(dtype), nullptr});
   const auto drive = [&](const auto& work) {
     work.prepare(0, work.prepare_tasks());
     const int64_t middle = work.tasks() / 2;
@@ -61,9 +61,12 @@ void run(Format format, Dtype dtype, int64_t m, int64_t n, int64_t k, bool integ
     work.run(0, middle);
   };
   if (integer) {
-    const Quantizer quantizer(format, Rule::abs_max, dtype, format == Format::nvfp4 ? 1.0 / 2688 : 1.0);
+    const Quantizer first(format, Rule::abs_max, dtype, format == Format::nvfp4 ? 1.0 / 2688 : 1.0);
+    const Quantizer second(format, Rule::abs_max, dtype, format == Format::nvfp4 ? 1.0 / 1344 : 2.0);
+    product.segments[0].quantizer = &first;
+    product.segments[1].quantizer = &second;
     const auto tiles = exactly<uint8_t>(rows * IntegerProduct::tile_bytes(format, k));
-    drive(IntegerProduct(product, x.get(), dtype, quantizer, tiles.get()));
+    drive(IntegerProduct(product, x.get(), dtype, tiles.get()));
   } else {
     const auto rotation = exactly<float>(16 * 16);
     for (int i = 0; i < 16 * 16; ++i) rotation[i] = i % 17 == 0 ? 1.0f : 0.01f;

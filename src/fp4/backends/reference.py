@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from fp4 import formats, ops, rotation
@@ -37,12 +38,17 @@ def quantize_activation(
 ) -> Tensor:
     """The values that W4A4 multiplies: x ``[T, K]`` rotated, quantized and dequantized, float32 ``[T, K]``.
 
+    ``global_scale`` is one number, or one a row.
+
     FP8: the scales of rows, or the global scale in their place, and the quotients are float32, as the hardware's are.
     """
     if rotate_by is not None:
         x = rotation.rotate(x, rotate_by)
+    per_row = global_scale is not None and global_scale.numel() != 1
     if fmt is formats.FP8:
-        return formats.fake_quantize_fp8(x, global_scale)
+        return formats.fake_quantize_fp8(x, global_scale[:, None] if per_row else global_scale)  # type: ignore[index]
+    if per_row:
+        return formats.dequantize(*formats.quantize(x[:, None], fmt, rule, global_scale))[:, 0]
     return formats.dequantize(*formats.quantize(x, fmt, rule, global_scale))
 
 
@@ -134,14 +140,23 @@ def grouped_linear_w4a4(
     input_global_scale: Tensor | None,
     rule: str,
 ) -> Tensor:
-    """W4A4 over experts. A dynamic global scale is taken over all rows of the call, as one kernel launch would."""
+    """W4A4 over experts. A dynamic global scale is taken over all rows that an expert has, as one kernel launch would.
+
+    ``input_global_scale`` is one number or one an expert.
+    """
     fmt = formats.format_of(weight_scale)
-    rows = quantize_activation(x, fmt, rotate_by, input_global_scale, rule)
+    beyond = x[offsets[-1] :]
+    x = x[: offsets[-1]]
+    if input_global_scale is not None and input_global_scale.numel() > 1:
+        rows = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
+        expert = torch.searchsorted(offsets[1:], rows, right=True)
+        input_global_scale = input_global_scale[expert]
+    values = quantize_activation(x, fmt, rotate_by, input_global_scale, rule)
     # Rounded to x.dtype only at the very end: `out` takes its dtype from x, the products are of float32 values.
     out = _grouped(
-        rows, weight, weight_scale, global_scale, bias, offsets, out_features, lambda expert_rows: expert_rows
+        values, weight, weight_scale, global_scale, bias, offsets, out_features, lambda expert_values: expert_values
     )
-    return out.to(x.dtype)
+    return torch.cat([out.to(x.dtype), beyond.new_empty(beyond.shape[0], out_features)])
 
 
 def quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> tuple[Tensor, Tensor]:

@@ -249,12 +249,11 @@ class FP4Experts(nn.Module):
 
         tokens, top_k = top_k_index.shape
         experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        # The kernels want every row to belong to an expert; what another rank's expert is given here weighs nothing.
-        local = experts < num_experts
-        offsets = torch.searchsorted(experts.clamp(max=num_experts - 1), steps).to(torch.int32)
+        # Rows of other ranks' experts come last and are not multiplied: whatever is in their places adds nothing.
+        offsets = torch.searchsorted(experts, steps).to(torch.int32)
         out = self._run(hidden_states[order // top_k], offsets)
         if getattr(self, "has_post_expert_norm", False):
             out = self.post_expert_norm(out)
-        weights = top_k_weights.reshape(-1)[order].masked_fill(~local, 0.0)
-        weighted = (out * weights[:, None])[torch.argsort(order)]
+        weighted = out * top_k_weights.reshape(-1)[order][:, None]
+        weighted = weighted.masked_fill((experts >= num_experts)[:, None], 0.0)[torch.argsort(order)]
         return weighted.view(tokens, top_k, out.shape[-1]).sum(dim=1).to(hidden_states.dtype)

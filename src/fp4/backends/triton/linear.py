@@ -299,4 +299,8 @@ def grouped_linear_w4a4(
         row = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
         expert = torch.searchsorted(offsets[1:], row, right=True).clamp_(max=weight.shape[0] - 1)
         input_global_scale = input_global_scale[expert]
+    elif input_global_scale is None and format_of(weight_scale).needs_global_scale:
+        # Rows that no expert has must not reach the largest magnitude.
+        row = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
+        x = x.masked_fill((row >= offsets[-1])[:, None], 0.0)
     return _w4a4(x, weight, weight_scale, global_scale, bias, offsets, out_features, rotation, input_global_scale, rule)
