@@ -8,7 +8,7 @@ OLDEST_TRANSFORMERS ?= 5.17.0
 MODEL ?=
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint types pytest pytest-oldest pytest-triton parity sanitize bench-cpu clean
+.PHONY: demo test lint types pytest pytest-oldest pytest-triton parity sanitize bench-cpu bench-gpu clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python examples/demo.py $(MODEL)
@@ -31,7 +31,7 @@ pytest-oldest: $(VENV)/oldest
 
 # The Triton kernels on the CPU by Triton's interpreter, then their compilation for GPUs that need not be there.
 pytest-triton: $(VENV)/parity
-	PYTHONPATH=$(VENV)/parity TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 -rs tests/test_triton_kernels.py
+	PYTHONPATH=$(VENV)/parity TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 -rs tests/test_triton_kernels.py tests/test_gpu_benchmarks.py
 	PYTHONPATH=$(VENV)/parity $(VENV)/bin/python -m pytest -n 2 -rs tests/test_triton_compile.py
 
 # Against other tools: FP-Quant's own Triton kernels, run by Triton's interpreter, then what compressed-tensors, ModelOpt
@@ -46,6 +46,11 @@ sanitize:
 bench-cpu: $(VENV)/demo
 	$(VENV)/bin/python benchmarks/cpu_linear.py
 	$(VENV)/bin/python benchmarks/cpu_generate.py
+
+# On a machine with a CUDA GPU (TORCH above must name a build for it); prints what is to be reached and what is.
+bench-gpu: $(VENV)/demo
+	$(VENV)/bin/python benchmarks/gpu_linear.py
+	$(VENV)/bin/python benchmarks/gpu_generate.py
 
 clean:
 	rm -rf $(VENV) build demo-out src/*.egg-info src/fp4/*.so

@@ -57,6 +57,7 @@ class _Clock(BaseStreamer):
 
 def transformers_decoder(model: PreTrainedModel, **options: Any) -> Decoder:
     prompt = torch.randint(100, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    prompt = prompt.to(model.device)
 
     def decode(new_tokens: int) -> list[float]:
         clock = _Clock()
@@ -76,13 +77,13 @@ def transformers_decoder(model: PreTrainedModel, **options: Any) -> Decoder:
     return decode
 
 
-def quantized(model: PreTrainedModel, fmt: Format) -> PreTrainedModel:
+def quantized(model: PreTrainedModel, fmt: Format, backend: str = "cpu") -> PreTrainedModel:
     """A copy whose linear layers, except the head, are packed FP4 with activations in the model's dtype."""
     scheme = Scheme(fmt, activations="model")
     replaced = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "lm_head" not in name:
-            replaced[id(module)] = FP4Linear.from_linear(module, scheme, "cpu", name)
+            replaced[id(module)] = FP4Linear.from_linear(module, scheme, backend, name)
     return copy.deepcopy(model, replaced)  # what stands in the memo is taken instead of a copy
 
 
@@ -117,17 +118,23 @@ def shaped_config(layers: int) -> LlamaConfig:
     )
 
 
+def random_llama(config: LlamaConfig, device: torch.device | str = "cpu") -> LlamaForCausalLM:
+    """A model of these shapes in bfloat16 with random weights."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16).to_empty(device=device).eval()
+    for name, parameter in model.named_parameters():
+        nn.init.ones_(parameter) if "norm" in name else nn.init.normal_(parameter, std=0.02)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # its buffer is not a parameter
+    return model
+
+
 def measure_shaped(
     formats: list[str], compiled: bool, layers: int, turns: int, new_tokens: int, folder: Path
 ) -> dict[str, Any]:
     config = shaped_config(layers)
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
-    for name, parameter in model.named_parameters():
-        nn.init.ones_(parameter) if "norm" in name else nn.init.normal_(parameter, std=0.02)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffer is not a parameter
+    model = random_llama(config)
     decoders: dict[str, Decoder] = {}
     for name in formats:
         packed = quantized(model, FORMATS[name])

@@ -1,4 +1,4 @@
-"""What the CPU benchmarks share: interleaved timing, the memory limit, a description of the machine, saved results.
+"""What the benchmarks share: interleaved timing, the memory limit, a description of the machine, saved results.
 
 Times are medians of repetitions in which all contenders take turns (A B A B ...), so that a change of the machine's
 speed meets each of them alike. Contenders get their weights from a set larger than the last-level cache.
@@ -73,8 +73,7 @@ def machine() -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
+        "hardware": f"{cpu}, {torch.get_num_threads()} threads",
         "versions": versions,
     }
 
@@ -96,12 +95,17 @@ def verdict(ratio: float | None, target: float) -> str:
     return f"{ratio:.2f} (>= {target:g}: {outcome})"
 
 
-def save(name: str, title: str, sections: Mapping[str, str], data: Mapping[str, Any]) -> None:
-    """Write ``results/<name>.md`` for people and ``results/<name>.json`` for programs."""
+def save(
+    name: str, title: str, sections: Mapping[str, str], data: Mapping[str, Any], about: dict[str, Any] | None = None
+) -> None:
+    """Write ``results/<name>.md`` for people and ``results/<name>.json`` for programs.
+
+    ``about`` tells date, hardware and versions; :func:`machine` by default.
+    """
     RESULTS.mkdir(exist_ok=True)
-    about = machine()
+    about = about or machine()
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
-    text = [f"# {title}", "", f"{about['date']}, {about['cpu']}, {about['threads']} threads; {versions}.", ""]
+    text = [f"# {title}", "", f"{about['date']}, {about['hardware']}; {versions}.", ""]
     for heading, body in sections.items():
         text += [f"## {heading}", "", body, ""]
     (RESULTS / f"{name}.md").write_text("\n".join(text))
