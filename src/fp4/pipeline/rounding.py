@@ -27,7 +27,7 @@ Progress = Callable[[str, int, int], None]
 # A rotated weight is float32; that many elements of it are in memory at a time.
 _TILE_ELEMENTS = 1 << 24
 # Statistics of the report are taken of about this many elements of a weight, since all would take longer than rounding.
-_SAMPLED_ELEMENTS = 1 << 18
+_SAMPLED_ELEMENTS = 1 << 15
 
 
 @dataclass
@@ -42,7 +42,7 @@ class StreamedRounding:
     """Rounds the planned layers of a checkpoint shard by shard, each output file named as its source.
 
     Weights that share a global scale are read together, and the next ones while these are rounded, as long as no more
-    than twice the largest tensor of the checkpoint is held.
+    than twice the largest tensor of the checkpoint is held. What was rounded is written while the next layer is.
     """
 
     def __init__(self, skeleton: Skeleton, plan: LayerPlan, codec: Codec, staging: Staging, progress: Progress) -> None:
@@ -84,11 +84,21 @@ class StreamedRounding:
         file = ShardWriter(self.staging.folder / shard.name, specs, metadata)
         rows: list[dict[str, object]] = []
         try:
-            for name in copied:
-                file.copy(name, self.tensors[name])
-                self._advance(self.tensors[name])
-            for unit, weights in self._read_ahead(self._units(layers)):
-                rows += self._round(unit, weights, file, set(layers))
+            with ThreadPoolExecutor(1) as writer:
+                for name in copied:
+                    file.copy(name, self.tensors[name])
+                    self._advance(self.tensors[name])
+                behind: Future[None] | None = None
+                for unit, weights in self._read_ahead(self._units(layers)):
+                    for layer, stored, row in self._round(unit, weights, set(layers)):
+                        if behind is not None:
+                            behind.result()  # one layer waits to be written, no more
+                        behind = writer.submit(_write_all, file, layer.stored, stored)
+                        rows.append(row)
+                        for key in self._keys(layer):
+                            self._advance(self.tensors[key])
+                if behind is not None:
+                    behind.result()
             file.close()
         except BaseException:
             file.abandon()
@@ -147,9 +157,9 @@ class StreamedRounding:
         return weight
 
     def _round(
-        self, unit: _Unit, weights: list[Tensor] | None, file: ShardWriter, here: set[str]
-    ) -> list[dict[str, object]]:
-        rows = []
+        self, unit: _Unit, weights: list[Tensor] | None, here: set[str]
+    ) -> Iterator[tuple[PlannedLayer, dict[str, Tensor], dict[str, object]]]:
+        """Each layer of the unit that is stored in this shard, with its tensors by suffix and its row of the report."""
         shared = None
         if len(unit.layers) > 1:
             each = (self._weight(layer) for layer in unit.layers) if weights is None else weights
@@ -165,20 +175,9 @@ class StreamedRounding:
                 stored = self.codec.write(StoredLinear(quantized, None, rotation_of(layer)), self._scheme(layer))
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from error
-            for suffix, tensor in stored.items():
-                file.write(layer.stored + suffix, tensor)
-            rows.append(
-                layer_row(
-                    layer,
-                    sampled_statistics(weight, quantized, rotation_of(layer)),
-                    layer.scheme.weight_rule,
-                    None,
-                    time.perf_counter() - started,
-                )
-            )
-            for key in self._keys(layer):
-                self._advance(self.tensors[key])
-        return rows
+            statistics = sampled_statistics(weight, quantized, rotation_of(layer))
+            row = layer_row(layer, statistics, layer.scheme.weight_rule, None, time.perf_counter() - started)
+            yield layer, dict(stored), row
 
     def _scheme(self, layer: PlannedLayer) -> LayerScheme:
         return scheme_in_file(layer, rotation_of(layer))
@@ -186,6 +185,11 @@ class StreamedRounding:
     def _advance(self, info: TensorInfo) -> None:
         self.done += info.nbytes
         self.progress("rounding", self.done, self.total)
+
+
+def _write_all(file: ShardWriter, stored_name: str, tensors: dict[str, Tensor]) -> None:
+    for suffix, tensor in tensors.items():
+        file.write(stored_name + suffix, tensor)
 
 
 def _tiles(weight: Tensor) -> list[slice]:
