@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import auto
@@ -21,7 +22,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from fp4 import legacy_config
 from fp4.checkpoint import codec_for
-from fp4.checkpoint.files import read_header
+from fp4.checkpoint.files import load, read_header
+from fp4.checkpoint.kv_cache import cache_tensors
 from fp4.checkpoint.layers import packed_layers
 from fp4.checkpoint_config import CheckpointConfig
 from fp4.config import FPQuantConfig
@@ -48,6 +50,8 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
     def __init__(self, quantization_config: CheckpointConfig, **kwargs: Any) -> None:
         HfQuantizer.__init__(self, quantization_config, **kwargs)
         self._reset(quantization_config.codec)
+        #: Of a quantized KV cache, as the checkpoint has them.
+        self.cache_scales: dict[str, Tensor] = {}
         obstacle = self.codec.obstacle()
         if obstacle is not None:
             raise ValueError(f"this {self.codec.name} checkpoint cannot be run by fp4: {obstacle}")
@@ -60,6 +64,7 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         packed = self._packed_experts(model, kwargs.get("checkpoint_files") or [])
         self._packed_modules = set(packed.values())
+        self._keep_cache_scales(model, kwargs.get("checkpoint_files") or [])
         super()._process_model_before_weight_loading(model, **kwargs)
         modules = {name for name, _ in model.named_modules()}
         for layer, module in packed.items():
@@ -91,6 +96,27 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
                     name = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
                 found[name] = _EXPERT.sub("", name)
         return found
+
+    def _keep_cache_scales(self, model: PreTrainedModel, files: list[Any]) -> None:
+        """Let the scales of a quantized KV cache survive saving. The model's own cache is not quantized."""
+        own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+        renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+        for path in (Path(file) for file in files if str(file).endswith(".safetensors")):
+            tensors = read_header(path).tensors
+            for key in cache_tensors(tensors):
+                name = key
+                for renaming in renamings:
+                    name, _ = renaming.rename_source_key(name)
+                if name not in own:
+                    self.cache_scales[name] = load(tensors[key])
+        if self.cache_scales:
+            logger.info("%d scales of the KV cache are kept for saving; it runs unquantized", len(self.cache_scales))
+            ignored = {rf"^{re.escape(name)}$" for name in self.cache_scales}
+            model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        state_dict, metadata = super().get_state_dict_and_metadata(model)
+        return state_dict | self.cache_scales, metadata
 
     def schemes_of_experts(
         self, name: str, layout: ExpertsLayout, choose: Callable[[str], tuple[Scheme, str] | None]

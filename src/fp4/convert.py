@@ -28,6 +28,7 @@ from fp4.checkpoint.files import (
     spec_of,
     write_json,
 )
+from fp4.checkpoint.kv_cache import cache_tensors, renamed, require_place
 from fp4.checkpoint.layers import dense_matrices, other_quantized, packed_layers, peek
 from fp4.checkpoint.source import local_folder
 
@@ -90,7 +91,7 @@ def convert(
         to: one of ``FORMATS``.
         allow_rounding: accept global scales that the target holds only rounded, which moves dequantized values by at
             most one unit in the last place of float32. Otherwise such a scale is refused.
-        weight_only: drop what the source says about activations (W4A4 becomes W4A16).
+        weight_only: drop what the source says about activations (W4A4 becomes W4A16) and the KV cache.
         revision, token, cache_dir: for a hub id, as everywhere in huggingface_hub.
         progress: called with bytes written so far and in all.
 
@@ -119,12 +120,18 @@ def convert(
             f"{len(others)} layers ({others[0]} ...) are quantized to integers, or to FP8 by blocks or tensors; "
             "only FP4 layers, and FP8 ones with a scale a channel, can be converted"
         )
+    cache = cache_tensors(checkpoint.tensors)
+    if weight_only:
+        for name in cache:
+            del checkpoint.tensors[name]
+    else:
+        require_place(reader.config, cache, to)
     plan = _plan(reader, writer, groups, allow_rounding, weight_only)
     kept = dense_matrices(checkpoint.tensors, groups)
     if checkpoint.config.get("tie_word_embeddings") and "lm_head" not in groups:
         kept.append("lm_head")  # has no tensor of its own
     schemes = {layer: planned.target for layer, planned in plan.items()}
-    new_config = writer.configuration(schemes, sorted(set(kept)), config)
+    new_config = writer.configuration(schemes, sorted(set(kept)), {} if weight_only else reader.config)
 
     result = Conversion(reader.name, to, len(plan), len(kept), len(checkpoint.shards))
     result.notes = _notes(plan, to)
@@ -219,12 +226,16 @@ def _write_shards(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     owner = {info: layer for layer, infos in groups.items() for info in infos.values()}
-    shards: list[tuple[Path, dict[str, Spec], list[str], list[str]]] = []
+    shards: list[tuple[Path, dict[str, Spec], list[str], dict[str, TensorInfo]]] = []
     for shard in checkpoint.shards:
         # A layer belongs to the shard of its marker, wherever its other tensors are.
         layers = [layer for layer, infos in groups.items() if _marker_of(reader, layer, infos).file == shard]
-        dense = [n for n, info in checkpoint.tensors.items() if info.file == shard and info not in owner]
-        specs = {name: Spec(checkpoint.tensors[name].dtype, checkpoint.tensors[name].shape) for name in dense}
+        dense = {
+            renamed(name, writer.name): info
+            for name, info in checkpoint.tensors.items()
+            if info.file == shard and info not in owner
+        }
+        specs = {name: Spec(info.dtype, info.shape) for name, info in dense.items()}
         for layer in layers:
             specs |= {layer + suffix: spec for suffix, spec in plan[layer].specs.items()}
         shards.append((staging / shard.name, specs, layers, dense))
@@ -239,8 +250,8 @@ def _write_shards(
             continue
         file = ShardWriter(path, specs, checkpoint.metadata[shard])
         try:
-            for name in dense:
-                file.copy(name, checkpoint.tensors[name])
+            for name, info in dense.items():
+                file.copy(name, info)
                 result.bytes_written += specs[name].nbytes
                 report(result.bytes_written, total)
             for layer in layers:

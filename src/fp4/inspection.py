@@ -14,6 +14,7 @@ import torch
 from fp4.checkpoint import Codec, codec_for
 from fp4.checkpoint.files import Checkpoint, TensorInfo
 from fp4.checkpoint.fusing import fused_groups
+from fp4.checkpoint.kv_cache import cache_tensors
 from fp4.checkpoint.layers import dense_matrices, other_quantized, packed_layers, peek
 from fp4.checkpoint.source import open_headers
 
@@ -109,6 +110,9 @@ def inspect(
         for name in dense_matrices(checkpoint.tensors, groups)
         if name not in others
     ]
+    cache = cache_tensors(checkpoint.tensors)
+    if cache:
+        result.notes.append(f"{len(cache)} scales of a quantized KV cache, which fp4 keeps and does not apply")
     if not readable:
         result.notes.append("headers only: the values of scales are not checked for a model on the hub")
     elif groups and not values:
@@ -149,13 +153,23 @@ def _inspect_layers(
         result.problems.extend(f"{layer}: {problem}" for problem in row.problems)
     result.schemes = dict(schemes)
     result.bits_per_weight = total_bits / total_weights if total_weights else None
+    unshared: list[list[str]] = []
     for group in fused_groups(global_scales):
         if len({global_scales[layer] for layer in group}) > 1:
-            names = ", ".join(layer.rpartition(".")[2] for layer in group)
-            result.problems.append(
-                f"{group[0].rpartition('.')[0]}: {names} have different global scales; engines that fuse them "
-                "(vLLM) compute something else"
-            )
+            unshared.append(group)
+    parts = [
+        (group[0].rpartition(".")[0], ", ".join(layer.rpartition(".")[2] for layer in group)) for group in unshared
+    ]
+    if parts and codec.name == "fp_quant":  # FP-Quant writes such files itself, and its own layers are not fused
+        result.notes.append(
+            f"{len(parts)} groups of layers that engines fuse (vLLM) have different global scales, {parts[0][0]} first "
+            f"({parts[0][1]}); to serve the model there, save it as compressed-tensors or modelopt"
+        )
+    else:
+        result.problems.extend(
+            f"{parent}: {names} have different global scales; engines that fuse them (vLLM) compute something else"
+            for parent, names in parts
+        )
 
 
 def _note_fused_layers(result: Inspection, dense: list[str]) -> None:

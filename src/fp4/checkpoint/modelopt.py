@@ -158,7 +158,7 @@ class ModelOptCodec(Codec):
         cache = config.get("kv_cache_scheme")
         quantization: dict[str, Any] = {
             "quant_algo": config.get("quant_algo"),
-            "kv_cache_quant_algo": "FP8" if isinstance(cache, Mapping) and cache.get("num_bits") == 8 else None,
+            "kv_cache_quant_algo": cache if isinstance(cache, str) else _cache_algorithm(cache or {}),
             "exclude_modules": config.get("ignore") or [],
         }
         if "quantized_layers" in config:
@@ -185,8 +185,9 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("group_size", "quantized_layers"):
         if inner.get(key) is not None:
             flat[key] = inner[key]
-    if inner.get("kv_cache_quant_algo") == "FP8":
-        flat["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    cache = inner.get("kv_cache_quant_algo")
+    if cache:  # only FP8 has another name in config.json
+        flat["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"} if cache == "FP8" else cache
     return flat | {"producer": config.get("producer")}
 
 
@@ -201,6 +202,10 @@ def _algorithm_of(scheme: LayerScheme) -> str:
         if known == (scheme.format, scheme.activations, block_size):
             return algorithm
     raise ValueError(f"it is {scheme}, for which modelopt has no quant_algo (it has {', '.join(_ALGORITHMS)})")
+
+
+def _cache_algorithm(scheme: Mapping[str, Any]) -> str | None:
+    return "FP8" if (scheme.get("num_bits"), scheme.get("type")) == (8, "float") else None
 
 
 def _group_size(algorithm: str) -> dict[str, int]:

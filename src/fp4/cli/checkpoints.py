@@ -31,7 +31,9 @@ def convert(
     allow_rounding: Annotated[
         bool, typer.Option(help="Accept global scales that the format holds only rounded (one unit in the last place).")
     ] = False,
-    weight_only: Annotated[bool, typer.Option(help="Drop what the source says about activations.")] = False,
+    weight_only: Annotated[
+        bool, typer.Option(help="Drop what the source says about activations and the KV cache.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the target folder.")] = False,
     revision: Revision = None,
 ) -> None:
