@@ -1,7 +1,15 @@
 """The compiled kernels. Everything else about the package is in pyproject.toml.
 
-Kernels are optional: without a C++ compiler the package installs and runs on its pure-torch reference backend. The
-environment variable FP4_CPU decides about the CPU kernels: 1 makes a failure to build them an error, 0 leaves them out.
+Kernels are optional: without a C++ compiler the package installs and runs on its pure-torch reference backend.
+Environment variables decide about them:
+
+* FP4_CPU: 1 makes a failure to build the CPU kernels an error, 0 leaves them out.
+* FP4_CUDA: the same for the CUDA kernels; ``pypi`` takes nvcc from PyPI. Unset, they are built where nvcc >= 12.8 and a
+  GPU that they run on are found, or FP4_CUDA_ARCHS is set: compiling takes minutes that nobody should meet by surprise.
+* FP4_CUDA_ARCHS: what they are compiled for, for example ``90;100a;120a``. By default the GPUs of this machine, or
+  ``100a;120a`` where it has none.
+* CUTLASS_ROOT: a copy of CUTLASS >= 4.2, in place of its headers on PyPI.
+* FP4_BUILD_CACHE: where compiled CUDA objects are kept, in place of build/cuda.
 
 They are built against LibTorch's stable ABI, so headers of any torch >= 2.11 give a library that loads into any other.
 """
@@ -20,6 +28,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))  # setup_cuda, which an isolated build would not find
+
+import setup_cuda  # noqa: E402
+
 OLDEST_TORCH = (2, 11)
 STABLE_ABI = [
     ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # OLDEST_TORCH
@@ -55,6 +67,8 @@ class BuildKernels(build_ext):
             torch = find_torch()
             ext.include_dirs.append(str(torch / "include"))
             ext.library_dirs.append(str(torch / "lib"))
+            if ext.name == "fp4._C_cuda":
+                add_cuda(ext)
             print(f"fp4: building {ext.name} against {torch}", file=sys.stderr)
             super().build_extension(ext)
         except Exception as error:
@@ -77,7 +91,7 @@ def cpu_extension() -> list[Extension]:
             "fp4._C_cpu",
             sources,
             depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.h")),
-            define_macros=STABLE_ABI,
+            define_macros=list(STABLE_ABI),
             # No contraction: quantization is exact to the bit; matmuls name their FMAs.
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"],
             # torch is loaded before the kernels; the reference must stay even though no symbol is taken directly.
@@ -89,8 +103,45 @@ def cpu_extension() -> list[Extension]:
     ]
 
 
+def cuda_extension() -> list[Extension]:
+    choice = os.environ.get("FP4_CUDA")
+    if choice not in (None, "0", "1", "pypi"):
+        raise ValueError(
+            f"FP4_CUDA is {choice!r}; expected 0 (no CUDA kernels), 1 (fail without them), pypi or nothing"
+        )
+    reason = setup_cuda.left_out(choice)
+    if reason is not None:
+        print(f"fp4: CUDA kernels left out: {reason}", file=sys.stderr)
+        return []
+    folder = ROOT / "csrc" / "cuda"
+    sources = ["csrc/binding_cuda.cpp", *sorted(str(p.relative_to(ROOT)) for p in folder.glob("*.cpp"))]
+    return [
+        Extension(
+            "fp4._C_cuda",
+            sources,
+            depends=sorted(str(p.relative_to(ROOT)) for p in folder.glob("*.[ch]*")),
+            define_macros=list(STABLE_ABI),
+            extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-Wno-unknown-pragmas"],
+            extra_link_args=["-Wl,--no-as-needed"],
+            # The static runtime, so that the library loads where there is no driver and no CUDA.
+            libraries=["torch", "torch_cpu", "cudart_static", "dl", "rt", "pthread"],
+            py_limited_api=True,
+            optional=choice is None,
+        )
+    ]
+
+
+def add_cuda(ext: Extension) -> None:
+    """Compile the CUDA sources of the extension, which setuptools cannot."""
+    built = setup_cuda.build(os.environ.get("FP4_CUDA"))
+    ext.extra_objects = [str(path) for path in built.objects]
+    ext.define_macros += built.macros
+    ext.include_dirs.append(str(built.toolkit.root / "include"))
+    ext.library_dirs.append(str(built.toolkit.libraries))
+
+
 setup(
-    ext_modules=cpu_extension(),
+    ext_modules=[*cpu_extension(), *cuda_extension()],
     cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

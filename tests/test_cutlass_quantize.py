@@ -122,12 +122,12 @@ def test_codes_of_all_floats_between_the_first_and_the_last_threshold(kernels: c
 def test_quotients_by_reciprocal_give_the_codes_of_divisions(kernels: ctypes.CDLL) -> None:
     generator = torch.Generator().manual_seed(0)
     mantissas = torch.randint(0, 1 << 23, (40000,), generator=generator, dtype=torch.int32)
-    exponents = torch.randint(1, 250, (40000,), generator=generator, dtype=torch.int32)
+    exponents = torch.randint(0, 250, (40000,), generator=generator, dtype=torch.int32)
     scales = ((exponents << 23) | mantissas).view(torch.float32)
     # A float just above or below a power of two is the hard case of a reciprocal.
     edges = torch.cat([(exponents << 23) | 0x7FFFFF, (exponents << 23) | 1, exponents << 23]).view(torch.float32)
     thresholds = torch.tensor(formats._THRESHOLDS)
-    for some in (scales, edges):
+    for some in (scales, edges[edges > 0]):
         assert kernels.check_divider(at(some), long(some.numel()), at(thresholds), 3) == 0
 
 

@@ -28,8 +28,13 @@ std::string shape_text(const Tensor& tensor);
 // Contiguous, and at an address that vector loads can take.
 Tensor readable(const Tensor& tensor);
 
-// A global scale: float64 on the GPU with one of `counts` elements. Returns its data.
-const double* global_scale_data(const Tensor& scale, std::initializer_list<int64_t> counts);
+// Whether the tensor is on the GPU of x: a kernel that reads another GPU's memory fails long after the call, or is slow.
+inline bool is_beside(const Tensor& tensor, const Tensor& x) {
+  return tensor.is_cuda() && tensor.get_device_index() == x.get_device_index();
+}
+
+// A global scale: float64 on the GPU of x with one of `counts` elements. Returns its data.
+const double* global_scale_data(const Tensor& scale, const Tensor& x, std::initializer_list<int64_t> counts);
 
 // Raises what a launch returned, unless null.
 void require_launched(const char* error, const char* what);

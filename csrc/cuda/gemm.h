@@ -28,6 +28,7 @@ struct GemmProblem {
   const float* bias;
   int m, n, k;
   int splits;  // of K, for configurations that can; the others ignore it
+  int multiprocessors;
 };
 
 // The same for `experts` weights b[e] (rows of a sorted by expert, offsets as in fp4::cutlass_grouped_linear_w4a4), with
@@ -70,7 +71,7 @@ struct GroupedGemms {
 };
 
 // The configuration for a shape, or null where none was built for this family, format and output. Sets problem.splits.
-const Gemm* choose(Family family, Format format, Output output, int multiprocessors, GemmProblem& problem);
+const Gemm* choose(Family family, Format format, Output output, GemmProblem& problem);
 const GroupedGemm* choose_grouped(Family family, Format format, Output output);
 
 }  // namespace fp4::cuda

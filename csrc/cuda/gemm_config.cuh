@@ -74,6 +74,8 @@ struct GemmConfig {
          static_cast<const Scale*>(p.scale_a), Layouts::tile_atom_to_shape_SFA(shape),
          static_cast<const Scale*>(p.scale_b), Layouts::tile_atom_to_shape_SFB(shape)},
         {{{{1.0f}, {p.alpha}}, {}, {p.bias}, {}}, nullptr, stride_d, static_cast<OutputType*>(p.d), stride_d}};
+    // CUTLASS would ask the driver, on every call, and about GPU 0.
+    arguments.hw_info.sm_count = p.multiprocessors;
     if constexpr (kSplitsK) arguments.scheduler.splits = p.splits;
     return arguments;
   }

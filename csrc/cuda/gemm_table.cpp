@@ -29,9 +29,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // At least this many steps of tile_k for each part of a split K: a part costs a pass over its results.
 constexpr int kStepsPerSplit = 4;
 
-double cost(const Candidate& candidate, const Gemm& gemm, int multiprocessors, GemmProblem& problem) {
+double cost(const Candidate& candidate, const Gemm& gemm, GemmProblem& problem) {
   const int64_t tiles = ceil_div(problem.m, gemm.tile_m) * ceil_div(problem.n, gemm.tile_n);
-  const int64_t at_once = std::max(1, multiprocessors / candidate.multiprocessors_per_tile);
+  const int64_t at_once = std::max(1, problem.multiprocessors / candidate.multiprocessors_per_tile);
   int64_t splits = 1;
   if (gemm.splits_k) {
     const int64_t steps = ceil_div(problem.k, gemm.tile_k);
@@ -45,14 +45,14 @@ double cost(const Candidate& candidate, const Gemm& gemm, int multiprocessors, G
 
 }  // namespace
 
-const Gemm* choose(Family family, Format format, Output output, int multiprocessors, GemmProblem& problem) {
+const Gemm* choose(Family family, Format format, Output output, GemmProblem& problem) {
   const auto best_of = [&](std::initializer_list<Candidate> candidates) {
     const Gemm* best = nullptr;
     double least = 0;
     int splits = 1;
     for (const Candidate& candidate : candidates) {
       const Gemm& gemm = candidate.gemms->kernels[static_cast<int>(format)][static_cast<int>(output)];
-      const double its = cost(candidate, gemm, multiprocessors, problem);
+      const double its = cost(candidate, gemm, problem);
       if (best != nullptr && its >= least) continue;
       best = &gemm;
       least = its;

@@ -42,18 +42,18 @@ struct Call {
     const int64_t columns = k / block_size(format);
     const auto fits = [&](const Tensor& t, int64_t height, int64_t width) {
       return t.dim() == lead + 2 && (!lead || t.size(0) == experts) && t.size(lead) == height &&
-             t.size(lead + 1) == width && t.is_contiguous() && t.is_cuda();
+             t.size(lead + 1) == width && t.is_contiguous() && is_beside(t, x);
     };
     STD_TORCH_CHECK(fits(weight, n, k / 2) && fits(weight_scale, padded_rows(n), padded_columns(columns)), "weight ",
                     shape_text(weight), " and weight_scale ", shape_text(weight_scale), " are not the cutlass layout of ",
                     n, " x ", k, ": expected contiguous [", lead ? "experts, " : "", n, ", ", k / 2, "] and [",
-                    lead ? "experts, " : "", padded_rows(n), ", ", padded_columns(columns), "] on the GPU");
+                    lead ? "experts, " : "", padded_rows(n), ", ", padded_columns(columns), "] on the GPU of x");
     rule = rule_of(format, rule_name);
     if (!rotation.has_value()) return;
     group = rotation->size(0);
-    STD_TORCH_CHECK(rotation->scalar_type() == ScalarType::Float && rotation->is_contiguous() && rotation->is_cuda() &&
+    STD_TORCH_CHECK(rotation->scalar_type() == ScalarType::Float && rotation->is_contiguous() && is_beside(*rotation, x) &&
                         rotation->dim() == 2 && rotation->size(1) == group,
-                    "the rotation must be float32 [h, h] on the GPU");
+                    "the rotation must be float32 [h, h] on the GPU of x");
     STD_TORCH_CHECK(group == 16 || group == 32 || group == 64 || group == 128, "the rotation has size ", group,
                     "; expected 16, 32, 64 or 128");
     STD_TORCH_CHECK(k % group == 0, "x has ", k, " columns; expected a multiple of the rotation's ", group);
@@ -110,28 +110,28 @@ struct Prepared {
       task.group = static_cast<int>(call.group);
     }
     if (input_global_scale.has_value()) {
-      task.global_scale = global_scale_data(*input_global_scale, {1, call.experts});
+      task.global_scale = global_scale_data(*input_global_scale, x, {1, call.experts});
       task.scale_of_expert = input_global_scale->numel() > 1;
     }
     task.swizzled = true;
     if (offsets.has_value()) {
       STD_TORCH_CHECK(offsets->scalar_type() == ScalarType::Int && offsets->dim() == 1 && offsets->is_contiguous() &&
-                          offsets->size(0) == call.experts + 1 && offsets->is_cuda(),
-                      "offsets must be int32 [", call.experts + 1, "] on the GPU, got ", shape_text(*offsets));
+                          offsets->size(0) == call.experts + 1 && is_beside(*offsets, x),
+                      "offsets must be int32 [", call.experts + 1, "] on the GPU of x, got ", shape_text(*offsets));
       task.offsets = static_cast<const int32_t*>(offsets->const_data_ptr());
       task.experts = static_cast<int>(call.experts);
     }
     task.alphas = static_cast<int>(call.experts);
     if (global_scale.has_value()) {
-      task.weight_scale = global_scale_data(*global_scale, {call.experts});
+      task.weight_scale = global_scale_data(*global_scale, x, {call.experts});
     } else {
       STD_TORCH_CHECK(call.format == Format::mxfp4, "nvfp4 needs a global scale");
     }
     if (bias.has_value()) {
-      STD_TORCH_CHECK(bias->numel() == call.experts * call.n && bias->is_contiguous() && bias->is_cuda(),
-                      "bias must be contiguous on the GPU with ", call.experts * call.n, " elements, got ",
-                      shape_text(*bias));
-      task.bias = bias->const_data_ptr();
+      STD_TORCH_CHECK(bias->numel() == call.experts * call.n && is_beside(*bias, x), "bias must have ",
+                      call.experts * call.n, " elements on the GPU of x, got ", shape_text(*bias));
+      dense_bias = torch::stable::contiguous(*bias);
+      task.bias = dense_bias->const_data_ptr();
       task.bias_type = type_of(bias->scalar_type(), "bias");
       task.bias_elements = bias->numel();
     }
@@ -149,6 +149,7 @@ struct Prepared {
   }
 
   Tensor input;
+  std::optional<Tensor> dense_bias;
   QuantizeTask task{};
   Scratch scratch;
   int64_t codes, scales, alpha, maxima, wide_bias;
@@ -175,9 +176,9 @@ Tensor linear_w4a4(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   problem.m = static_cast<int>(call.rows);
   problem.n = static_cast<int>(call.n);
   problem.k = static_cast<int>(call.k);
-  const Gemm* gemm = choose(family_of(device.major), call.format, output_of(x.scalar_type()), device.multiprocessors,
-                            problem);
-  if (gemm == nullptr || !gemm->can_implement(problem)) refuse(call, device.major);
+  problem.multiprocessors = device.multiprocessors;
+  const Gemm* gemm = choose(family_of(device.major), call.format, output_of(x.scalar_type()), problem);
+  if (device.major < 10 || gemm == nullptr || !gemm->can_implement(problem)) refuse(call, device.major);
   const int64_t workspace = prepared.scratch.reserve(static_cast<int64_t>(gemm->workspace_bytes(problem)));
   prepared.run(x, device);
   problem.d = out.mutable_data_ptr();
@@ -209,7 +210,7 @@ Tensor grouped_linear_w4a4(const Tensor& x, const Tensor& weight, const Tensor& 
   problem.experts = static_cast<int>(call.experts);
   problem.multiprocessors = device.multiprocessors;
   const GroupedGemm* gemm = choose_grouped(family_of(device.major), call.format, output_of(x.scalar_type()));
-  if (gemm == nullptr || !gemm->can_implement(problem)) refuse(call, device.major);
+  if (device.major < 10 || gemm == nullptr || !gemm->can_implement(problem)) refuse(call, device.major);
   const int64_t workspace = prepared.scratch.reserve(static_cast<int64_t>(gemm->workspace_bytes(problem)));
   prepared.run(x, device);
   problem.d = out.mutable_data_ptr();
@@ -246,7 +247,8 @@ int64_t workspace_bytes(int64_t major, int64_t multiprocessors, const std::strin
   problem.m = static_cast<int>(m);
   problem.n = static_cast<int>(n);
   problem.k = static_cast<int>(k);
-  const Gemm* gemm = choose(family, of, output_of(dtype), static_cast<int>(multiprocessors), problem);
+  problem.multiprocessors = static_cast<int>(multiprocessors);
+  const Gemm* gemm = choose(family, of, output_of(dtype), problem);
   if (gemm == nullptr || !gemm->can_implement(problem)) return -1;
   return static_cast<int64_t>(gemm->workspace_bytes(problem));
 }
@@ -258,8 +260,9 @@ std::vector<int64_t> configuration(int64_t major, int64_t multiprocessors, const
   problem.m = static_cast<int>(m);
   problem.n = static_cast<int>(n);
   problem.k = static_cast<int>(k);
+  problem.multiprocessors = static_cast<int>(multiprocessors);
   const Gemm* gemm = choose(family_of(static_cast<int>(major)), format == "nvfp4" ? Format::nvfp4 : Format::mxfp4,
-                            output_of(dtype), static_cast<int>(multiprocessors), problem);
+                            output_of(dtype), problem);
   if (gemm == nullptr) return {};
   return {gemm->tile_m, gemm->tile_n, gemm->tile_k, problem.splits};
 }

@@ -204,18 +204,20 @@ FP4_BOTH uint32_t encode_eight(const float* q) {
 // Only quotients that E2M1 tells apart matter, which lets x saturate at eight times the scale.
 class Divider {
  public:
-  FP4_BOTH explicit Divider(float scale)
-      // An effective scale that underflowed to zero leaves nothing to represent: dividing by infinity gives zero.
-      : scale_(scale == 0.0f ? from_bits(0x7f800000u) : scale),
-        reciprocal_(divide(1.0f, scale_)),
-        limit_(multiply(8.0f, scale_)),
-        // Elsewhere remainders may underflow. Scales are positive, or NaN, which compares false.
-        remainders_are_exact_(scale_ >= 0x1p-80f && scale_ <= 0x1p80f) {}
+  FP4_BOTH explicit Divider(float scale) {
+    // Both sides are multiplied by a power of two where remainders would underflow or the reciprocal overflow: without
+    // loss, but of quotients far below the first threshold. An effective scale that underflowed to zero leaves nothing
+    // to represent: all quotients are zero.
+    const bool is_usable = scale > 0.0f && scale < from_bits(0x7f800000u);
+    factor_ = !is_usable ? 0.0f : scale < 0x1p-80f ? 0x1p96f : scale > 0x1p80f ? 0x1p-96f : 1.0f;
+    scale_ = is_usable ? multiply(scale, factor_) : 1.0f;
+    reciprocal_ = divide(1.0f, scale_);
+    limit_ = multiply(8.0f, scale_);
+  }
 
   FP4_BOTH float operator()(float x) const {
-    if (!remainders_are_exact_) return divide(x, scale_);
     const uint32_t bits = bits_of(x);
-    float magnitude = from_bits(bits & kMagnitude);
+    float magnitude = multiply(from_bits(bits & kMagnitude), factor_);
     magnitude = magnitude > limit_ ? limit_ : magnitude;
     float q = multiply(magnitude, reciprocal_);
     q = fused(fused(-q, scale_, magnitude), reciprocal_, q);
@@ -224,8 +226,7 @@ class Divider {
   }
 
  private:
-  float scale_, reciprocal_, limit_;
-  bool remainders_are_exact_;
+  float factor_, scale_, reciprocal_, limit_;
 };
 
 // --- blocks ----------------------------------------------------------------------------------------------------------

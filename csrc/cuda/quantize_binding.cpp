@@ -55,9 +55,9 @@ Tensor readable(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 ? torch::stable::clone(dense) : dense;
 }
 
-const double* global_scale_data(const Tensor& scale, std::initializer_list<int64_t> counts) {
-  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Double && scale.is_cuda() && scale.is_contiguous(),
-                  "a global scale must be float64, contiguous and on the GPU");
+const double* global_scale_data(const Tensor& scale, const Tensor& x, std::initializer_list<int64_t> counts) {
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Double && is_beside(scale, x) && scale.is_contiguous(),
+                  "a global scale must be float64, contiguous and on the GPU of what it scales");
   const int64_t count = scale.numel();
   STD_TORCH_CHECK(std::find(counts.begin(), counts.end(), count) != counts.end(), "got ", count,
                   " global scales; expected ", *(counts.end() - 1));
@@ -85,11 +85,12 @@ Device::Device(const Tensor& x) : index(x.get_device_index()), previous(index) {
   multiprocessors = properties.multiprocessors;
   major = properties.major;
   STD_TORCH_CHECK(multiprocessors > 0, "CUDA does not know GPU ", index);
-  cudaGetDevice(&previous);
-  if (previous != index) cudaSetDevice(index);
   void* current = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
   stream = static_cast<cudaStream_t>(current);
+  // Last: where a constructor throws, no destructor gives the GPU back.
+  cudaGetDevice(&previous);
+  if (previous != index) cudaSetDevice(index);
 }
 
 Device::~Device() {
@@ -130,7 +131,7 @@ std::tuple<Tensor, Tensor> quantize_tensor(const Tensor& x, const std::optional<
   task.rows_per_scale = task.rows;
   if (global_scale.has_value()) {
     const int64_t matrices = matrices_of(shape);
-    task.global_scale = global_scale_data(*global_scale, {1, matrices});
+    task.global_scale = global_scale_data(*global_scale, x, {1, matrices});
     if (global_scale->numel() > 1) task.rows_per_scale = task.rows / matrices;
   }
   shape.back() = task.k / 2;
@@ -156,7 +157,8 @@ Tensor dequantize_tensor(const Tensor& codes, const Tensor& scales, const std::o
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && !shape.empty(), "codes must be uint8 [..., K / 2]");
   shape.back() *= 2;
   expected.back() = shape.back() / block;
-  STD_TORCH_CHECK(shape_of(scales) == expected && shape.back() % block == 0, "codes and block scales do not match");
+  STD_TORCH_CHECK(shape_of(scales) == expected && shape.back() % block == 0 && is_beside(scales, codes),
+                  "codes and block scales do not match");
   const Device device(codes);
   const Tensor code_bytes = readable(codes), scale_bytes = torch::stable::contiguous(scales);
   Tensor out = torch::stable::new_empty(codes, shape, type);
@@ -166,7 +168,7 @@ Tensor dequantize_tensor(const Tensor& codes, const Tensor& scales, const std::o
   task.blocks = task.blocks_per_scale = scales.numel();
   if (global_scale.has_value()) {
     const int64_t matrices = matrices_of(shape);
-    task.global_scale = global_scale_data(*global_scale, {1, matrices});
+    task.global_scale = global_scale_data(*global_scale, codes, {1, matrices});
     if (global_scale->numel() > 1) task.blocks_per_scale = task.blocks / matrices;
   }
   task.format = format;
