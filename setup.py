@@ -8,6 +8,7 @@ Environment variables decide about them:
   GPU that they run on are found, or FP4_CUDA_ARCHS is set: compiling takes minutes that nobody should meet by surprise.
 * FP4_CUDA_ARCHS: what they are compiled for, for example ``90;100a;120a``. By default the GPUs of this machine, or
   ``100a;120a`` where it has none.
+* FP4_CUDA_CONFIGURATIONS: some of ``small;large;grouped``, to compile less than all of them while developing.
 * CUTLASS_ROOT: a copy of CUTLASS >= 4.2, in place of its headers on PyPI.
 * FP4_BUILD_CACHE: where compiled CUDA objects are kept, in place of build/cuda.
 
@@ -135,6 +136,7 @@ def add_cuda(ext: Extension) -> None:
     """Compile the CUDA sources of the extension, which setuptools cannot."""
     built = setup_cuda.build(os.environ.get("FP4_CUDA"))
     ext.extra_objects = [str(path) for path in built.objects]
+    ext.depends = [*ext.depends, *ext.extra_objects, str(built.stamp)]
     ext.define_macros += built.macros
     ext.include_dirs.append(str(built.toolkit.root / "include"))
     ext.library_dirs.append(str(built.toolkit.libraries))

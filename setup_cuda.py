@@ -38,6 +38,7 @@ TOOLCHAIN = (
 
 # Compute capabilities whose tensor cores multiply FP4, by the family of kernels that runs on them.
 FAMILIES = {"sm100": ("100", "103", "110"), "sm120": ("120", "121")}
+CONFIGURATIONS = ("small", "large", "grouped")  # of the matmul: gemm_<family>_<configuration>.cu
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,14 @@ def find_architectures() -> list[str]:
     return _of_visible_gpus() or DEFAULT_ARCHITECTURES.split(";")
 
 
+def find_configurations() -> list[str]:
+    asked = [name.strip() for name in os.environ.get("FP4_CUDA_CONFIGURATIONS", "").split(";") if name.strip()]
+    bad = set(asked) - set(CONFIGURATIONS)
+    if bad:
+        raise ValueError(f"FP4_CUDA_CONFIGURATIONS names {sorted(bad)}; there are {', '.join(CONFIGURATIONS)}")
+    return [name for name in CONFIGURATIONS if name in asked or not asked]
+
+
 def _of_family(architectures: list[str], family: str) -> list[str]:
     # Without the `a` or `f` an architecture has no block-scaled instructions.
     return [a for a in architectures if a[-1] in "af" and a[:-1] in FAMILIES[family]]
@@ -241,6 +250,14 @@ def _compile_all(jobs: list[Job]) -> None:
             future.result()
 
 
+def _stamp(text: str) -> Path:
+    """A file with this text, written anew only where it had another."""
+    path = cache() / "library.txt"
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return path
+
+
 @dataclass(frozen=True)
 class CudaBuild:
     """What the extension is linked from besides its C++ sources."""
@@ -248,6 +265,7 @@ class CudaBuild:
     objects: list[Path]
     macros: list[tuple[str, str]]
     toolkit: Toolkit
+    stamp: Path  # newer than a library that was linked from something else
 
 
 def build(choice: str | None) -> CudaBuild:
@@ -256,12 +274,16 @@ def build(choice: str | None) -> CudaBuild:
     architectures = find_architectures()
     includes = find_cutlass()
     jobs = [_job(SOURCES / "quantize.cu", architectures, toolkit, includes)]
-    macros = [("FP4_CUDA_ARCHS", f'"{";".join(architectures)}"')]
+    configurations = find_configurations()
+    macros = [
+        ("FP4_CUDA_ARCHS", f'"{";".join(architectures)}"'),
+        ("FP4_CUDA_CONFIGURATIONS", f'"{";".join(configurations)}"'),
+    ]
     for family in FAMILIES:
         chosen = _of_family(architectures, family)
-        if chosen:
-            macros.append((f"FP4_{family.upper()}", "1"))
-            jobs += [_job(p, chosen, toolkit, includes) for p in sorted(SOURCES.glob(f"gemm_{family}_*.cu"))]
+        for configuration in configurations if chosen else []:
+            macros.append((f"FP4_{family.upper()}_{configuration.upper()}", "1"))
+            jobs.append(_job(SOURCES / f"gemm_{family}_{configuration}.cu", chosen, toolkit, includes))
     missing = [job for job in jobs if not job.object.exists()]
     if missing:
         print(
@@ -270,4 +292,5 @@ def build(choice: str | None) -> CudaBuild:
             file=sys.stderr,
         )
         _compile_all(missing)
-    return CudaBuild([job.object for job in jobs], macros, toolkit)
+    objects = [job.object for job in jobs]
+    return CudaBuild(objects, macros, toolkit, _stamp(repr((objects, macros))))

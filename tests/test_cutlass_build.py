@@ -21,7 +21,14 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without nvcc and GPU; returns the folder of its programs, the first of PATH."""
     programs = tmp_path / "toolkit" / "bin"
     programs.mkdir(parents=True)
-    for name in ("CUDA_PATH", "CUTLASS_ROOT", "FP4_CUDA", "FP4_CUDA_ARCHS", "FP4_BUILD_CACHE"):
+    for name in (
+        "CUDA_PATH",
+        "CUTLASS_ROOT",
+        "FP4_CUDA",
+        "FP4_CUDA_ARCHS",
+        "FP4_CUDA_CONFIGURATIONS",
+        "FP4_BUILD_CACHE",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
@@ -110,6 +117,27 @@ def test_only_architectures_with_the_instructions_get_matmuls(build: ModuleType)
     architectures = ["90", "100", "100a", "103f", "120a", "121a"]
     assert build._of_family(architectures, "sm100") == ["100a", "103f"]
     assert build._of_family(architectures, "sm120") == ["120a", "121a"]
+
+
+def test_configurations(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"gemm_{family}_{name}" for family in build.FAMILIES for name in build.CONFIGURATIONS]
+    assert sorted(names) == sorted(path.stem for path in build.SOURCES.glob("gemm_*.cu"))
+    assert build.find_configurations() == list(build.CONFIGURATIONS)
+    monkeypatch.setenv("FP4_CUDA_CONFIGURATIONS", "grouped; small")
+    assert build.find_configurations() == ["small", "grouped"]
+    monkeypatch.setenv("FP4_CUDA_CONFIGURATIONS", "tiny")
+    with pytest.raises(ValueError, match=r"names \['tiny'\]"):
+        build.find_configurations()
+
+
+def test_the_stamp_changes_with_what_is_linked(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FP4_BUILD_CACHE", str(tmp_path))
+    stamp = build._stamp("one")
+    os.utime(stamp, (1, 1))
+    assert build._stamp("one").stat().st_mtime == 1
+    assert build._stamp("two").stat().st_mtime > 1
 
 
 def test_nvcc_that_is_too_old(build: ModuleType, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from fp4.formats import FORMATS, MXFP4, NVFP4, Format
 from fp4.scheme import Scheme
 
 BACKEND = cutlass.CutlassBackend()
-BUILT = cutlass.architectures()
+BUILT, KERNELS = cutlass.architectures(), cutlass.configurations()
 if not BUILT and os.environ.get("FP4_REQUIRE_CUDA") == "1":
     pytest.fail("FP4_REQUIRE_CUDA=1, but the CUDA library is not built", pytrace=False)
 needs_library = pytest.mark.skipif(not BUILT, reason="the CUDA library is not built (FP4_CUDA=1, or make cuda)")
@@ -62,7 +62,7 @@ def test_shapes_that_can_be_implemented(major: int, fmt: Format, dtype: torch.dt
     skip_unless_built_for(major)
     for m, n, k in [(1, 4096, 4096), (7, 8, 32), (130, 24, 96), (4096, 14336, 4096), (65536, 8192, 28672)]:
         assert workspace(major, fmt, m, n, k, dtype=dtype) >= 0, (m, n, k)
-        assert workspace(major, fmt, m, n, k, experts=8, dtype=dtype) > 0, (m, n, k)
+        assert (workspace(major, fmt, m, n, k, experts=8, dtype=dtype) > 0) == ("grouped" in KERNELS), (m, n, k)
 
 
 @pytest.mark.parametrize("major", MAJORS)
@@ -86,6 +86,8 @@ def test_no_kernel_for_other_capabilities() -> None:
 @FORMAT
 def test_few_rows_are_spread_over_all_multiprocessors(major: int, fmt: Format) -> None:
     skip_unless_built_for(major)
+    if not {"small", "large"} <= set(KERNELS):
+        pytest.skip(f"the library was built with {', '.join(KERNELS)} kernels alone")
     count = 148 if major == 10 else 170
 
     def configuration(m: int, n: int, k: int) -> list[int]:
@@ -105,6 +107,8 @@ def test_few_rows_are_spread_over_all_multiprocessors(major: int, fmt: Format) -
 @pytest.mark.parametrize("major", MAJORS)
 def test_workspace_of_a_split_holds_its_partial_sums(major: int) -> None:
     skip_unless_built_for(major)
+    if "small" not in KERNELS:
+        pytest.skip(f"the library was built with {', '.join(KERNELS)} kernels alone")
     assert workspace(major, NVFP4, 1, 4096, 4096) >= 4096 * 4
 
 
@@ -136,6 +140,7 @@ def test_what_it_refuses(
     monkeypatch: pytest.MonkeyPatch, scheme: Scheme, shape: tuple[int, ...], capability: tuple[int, int], reason: str
 ) -> None:
     monkeypatch.setattr(cutlass, "architectures", lambda: ("100a", "120a"))
+    monkeypatch.setattr(cutlass, "configurations", lambda: ("small", "large", "grouped"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert (BACKEND.refuses(scheme, CUDA, shape) or "").find(reason or "") >= 0
     assert (BACKEND.refuses(scheme, CUDA, shape) is None) == (reason is None)
@@ -145,6 +150,7 @@ def test_what_it_refuses(
 def test_architectures_of_a_family_and_of_plain_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def serves(built: tuple[str, ...], capability: tuple[int, int]) -> tuple[bool, bool]:
         monkeypatch.setattr(cutlass, "architectures", lambda: built)
+        monkeypatch.setattr(cutlass, "configurations", lambda: ("small",))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         return BACKEND.lacks(NVFP4, CUDA) is None, BACKEND.refuses(Scheme(NVFP4), CUDA, (64, 64)) is None
 
@@ -158,11 +164,13 @@ def test_architectures_of_a_family_and_of_plain_gpus(monkeypatch: pytest.MonkeyP
 
 def test_selection_leaves_weight_only_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cutlass, "architectures", lambda: ("100a",))
+    monkeypatch.setattr(cutlass, "configurations", lambda: ("small", "large"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
     monkeypatch.setattr(cutlass.CutlassBackend, "unavailable", lambda self: None)
     chosen, quantizes = backends.select(Scheme(NVFP4), CUDA, (64, 64))
     assert (chosen.name, quantizes) == ("cutlass", True)
     assert backends.select(Scheme(NVFP4, activations="model"), CUDA, (64, 64))[0].name != "cutlass"
+    assert "built without its grouped kernels" in str(BACKEND.refuses(Scheme(NVFP4), CUDA, (4, 64, 64)))
 
 
 # --- machine code ----------------------------------------------------------------------------------------------------

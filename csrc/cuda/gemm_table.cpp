@@ -7,14 +7,9 @@
 
 namespace fp4::cuda {
 
-#if FP4_SM100
-extern const Gemms kSm100Small, kSm100Large;
-extern const GroupedGemms kSm100Grouped;
-#endif
-#if FP4_SM120
-extern const Gemms kSm120Small, kSm120Large;
-extern const GroupedGemms kSm120Grouped;
-#endif
+// The build says which of these it compiled.
+extern const Gemms kSm100Small, kSm100Large, kSm120Small, kSm120Large;
+extern const GroupedGemms kSm100Grouped, kSm120Grouped;
 
 namespace {
 
@@ -61,23 +56,32 @@ const Gemm* choose(Family family, Format format, Output output, GemmProblem& pro
     problem.splits = splits;
     return best;
   };
-#if FP4_SM100
-  if (family == Family::sm100) return best_of({{&kSm100Small, 1, 0.6}, {&kSm100Large, 2, 1.0}});
+  if (family == Family::sm100) {
+    return best_of({
+#if FP4_SM100_SMALL
+        {&kSm100Small, 1, 0.6},
 #endif
-#if FP4_SM120
-  if (family == Family::sm120) return best_of({{&kSm120Small, 1, 0.8}, {&kSm120Large, 1, 1.0}});
+#if FP4_SM100_LARGE
+        {&kSm100Large, 2, 1.0},
 #endif
-  static_cast<void>(best_of);
-  static_cast<void>(family);
-  return nullptr;
+    });
+  }
+  return best_of({
+#if FP4_SM120_SMALL
+      {&kSm120Small, 1, 0.8},
+#endif
+#if FP4_SM120_LARGE
+      {&kSm120Large, 1, 1.0},
+#endif
+  });
 }
 
 const GroupedGemm* choose_grouped(Family family, Format format, Output output) {
   const GroupedGemms* grouped = nullptr;
-#if FP4_SM100
+#if FP4_SM100_GROUPED
   if (family == Family::sm100) grouped = &kSm100Grouped;
 #endif
-#if FP4_SM120
+#if FP4_SM120_GROUPED
   if (family == Family::sm120) grouped = &kSm120Grouped;
 #endif
   static_cast<void>(family);

@@ -7,8 +7,8 @@
 #include "gemm.h"
 #include "swizzle.h"
 
-#ifndef FP4_CUDA_ARCHS
-#error "the build says which architectures it compiles for"
+#if !defined(FP4_CUDA_ARCHS) || !defined(FP4_CUDA_CONFIGURATIONS)
+#error "the build says which architectures it compiles for, and which configurations of the matmul"
 #endif
 
 namespace fp4::cuda {
@@ -225,6 +225,7 @@ Tensor grouped_linear_w4a4(const Tensor& x, const Tensor& weight, const Tensor& 
 }
 
 std::string architectures() { return FP4_CUDA_ARCHS; }
+std::string configurations() { return FP4_CUDA_CONFIGURATIONS; }
 
 // Bytes of workspace that a matmul would take on a GPU of this compute capability and number of multiprocessors, or -1
 // where there is none for the shape. Needs no GPU. `experts` is 0 for a plain matmul.
@@ -276,6 +277,7 @@ STABLE_TORCH_LIBRARY_IMPL(fp4, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fp4, m) {
   m.def("cutlass_architectures() -> str");
+  m.def("cutlass_configurations() -> str");
   m.def(
       "cutlass_workspace_bytes(int major, int multiprocessors, str format, ScalarType dtype, int m, int n, int k, "
       "int experts) -> int");
@@ -286,6 +288,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fp4, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fp4, CompositeExplicitAutograd, m) {
   m.impl("cutlass_architectures", TORCH_BOX(&architectures));
+  m.impl("cutlass_configurations", TORCH_BOX(&configurations));
   m.impl("cutlass_workspace_bytes", TORCH_BOX(&workspace_bytes));
   m.impl("cutlass_configuration", TORCH_BOX(&configuration));
 }

@@ -34,6 +34,11 @@ def architectures() -> tuple[str, ...]:
     return () if _UNAVAILABLE else tuple(str(torch.ops.fp4.cutlass_architectures()).split(";"))
 
 
+def configurations() -> tuple[str, ...]:
+    """Which configurations of the matmul were compiled: all of ``small``, ``large`` and ``grouped``, or fewer."""
+    return () if _UNAVAILABLE else tuple(str(torch.ops.fp4.cutlass_configurations()).split(";"))
+
+
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     """Whether code for ``architecture`` runs on a GPU of this compute capability."""
     major, minor = capability
@@ -92,6 +97,9 @@ class CutlassBackend(Backend):
             return f"it runs on Blackwell GPUs, not on {device.type}"
         if scheme.activations not in ("auto", "fp4"):
             return f"it multiplies FP4 activations alone, and this scheme's are {scheme.activations}"
+        needed = {"grouped"} if len(shape) > 2 else {"small", "large"}
+        if not needed & set(configurations()):
+            return f"it was built without its {' or '.join(sorted(needed))} kernels (FP4_CUDA_CONFIGURATIONS)"
         return self._refuses_gpu(torch.cuda.get_device_capability(device)) or self._refuses_shape(scheme, shape)
 
     def lacks(self, fmt: Format, device: torch.device) -> str | None:
