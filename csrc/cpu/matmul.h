@@ -111,6 +111,12 @@ class WeightOnly : public Matmul {
   void prepare(int64_t begin, int64_t end) const;
   void run(int64_t begin, int64_t end) const;
 
+ protected:
+  // What a format of weights brings (fp8.h has another one): the kernels of MatmulKernels, for one panel.
+  virtual int gemv_rows() const { return kernels_.gemv_rows; }
+  virtual void gemv(const Segment& segment, int64_t panel, const float* x, float* sums) const;
+  virtual void decode(const Segment& segment, int64_t panel, int64_t column, int64_t columns, float* out) const;
+
  private:
   void run_rows(const Piece& piece) const;
   void run_tiles(const Piece& piece) const;

@@ -1,42 +1,16 @@
 // fp4::cpu_linear, cpu_linear_w4a4 and their grouped forms: checks, and the way from tensors to matmul.h. Schemas are
 // in src/fp4/ops.py.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <memory>
-#include <optional>
-#include <string>
-#include <vector>
 
+#include "fp8_binding.h"
 #include "isa.h"
-#include "matmul.h"
+#include "tensors.h"
 
 namespace fp4::cpu {
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Multiplications that a thread takes at least: below this a second thread costs more than it saves.
-constexpr int64_t kGrainProducts = 1 << 16;
-constexpr int64_t kGrainElements = 1 << 15;
-
-Dtype dtype_of(const Tensor& tensor, const char* name) {
-  const ScalarType type = tensor.scalar_type();
-  if (type == ScalarType::Float) return Dtype::float32;
-  if (type == ScalarType::BFloat16) return Dtype::bfloat16;
-  STD_TORCH_CHECK(type == ScalarType::Half, name, " must be float32, bfloat16 or float16");
-  return Dtype::float16;
-}
-
-std::string shape_text(const Tensor& tensor) {
-  std::string text = "[";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
-  return text + "]";
-}
 
 Rule rule_of(Format format, const std::string& name) {
   struct Named {
@@ -58,9 +32,7 @@ Rule rule_of(Format format, const std::string& name) {
 struct PackedWeight {
   PackedWeight(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, int64_t out_features, bool grouped)
       : format(weight_scale.scalar_type() == ScalarType::Float8_e4m3fn ? Format::nvfp4 : Format::mxfp4),
-        n(out_features),
-        codes(weight),
-        scales(weight_scale) {
+        n(out_features) {
     STD_TORCH_CHECK(format == Format::nvfp4 || weight_scale.scalar_type() == ScalarType::Float8_e8m0fnu,
                     "weight_scale must be float8_e4m3fn (nvfp4) or float8_e8m0fnu (mxfp4)");
     STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Byte, "weight must be uint8, packed by the cpu backend");
@@ -81,17 +53,8 @@ struct PackedWeight {
                     kPanelRows, "]");
   }
 
-  const uint8_t* expert_codes(int64_t e) const {
-    return static_cast<const uint8_t*>(codes.const_data_ptr()) + e * (codes.numel() / experts);
-  }
-  const uint8_t* expert_scales(int64_t e) const {
-    return static_cast<const uint8_t*>(scales.const_data_ptr()) + e * (scales.numel() / experts);
-  }
-
   Format format;
   int64_t n, k, experts;
-  const Tensor& codes;
-  const Tensor& scales;
 };
 
 // float64 [] or [experts]; mxfp4 may have none.
@@ -108,49 +71,11 @@ std::vector<double> global_scales(const std::optional<Tensor>& given, const Pack
   return std::vector<double>(data, data + weight.experts);
 }
 
-// Row ranges of the experts: offsets int32 [experts + 1], or one range over all rows. Rows beyond the last expert's are
-// left alone.
-std::vector<int64_t> row_ranges(const std::optional<Tensor>& offsets, int64_t experts, int64_t rows) {
-  if (!offsets.has_value()) return {0, rows};
-  STD_TORCH_CHECK(offsets->scalar_type() == ScalarType::Int && offsets->dim() == 1 && offsets->size(0) == experts + 1,
-                  "offsets must be int32 [", experts + 1, "], got ", shape_text(*offsets));
-  const Tensor values = torch::stable::contiguous(*offsets);
-  const int32_t* data = static_cast<const int32_t*>(values.const_data_ptr());
-  std::vector<int64_t> ranges(data, data + experts + 1);
-  STD_TORCH_CHECK(ranges.front() == 0 && ranges.back() <= rows && std::is_sorted(ranges.begin(), ranges.end()),
-                  "offsets must rise from 0 to at most the ", rows, " rows of x");
-  return ranges;
-}
-
-template <typename Work>
-void execute(const Work& work, const Product& product, int64_t rows) {
-  torch::stable::parallel_for(0, work.prepare_tasks(), std::max<int64_t>(1, kGrainElements / product.k),
-                              [&](int64_t begin, int64_t end) { work.prepare(begin, end); });
-  const int64_t products_per_task = rows * kPanelRows * product.k * panels_of(product.n) / work.tasks();
-  torch::stable::parallel_for(0, work.tasks(), std::max<int64_t>(1, kGrainProducts / products_per_task),
-                              [&](int64_t begin, int64_t end) { work.run(begin, end); });
-}
-
 // How activations are quantized, where they are.
 struct Activation {
   const std::optional<Tensor>& global_scale;
   const std::string& rule;
 };
-
-void check_rotation(const Tensor& rotation, const Tensor& x) {
-  STD_TORCH_CHECK(rotation.dim() == 2 && rotation.size(0) == rotation.size(1) && rotation.size(0) > 0 &&
-                      x.size(x.dim() - 1) % rotation.size(0) == 0,
-                  "rotation ", shape_text(rotation), " must be square and its size divide the columns of x ",
-                  shape_text(x));
-}
-
-// float32 of x [.., K] in groups times the rotation [h, h], as rotation.py computes it: the same operation of torch, so
-// that no code differs from the reference by the order of a sum.
-Tensor rotated(const Tensor& x, const Tensor& rotation) {
-  check_rotation(rotation, x);
-  const Tensor groups = torch::stable::reshape(torch::stable::to(x, ScalarType::Float), {-1, rotation.size(0)});
-  return torch::stable::contiguous(torch::stable::matmul(groups, torch::stable::to(rotation, ScalarType::Float)));
-}
 
 float largest(const void* x, Dtype dtype, int64_t elements) {
   const int64_t pieces = (elements + kGrainElements - 1) / kGrainElements;
@@ -201,6 +126,10 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scal
                 const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias,
                 const std::optional<Tensor>& offsets, int64_t out_features, const std::optional<Tensor>& rotation,
                 const Activation* activation) {
+  if (weight.scalar_type() == ScalarType::Float8_e4m3fn) {
+    const Fp8Activation fp8{activation != nullptr, activation == nullptr ? std::nullopt : activation->global_scale};
+    return multiply_fp8(x, weight, weight_scale, global_scale, bias, offsets, out_features, rotation, fp8);
+  }
   const PackedWeight packed(x, weight, weight_scale, out_features, offsets.has_value());
   const Dtype dtype = dtype_of(x, "x");
   std::vector<int64_t> shape;
@@ -209,29 +138,12 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scal
   const std::vector<double> scales = global_scales(global_scale, packed);
   const std::vector<int64_t> ranges = row_ranges(offsets, packed.experts, x.numel() / packed.k);
   const int64_t rows = ranges.back();
-  std::optional<Tensor> bias_values;
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->numel() == packed.experts * packed.n && bias->size(bias->dim() - 1) == packed.n, "bias ",
-                    shape_text(*bias), " does not fit ", packed.experts, " weights with ", packed.n, " rows");
-    bias_values = torch::stable::contiguous(*bias);
-  }
+  const std::optional<Tensor> bias_values = checked_bias(bias, packed.experts, packed.n);
   Tensor out = torch::stable::new_empty(x, shape);
   if (rows == 0 || packed.n == 0) return out;
 
   Product product{packed.format, packed.n, packed.k, Dtype::float32, dtype, out.mutable_data_ptr(), {}};
-  if (bias_values.has_value()) product.bias_dtype = dtype_of(*bias_values, "bias");
-  std::vector<int64_t> experts;  // of the segments
-  for (int64_t e = 0; e < packed.experts; ++e) {
-    if (ranges[e] == ranges[e + 1]) continue;
-    const uint8_t* expert_bias = nullptr;
-    if (bias_values.has_value()) {
-      expert_bias = static_cast<const uint8_t*>(bias_values->const_data_ptr()) +
-                    e * packed.n * element_size(product.bias_dtype);
-    }
-    product.segments.push_back({ranges[e], ranges[e + 1] - ranges[e], packed.expert_codes(e), packed.expert_scales(e),
-                                scales[e], expert_bias, nullptr});
-    experts.push_back(e);
-  }
+  const std::vector<int64_t> experts = add_segments(product, ranges, weight, weight_scale, scales, bias_values);
 
   if (activation == nullptr) {
     const Tensor contiguous = torch::stable::contiguous(x);

@@ -13,6 +13,8 @@ constexpr int64_t kChunk = 256;
 // Panels that share a pass over x: their sums fill the second-level cache together with a chunk of x.
 constexpr int64_t kPanelGroup = 8;
 
+constexpr int kMostGemvRows = 4;  // that any instruction set or format has
+
 }  // namespace
 
 WeightOnly::WeightOnly(const Product& product, const Input& input, uint8_t* memory)
@@ -40,7 +42,7 @@ void WeightOnly::run(int64_t begin, int64_t end) const {
   while (begin < end) {
     const Piece piece = piece_at(begin, end);
     begin += piece.last_panel - piece.first_panel;
-    if (piece.segment->rows <= kernels_.gemv_rows) {
+    if (piece.segment->rows <= gemv_rows()) {
       run_rows(piece);
     } else {
       run_tiles(piece);
@@ -48,16 +50,26 @@ void WeightOnly::run(int64_t begin, int64_t end) const {
   }
 }
 
+void WeightOnly::gemv(const Segment& segment, int64_t panel, const float* x, float* sums) const {
+  const int64_t blocks = product_.k / block_size(product_.format);
+  kernels_.gemv[static_cast<int>(product_.format)](
+      segment.codes + panel * blocks * block_bytes(product_.format), segment.scales + panel * blocks * kPanelRows,
+      blocks, static_cast<float>(segment.global_scale), x, static_cast<int>(segment.rows), sums);
+}
+
+void WeightOnly::decode(const Segment& segment, int64_t panel, int64_t column, int64_t columns, float* out) const {
+  const int block = block_size(product_.format);
+  const int64_t at = (panel * product_.k + column) / block;
+  kernels_.decode_float[static_cast<int>(product_.format)](
+      segment.codes + at * block_bytes(product_.format), segment.scales + at * kPanelRows, columns / block,
+      static_cast<float>(segment.global_scale), out);
+}
+
 void WeightOnly::run_rows(const Piece& piece) const {
   const Segment& segment = *piece.segment;
-  const int f = static_cast<int>(product_.format);
-  const int64_t blocks = product_.k / block_size(product_.format);
-  const float global_scale = static_cast<float>(segment.global_scale);
   for (int64_t p = piece.first_panel; p < piece.last_panel; ++p) {
-    float sums[kPanelRows * 4];
-    kernels_.gemv[f](segment.codes + p * blocks * block_bytes(product_.format),
-                     segment.scales + p * blocks * kPanelRows, blocks, global_scale, tiles(segment.first_row),
-                     static_cast<int>(segment.rows), sums);
+    float sums[kPanelRows * kMostGemvRows];
+    gemv(segment, p, tiles(segment.first_row), sums);
     finish(segment, 0, segment.rows, p, sums);
   }
 }
@@ -65,10 +77,7 @@ void WeightOnly::run_rows(const Piece& piece) const {
 void WeightOnly::run_tiles(const Piece& piece) const {
   const Segment& segment = *piece.segment;
   const Tiling tiling = this->tiling(segment);
-  const int f = static_cast<int>(product_.format), block = block_size(product_.format);
-  const int64_t k = product_.k, panel_codes = k / block * block_bytes(product_.format);
-  const int64_t panel_scales = k / block * kPanelRows;
-  const float global_scale = static_cast<float>(segment.global_scale);
+  const int64_t k = product_.k;
   const int64_t first_row = tiling.start(piece.first_tile), rows = tiling.start(piece.last_tile) - first_row;
   auto weights = scratch<float>(std::min(chunk_, k) * kPanelRows);
   auto sums = scratch<float>(std::min(kPanelGroup, piece.last_panel - piece.first_panel) * rows * kPanelRows);
@@ -76,12 +85,10 @@ void WeightOnly::run_tiles(const Piece& piece) const {
     const int64_t panels = std::min(kPanelGroup, piece.last_panel - group);
     std::fill_n(sums.get(), panels * rows * kPanelRows, 0.0f);
     for (int64_t c = 0; c < k; c += chunk_) {
-      const int64_t length = std::min(chunk_, k - c), at = c / block;
+      const int64_t length = std::min(chunk_, k - c);
       const float* x = tiles(segment.first_row) + c * segment.rows;
       for (int64_t p = 0; p < panels; ++p) {
-        kernels_.decode_float[f](segment.codes + (group + p) * panel_codes + at * block_bytes(product_.format),
-                                 segment.scales + (group + p) * panel_scales + at * kPanelRows, length / block,
-                                 global_scale, weights.get());
+        decode(segment, group + p, c, length, weights.get());
         for (int64_t t = piece.first_tile; t < piece.last_tile; ++t) {
           const int64_t start = tiling.start(t);
           kernels_.multiply_float(x + start * length, static_cast<int>(tiling.start(t + 1) - start), weights.get(),

@@ -1,5 +1,6 @@
 // Drives the matmuls over odd shapes for sanitize.sh. All memory is from the heap, of exactly the size that is
 // promised.
+#include "fp8.h"
 #include "matmul.h"
 
 #include <cmath>
@@ -85,6 +86,36 @@ void run(Format format, Dtype dtype, int64_t m, int64_t n, int64_t k, bool integ
   for (int64_t i = 0; i < rows * n; ++i) require(!std::isnan(result[i]), "an output was not written", m, n, k);
 }
 
+// Two experts of m and (m + 1) / 2 rows, FP8 weights; every code, those of NaN in the last panel alone.
+void run_fp8(Dtype dtype, int64_t m, int64_t n, int64_t k) {
+  const int64_t panels = panels_of(n), rows = m + (m + 1) / 2;
+  const auto codes = random_bytes(2 * panels * kPanelRows * k, 0, 127);
+  codes[2 * panels * kPanelRows * k - 1] = 0x7F;
+  const auto scales = exactly<uint8_t>(2 * panels * kPanelRows * element_size(dtype));
+  const std::vector<float> units(2 * panels * kPanelRows, 0.01f);
+  kScalarMatmul.store(units.data(), dtype, static_cast<int64_t>(units.size()), scales.get());
+  const auto x = exactly<uint8_t>(rows * k * element_size(dtype));
+  const auto values = exactly<float>(rows * k);
+  for (int64_t i = 0; i < rows * k; ++i) values[i] = static_cast<float>(next() % 2001) / 1000 - 1;
+  kScalarMatmul.store(values.get(), dtype, rows * k, x.get());
+  const auto out = exactly<uint8_t>(rows * n * element_size(dtype));
+  std::memset(out.get(), 0xFF, rows * n * element_size(dtype));
+  Product product{Format::nvfp4, n, k, dtype, dtype, out.get(), {}};
+  product.segments.push_back({0, m, codes.get(), scales.get(), 1, nullptr, nullptr});
+  product.segments.push_back({m, rows - m, codes.get() + panels * kPanelRows * k,
+                              scales.get() + panels * kPanelRows * element_size(dtype), 1, nullptr, nullptr});
+  const Input input{x.get(), dtype, nullptr, 0};
+  const auto memory = exactly<uint8_t>(Fp8WeightOnly::memory_bytes(product, rows));
+  const Fp8WeightOnly work(product, dtype, input, memory.get());
+  work.prepare(0, work.prepare_tasks());
+  work.run(work.tasks() / 2, work.tasks());
+  work.run(0, work.tasks() / 2);
+  const auto result = exactly<float>(rows * n);
+  kScalarMatmul.load(out.get(), dtype, rows * n, result.get());
+  for (int64_t i = 0; i < m * n; ++i) require(!std::isnan(result[i]), "an output was not written", m, n, k);
+  for (const float scale : {0.0f, 0.01f}) fake_quantize_fp8(x.get(), dtype, rows, k, scale, values.get());
+}
+
 }  // namespace
 
 int main() {
@@ -105,6 +136,16 @@ int main() {
             run(format, dtype, m, n, k, true);
             cases += 2;
           }
+        }
+      }
+    }
+  }
+  for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16}) {
+    for (const int64_t m : {1, 2, 3, 4, 5, 7, 13}) {
+      for (const int64_t n : {1, 15, 16, 33}) {
+        for (const int64_t k : {1, 7, 32, 257, 1055}) {
+          run_fp8(dtype, m, n, k);
+          ++cases;
         }
       }
     }

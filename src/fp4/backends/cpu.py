@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from fp4 import ops  # noqa: F401  (the operators' schemas, which the library implements)
 from fp4.backends.base import Backend
-from fp4.formats import format_of
+from fp4.formats import FP8, WEIGHT_FORMATS, Format, format_of
 from fp4.scheme import Scheme
 
 _PANEL_ROWS = 16
@@ -43,13 +43,15 @@ def _panels(rows: Tensor) -> Tensor:
 
 
 class CpuBackend(Backend):
-    """Weight-only and W4A4 matmuls on any CPU, with AVX2 or AVX-512 where it has them.
+    """Weight-only and W4A4 matmuls on any CPU, with AVX2 or AVX-512 where it has them; FP8 weights are decoded.
 
     Layout (csrc/cpu/layout.h says why): ``weight`` uint8 ``[..., panels, K/B, 8*B]`` and ``weight_scale``
-    ``[..., panels, K/B, 16]`` in the dtype that names the format, where a panel is sixteen rows.
+    ``[..., panels, K/B, 16]`` in the dtype that names the format, where a panel is sixteen rows. FP8: ``weight``
+    ``float8_e4m3fn [..., panels, K, 16]`` and ``weight_scale [..., panels, 16]``.
     """
 
     name = "cpu"
+    formats = tuple(WEIGHT_FORMATS)
     keeps_layout = False
 
     def unavailable(self) -> str | None:
@@ -58,7 +60,13 @@ class CpuBackend(Backend):
     def refuses(self, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
         return None if device.type == "cpu" else f"it runs on CPUs, not on {device.type}"
 
+    def lacks(self, fmt: Format, device: torch.device) -> str | None:
+        return "FP8 has no kernels for quantizing here" if fmt is FP8 else super().lacks(fmt, device)
+
     def pack(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        if format_of(scales) is FP8:
+            columns = _panels(codes.view(torch.uint8)).transpose(-1, -2).contiguous()
+            return columns.view(codes.dtype), _panels(scales).squeeze(-1).contiguous()
         block = format_of(scales).block_size
         lead = codes.shape[:-2]
         # Rows of a panel are (h, lane, i), byte columns (c, jj): layout.h wants them as (c, lane, h, i, jj).
@@ -69,6 +77,10 @@ class CpuBackend(Backend):
         return weight.contiguous(), packed.view(scales.dtype)
 
     def unpack(self, weight: Tensor, weight_scale: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+        if format_of(weight_scale) is FP8:
+            rows = weight.view(torch.uint8).transpose(-1, -2).flatten(-3, -2)[..., :out_features, :].contiguous()
+            row_scales = weight_scale.flatten(-2)[..., :out_features, None].contiguous()
+            return rows.view(weight.dtype), row_scales
         lead = weight.shape[:-3]
         columns = math.prod(weight.shape[-2:]) // _PANEL_ROWS
         bytes_ = weight.reshape(*lead, -1, columns // 2, 2, 2, 4, 2)

@@ -1,0 +1,85 @@
+#include "fp8_binding.h"
+
+#include "fp8.h"
+#include "tensors.h"
+
+namespace fp4::cpu {
+
+namespace {
+
+// x [.., K], in its own dtype, as float32 of what FP8 makes of its rows.
+Tensor fake_quantized(const Tensor& x, const std::optional<Tensor>& scale) {
+  const int64_t k = x.size(x.dim() - 1), rows = x.numel() / k;
+  float static_scale = 0;
+  if (scale.has_value()) {
+    STD_TORCH_CHECK(scale->numel() == 1, "FP8 activations have one scale, got ", shape_text(*scale));
+    const Tensor value = torch::stable::to(*scale, ScalarType::Float);
+    static_scale = *static_cast<const float*>(value.const_data_ptr());
+  }
+  const Tensor from = torch::stable::contiguous(x);
+  const Dtype dtype = dtype_of(from, "x");
+  Tensor out = torch::stable::new_empty(x, {rows, k}, ScalarType::Float);
+  const auto* source = static_cast<const uint8_t*>(from.const_data_ptr());
+  auto* target = static_cast<float*>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrainElements / k), [&](int64_t begin, int64_t end) {
+    fake_quantize_fp8(source + begin * k * element_size(dtype), dtype, end - begin, k, static_scale,
+                      target + begin * k);
+  });
+  return out;
+}
+
+}  // namespace
+
+Tensor multiply_fp8(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                    const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias,
+                    const std::optional<Tensor>& offsets, int64_t out_features, const std::optional<Tensor>& rotation,
+                    const Fp8Activation& activation) {
+  STD_TORCH_CHECK(!global_scale.has_value(), "FP8 weights have no global scale");
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0, "x ", shape_text(x), " must have columns");
+  const bool grouped = offsets.has_value();
+  const int64_t k = x.size(x.dim() - 1), n = out_features, panels = panels_of(n);
+  const int64_t lead = grouped ? 1 : 0, experts = grouped && weight.dim() > 0 ? weight.size(0) : 1;
+  const bool fits = weight.dim() == lead + 3 && weight_scale.dim() == lead + 2 && weight.size(lead) == panels &&
+                    weight.size(lead + 1) == k && weight.size(lead + 2) == kPanelRows &&
+                    (!grouped || weight_scale.size(0) == experts) && weight_scale.size(lead) == panels &&
+                    weight_scale.size(lead + 1) == kPanelRows && weight.is_contiguous() &&
+                    weight_scale.is_contiguous();
+  STD_TORCH_CHECK(fits, "weight ", shape_text(weight), " and weight_scale ", shape_text(weight_scale),
+                  " are not the cpu layout of ", n, " x ", k, " in FP8: expected contiguous [",
+                  grouped ? "experts, " : "", panels, ", ", k, ", ", kPanelRows, "] and [", grouped ? "experts, " : "",
+                  panels, ", ", kPanelRows, "]");
+  const Dtype dtype = dtype_of(x, "x"), scale_dtype = dtype_of(weight_scale, "weight_scale");
+  const std::vector<int64_t> ranges = row_ranges(offsets, experts, x.numel() / k);
+  const int64_t rows = ranges.back();
+  const std::optional<Tensor> bias_values = checked_bias(bias, experts, n);
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) shape.push_back(x.size(d));
+  shape.push_back(n);
+  Tensor out = torch::stable::new_empty(x, shape);
+  if (rows == 0 || n == 0) return out;
+
+  Product product{Format::nvfp4, n, k, Dtype::float32, dtype, out.mutable_data_ptr(), {}};
+  add_segments(product, ranges, weight, weight_scale, std::vector<double>(experts, 1.0), bias_values);
+  Tensor source = torch::stable::contiguous(x);
+  std::optional<Tensor> matrix;
+  if (rotation.has_value()) {
+    check_rotation(*rotation, x);
+    matrix = torch::stable::contiguous(torch::stable::to(*rotation, ScalarType::Float));
+  }
+  Input input{nullptr, dtype, nullptr, 0};
+  if (activation.quantizes) {
+    // Quantized activations keep the float32 of a rotation; unquantized ones are rounded to the dtype of x first.
+    source = fake_quantized(rotation.has_value() ? torch::stable::reshape(rotated(x, *rotation), {-1, k}) : source,
+                            activation.scale);
+    input.dtype = Dtype::float32;
+  } else if (matrix.has_value()) {
+    input.rotation = static_cast<const float*>(matrix->const_data_ptr());
+    input.h = rotation->size(0);
+  }
+  input.x = source.const_data_ptr();
+  Tensor memory = torch::stable::new_empty(x, {WeightOnly::memory_bytes(product, rows)}, ScalarType::Byte);
+  execute(Fp8WeightOnly(product, scale_dtype, input, static_cast<uint8_t*>(memory.mutable_data_ptr())), product, rows);
+  return out;
+}
+
+}  // namespace fp4::cpu
