@@ -37,7 +37,7 @@ def test_descent_never_makes_the_objective_worse(fmt: Format) -> None:
 def test_experts_at_once_are_experts_one_by_one(fmt: Format) -> None:
     weights = torch.stack([weight_of(16, 64, seed) for seed in range(3)])
     goals = [objective(moments_of(correlated(200, 64, seed)), 0.01, "layer") for seed in range(3)]
-    together = Objective(torch.stack([g.hessian for g in goals]), torch.stack([g.inverse for g in goals]), 0.01)
+    together = Objective(torch.stack([g.hessian for g in goals]), torch.stack([g.factor for g in goals]), 0.01)
     unit = torch.stack([formats.portable_global_scale_for(w.abs().amax()) for w in weights]) if fmt is NVFP4 else None
     batched = forward_sweep(weights, together, fmt, unit)
     batched = descend(weights, batched, together, fmt, unit, 2)

@@ -44,7 +44,7 @@ def naive_gptq(weight: Tensor, goal: Objective, fmt: Format, unit: Tensor | None
     order = sorted(range(weight.shape[1]), key=lambda j: -float(goal.hessian[j, j]))
     scales = search_scales(weight, goal.hessian.diagonal(), fmt, unit)
     effective = formats.effective_scales(scales, unit).double().repeat_interleave(fmt.block_size, dim=1)
-    inverse = goal.inverse.double()[order][:, order]
+    inverse = torch.linalg.inv(goal.hessian.double())[order][:, order]
     factor = torch.linalg.cholesky(inverse, upper=True)
     left = weight.double()[:, order]
     out = torch.empty_like(left)
@@ -88,7 +88,7 @@ def test_a_hessian_without_correlations_rounds_to_nearest(fmt: Format) -> None:
 def test_experts_at_once_are_experts_one_by_one(fmt: Format) -> None:
     weights = torch.stack([weight_of(16, 64, seed) for seed in range(3)])
     goals = [objective(moments_of(correlated(200, 64, seed)), 0.01, "layer") for seed in range(3)]
-    together = Objective(torch.stack([g.hessian for g in goals]), torch.stack([g.inverse for g in goals]), 0.01)
+    together = Objective(torch.stack([g.hessian for g in goals]), torch.stack([g.factor for g in goals]), 0.01)
     unit = torch.stack([formats.portable_global_scale_for(w.abs().amax()) for w in weights]) if fmt is NVFP4 else None
     batched = gptq(weights, together, fmt, unit)
     for i in range(3):
@@ -101,7 +101,7 @@ def test_a_singular_hessian_is_damped_until_it_can_be_factorised() -> None:
     x = correlated(5, 64)  # rank 5
     goal = objective(moments_of(x), 1e-9, "layer")
     assert goal.damping >= 1e-9
-    assert torch.isfinite(goal.inverse).all()
+    assert torch.isfinite(goal.factor).all()
     weight = weight_of(16, 64)
     unit = unit_of(weight, NVFP4)
     assert cost(gptq(weight, goal, NVFP4, unit), weight, goal) < cost(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_PANEL = 384  # columns of second moments that are computed together
+
 
 @dataclass
 class Amax:
@@ -51,7 +53,11 @@ class SecondMoments:
     def update(self, used: Tensor, meant: Tensor | None = None) -> None:
         """Adds tokens ``[..., K]``; ``meant`` of the same shape, and given at every update or at none."""
         rows = used.reshape(-1, used.shape[-1]).to(self.hessian.dtype)
-        self.hessian.addmm_(rows.T, rows)
+        for start in range(0, rows.shape[1], _PANEL):  # above the diagonal, and its mirror image
+            stop = start + _PANEL
+            panel = self.hessian[start:stop, start:]
+            panel.addmm_(rows[:, start:stop].T, rows[:, start:])
+            self.hessian[stop:, start:stop] = panel[:, _PANEL:].T
         if (meant is None) != (self.cross is None):
             raise ValueError("second moments were begun with and updated without the intended input, or the reverse")
         if meant is not None and self.cross is not None:

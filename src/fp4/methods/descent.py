@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fp4.formats import Format
-from fp4.methods.grid import NEAR_OFFSETS, OFFSETS, effective, nearest, neighbours, scale_to_six
+from fp4.methods.grid import NEAR_OFFSETS, OFFSETS, effective, nearest, neighbours, reordered, scale_to_six
 from fp4.methods.hessian import Objective, upper_factor
 
 
@@ -73,12 +73,8 @@ def forward_sweep(
     diagonal = goal.hessian.diagonal(dim1=-2, dim2=-1)
     order = torch.argsort(diagonal.unflatten(-1, (-1, size)).mean(dim=-1), dim=-1, descending=True, stable=True)
     index = (order[..., :, None] * size + torch.arange(size, device=order.device)).flatten(-2)
-    rows = index[..., :, None]
-    inverse = goal.inverse.gather(-2, rows.expand_as(goal.inverse))
-    inverse = inverse.gather(-1, index[..., None, :].expand_as(goal.inverse))
-    factor = upper_factor(inverse, name)
-    columns = weight.transpose(-1, -2)
-    left = columns.gather(-2, rows.expand_as(columns)).contiguous()
+    factor = upper_factor(reordered(reordered(goal.hessian, index, -2), index, -1), name)
+    left = reordered(weight, index, -1).transpose(-1, -2).contiguous()
     values, scales = torch.empty_like(left), []
     for start in range(0, left.shape[-2], size):
         inside, after = slice(start, start + size), slice(start + size, None)
@@ -88,10 +84,8 @@ def forward_sweep(
         left[..., after, :] -= factor[..., inside, after].transpose(-1, -2) @ block.errors
         values[..., inside, :] = block.values
         scales.append(block.scales.view(torch.uint8))
-    stacked = torch.stack(scales, dim=-2)
-    restored = torch.empty_like(values).scatter_(-2, rows.expand_as(values), values)
-    at = order[..., :, None].expand_as(stacked)
-    return Rounded(restored, torch.empty_like(stacked).scatter_(-2, at, stacked).view(fmt.scale_dtype))
+    found = reordered(torch.stack(scales, dim=-2), order.argsort(dim=-1), -2)
+    return Rounded(reordered(values, index.argsort(dim=-1), -2), found.view(fmt.scale_dtype))
 
 
 def descend(
@@ -105,8 +99,8 @@ def descend(
     difference = values * scale.repeat_interleave(size, dim=-2) - target
     blocks = range(0, target.shape[-2], size)
     hessians = torch.stack([goal.hessian[..., s : s + size, s : s + size] for s in blocks])
-    inverses = torch.linalg.inv(hessians)
-    factors = upper_factor(inverses, "a block of columns")
+    factors = upper_factor(hessians, "a block of columns")
+    inverses = factors.transpose(-1, -2) @ factors
     for _ in range(sweeps):
         for number, start in enumerate(blocks):
             inside = slice(start, start + size)

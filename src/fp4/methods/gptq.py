@@ -14,11 +14,12 @@ from torch import Tensor
 
 from fp4.formats import Format, QuantizedTensor
 from fp4.methods.block import Block, LayerResult
-from fp4.methods.grid import OFFSETS, assemble, effective, nearest, neighbours, scale_to_six
+from fp4.methods.grid import OFFSETS, assemble, effective, nearest, neighbours, reordered, scale_to_six
 from fp4.methods.hessian import Objective, upper_factor
 from fp4.methods.layerwise import quantize_in_order
 
 _LAZY_COLUMNS = 64
+_TILE = 2**15  # weights whose block scales are searched together
 
 
 def search_scales(weight: Tensor, importance: Tensor, fmt: Format, global_scale: Tensor | None) -> Tensor:
@@ -32,21 +33,30 @@ def search_scales(weight: Tensor, importance: Tensor, fmt: Format, global_scale:
     Returns:
         block scales ``[..., N, K/B]``.
     """
-    blocks = weight.unflatten(-1, (-1, fmt.block_size))
-    cost = importance.unflatten(-1, (-1, fmt.block_size))[..., None, :, :]
+    rows = max(1, _TILE // weight.shape[-1])
+    cost = importance.unflatten(-1, (-1, fmt.block_size)).movedim(-1, 0)[..., None, :]
     unit = None if global_scale is None else global_scale[..., None, None]
-    candidates = neighbours(scale_to_six(blocks.abs().amax(dim=-1), fmt, unit), fmt, OFFSETS[fmt.name])
+    tiles = [_search_tile(tile, cost, fmt, unit) for tile in weight.split(rows, dim=-2)]
+    return torch.cat(tiles, dim=-2).view(fmt.scale_dtype)
+
+
+def _search_tile(weight: Tensor, cost: Tensor, fmt: Format, unit: Tensor | None) -> Tensor:
+    """The same for as many rows as stay in a cache; the bytes of the scales."""
+    # Elements of a block come first, so that sums over them add whole rows of memory.
+    blocks = weight.unflatten(-1, (-1, fmt.block_size)).movedim(-1, 0).contiguous()
+    candidates = neighbours(scale_to_six(blocks.abs().amax(dim=0), fmt, unit), fmt, OFFSETS[fmt.name])
     best, least = candidates[0].view(torch.uint8), None
     for candidate in candidates.unbind():
-        scale = effective(candidate, unit)[..., None]
-        error = (nearest(blocks / scale) * scale - blocks).square_().mul_(cost).sum(dim=-1)
+        scale = effective(candidate, unit)
+        rounded = nearest(blocks * scale.reciprocal())
+        error = torch.addcmul(blocks, rounded, scale, value=-1).square_().mul_(cost).sum(dim=0)
         if least is None:
             least = error
         else:
             better = error < least
             best = torch.where(better, candidate.view(torch.uint8), best)
             least = torch.where(better, error, least)
-    return best.view(fmt.scale_dtype)
+    return best
 
 
 def gptq(
@@ -63,39 +73,32 @@ def gptq(
     scales = search_scales(weight, diagonal, fmt, global_scale)
     unit = None if global_scale is None else global_scale[..., None, None]
     order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
-    rows = order[..., :, None]
-    inverse = goal.inverse.gather(-2, rows.expand_as(goal.inverse)).gather(
-        -1, order[..., None, :].expand_as(goal.inverse)
-    )
-    factor = upper_factor(inverse, name)
+    factor = upper_factor(reordered(reordered(goal.hessian, order, -2), order, -1), name)
     # Transposed, so that a column of the weight is a row of contiguous memory.
-    columns = weight.transpose(-1, -2)
-    left = columns.gather(-2, rows.expand_as(columns)).contiguous()
-    per_column = effective(scales, unit).transpose(-1, -2)
-    per_column = per_column.gather(-2, (rows // fmt.block_size).expand_as(columns)).contiguous()
-    values = feed_errors(left, per_column, factor)
-    restored = torch.empty_like(values).scatter_(-2, rows.expand_as(values), values)
-    return assemble(restored.transpose(-1, -2), scales, global_scale)
+    left = reordered(weight, order, -1).transpose(-1, -2).contiguous()
+    per_column = reordered(effective(scales, unit), order // fmt.block_size, -1).transpose(-1, -2).contiguous()
+    values = feed_errors(left, per_column, factor).transpose(-1, -2)
+    return assemble(reordered(values, order.argsort(dim=-1), -1), scales, global_scale)
 
 
 def feed_errors(left: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
-    """Rounds ``left`` ``[..., K, N]`` (overwritten) with the scales of its elements and U ``[..., K, K]``."""
-    values = torch.empty_like(left)
-    reciprocal = scale.reciprocal()
-    diagonal = factor.diagonal(dim1=-2, dim2=-1)[..., None]
-    size = left.shape[-2]
-    for start in range(0, size, _LAZY_COLUMNS):
-        stop = min(start + _LAZY_COLUMNS, size)
-        errors = torch.empty_like(left[..., start:stop, :])
+    """Rounds ``left`` ``[..., K, N]`` (overwritten) with the scales of its elements and U ``[..., K, K]``.
+
+    Every column takes in what earlier errors leave to it when its turn comes: errors are read often, but written once.
+    """
+    values, reciprocal, spread = torch.empty_like(left), scale.reciprocal(), factor.transpose(-1, -2).contiguous()
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)[..., None].unbind(-2)
+    columns = list(zip(left.unbind(-2), values.unbind(-2), scale.unbind(-2), reciprocal.unbind(-2), strict=True))
+    for start in range(0, len(columns), _LAZY_COLUMNS):
+        stop = min(start + _LAZY_COLUMNS, len(columns))
+        if start:
+            left[..., start:stop, :] -= spread[..., start:stop, :start] @ left[..., :start, :]
         for j in range(start, stop):
-            column = left[..., j, :]
-            value = nearest(column * reciprocal[..., j, :])
-            values[..., j, :] = value
-            error = torch.addcmul(column, value, scale[..., j, :], value=-1).div_(diagonal[..., j, :])
-            errors[..., j - start, :] = error
-            if j + 1 < stop:
-                left[..., j + 1 : stop, :] -= factor[..., j, j + 1 : stop, None] * error[..., None, :]
-        left[..., stop:, :] -= factor[..., start:stop, stop:].transpose(-1, -2) @ errors
+            column, value, step, per_step = columns[j]
+            if j > start:
+                column -= (spread[..., j, None, start:j] @ left[..., start:j, :])[..., 0, :]
+            value.copy_(nearest(column * per_step))
+            column.addcmul_(value, step, value=-1).div_(diagonal[j])
     return values
 
 

@@ -17,7 +17,7 @@ from fp4.formats import (
 )
 
 # Scales that are tried, in representable steps: from the one that maps the largest magnitude to 6, and from a good one.
-OFFSETS = {"nvfp4": (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, 6), "mxfp4": (0, 1, -1)}
+OFFSETS = {"nvfp4": (0, -1, 1, -2, 2, 3, 4, 5), "mxfp4": (0, 1, -1)}
 NEAR_OFFSETS = {"nvfp4": (0, -1, 1, -2, 2), "mxfp4": (0, 1, -1)}
 
 # Bits of a float32: its exponent, that of 1.0, and what makes 1.5 * 2**(e + 22) of 2**e: its last place is 2**(e-1).
@@ -33,6 +33,14 @@ def nearest(x: Tensor) -> Tensor:
     clamped = x.clamp(-E2M1_MAX, E2M1_MAX)
     magic = (clamped.view(torch.int32) & _EXPONENT).clamp_(min=_EXPONENT_OF_ONE).add_(_MAGIC).view(torch.float32)
     return clamped.add_(magic).sub_(magic)
+
+
+def reordered(x: Tensor, order: Tensor, dim: int) -> Tensor:
+    """``x`` ``[..., A, B]`` with the rows (dim -2) or columns (-1) that ``order`` ``[..., n]`` names, in its order."""
+    if order.dim() == 1:
+        return x.index_select(dim, order)  # several times as fast
+    index = order[..., :, None] if dim == -2 else order[..., None, :]
+    return x.gather(dim, index.expand(*x.shape[:-2], *((-1, x.shape[-1]) if dim == -2 else (x.shape[-2], -1))))
 
 
 def assemble(values: Tensor, scales: Tensor, global_scale: Tensor | None) -> QuantizedTensor:

@@ -19,6 +19,7 @@ from fp4.calibration.observers import SecondMoments
 logger = logging.getLogger("fp4")
 
 _LARGEST_DAMPING = 1.0  # as a share of the mean diagonal
+_SMALL = 128  # rows of a triangular matrix that are inverted at once
 
 
 class Objective(NamedTuple):
@@ -26,17 +27,17 @@ class Objective(NamedTuple):
 
     Attributes:
         hessian: damped, symmetric, positive definite: ``[..., K, K]`` float32.
-        inverse: its inverse, the same shape.
+        factor: its lower Cholesky factor, the same shape.
         damping: what was added to the diagonal, as a share of its mean.
     """
 
     hessian: Tensor
-    inverse: Tensor
+    factor: Tensor
     damping: float
 
 
 def objective(moments: SecondMoments, damping: float, name: str) -> Objective:
-    """The damped mean Hessian of a layer, and its inverse.
+    """The damped mean Hessian of a layer, and its factor.
 
     Channels that were never active get the mean diagonal: nothing couples to them, so they are rounded to nearest.
     Where the factorisation fails in float32 it is tried in float64, then with ten times the damping.
@@ -59,24 +60,38 @@ def objective(moments: SecondMoments, damping: float, name: str) -> Objective:
         for dtype in (torch.float32, torch.float64):
             damped = hessian.to(dtype) + torch.diag_embed((share * mean).to(dtype).expand(diagonal.shape))
             factor, info = torch.linalg.cholesky_ex(damped)
-            inverse = torch.cholesky_inverse(factor)
-            if not bool(info.any()) and bool(torch.isfinite(inverse).all()):
+            if not bool(info.any()) and bool(torch.isfinite(factor).all()):
                 if share > damping:
                     logger.info("%s: Hessian damped by %g of its mean diagonal", name, share)
-                return Objective(damped.float(), inverse.float(), share)
+                return Objective(damped.float(), factor.float(), share)
         share = max(10 * share, 1e-6)
     raise ValueError(f"the Hessian of {name} cannot be factorised at any damping; leave the layer out with --skip")
 
 
-def upper_factor(inverse: Tensor, name: str) -> Tensor:
-    """Upper U with ``U^T U = inverse``, ``[..., K, K]``: row j holds how an error in column j spreads to later ones."""
-    factor: Tensor
-    factor, info = torch.linalg.cholesky_ex(inverse, upper=True)
-    if bool(info.any()):
-        factor, info = torch.linalg.cholesky_ex(inverse.double(), upper=True)
-        if bool(info.any()):
-            raise ValueError(f"the inverse Hessian of {name} is not positive definite; raise the damping")
-    return factor.to(inverse.dtype)
+def upper_factor(hessian: Tensor, name: str) -> Tensor:
+    """Upper U with ``U^T U = hessian^-1``, ``[..., K, K]``: row j holds how an error in column j spreads to later ones.
+
+    With ``hessian = R R^T``, R upper (a Cholesky factorisation from the last row to the first), U is ``R^-1``: half the
+    work of inverting the Hessian and factorising that.
+    """
+    for dtype in (hessian.dtype, torch.float64):
+        lower, info = torch.linalg.cholesky_ex(hessian.flip(-1, -2).to(dtype))
+        if not bool(info.any()):
+            return _inverse_of_upper(lower.flip(-1, -2)).to(hessian.dtype)
+    raise ValueError(f"the Hessian of {name} is not positive definite; raise the damping")
+
+
+def _inverse_of_upper(matrix: Tensor) -> Tensor:
+    """By halves, so that nearly all of it is matrix products: no library call knows that the result is triangular."""
+    size = matrix.shape[-1]
+    if size <= _SMALL:
+        return torch.linalg.solve_triangular(matrix, torch.eye(size).to(matrix), upper=True)
+    first, last = slice(0, size // 2), slice(size // 2, size)
+    inverse = torch.zeros_like(matrix)
+    inverse[..., first, first] = _inverse_of_upper(matrix[..., first, first])
+    inverse[..., last, last] = _inverse_of_upper(matrix[..., last, last])
+    inverse[..., first, last] = -inverse[..., first, first] @ (matrix[..., first, last] @ inverse[..., last, last])
+    return inverse
 
 
 def shifted(weight: Tensor, moments: SecondMoments, goal: Objective, share: float) -> Tensor:
@@ -84,5 +99,5 @@ def shifted(weight: Tensor, moments: SecondMoments, goal: Objective, share: floa
     if moments.cross is None or share == 0:
         return weight
     difference = (moments.cross - moments.hessian).float() / max(moments.count, 1)
-    correction: Tensor = weight @ difference @ goal.inverse
+    correction = torch.cholesky_solve((weight @ difference).transpose(-1, -2), goal.factor).transpose(-1, -2)
     return weight + share * correction
