@@ -212,13 +212,15 @@ def evaluate(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    token: str | bool | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Load a model, and the original where one is named, and measure them on a text.
 
     Args:
-        model, against: folders or hub ids that ``from_pretrained`` loads. ``revision`` is the model's.
+        model, against: folders or hub ids that ``from_pretrained`` loads. ``revision`` is the model's,
+            ``token`` is for both.
         data: a text file in UTF-8.
         activations: ``"fp4"`` quantizes the activations of all layers (of FP8 layers to FP8), ``"model"`` those of
             none, ``"auto"`` leaves it to the backends.
@@ -234,7 +236,8 @@ def evaluate(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; expected 'auto', 'float32', 'bfloat16' or 'float16'")
     text, described = _read_text(Path(data))
-    tokenizer = _tokenizer(model, against, revision=revision, trust_remote_code=trust_remote_code)
+    hub = {"token": token, "trust_remote_code": trust_remote_code}
+    tokenizer = _tokenizer(model, against, revision, hub)
     if bos and tokenizer.bos_token_id is None:
         raise ValueError(f"the tokenizer of {model} has no BOS token to start windows with")
     first = tokenizer.bos_token_id if bos else None
@@ -247,7 +250,7 @@ def evaluate(
     options: dict[str, Any] = {
         "dtype": ("float32" if place == "cpu" else "auto") if dtype == "auto" else dtype,
         "device_map": "auto" if place == "cuda" else place,
-        "trust_remote_code": trust_remote_code,
+        **hub,
     }
     measured = _load(model, options | {"revision": revision})
     set_activations(measured, activations)
@@ -268,19 +271,19 @@ def evaluate(
     )
 
 
-def _tokenizer(model: str | Path, against: str | Path | None, **options: Any) -> Any:
+def _tokenizer(model: str | Path, against: str | Path | None, revision: str | None, hub: dict[str, Any]) -> Any:
     """The model's, or the original's where the model came without one."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model, **options)
+        return AutoTokenizer.from_pretrained(model, revision=revision, **hub)
     except (OSError, ValueError) as error:
         if against is None:
             raise ValueError(
                 f"{model} has no tokenizer that can be read ({str(error).strip().splitlines()[0]}); copy the "
                 "original's into it, or name the original to compare with"
             ) from error
-        return AutoTokenizer.from_pretrained(against, trust_remote_code=options["trust_remote_code"])
+        return AutoTokenizer.from_pretrained(against, **hub)
 
 
 def _load(source: str | Path, options: dict[str, Any]) -> PreTrainedModel:

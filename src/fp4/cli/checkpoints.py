@@ -22,6 +22,9 @@ console = Console()
 LAYER_NUMBER = r"(?<=\.)\d+(?=\.)"
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, where the model is a hub id.")]
+Token = Annotated[
+    str | None, typer.Option(help="Of the hub, for models that need one.", envvar=["FP4_TOKEN", "HF_TOKEN"])
+]
 
 
 def convert(
@@ -36,6 +39,7 @@ def convert(
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the target folder.")] = False,
     revision: Revision = None,
+    token: Token = None,
 ) -> None:
     """Write an FP4 checkpoint in another tool's format, to the bit, without building the model.
 
@@ -51,6 +55,7 @@ def convert(
             weight_only=weight_only,
             overwrite=overwrite,
             revision=revision,
+            token=token,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     resumed = f", {result.resumed_shards} of them from an earlier run" if result.resumed_shards else ""
@@ -71,12 +76,13 @@ def inspect(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     revision: Revision = None,
+    token: Token = None,
 ) -> None:
     """Show what a checkpoint holds: format, schemes, bits per weight, what is not quantized, and what is wrong with it.
 
     Exits with 1 where problems are found.
     """
-    found = inspect_checkpoint(source, values=values, revision=revision)
+    found = inspect_checkpoint(source, values=values, revision=revision, token=token)
     if as_json:
         console.print_json(json.dumps(found.to_dict()))
         raise typer.Exit(bool(found.problems))

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
+from fp4.cli.checkpoints import Token
 from fp4.evaluate import Evaluation
 
 Activations = Literal["auto", "fp4", "model"]
@@ -37,6 +38,7 @@ def evaluate(
         bool, typer.Option(help="Keep the numbers in MODEL/evaluation.json, for the report and the model card.")
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, where MODEL is a hub id.")] = None,
+    token: Token = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
     """Measure a model on a text: perplexity, and how far its predictions are from the original's.
@@ -65,6 +67,7 @@ def evaluate(
             dtype=dtype,
             device=device,
             revision=revision,
+            token=token,
             trust_remote_code=trust_remote_code,
             progress=lambda done, total: bar.update(task, description="windows", completed=done, total=total),
         )
