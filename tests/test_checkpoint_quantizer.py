@@ -205,7 +205,6 @@ STATIC = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False
         FP4_CONFIG | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}},
         FP4_CONFIG | {"config_groups": {}},
         {"quant_method": "auto-round", "bits": 4, "data_type": "int", "group_size": 128},
-        {"quant_method": "mxfp4"},
         {"quant_method": "fp8"},
     ],
 )
