@@ -20,7 +20,7 @@ def canonical(rounded: Rounded, unit: torch.Tensor | None) -> QuantizedTensor:
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_descent_never_makes_the_objective_worse(fmt: Format) -> None:
-    weight, goal = weight_of(32, 128), objective(moments_of(correlated(600, 128)), 0.01, "layer")
+    weight, goal = weight_of(32, 128), objective(moments_of(correlated(600, 128)), 0.01, "layer", fmt.block_size)
     unit = unit_of(weight, fmt)
     rounded = forward_sweep(weight, goal, fmt, unit)
     costs = [cost(canonical(rounded, unit), weight, goal)]
@@ -36,8 +36,8 @@ def test_descent_never_makes_the_objective_worse(fmt: Format) -> None:
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_experts_at_once_are_experts_one_by_one(fmt: Format) -> None:
     weights = torch.stack([weight_of(16, 64, seed) for seed in range(3)])
-    goals = [objective(moments_of(correlated(200, 64, seed)), 0.01, "layer") for seed in range(3)]
-    together = Objective(torch.stack([g.hessian for g in goals]), torch.stack([g.factor for g in goals]), 0.01)
+    goals = [objective(moments_of(correlated(200, 64, seed)), 0.01, "layer", fmt.block_size) for seed in range(3)]
+    together = Objective(*(torch.stack(parts) for parts in zip(*goals, strict=True)))
     unit = torch.stack([formats.portable_global_scale_for(w.abs().amax()) for w in weights]) if fmt is NVFP4 else None
     batched = forward_sweep(weights, together, fmt, unit)
     batched = descend(weights, batched, together, fmt, unit, 2)
@@ -53,6 +53,6 @@ def test_experts_at_once_are_experts_one_by_one(fmt: Format) -> None:
 def test_values_on_the_grid_stay_where_they_are() -> None:
     unit = torch.tensor(2.0**-10, dtype=torch.float64)
     weight = formats.dequantize(*formats.quantize(weight_of(8, 64), NVFP4, "abs_max", unit))
-    goal = objective(moments_of(correlated(300, 64)), 0.01, "layer")
+    goal = objective(moments_of(correlated(300, 64)), 0.01, "layer", 16)
     rounded = descend(weight, forward_sweep(weight, goal, NVFP4, unit), goal, NVFP4, unit, 1)
     torch.testing.assert_close(formats.dequantize(*canonical(rounded, unit)), weight)

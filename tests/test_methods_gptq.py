@@ -78,7 +78,7 @@ def test_gptq_costs_less_than_rounding_to_nearest(fmt: Format) -> None:
 def test_a_hessian_without_correlations_rounds_to_nearest(fmt: Format) -> None:
     weight = weight_of(8, 64)
     unit = unit_of(weight, fmt)
-    goal = Objective(torch.eye(64), torch.eye(64), 0.0)
+    goal = Objective(torch.ones(64), torch.arange(64), torch.eye(64), None)
     scales = search_scales(weight, torch.ones(64), fmt, unit)
     scale = formats.effective_scales(scales, unit).repeat_interleave(fmt.block_size, dim=1)
     assert torch.equal(formats.dequantize(*gptq(weight, goal, fmt, unit)), nearest(weight / scale) * scale)
@@ -88,7 +88,7 @@ def test_a_hessian_without_correlations_rounds_to_nearest(fmt: Format) -> None:
 def test_experts_at_once_are_experts_one_by_one(fmt: Format) -> None:
     weights = torch.stack([weight_of(16, 64, seed) for seed in range(3)])
     goals = [objective(moments_of(correlated(200, 64, seed)), 0.01, "layer") for seed in range(3)]
-    together = Objective(torch.stack([g.hessian for g in goals]), torch.stack([g.factor for g in goals]), 0.01)
+    together = Objective(*(torch.stack(parts) for parts in zip(*goals, strict=True)))
     unit = torch.stack([formats.portable_global_scale_for(w.abs().amax()) for w in weights]) if fmt is NVFP4 else None
     batched = gptq(weights, together, fmt, unit)
     for i in range(3):
@@ -100,13 +100,37 @@ def test_experts_at_once_are_experts_one_by_one(fmt: Format) -> None:
 def test_a_singular_hessian_is_damped_until_it_can_be_factorised() -> None:
     x = correlated(5, 64)  # rank 5
     goal = objective(moments_of(x), 1e-9, "layer")
-    assert goal.damping >= 1e-9
     assert torch.isfinite(goal.factor).all()
     weight = weight_of(16, 64)
     unit = unit_of(weight, NVFP4)
     assert cost(gptq(weight, goal, NVFP4, unit), weight, goal) < cost(
         formats.quantize(weight, NVFP4, "mse", unit), weight, goal
     )
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_factor_is_that_of_the_inverse_in_order(keep: bool) -> None:
+    x = correlated(900, 300)  # more than two panels
+    want = objective(moments_of(x), 0.01, "layer").hessian
+    assert want is not None
+    goal = objective(moments_of(x), 0.01, "layer", keep=keep)
+    assert (goal.hessian is None) is not keep
+    assert (want.diagonal()[goal.order].diff() <= 0).all()
+    assert torch.equal(goal.factor, goal.factor.tril())
+    ordered = want[goal.order][:, goal.order].double()
+    factor = goal.factor.double()
+    torch.testing.assert_close(factor.T @ ordered @ factor, torch.eye(300).double(), atol=2e-3, rtol=0)
+    blocks = objective(moments_of(x[:, :288]), 0.01, "layer", 16).order.view(-1, 16)
+    assert torch.equal(blocks, blocks[:, :1] + torch.arange(16))
+
+
+def test_large_weights_are_solved_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, goal = weight_of(20, 64), objective(moments_of(correlated(200, 64)), 0.01, "layer")
+    whole = gptq(weight, goal, NVFP4, unit_of(weight, NVFP4))
+    monkeypatch.setattr("fp4.methods.grid._ELEMENTS", 6 * 64)
+    parts = gptq(weight, goal, NVFP4, unit_of(weight, NVFP4))
+    assert (whole.codes == parts.codes).float().mean() > 0.99
+    assert torch.equal(whole.scales.view(torch.uint8), parts.scales.view(torch.uint8))
 
 
 def test_dead_channels_are_rounded_to_nearest_and_disturb_nothing() -> None:

@@ -16,7 +16,7 @@ from fp4.methods.block import Block, LayerResult
 from fp4.methods.descent import Rounded, descend, forward_sweep
 from fp4.methods.equalise import equalise
 from fp4.methods.gptq import gptq
-from fp4.methods.grid import assemble
+from fp4.methods.grid import assemble, in_parts
 from fp4.methods.hessian import Objective
 from fp4.methods.layerwise import quantize_in_order
 from fp4.methods.survey import survey
@@ -39,14 +39,21 @@ class BestOptions:
     sweeps: int = 2
 
 
-def best(
-    weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | None, name: str = "weight", sweeps: int = 2
+def best(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | None, sweeps: int = 2) -> QuantizedTensor:
+    """Round ``weight`` ``[..., N, K]`` (float32) against ``goal``, as :func:`.gptq` takes them.
+
+    ``goal`` keeps the Hessian and, for a format with a global scale, blocks together in its order.
+    """
+    return in_parts(lambda rows: _best_rows(rows, goal, fmt, global_scale, sweeps), weight)
+
+
+def _best_rows(
+    weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | None, sweeps: int
 ) -> QuantizedTensor:
-    """Round ``weight`` ``[..., N, K]`` (float32) against ``goal``, as :func:`.gptq` takes them."""
     if fmt.needs_global_scale:
-        start = forward_sweep(weight, goal, fmt, global_scale, name)
+        start = forward_sweep(weight, goal, fmt, global_scale)
     else:  # Powers of two leave little to choose, and visiting columns one by one by importance gains more.
-        codes, scales, _ = gptq(weight, goal, fmt, global_scale, name)
+        codes, scales, _ = gptq(weight, goal, fmt, global_scale)
         values = decode_e2m1(unpack_codes(codes)).transpose(-1, -2).contiguous()
         start = Rounded(values, scales.transpose(-1, -2).contiguous())
     end = descend(weight, start, goal, fmt, global_scale, sweeps)
@@ -59,7 +66,7 @@ def best_block(block: Block, options: BestOptions) -> dict[str, LayerResult]:
     if options.alpha is not None:
         equalise(block, options.alpha, seen)
 
-    def solve(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | None, name: str) -> QuantizedTensor:
-        return best(weight, goal, fmt, global_scale, name, options.sweeps)
+    def solve(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | None) -> QuantizedTensor:
+        return best(weight, goal, fmt, global_scale, options.sweeps)
 
-    return quantize_in_order(block, solve, "best", options.damping, options.shift, seen)
+    return quantize_in_order(block, solve, "best", options.damping, options.shift, seen, by_block=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fp4.formats import Format
 from fp4.methods.grid import NEAR_OFFSETS, OFFSETS, effective, nearest, neighbours, reordered, scale_to_six
-from fp4.methods.hessian import Objective, upper_factor
+from fp4.methods.hessian import Objective, invert_lower_
 
 
 class Rounded(NamedTuple):
@@ -35,7 +35,7 @@ class _Block(NamedTuple):
 
 
 def _round_block(target: Tensor, factor: Tensor, candidates: Tensor, unit: Tensor | None) -> _Block:
-    """Round ``target`` ``[..., B, N]`` against U ``[..., B, B]``, with the best of ``candidates`` ``[..., C, N]``."""
+    """Round ``target`` ``[..., B, N]`` against V ``[..., B, B]``, with the best of ``candidates`` ``[..., C, N]``."""
     scale = effective(candidates, None if unit is None else unit[..., None])
     reciprocal = scale.reciprocal()
     size, shape = target.shape[-2], (*target.shape[:-2], target.shape[-2], *scale.shape[-2:])
@@ -43,7 +43,7 @@ def _round_block(target: Tensor, factor: Tensor, candidates: Tensor, unit: Tenso
     for j in range(size):
         left = target[..., j, None, :]
         if j:  # what the columns before leave to this one, in one product over memory in its order
-            fed = factor[..., None, :j, j] @ errors[..., :j, :, :].flatten(-2)
+            fed = factor[..., j, None, :j] @ errors[..., :j, :, :].flatten(-2)
             left = left - fed.view_as(scale)
         value = nearest(left * reciprocal)
         values[..., j, :, :] = value
@@ -65,27 +65,22 @@ def _unit(global_scale: Tensor | None) -> Tensor | None:
     return None if global_scale is None else global_scale[..., None]
 
 
-def forward_sweep(
-    weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | None, name: str = "weight"
-) -> Rounded:
-    """Round ``weight`` ``[..., N, K]`` block by block in the order of falling Hessian diagonal."""
+def forward_sweep(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | None) -> Rounded:
+    """Round ``weight`` ``[..., N, K]`` block by block in the order of ``goal``, which keeps blocks together."""
     size, unit = fmt.block_size, _unit(global_scale)
-    diagonal = goal.hessian.diagonal(dim1=-2, dim2=-1)
-    order = torch.argsort(diagonal.unflatten(-1, (-1, size)).mean(dim=-1), dim=-1, descending=True, stable=True)
-    index = (order[..., :, None] * size + torch.arange(size, device=order.device)).flatten(-2)
-    factor = upper_factor(reordered(reordered(goal.hessian, index, -2), index, -1), name)
-    left = reordered(weight, index, -1).transpose(-1, -2).contiguous()
+    left = reordered(weight, goal.order, -1).transpose(-1, -2).contiguous()
     values, scales = torch.empty_like(left), []
     for start in range(0, left.shape[-2], size):
-        inside, after = slice(start, start + size), slice(start + size, None)
-        middle = scale_to_six(left[..., inside, :].abs().amax(dim=-2), fmt, unit)
+        inside = slice(start, start + size)
+        target = left[..., inside, :] - goal.factor[..., inside, :start] @ left[..., :start, :]
+        middle = scale_to_six(target.abs().amax(dim=-2), fmt, unit)
         candidates = neighbours(middle, fmt, OFFSETS[fmt.name]).movedim(0, -2)
-        block = _round_block(left[..., inside, :], factor[..., inside, inside], candidates, unit)
-        left[..., after, :] -= factor[..., inside, after].transpose(-1, -2) @ block.errors
-        values[..., inside, :] = block.values
+        block = _round_block(target, goal.factor[..., inside, inside], candidates, unit)
+        values[..., inside, :], left[..., inside, :] = block.values, block.errors
         scales.append(block.scales.view(torch.uint8))
+    order = goal.order[..., ::size] // size
     found = reordered(torch.stack(scales, dim=-2), order.argsort(dim=-1), -2)
-    return Rounded(reordered(values, index.argsort(dim=-1), -2), found.view(fmt.scale_dtype))
+    return Rounded(reordered(values, goal.order.argsort(dim=-1), -2), found.view(fmt.scale_dtype))
 
 
 def descend(
@@ -98,9 +93,11 @@ def descend(
     scale = effective(rounded.scales, None if unit is None else unit[..., None])
     difference = values * scale.repeat_interleave(size, dim=-2) - target
     blocks = range(0, target.shape[-2], size)
-    hessians = torch.stack([goal.hessian[..., s : s + size, s : s + size] for s in blocks])
-    factors = upper_factor(hessians, "a block of columns")
-    inverses = factors.transpose(-1, -2) @ factors
+    assert goal.hessian is not None
+    factors = torch.stack([goal.hessian[..., s : s + size, s : s + size] for s in blocks])
+    if not invert_lower_(factors):
+        raise ValueError("the Hessian of a block of columns is not positive definite; raise the damping")
+    inverses = factors @ factors.transpose(-1, -2)
     for _ in range(sweeps):
         for number, start in enumerate(blocks):
             inside = slice(start, start + size)

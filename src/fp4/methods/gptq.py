@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fp4.formats import Format, QuantizedTensor
 from fp4.methods.block import Block, LayerResult
-from fp4.methods.grid import OFFSETS, assemble, effective, nearest, neighbours, reordered, scale_to_six
-from fp4.methods.hessian import Objective, upper_factor
+from fp4.methods.grid import OFFSETS, assemble, effective, in_parts, nearest, neighbours, reordered, scale_to_six
+from fp4.methods.hessian import Objective
 from fp4.methods.layerwise import quantize_in_order
 
 _LAZY_COLUMNS = 64
@@ -59,9 +59,7 @@ def _search_tile(weight: Tensor, cost: Tensor, fmt: Format, unit: Tensor | None)
     return best
 
 
-def gptq(
-    weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | None, name: str = "weight"
-) -> QuantizedTensor:
+def gptq(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | None) -> QuantizedTensor:
     """Round ``weight`` so that ``tr((V - W) H (V - W)^T)`` is small.
 
     Args:
@@ -69,34 +67,35 @@ def gptq(
         goal: of the same leading axes, ``[..., K, K]``.
         global_scale: float64 ``[...]`` or ``[]``, None for a format without.
     """
-    diagonal = goal.hessian.diagonal(dim1=-2, dim2=-1)
-    scales = search_scales(weight, diagonal, fmt, global_scale)
+    return in_parts(lambda rows: _gptq_rows(rows, goal, fmt, global_scale), weight)
+
+
+def _gptq_rows(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | None) -> QuantizedTensor:
+    scales = search_scales(weight, goal.diagonal, fmt, global_scale)
     unit = None if global_scale is None else global_scale[..., None, None]
-    order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
-    factor = upper_factor(reordered(reordered(goal.hessian, order, -2), order, -1), name)
     # Transposed, so that a column of the weight is a row of contiguous memory.
-    left = reordered(weight, order, -1).transpose(-1, -2).contiguous()
-    per_column = reordered(effective(scales, unit), order // fmt.block_size, -1).transpose(-1, -2).contiguous()
-    values = feed_errors(left, per_column, factor).transpose(-1, -2)
-    return assemble(reordered(values, order.argsort(dim=-1), -1), scales, global_scale)
+    left = reordered(weight, goal.order, -1).transpose(-1, -2).contiguous()
+    per_column = reordered(effective(scales, unit), goal.order // fmt.block_size, -1).transpose(-1, -2).contiguous()
+    values = feed_errors(left, per_column, goal.factor).transpose(-1, -2)
+    return assemble(reordered(values, goal.order.argsort(dim=-1), -1), scales, global_scale)
 
 
 def feed_errors(left: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
-    """Rounds ``left`` ``[..., K, N]`` (overwritten) with the scales of its elements and U ``[..., K, K]``.
+    """Rounds ``left`` ``[..., K, N]`` (overwritten) with the scales of its elements and V ``[..., K, K]``.
 
     Every column takes in what earlier errors leave to it when its turn comes: errors are read often, but written once.
     """
-    values, reciprocal, spread = torch.empty_like(left), scale.reciprocal(), factor.transpose(-1, -2).contiguous()
+    values, reciprocal = torch.empty_like(left), scale.reciprocal()
     diagonal = factor.diagonal(dim1=-2, dim2=-1)[..., None].unbind(-2)
     columns = list(zip(left.unbind(-2), values.unbind(-2), scale.unbind(-2), reciprocal.unbind(-2), strict=True))
     for start in range(0, len(columns), _LAZY_COLUMNS):
         stop = min(start + _LAZY_COLUMNS, len(columns))
         if start:
-            left[..., start:stop, :] -= spread[..., start:stop, :start] @ left[..., :start, :]
+            left[..., start:stop, :] -= factor[..., start:stop, :start] @ left[..., :start, :]
         for j in range(start, stop):
             column, value, step, per_step = columns[j]
             if j > start:
-                column -= (spread[..., j, None, start:j] @ left[..., start:j, :])[..., 0, :]
+                column -= (factor[..., j, None, start:j] @ left[..., start:j, :])[..., 0, :]
             value.copy_(nearest(column * per_step))
             column.addcmul_(value, step, value=-1).div_(diagonal[j])
     return values
@@ -117,4 +116,4 @@ class GPTQOptions:
 
 def gptq_block(block: Block, options: GPTQOptions) -> dict[str, LayerResult]:
     """GPTQ on every layer of ``block``, in running order; layers that no sample reaches are rounded to nearest."""
-    return quantize_in_order(block, gptq, "gptq", options.damping, options.shift)
+    return quantize_in_order(block, gptq, "gptq", options.damping, options.shift, keep=options.shift > 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ NEAR_OFFSETS = {"nvfp4": (0, -1, 1, -2, 2), "mxfp4": (0, 1, -1)}
 # Bits of a float32: its exponent, that of 1.0, and what makes 1.5 * 2**(e + 22) of 2**e: its last place is 2**(e-1).
 _EXPONENT, _EXPONENT_OF_ONE, _MAGIC = 0x7F800000, 0x3F800000, (22 << 23) | 0x400000
 
+_ELEMENTS = 2**25  # of a weight in work at once; a handful of tensors of so many float32 are
+
 
 def nearest(x: Tensor) -> Tensor:
     """The nearest E2M1 value of each element, ties to even, saturating: float32 -> float32.
@@ -41,6 +45,16 @@ def reordered(x: Tensor, order: Tensor, dim: int) -> Tensor:
         return x.index_select(dim, order)  # several times as fast
     index = order[..., :, None] if dim == -2 else order[..., None, :]
     return x.gather(dim, index.expand(*x.shape[:-2], *((-1, x.shape[-1]) if dim == -2 else (x.shape[-2], -1))))
+
+
+def in_parts(solve: Callable[[Tensor], QuantizedTensor], weight: Tensor) -> QuantizedTensor:
+    """``solve(weight)`` ``[..., N, K]`` by as many rows as are worth working on at once: each is rounded by itself."""
+    parts = [solve(rows) for rows in weight.split(max(1, _ELEMENTS // weight.shape[-1]), dim=-2)]
+    if len(parts) == 1:
+        return parts[0]
+    codes = torch.cat([part.codes for part in parts], dim=-2)
+    scales = torch.cat([part.scales.view(torch.uint8) for part in parts], dim=-2).view(parts[0].scales.dtype)
+    return QuantizedTensor(codes, scales, parts[0].global_scale)
 
 
 def assemble(values: Tensor, scales: Tensor, global_scale: Tensor | None) -> QuantizedTensor:

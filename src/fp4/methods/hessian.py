@@ -15,38 +15,48 @@ import torch
 from torch import Tensor
 
 from fp4.calibration.observers import SecondMoments
+from fp4.methods.grid import reordered
 
 logger = logging.getLogger("fp4")
 
 _LARGEST_DAMPING = 1.0  # as a share of the mean diagonal
-_SMALL = 128  # rows of a triangular matrix that are inverted at once
+_PANEL = 128  # columns that are factorised at once; the rest is matrix products
 
 
 class Objective(NamedTuple):
     """What rounding is measured by.
 
     Attributes:
-        hessian: damped, symmetric, positive definite: ``[..., K, K]`` float32.
-        factor: its lower Cholesky factor, the same shape.
-        damping: what was added to the diagonal, as a share of its mean.
+        diagonal: of the damped Hessian, float32 ``[..., K]``.
+        order: in which columns are rounded, int64 ``[..., K]``.
+        factor: of the inverse of the Hessian in that order: lower V ``[..., K, K]`` with ``V V^T = H^-1``. Column j
+            holds how an error in the j-th column spreads to later ones.
+        hessian: damped, symmetric, in the order of the weight: ``[..., K, K]`` float32. None where it was not kept.
     """
 
-    hessian: Tensor
+    diagonal: Tensor
+    order: Tensor
     factor: Tensor
-    damping: float
+    hessian: Tensor | None
 
 
-def objective(moments: SecondMoments, damping: float, name: str) -> Objective:
-    """The damped mean Hessian of a layer, and its factor.
+def objective(moments: SecondMoments, damping: float, name: str, block_size: int = 1, keep: bool = True) -> Objective:
+    """The damped mean Hessian of a layer, factorised in the order of falling diagonal.
 
     Channels that were never active get the mean diagonal: nothing couples to them, so they are rounded to nearest.
-    Where the factorisation fails in float32 it is tried in float64, then with ten times the damping.
+    Where the factorisation fails it is tried again with ten times the damping.
+
+    Args:
+        block_size: of neighbouring columns that stay together in the order, sorted by their mean.
+        keep: the Hessian beside its factor. Otherwise the factor takes the place of ``moments.hessian``, which is lost;
+            of matrices as large there is no other then.
 
     Raises:
         ValueError: the Hessian of ``name`` holds NaN or infinity, or cannot be factorised at any damping.
     """
-    hessian = moments.hessian / max(moments.count, 1)
-    if not bool(torch.isfinite(hessian).all()):
+    count = max(moments.count, 1)
+    hessian = moments.hessian / count if keep else moments.hessian.div_(count)
+    if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(hessian)):
         raise ValueError(
             f"the Hessian of {name} holds NaN or infinity: its inputs overflow. Check the calibration data and the "
             "layers before it, or leave the layer out with --skip"
@@ -54,50 +64,86 @@ def objective(moments: SecondMoments, damping: float, name: str) -> Objective:
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(dim=-1, keepdim=True)
     mean = torch.where(mean > 0, mean, 1.0)
-    diagonal.copy_(torch.where(diagonal > 0, diagonal, mean))
+    dense = torch.where(diagonal > 0, diagonal, mean)
+    diagonal.copy_(dense)
+    groups = dense.unflatten(-1, (-1, block_size)).mean(dim=-1)
+    order = torch.argsort(groups, dim=-1, descending=True, stable=True)[..., None] * block_size
+    order = (order + torch.arange(block_size, device=order.device)).flatten(-2)
+    factor = hessian.clone() if keep else hessian
+    _reorder_(factor, order)
+    on_factor, ordered = factor.diagonal(dim1=-2, dim2=-1), dense.gather(-1, order)
     share = damping
     while share <= max(damping, _LARGEST_DAMPING):
-        for dtype in (torch.float32, torch.float64):
-            damped = hessian.to(dtype) + torch.diag_embed((share * mean).to(dtype).expand(diagonal.shape))
-            factor, info = torch.linalg.cholesky_ex(damped)
-            if not bool(info.any()) and bool(torch.isfinite(factor).all()):
-                if share > damping:
-                    logger.info("%s: Hessian damped by %g of its mean diagonal", name, share)
-                return Objective(damped.float(), factor.float(), share)
+        on_factor.copy_(ordered + share * mean)
+        if invert_lower_(factor):
+            if share > damping:
+                logger.info("%s: Hessian damped by %g of its mean diagonal", name, share)
+            diagonal = dense + share * mean
+            if keep:
+                hessian.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+            return Objective(diagonal, order, factor, hessian if keep else None)
+        _mirror_(factor)
         share = max(10 * share, 1e-6)
     raise ValueError(f"the Hessian of {name} cannot be factorised at any damping; leave the layer out with --skip")
 
 
-def upper_factor(hessian: Tensor, name: str) -> Tensor:
-    """Upper U with ``U^T U = hessian^-1``, ``[..., K, K]``: row j holds how an error in column j spreads to later ones.
+def _panels(size: int) -> list[slice]:
+    return [slice(start, min(start + _PANEL, size)) for start in range(0, size, _PANEL)]
 
-    With ``hessian = R R^T``, R upper (a Cholesky factorisation from the last row to the first), U is ``R^-1``: half the
-    work of inverting the Hessian and factorising that.
+
+def _reorder_(matrix: Tensor, order: Tensor) -> None:
+    """Rows and columns of ``matrix`` ``[..., K, K]`` in ``order``, in place."""
+    for panel in _panels(matrix.shape[-1]):
+        matrix[..., panel, :] = reordered(matrix[..., panel, :], order, -1)
+    for panel in _panels(matrix.shape[-1]):
+        matrix[..., panel] = reordered(matrix[..., panel], order, -2)
+
+
+def _mirror_(matrix: Tensor) -> None:
+    """The strict upper triangle onto the lower one."""
+    for panel in _panels(matrix.shape[-1]):
+        above = matrix[..., panel, panel.start :].triu(1)
+        matrix[..., panel.start :, panel] = matrix[..., panel.start :, panel].triu(1) + above.transpose(-1, -2)
+
+
+def invert_lower_(matrix: Tensor) -> bool:
+    """Turns a symmetric ``matrix`` ``[..., K, K]`` into lower V with ``V V^T = matrix^-1``, in place, by panels.
+
+    First lower Q with ``Q^T Q = matrix`` (a Cholesky factorisation from the last row to the first), then ``V = Q^-1``:
+    half the work of inverting the matrix and factorising that.
+
+    Returns:
+        False if it is not positive definite in its precision; the strict upper triangle is as it was then.
     """
-    for dtype in (hessian.dtype, torch.float64):
-        lower, info = torch.linalg.cholesky_ex(hessian.flip(-1, -2).to(dtype))
-        if not bool(info.any()):
-            return _inverse_of_upper(lower.flip(-1, -2)).to(hessian.dtype)
-    raise ValueError(f"the Hessian of {name} is not positive definite; raise the damping")
-
-
-def _inverse_of_upper(matrix: Tensor) -> Tensor:
-    """By halves, so that nearly all of it is matrix products: no library call knows that the result is triangular."""
-    size = matrix.shape[-1]
-    if size <= _SMALL:
-        return torch.linalg.solve_triangular(matrix, torch.eye(size).to(matrix), upper=True)
-    first, last = slice(0, size // 2), slice(size // 2, size)
-    inverse = torch.zeros_like(matrix)
-    inverse[..., first, first] = _inverse_of_upper(matrix[..., first, first])
-    inverse[..., last, last] = _inverse_of_upper(matrix[..., last, last])
-    inverse[..., first, last] = -inverse[..., first, first] @ (matrix[..., first, last] @ inverse[..., last, last])
-    return inverse
+    panels = _panels(matrix.shape[-1])
+    for panel in reversed(panels):
+        start, stop = panel.start, panel.stop
+        known = matrix[..., stop:, :stop]
+        left = matrix[..., panel, :stop] - known[..., panel].transpose(-1, -2) @ known
+        flipped, info = torch.linalg.cholesky_ex(left[..., panel].flip(-1, -2))
+        if bool(info.any()) or not bool(torch.isfinite(flipped).all()):
+            return False
+        upper = flipped.flip(-1, -2)
+        matrix[..., panel, :start] = torch.linalg.solve_triangular(upper, left[..., :start], upper=True)
+        matrix[..., panel, panel] = matrix[..., panel, panel].triu(1) + upper.transpose(-1, -2)
+    matrix.tril_()
+    for panel in panels:
+        own = matrix[..., panel, panel]
+        inverse = torch.linalg.solve_triangular(own, torch.eye(own.shape[-1]).to(own), upper=False)
+        before = matrix[..., : panel.start, : panel.start]
+        matrix[..., panel, : panel.start] = -inverse @ (matrix[..., panel, : panel.start] @ before)
+        matrix[..., panel, panel] = inverse
+    return True
 
 
 def shifted(weight: Tensor, moments: SecondMoments, goal: Objective, share: float) -> Tensor:
-    """``W + share (W' - W)`` with the damped Hessian: weight ``[..., N, K]`` float32 -> the same shape."""
+    """``W + share (W' - W)`` with the damped Hessian: weight ``[..., N, K]`` float32 -> the same shape.
+
+    ``moments`` are those that ``goal`` was made of and kept.
+    """
     if moments.cross is None or share == 0:
         return weight
     difference = (moments.cross - moments.hessian).float() / max(moments.count, 1)
-    correction = torch.cholesky_solve((weight @ difference).transpose(-1, -2), goal.factor).transpose(-1, -2)
-    return weight + share * correction
+    ordered = reordered(weight @ difference, goal.order, -1)
+    correction = ordered @ goal.factor @ goal.factor.transpose(-1, -2)
+    return weight + share * reordered(correction, goal.order.argsort(dim=-1), -1)

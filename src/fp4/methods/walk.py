@@ -93,4 +93,4 @@ def observe(
             moments[layer].update(values, wanted)
     for layers in stage:
         if layers[0] in moments:
-            yield layers, moments[layers[0]]
+            yield layers, moments.pop(layers[0])
