@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM = false
 FP4_CUDA ?= 0
 export FP4_CUDA
 
-.PHONY: demo test lint types pytest pytest-oldest pytest-triton parity cuda sanitize bench-cpu bench-gpu clean
+.PHONY: demo test lint types pytest pytest-oldest pytest-triton parity cuda sanitize bench-cpu bench-gpu bench-quality clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python examples/demo.py $(MODEL)
@@ -60,6 +60,11 @@ bench-cpu: $(VENV)/demo
 bench-gpu: $(VENV)/demo
 	$(VENV)/bin/python benchmarks/gpu_linear.py
 	$(VENV)/bin/python benchmarks/gpu_generate.py
+
+# Prints what was measured beside other tools' recorded numbers; QUALITY="MODEL_A MODEL_B --calibrate TEXT --text TEXT"
+# measures first, which takes hours (benchmarks/quality.py says what A and B are).
+bench-quality: $(VENV)/demo
+	$(VENV)/bin/python benchmarks/quality.py $(QUALITY)
 
 clean:
 	rm -rf $(VENV) build demo-out src/*.egg-info src/fp4/*.so
