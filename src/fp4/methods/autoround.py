@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from fp4.formats import decode_e2m1, encode_e4m3, unpack_codes
 from fp4.methods.block import Block, LayerResult, emulated, quantized_input
+from fp4.methods.gptq import search_scales
 from fp4.methods.grid import assemble, effective, nearest
 from fp4.methods.rtn import RTNOptions, rtn_block
+from fp4.methods.survey import survey
 from fp4.rotation import rotate
 from fp4.scheme import Scheme
 
@@ -167,11 +169,31 @@ def learn(
     return results if better else dict(start)
 
 
+def searched(block: Block) -> dict[str, LayerResult]:
+    """Rounded to nearest, with the block scales of least rounding error weighted by the energy of the inputs.
+
+    Layers that are rotated, or whose input no sample reached, keep the scales of the scheme's rule.
+    """
+    results, energy = rtn_block(block, RTNOptions()), survey(block).energy
+    for layer, result in results.items():
+        scheme, unit = block.layers[layer], result.weight.global_scale
+        if result.rotation is not None or layer not in energy or scheme.block_size or scheme.format.code_bits != 4:
+            continue
+        weight = block.linear(layer).weight.data.float()
+        scales = search_scales(weight, energy[layer], scheme.format, unit)
+        wide = effective(scales, unit).repeat_interleave(scheme.format.block_size, dim=-1)
+        results[layer] = result._replace(weight=assemble(nearest(weight / wide), scales, unit))
+    return results
+
+
 def autoround_block(block: Block, options: AutoRoundOptions) -> dict[str, LayerResult]:
-    """Round to nearest by the scheme's rule, then learn offsets and clipping on the output of the whole block."""
-    start = rtn_block(block, RTNOptions())
+    """Search block scales for what the inputs weigh, then learn offsets and clipping on the output of the whole block.
+
+    Without steps it is round to nearest by the scheme's rule.
+    """
     if not options.iters:
-        return start
+        return rtn_block(block, RTNOptions())
+    start = searched(block)
     weights = {}
     for layer in block.layers:
         weight, rotation = block.linear(layer).weight.data.float(), block.rotation(layer)
