@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear as linear_function
 
 from fp4 import backends
+from fp4.backends.base import Backend
 from fp4.formats import FP8, QuantizedTensor, fake_quantize_fp8
 from fp4.rotation import rotate, rotation_for
 from fp4.scheme import Scheme
@@ -116,22 +118,27 @@ def capture_inputs(block: Block, layers: Iterable[str], see: Callable[[str, Tens
 
 @contextmanager
 def emulated(block: Block, results: Mapping[str, LayerResult]) -> Iterator[None]:
-    """Within it, the layers in ``results`` compute what they will as FP4; the module is dense again afterwards."""
+    """Within it, the layers in ``results`` compute what they will as FP4; the module is dense again afterwards.
+
+    A weight is decoded whenever its layer runs, so that only one at a time is in memory beside the dense ones.
+    """
     with ExitStack() as stack:
         for layer, result in results.items():
             linear, scheme = block.linear(layer), block.layers[layer]
-
-            def hook(
-                module: nn.Module, arguments: tuple[Any, ...], scheme: Scheme = scheme, result: LayerResult = result
-            ) -> tuple[Any, ...]:
-                x = arguments[0]
-                values = quantized_input(x, scheme, result.rotation, result.input_global_scale)
-                return (values.to(x.dtype), *arguments[1:])
-
-            stack.callback(linear.register_forward_pre_hook(hook).remove)
-            stack.callback(setattr, linear.weight, "data", linear.weight.data)
             backend = backends.for_device(linear.weight.device)
-            linear.weight.data = backend.dequantize(result.weight, linear.weight.dtype)
+
+            def forward(
+                x: Tensor,
+                linear: nn.Linear = linear,
+                scheme: Scheme = scheme,
+                result: LayerResult = result,
+                backend: Backend = backend,
+            ) -> Tensor:
+                values = quantized_input(x, scheme, result.rotation, result.input_global_scale).to(x.dtype)
+                return linear_function(values, backend.dequantize(result.weight, linear.weight.dtype), linear.bias)
+
+            stack.callback(linear.__dict__.pop, "forward")
+            linear.__dict__["forward"] = forward
         yield
 
 
