@@ -20,8 +20,8 @@ from fp4 import CheckpointConfig, CheckpointHfQuantizer, FP4Linear, FPQuantConfi
 from fp4.checkpoint import codec_for
 from fp4.checkpoint.files import Checkpoint, load
 from fp4.checkpoint.layers import packed_layers
-from fp4.checkpoint_quantizer import takes_over
 from fp4.formats import dequantize
+from fp4.quantizer.checkpoints import takes_over
 
 # name, dtype of its unquantized tensors, activations in the checkpoint
 FIXTURES = [

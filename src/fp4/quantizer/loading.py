@@ -15,7 +15,7 @@ from fp4.nn import FP4Experts, FP4Linear
 from fp4.rotation import share
 
 if TYPE_CHECKING:
-    from fp4.quantizer import FPQuantHfQuantizer
+    from fp4.quantizer.fp_quant import FPQuantHfQuantizer
 
 
 class LoadOp(ConversionOps):

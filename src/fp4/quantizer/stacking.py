@@ -15,13 +15,13 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from fp4.checkpoint import StoredLinear
 from fp4.formats import QuantizedTensor
-from fp4.loading import LoadOp
 from fp4.nn import FP4Experts, FP4GroupedLinear
 from fp4.nn.layout import GATE_UP, ExpertsLayout
+from fp4.quantizer.loading import LoadOp
 from fp4.rotation import share
 
 if TYPE_CHECKING:
-    from fp4.quantizer import FPQuantHfQuantizer
+    from fp4.quantizer.fp_quant import FPQuantHfQuantizer
 
 _PER_EXPERT = re.compile(r"\*\.(\w+)\\?\.weight$")
 

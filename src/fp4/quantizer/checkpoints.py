@@ -20,16 +20,16 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from fp4 import legacy_config
 from fp4.checkpoint import codec_for
 from fp4.checkpoint.files import load, read_header
 from fp4.checkpoint.kv_cache import cache_tensors
 from fp4.checkpoint.layers import packed_layers
-from fp4.checkpoint_config import CheckpointConfig
 from fp4.config import FPQuantConfig
 from fp4.nn import FP4Linear
 from fp4.nn.layout import ExpertsLayout
-from fp4.quantizer import FPQuantHfQuantizer
+from fp4.quantizer import legacy_config
+from fp4.quantizer.checkpoint_config import CheckpointConfig
+from fp4.quantizer.fp_quant import FPQuantHfQuantizer
 from fp4.scheme import Scheme
 
 if TYPE_CHECKING:

@@ -14,19 +14,19 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from fp4 import stacking
 from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear
 from fp4.checkpoint.codec import name_rotation
 from fp4.checkpoint.fp_quant import FPQuantCodec
 from fp4.checkpoint.fusing import fused_groups
-from fp4.checkpoint_config import CheckpointConfig
 from fp4.config import FPQuantConfig
-from fp4.coverage import Coverage, coverage_of
 from fp4.formats import FP8, QuantizedTensor
-from fp4.loading import ReadLayer, RoundToNearest, SharedScale, reads_layers
 from fp4.nn import FP4Experts, FP4Linear, PackedWeight, swap_experts, swap_linears
 from fp4.nn.layout import ExpertsLayout
-from fp4.saving import save_atomically
+from fp4.quantizer import stacking
+from fp4.quantizer.checkpoint_config import CheckpointConfig
+from fp4.quantizer.coverage import Coverage, coverage_of
+from fp4.quantizer.loading import ReadLayer, RoundToNearest, SharedScale, reads_layers
+from fp4.quantizer.saving import save_atomically
 from fp4.scheme import Scheme
 
 if TYPE_CHECKING:
