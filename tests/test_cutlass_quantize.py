@@ -290,6 +290,26 @@ def test_swizzled_scales_of_experts(kernels: ctypes.CDLL, rotated: bool, own_sca
     assert last <= kernels.check_grouped_scale_rows(long(len(counts)), long(ends[-1]))
 
 
+@pytest.mark.parametrize("size", [0, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("used", [0, 5, 37, 40])
+def test_rows_that_no_expert_has_are_not_looked_at(
+    kernels: ctypes.CDLL, size: int, dtype: torch.dtype, used: int
+) -> None:
+    """Not even by the global scale that is taken from the others."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randint(-90, 90, (40, 64), generator=generator).to(dtype)
+    x[used:] = torch.nan
+    offsets = torch.tensor([0, used // 2, used], dtype=torch.int32)
+    rotation = torch.randint(-3, 4, (size, size), generator=generator) / 8 if size else None
+    codes, _, alpha, _ = run_quantize(kernels, x, NVFP4, "abs_max", None, rotation, True, offsets, alphas=2)
+    expected = formats.quantize(x[:used] if rotation is None else rotate(x[:used], rotation), NVFP4)
+    assert expected.global_scale is not None
+    assert alpha.tolist() == [expected.global_scale.float().item()] * 2
+    assert torch.equal(codes[:used], expected.codes)
+    assert (codes[used:] == 0xEE).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_the_matmul_needs_besides(kernels: ctypes.CDLL, dtype: torch.dtype) -> None:
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(6)).bfloat16()

@@ -89,7 +89,9 @@ void launch(QuantizeTask& task, int multiprocessors, cudaStream_t stream) {
   if (task.maxima != nullptr) {
     const int64_t elements = task.rows * task.k;
     const unsigned grid = grid_for((elements + kThreads * 8 - 1) / (kThreads * 8), multiprocessors, kMaxima);
-    enqueue(reduce_magnitude<T>, grid, kThreads, stream, static_cast<const T*>(task.x), elements, task.maxima, false);
+    const int32_t* end = task.offsets == nullptr ? nullptr : task.offsets + task.experts;
+    enqueue(reduce_magnitude<T>, grid, kThreads, stream, static_cast<const T*>(task.x), task.rows, task.k, end,
+            task.maxima, false);
     task.maxima_count = static_cast<int>(grid);
   }
   const int64_t columns = task.swizzled ? padded_columns(task.k / B) : task.k / B;
@@ -141,8 +143,10 @@ const char* largest_magnitude(const void* x, Type type, int64_t matrices, int64_
     for (int64_t first = 0; first < matrices; first += kMost) {
       const auto count = static_cast<unsigned>(std::min(kMost, matrices - first));
       const unsigned across = grid_for(chunks, std::max<int>(1, 2 * multiprocessors / static_cast<int>(count)));
-      enqueue(reduce_magnitude<T>, dim3(across, count), kThreads, stream, static_cast<const T*>(x) + first * elements,
-                                                                       elements, largest + first, true);
+      const T* from = static_cast<const T*>(x) + first * elements;
+      const int32_t* whole = nullptr;
+      enqueue(reduce_magnitude<T>, dim3(across, count), kThreads, stream, from, int64_t{1}, elements, whole,
+              largest + first, true);
     }
   });
   return launched();

@@ -71,6 +71,15 @@ __device__ __forceinline__ uint32_t largest_of_block(uint32_t bits) {
 
 // --- what quantizing has in common -----------------------------------------------------------------------------------
 
+// Rows from the last expert's end on are nobody's: even a global scale that is taken from the data must not see them.
+__device__ __forceinline__ int64_t used_rows(int64_t rows, const int32_t* end) {
+  return end == nullptr || *end > rows ? rows : *end;
+}
+
+__device__ __forceinline__ int64_t used_rows(const QuantizeTask& task) {
+  return used_rows(task.rows, task.offsets == nullptr ? nullptr : task.offsets + task.experts);
+}
+
 // The global scale where it is the same for all rows. All threads of the CTA must call.
 __device__ __forceinline__ double shared_global_scale(const QuantizeTask& task) {
   if (task.maxima_count == 0) return task.global_scale != nullptr ? task.global_scale[0] : 1.0;  // or of the first expert
@@ -167,8 +176,9 @@ __global__ void __launch_bounds__(kWarps* kWarp) quantize_blocks(QuantizeTask ta
 
 template <typename T>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    reduce_magnitude(const T* x, int64_t elements, float* maxima, bool one_per_matrix) {
+    reduce_magnitude(const T* x, int64_t rows, int64_t k, const int32_t* end, float* maxima, bool one_per_matrix) {
   constexpr int kEach = 16 / sizeof(T);
+  const int64_t elements = used_rows(rows, end) * k;
   const T* from = x + blockIdx.y * elements;
   uint32_t largest = 0;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * (kWarps * kWarp) + threadIdx.x) * kEach;
@@ -263,12 +273,12 @@ struct Rotation {
   }
 
   // One lane a column.
-  static __device__ __forceinline__ void multiply_plain(const QuantizeTask& task, int64_t row, int64_t first_column,
-                                                        float (&sums)[kTileRows]) {
+  static __device__ __forceinline__ void multiply_plain(const QuantizeTask& task, int64_t end, int64_t row,
+                                                        int64_t first_column, float (&sums)[kTileRows]) {
     const int lane = threadIdx.x % kWarp;
     const auto* x = static_cast<const T*>(task.x) + row * task.k + (first_column + lane) / H * H;
     const float* r = task.rotation + (first_column + lane) % H;
-    const int rows = task.rows - row < kTileRows ? static_cast<int>(task.rows - row) : kTileRows;
+    const int rows = end - row < kTileRows ? static_cast<int>(end - row) : kTileRows;
 #pragma unroll
     for (int i = 0; i < kTileRows; ++i) sums[i] = 0.0f;
     for (int k = 0; k < H; ++k) {
@@ -291,7 +301,8 @@ struct Rotation {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, group = lane / 4, quad = lane % 4;
     float(*staged)[kStride] = shared.staged[warp];
     const int64_t tiles_across = task.k / kTileColumns;
-    const int64_t tiles = (task.rows + kTileRows - 1) / kTileRows * tiles_across;
+    const int64_t rows = used_rows(task);
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows * tiles_across;
     uint32_t largest = 0;
     for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + warp; tile < tiles;
          tile += static_cast<int64_t>(gridDim.x) * kWarps) {
@@ -301,7 +312,7 @@ struct Rotation {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int64_t at = row + group + 8 * half;
-          if (at >= task.rows) continue;
+          if (at >= rows) continue;
           const auto* from = static_cast<const uint16_t*>(task.x) + at * task.k + column + quad * kEach;
 #pragma unroll
           for (int i = 0; i < kLoads; ++i) load_words(from + i * kChunk, x[i][half]);
@@ -326,7 +337,7 @@ struct Rotation {
           }
         } else {
           float sums[kTileRows];
-          multiply_plain(task, row, column + part, sums);
+          multiply_plain(task, rows, row, column + part, sums);
 #pragma unroll
           for (int i = 0; i < kTileRows; ++i) {
             if constexpr (kOnlyMagnitude) {
@@ -342,7 +353,7 @@ struct Rotation {
           constexpr int kBlocks = 32 / B;  // of a staged row
           const int64_t at = row + lane / kBlocks;
           Place place{false, 0, 1.0};
-          if (lane < kTileRows * kBlocks && at < task.rows) place = place_of(task, at, global_scale);
+          if (lane < kTileRows * kBlocks && at < rows) place = place_of(task, at, global_scale);
           if (place.is_used) {
             float values[B];
             load(&staged[lane / kBlocks][lane % kBlocks * B], values);
