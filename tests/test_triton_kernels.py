@@ -138,6 +138,26 @@ def test_linear_of_many_rows(fmt: Format, m: int) -> None:
     assert_product(run("linear", x, *packed(weight), None, 130), x, formats.dequantize(*weight))
 
 
+@FORMAT
+@DTYPE
+@pytest.mark.skipif(not INTERPRETED, reason="which order x has is the GPU's choice")
+def test_shuffled_activations(fmt: Format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Hopper's wide products take, of K that is no multiple of the shuffle's 32 where the format allows it."""
+    from fp4.backends.triton import linear
+
+    monkeypatch.setattr(linear, "shuffles", lambda device, tiling: True)
+    n, k = 21, 112 if fmt is NVFP4 else 96
+    weight, x, rotate = random_weight(fmt, n, k), torch.randn(35, k).to(dtype), rotation.hadamard(16).float()
+    values = formats.dequantize(*weight)
+    assert_product(run("linear", x, *packed(weight), None, n), x, values)
+    turned = rotation.rotate(x, rotate).to(dtype)
+    torch.testing.assert_close(
+        run("linear", x, *packed(weight), None, n, rotate).float(), turned.float() @ values.T, atol=0.02, rtol=0.02
+    )
+    result = run("linear_w4a4", x, *packed(weight), None, n, None, None, "abs_max")
+    assert_product(result, reference.quantize_activation(x, fmt, None, None, "abs_max"), values)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 16), (2, 3, 16), (1, 17, 48), (5, 1, 144)], ids=str)
 def test_odd_shapes(shape: tuple[int, int, int]) -> None:
     m, n, k = shape

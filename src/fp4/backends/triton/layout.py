@@ -12,6 +12,10 @@ A *panel* is sixteen rows, a *chunk* 128 columns of it, a *word* eight codes of 
 
 Rows are padded to whole panels and columns to whole chunks, with codes and scale bytes of zero. ``weight_scale`` ends
 every panel with as many zero bytes as blocks were added to a row, which is how ``unpack`` knows K.
+
+``mma`` may take columns in any order as long as x's are in the same one, so a word's eight neighbours do. Hopper's
+``wgmma`` reads x from shared memory in one order only, which wants lane t to hold the column pairs t, t + 4, t + 8 and
+t + 12 of every 32. For it x is *shuffled*: each 32 columns, as 4 x 4 pairs, transposed, and words fit lanes again.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from fp4.formats import format_of
 
 ROWS = 16
 CHUNK = 128
+SHUFFLE = 32  # columns that shuffling keeps together
 
 
 def scale_bytes(block: int) -> int:

@@ -35,9 +35,15 @@ TILINGS: dict[int, Tiling] = {
     4: Tiling(4, 8, 2, 2, 8, 2),
     8: Tiling(8, 8, 2, 1, 8, 3),
     16: Tiling(16, 4, 4, 1, 4, 3),
-    32: Tiling(32, 4, 4, 1, 4, 2),
+    32: Tiling(32, 4, 2, 1, 4, 3),
     64: Tiling(64, 1, 8, 1, 4, 3),
-    1 << 30: Tiling(128, 1, 8, 1, 8, 3),
+    1 << 30: Tiling(128, 1, 8, 1, 8, 2),  # in 99 KB of shared memory, which all GPUs have
+}
+# Hopper has 227 KB, and 256 rows to a product make decoding the cheaper part.
+HOPPER_TILINGS = {most: tiling for most, tiling in TILINGS.items() if most <= 32} | {
+    64: Tiling(64, 1, 8, 1, 8, 3),
+    512: Tiling(128, 1, 8, 1, 8, 3),
+    1 << 30: Tiling(256, 1, 8, 1, 8, 3),
 }
 # The same for FP4 activations on tensor cores that multiply them.
 SCALED_TILINGS: dict[int, Tiling] = {
@@ -56,20 +62,26 @@ SMALL_SCALED_TILINGS: dict[int, Tiling] = {
 WIDE_ROWS = 64
 
 
-def tiling_for(rows: int, parts: int) -> Tiling:
-    if parts > 1:
-        rows = min(rows, WIDE_ROWS)
-    return next(tiling for most, tiling in TILINGS.items() if rows <= most)
-
-
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return (0, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
 
 
+def tiling_for(rows: int, parts: int, device: torch.device) -> Tiling:
+    if parts > 1:
+        rows = min(rows, WIDE_ROWS)
+    tilings = HOPPER_TILINGS if _capability(device)[0] == 9 else TILINGS
+    return next(tiling for most, tiling in tilings.items() if rows <= most)
+
+
 def multiplies_fp4(device: torch.device) -> bool:
     """Whether Triton reaches tensor cores of ``device`` that multiply FP4."""
     return _capability(device) in CAPABILITIES
+
+
+def shuffles(device: torch.device, tiling: Tiling) -> bool:
+    """Whether such tiles are multiplied by Hopper's ``wgmma``, which wants x shuffled (layout.py)."""
+    return _capability(device)[0] == 9 and tiling.SLICES == 1
 
 
 @functools.cache
@@ -86,11 +98,11 @@ def _split(programs: int, chunks: int, tiling: Tiling, device: torch.device) -> 
     return split
 
 
-def _parts(x: Tensor, mx: bool) -> int:
+def _parts(dtype: torch.dtype, mx: bool) -> int:
     """How many terms x is taken apart into so that its products with the decoded weight are exact."""
-    if x.dtype == torch.float32:
+    if dtype == torch.float32:
         return 3
-    return 2 if x.dtype == torch.float16 and mx else 1
+    return 2 if dtype == torch.float16 and mx else 1
 
 
 class _Launch(NamedTuple):
@@ -104,7 +116,9 @@ class _Launch(NamedTuple):
         return self.grid[2]
 
 
-def _launch(rows: int, k: int, weight: Tensor, out_features: int, tiling: Tiling, grouped: bool) -> _Launch:
+def _launch(rows: int, k: int, x: Tensor, weight: Tensor, out_features: int, tiling: Tiling, grouped: bool) -> _Launch:
+    if weight.device != x.device:
+        raise ValueError(f"the activations are on {x.device} and the weight is on {weight.device}; move one of them")
     experts = weight.shape[0] if grouped else 0
     panels, chunks = weight.shape[-3:-1]
     if panels != triton.cdiv(out_features, layout.ROWS) or chunks != triton.cdiv(k, layout.CHUNK):
@@ -141,22 +155,24 @@ def _product(
     out_features: int,
     x_unit: Tensor | None,
     dtype: torch.dtype,
+    tiling: Tiling,
 ) -> Tensor:
-    """x ``[T, K]`` contiguous against packed weights -> ``[T, N]`` in ``dtype``, times the float64 ``x_unit``."""
+    """x ``[T, K]`` contiguous against packed weights -> ``[T, N]`` in ``dtype``, times the float64 ``x_unit``.
+
+    x is shuffled where ``shuffles`` says so.
+    """
     rows, k = x.shape
     out = torch.empty(rows, out_features, dtype=dtype, device=x.device)
     if not out.numel():
         return out
     mx, grouped = format_of(weight_scale) is MXFP4, offsets is not None
-    parts = _parts(x, mx)
-    tiling = tiling_for(_rows_a_matrix(rows, weight, grouped), parts)
-    launch = _launch(rows, k, weight, out_features, tiling, grouped)
+    launch = _launch(rows, k, x, weight, out_features, tiling, grouped)
     into = out if launch.split == 1 else torch.empty(launch.split, *out.shape, dtype=torch.float32, device=x.device)
     multiply[launch.grid](
         x, weight.view(torch.uint32), weight_scale.view(torch.uint8), global_scale, x_unit, bias, offsets, into,
         rows, out_features, k, weight.shape[-2], weight_scale.shape[-1], launch.experts,
-        mx, parts, x_unit is not None and x_unit.numel() > 1, triton.next_power_of_2(launch.experts),
-        tiling.BM, tiling.SLICES, tiling.PANELS, tiling.CHUNKS, launch.split,
+        mx, _parts(x.dtype, mx), shuffles(x.device, tiling), x_unit is not None and x_unit.numel() > 1,
+        triton.next_power_of_2(launch.experts), tiling.BM, tiling.SLICES, tiling.PANELS, tiling.CHUNKS, launch.split,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
     return _summed(into, out)
@@ -181,7 +197,7 @@ def scaled_product(
     tilings = SMALL_SCALED_TILINGS if _capability(codes.device)[0] == 12 else SCALED_TILINGS
     expected = _rows_a_matrix(rows, weight, grouped)
     tiling = next(tiling for most, tiling in tilings.items() if expected <= most)
-    launch = _launch(rows, k, weight, out_features, tiling, grouped)
+    launch = _launch(rows, k, codes, weight, out_features, tiling, grouped)
     into = out if launch.split == 1 else torch.empty(launch.split, *out.shape, dtype=torch.float32, device=out.device)
     multiply_scaled[launch.grid](
         codes, scales, weight, weight_scale.view(torch.uint8), global_scale, x_unit, bias, offsets, into,
@@ -204,9 +220,10 @@ def _weight_only(
     rotation: Tensor | None,
 ) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    if rotation is not None:
-        flat = rotate(flat, rotation)
-    out = _product(flat, weight, weight_scale, global_scale, bias, offsets, out_features, None, x.dtype)
+    parts = _parts(x.dtype, format_of(weight_scale) is MXFP4)
+    tiling = tiling_for(_rows_a_matrix(flat.shape[0], weight, offsets is not None), parts, x.device)
+    flat = rotate(flat, rotation, shuffles(x.device, tiling))
+    out = _product(flat, weight, weight_scale, global_scale, bias, offsets, out_features, None, x.dtype, tiling)
     return out.view(*x.shape[:-1], out_features)
 
 
@@ -262,8 +279,10 @@ def _w4a4(
             codes, scales, weight, weight_scale, global_scale, bias, offsets, out_features, unit, x.dtype
         )
         return out.view(*x.shape[:-1], out_features)
-    values, _, unit = quantize_activation(flat, fmt, rotation, input_global_scale, rule, VALUES.value)
-    out = _product(values, weight, weight_scale, global_scale, bias, offsets, out_features, unit, x.dtype)
+    tiling = tiling_for(_rows_a_matrix(flat.shape[0], weight, offsets is not None), 1, x.device)
+    shuffled = shuffles(x.device, tiling)
+    values, _, unit = quantize_activation(flat, fmt, rotation, input_global_scale, rule, VALUES.value, shuffled)
+    out = _product(values, weight, weight_scale, global_scale, bias, offsets, out_features, unit, x.dtype, tiling)
     return out.view(*x.shape[:-1], out_features)
 
 

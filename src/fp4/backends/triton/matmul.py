@@ -14,6 +14,9 @@ import triton.language as tl
 
 from fp4.backends.triton.codec import INTERPRETED, dot, dot_split, narrow, widen
 
+# Tiles of x that are multiplied with one tile of weights before the next.
+SPAN = tl.constexpr(8)
+
 
 @triton.jit
 def _times_packed(a, b, dtype: tl.constexpr):
@@ -51,8 +54,12 @@ def _decode_pair(words, scale, PAIR: tl.constexpr, MX: tl.constexpr, dtype: tl.c
 
 
 @triton.jit
-def _decode(words, scale_bytes, shape: tl.constexpr, MX: tl.constexpr, dtype: tl.constexpr):
+def _decode(
+    words, scale_bytes, shape: tl.constexpr, MX: tl.constexpr, SHUFFLED: tl.constexpr, dtype: tl.constexpr
+):  # fmt: skip
     """Weight values in ``dtype``, ``[L, 16, columns]``: words ``[L, 256 C]`` and scales ``[L, C, 32, 8]`` of C chunks.
+
+    SHUFFLED: columns in the order of ``layout.shuffle``.
 
     A code's three bits of magnitude, put at the boundary of a 16-bit float's exponent and mantissa, are its E2M1 value
     times 2**-14 (float16) or 2**-126 (bfloat16); subnormals make 0.5 come out right. Scales carry a power of two that
@@ -83,7 +90,10 @@ def _decode(words, scale_bytes, shape: tl.constexpr, MX: tl.constexpr, dtype: tl
     pairs = tl.join(even, odd)
     low = (pairs & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
     high = (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
-    return tl.reshape(tl.join(low, high), shape)
+    values = tl.join(low, high)
+    if SHUFFLED:
+        values = tl.permute(tl.reshape(values, (L, 16, C * 4, 4, 4, 2)), (0, 1, 2, 4, 3, 5))
+    return tl.reshape(values, shape)
 
 
 @triton.jit
@@ -102,10 +112,28 @@ def rows_of_tile(offsets, tile, experts, BM: tl.constexpr, BE: tl.constexpr):
 
 
 @triton.jit
+def near_tiles(SPAN: tl.constexpr):
+    """Numbers of the tiles of weight rows and of x rows that a program takes.
+
+    Programs that run at the same time take SPAN tiles of x for each tile of weights, so that both come from the
+    second-level cache most of the time.
+    """
+    across, down = tl.num_programs(0), tl.num_programs(1)
+    i = tl.program_id(1) * across + tl.program_id(0)
+    first = i // (SPAN * across) * SPAN
+    height = tl.minimum(down - first, SPAN)
+    inside = i % (SPAN * across)
+    return inside // height, first + inside % height
+
+
+@triton.jit
 def finish(
-    total, unit, x_unit, bias, out, expert, row, rows, here, N, UNIT_BY_ROW: tl.constexpr, SPLIT: tl.constexpr
+    total, unit, x_unit, bias, out, expert, tile, row, rows, here, N, UNIT_BY_ROW: tl.constexpr, SPLIT: tl.constexpr
 ):  # fmt: skip
-    """Write a tile of float32 sums ``[weight rows, x rows]`` times the global scales, plus bias, to ``out[row, n]``."""
+    """Write float32 sums ``[weight rows, x rows]`` times the global scales, plus bias, to ``out[row, n]``.
+
+    ``tile`` is the number of the tile of weight rows.
+    """
     if unit is not None:
         total *= tl.load(unit + expert).to(tl.float32)
     if x_unit is not None:
@@ -113,7 +141,7 @@ def finish(
             total *= tl.load(x_unit + row, mask=here, other=0.0).to(tl.float32)[None, :]
         else:
             total *= tl.load(x_unit).to(tl.float32)
-    n = tl.program_id(0) * total.shape[0] + tl.arange(0, total.shape[0])
+    n = tile * total.shape[0] + tl.arange(0, total.shape[0])
     if bias is not None:
         if tl.program_id(2) == 0:
             total += widen(tl.load(bias + expert * N + n, mask=n < N, other=0.0))[:, None]
@@ -127,14 +155,15 @@ def finish(
 def multiply(
     x, weight, weight_scale, unit, x_unit, bias, offsets, out,
     rows, N, K, chunks, scale_stride, experts,
-    MX: tl.constexpr, PARTS: tl.constexpr, UNIT_BY_ROW: tl.constexpr, BE: tl.constexpr,
+    MX: tl.constexpr, PARTS: tl.constexpr, SHUFFLED: tl.constexpr, UNIT_BY_ROW: tl.constexpr, BE: tl.constexpr,
     BM: tl.constexpr, SLICES: tl.constexpr, PANELS: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """``out = (x @ weight.T) * unit * x_unit + bias`` for a tile of BM rows of x and PANELS panels of weight.
 
-    Grid: tiles of weight rows, tiles of x rows, SPLIT. x ``[rows, K]`` contiguous; weight as uint32 words and scales as
-    bytes, of layout.py. PARTS is the number of bfloat16 terms x is taken apart into (1: x has the weight's dtype). With
-    ``offsets`` (BE experts at most) a tile belongs to one expert. Where SPLIT > 1, out is float32 ``[SPLIT, rows, N]``.
+    Grid: tiles of weight rows, tiles of x rows, SPLIT. x ``[rows, K]`` contiguous, SHUFFLED or not; weight as uint32
+    words and scales as bytes, of layout.py. PARTS is the number of bfloat16 terms x is taken apart into (1: x has the
+    weight's dtype). With ``offsets`` (BE experts at most) a tile belongs to one expert. Where SPLIT > 1, out is float32
+    ``[SPLIT, rows, N]``.
     """
     dtype: tl.constexpr = tl.float16 if PARTS == 1 and x.dtype.element_ty == tl.float16 else tl.bfloat16
     SCALES: tl.constexpr = 64 if MX else 128  # bytes a chunk
@@ -143,8 +172,11 @@ def multiply(
     BK: tl.constexpr = CHUNKS * 128
 
     panels = tl.cdiv(N, 16)
-    expert, first_row, end_row = 0, tl.program_id(1) * BM, rows
-    if offsets is not None:
+    if offsets is None:
+        tile, x_tile = near_tiles(SPAN)
+        expert, first_row, end_row = 0, x_tile * BM, rows
+    else:
+        tile = tl.program_id(0)
         expert, first_row, end_row = rows_of_tile(offsets, tl.program_id(1), experts, BM, BE)
         if expert >= experts:
             return
@@ -153,8 +185,10 @@ def multiply(
 
     # Slices of K, whole steps of CHUNKS chunks each; the last ones may be short or empty.
     steps = tl.cdiv(tl.cdiv(chunks, CHUNKS), SPLIT * SLICES)
+    # A path around the loop would make the assembler wait for each of Hopper's asynchronous products.
+    tl.assume(steps > 0)
     i = tl.arange(0, L)
-    panel = tl.program_id(0) * PANELS + i % PANELS
+    panel = tile * PANELS + i % PANELS
     begin = (tl.program_id(2) * SLICES + i // PANELS) * (steps * CHUNKS)
     in_chunk = tl.arange(0, CHUNKS)
     word = tl.arange(0, CHUNKS * 256)
@@ -188,12 +222,12 @@ def multiply(
         if SLICES == 1:
             at = k_begin + step * BK + k
             values = tl.load(x_row[None, :] + at[:, None], mask=here[None, :] & (at < K)[:, None], other=0.0)
-            decoded = _decode(words, scale_bytes, (BN, BK), MX, dtype)
+            decoded = _decode(words, scale_bytes, (BN, BK), MX, SHUFFLED, dtype)
         else:
             at = (k_begin + step * BK)[:, None] + k[None, :]
             mask = here[None, None, :] & (at < K)[:, :, None]
             values = tl.load(x_row[None, None, :] + at[:, :, None], mask=mask, other=0.0)
-            decoded = _decode(words, scale_bytes, (SLICES, BN, BK), MX, dtype)
+            decoded = _decode(words, scale_bytes, (SLICES, BN, BK), MX, SHUFFLED, dtype)
         if PARTS == 1:
             acc = dot(decoded, values, acc)
         else:
@@ -202,7 +236,7 @@ def multiply(
     total = acc if SLICES == 1 else tl.sum(acc, 0)
     if not MX:  # what _decode left out
         total *= 128.0 if dtype == tl.float16 else 256.0
-    finish(total, unit, x_unit, bias, out, expert, row, rows, here, N, UNIT_BY_ROW, SPLIT)
+    finish(total, unit, x_unit, bias, out, expert, tile, row, rows, here, N, UNIT_BY_ROW, SPLIT)
 
 
 @triton.jit
@@ -210,6 +244,7 @@ def add_partial_sums(partial, out, count, SPLIT: tl.constexpr, BLOCK: tl.constex
     """``out[i] = sum_s partial[s, i]``, in the order of s."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for s in tl.static_range(SPLIT):
-        total += tl.load(partial + s * count.to(tl.int64) + i, mask=i < count, other=0.0)
+    for _ in tl.static_range(SPLIT):
+        total += tl.load(partial + i, mask=i < count, other=0.0)
+        partial += count
     tl.store(out + i, narrow(total, out.dtype.element_ty), mask=i < count)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp4 import formats
+from fp4.backends.triton import layout
 from fp4.backends.triton.codec import (
     block_scale,
     dot,
@@ -59,6 +60,18 @@ def _load_rotated(x, rotation, row, column, rows, K, H: tl.constexpr):
 
 
 @triton.jit
+def _store_values(value, out, row, column, rows, width, SHUFFLED: tl.constexpr):
+    """Write a float32 tile to ``out[rows, width]`` in its dtype, in the order of ``layout.py`` if SHUFFLED."""
+    if SHUFFLED:
+        BR: tl.constexpr = value.shape[0]
+        BC: tl.constexpr = value.shape[1]
+        pairs = tl.reshape(value, (BR, BC // 32, 4, 4, 2))
+        value = tl.reshape(tl.permute(pairs, (0, 1, 3, 2, 4)), (BR, BC))
+    at = row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(out + at, narrow(value, out.dtype.element_ty), mask=(row < rows)[:, None] & (column < width)[None, :])
+
+
+@triton.jit
 def _magnitudes(x, rotation, partial, rows, K, H: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     """partial ``[matrices, P]``: the largest magnitude that each of P programs saw of a matrix ``[rows, K]``.
 
@@ -95,18 +108,20 @@ def _finish_magnitudes(partial, out, P, BP: tl.constexpr):
 @triton.jit
 def _quantize(
     x, rotation, unit, partial, taken_unit, codes, scales,
-    rows, K, rows_per_unit, P,
-    MX: tl.constexpr, RULE: tl.constexpr, MODE: tl.constexpr, H: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    rows, K, width, rows_per_unit, P,
+    MX: tl.constexpr, RULE: tl.constexpr, MODE: tl.constexpr, SHUFFLED: tl.constexpr, H: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """One tile of x ``[rows, K]`` under ``unit[row // rows_per_unit]``, or under the amax in ``partial`` [P]."""
+    """One tile of x ``[rows, K]`` under ``unit[row // rows_per_unit]``, or under the amax in ``partial`` [P].
+
+    Values, rather than codes, are written in rows of ``width``, zeros beyond K.
+    """
     across = tl.cdiv(K, BC)
     row = (tl.program_id(0) // across) * BR + tl.arange(0, BR)
     column = (tl.program_id(0) % across) * BC + tl.arange(0, BC)
     value = _load_rotated(x, rotation, row, column, rows, K, H)
-    inside = (row < rows)[:, None] & (column < K)[None, :]
     if MODE == ROTATED:
-        at = row.to(tl.int64)[:, None] * K + column[None, :]
-        tl.store(codes + at, narrow(value, codes.dtype.element_ty), mask=inside)
+        _store_values(value, codes, row, column, rows, width, SHUFFLED)
     else:
         B: tl.constexpr = 32 if MX else 16
         C: tl.constexpr = BC // B
@@ -126,8 +141,7 @@ def _quantize(
         code = encode(blocks, effective_scale(byte, by_row, MX))
         if MODE == VALUES:
             product = e2m1_value(code) * scale_value(byte, MX)[:, :, None]
-            at = row.to(tl.int64)[:, None] * K + column[None, :]
-            tl.store(codes + at, narrow(tl.reshape(product, (BR, BC)), tl.bfloat16), mask=inside)
+            _store_values(tl.reshape(product, (BR, BC)), codes, row, column, rows, width, SHUFFLED)
         else:
             block = (tl.program_id(0) % across) * C + tl.arange(0, C)
             at = row.to(tl.int64)[:, None] * (K // B) + block[None, :]
@@ -216,8 +230,8 @@ def quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> 
     tile = _tile(k, 0)
     if rows and k:
         _quantize[_grid(rows, k, tile)](
-            x.contiguous(), None, unit, None, None, codes, scales, rows, k, rows_per_unit, 0,
-            fmt is MXFP4, rule, CANONICAL.value, 0, *tile, **_EXACT,
+            x.contiguous(), None, unit, None, None, codes, scales, rows, k, k, rows_per_unit, 0,
+            fmt is MXFP4, rule, CANONICAL.value, False, 0, *tile, **_EXACT,
         )  # fmt: skip
     return codes, scales.view(fmt.scale_dtype)
 
@@ -242,33 +256,49 @@ def _fits(group: int) -> bool:
     return group in (16, 32, 64, 128)
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """x ``[T, K]`` contiguous, times the rotation in groups, rounded to x.dtype: ``[T, K]``."""
-    group = rotation.shape[0]
-    if not _fits(group):
-        return rotation_by_torch(x, rotation).to(x.dtype)
-    out = torch.empty_like(x)
-    if x.numel():
-        tile = _tile(x.shape[1], group)
-        _quantize[_grid(x.shape[0], x.shape[1], tile)](
-            x, rotation, None, None, None, out, None, *x.shape, 1, 0,
-            False, "", ROTATED.value, group, *tile, **_EXACT,
+def _width(k: int, shuffled: bool) -> int:
+    """Columns of values: K, or whole units of shuffling."""
+    return triton.cdiv(k, layout.SHUFFLE) * layout.SHUFFLE if shuffled else k
+
+
+def rotate(x: Tensor, rotation: Tensor | None, shuffled: bool = False) -> Tensor:
+    """x ``[T, K]`` contiguous, times the rotation in groups, rounded to x.dtype: ``[T, K]``, or wider if shuffled."""
+    if rotation is not None and not _fits(rotation.shape[0]):
+        x = rotation_by_torch(x, rotation).to(x.dtype)
+        rotation = None
+    if rotation is None and not shuffled:
+        return x
+    rows, k = x.shape
+    group = 0 if rotation is None else rotation.shape[0]
+    out = torch.empty(rows, _width(k, shuffled), dtype=x.dtype, device=x.device)
+    if out.numel():
+        tile = _tile(k, group)
+        _quantize[_grid(rows, k, tile)](
+            x, rotation, None, None, None, out, None, rows, k, out.shape[1], 1, 0,
+            False, "", ROTATED.value, shuffled, group, *tile, **_EXACT,
         )  # fmt: skip
     return out
 
 
 def quantize_activation(
-    x: Tensor, fmt: formats.Format, rotation: Tensor | None, global_scale: Tensor | None, rule: str, mode: int
+    x: Tensor,
+    fmt: formats.Format,
+    rotation: Tensor | None,
+    global_scale: Tensor | None,
+    rule: str,
+    mode: int,
+    shuffled: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What W4A4 multiplies: x ``[T, K]`` contiguous, rotated and quantized.
 
     Args:
         global_scale: float64, one or one a row; None takes it from x (NVFP4) or does without (MXFP4).
         mode: ``VALUES`` or ``INTERLEAVED``.
+        shuffled: the order of values.
 
     Returns:
-        bfloat16 values ``[T, K]`` or codes ``[T, K/2]``, scales ``[T, K/B]`` where there are codes, and the float64
-        global scale ``[1]`` or ``[T]`` by which both are yet to be multiplied (None: 1).
+        bfloat16 values ``[T, K]`` (wider if shuffled) or codes ``[T, K/2]``, scales ``[T, K/B]`` where there are codes,
+        and the float64 global scale ``[1]`` or ``[T]`` by which both are yet to be multiplied (None: 1).
     """
     rows, k = x.shape
     if rotation is not None and not _fits(rotation.shape[0]):
@@ -276,7 +306,8 @@ def quantize_activation(
         rotation = None
     group = 0 if rotation is None else rotation.shape[0]
     values = mode == VALUES.value
-    codes = torch.empty(rows, k if values else k // 2, dtype=torch.bfloat16 if values else torch.uint8, device=x.device)
+    width = _width(k, shuffled) if values else k // 2
+    codes = torch.empty(rows, width, dtype=torch.bfloat16 if values else torch.uint8, device=x.device)
     scales = None if values else torch.empty(rows, k // fmt.block_size, dtype=torch.uint8, device=x.device)
     partial, taken = None, global_scale
     if global_scale is None and fmt.needs_global_scale:
@@ -285,8 +316,8 @@ def quantize_activation(
     tile = _tile(k, group)
     _quantize[_grid(rows, k, tile)](
         x, rotation, global_scale, partial, None if partial is None else taken, codes, scales,
-        rows, k, 1 if global_scale is not None and global_scale.numel() == rows > 1 else rows,
+        rows, k, width, 1 if global_scale is not None and global_scale.numel() == rows > 1 else rows,
         0 if partial is None else partial.shape[1],
-        fmt is MXFP4, rule, mode, group, *tile, **_EXACT,
+        fmt is MXFP4, rule, mode, shuffled, group, *tile, **_EXACT,
     )  # fmt: skip
     return codes, scales, taken

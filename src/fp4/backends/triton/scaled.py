@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fp4.backends.triton.codec import INTERPRETED, e2m1_value, scale_value
-from fp4.backends.triton.matmul import finish, rows_of_tile
+from fp4.backends.triton.matmul import SPAN, finish, near_tiles, rows_of_tile
 
 #: Compute capabilities for which Triton turns ``tl.dot_scaled`` into block-scaled instructions.
 CAPABILITIES = ((10, 0), (10, 3), (11, 0), (12, 0))
@@ -57,15 +57,18 @@ def multiply_scaled(
     BK: tl.constexpr = CHUNKS * 128
 
     panels = tl.cdiv(N, 16)
-    expert, first_row, end_row = 0, tl.program_id(1) * BM, rows
-    if offsets is not None:
+    if offsets is None:
+        tile, x_tile = near_tiles(SPAN)
+        expert, first_row, end_row = 0, x_tile * BM, rows
+    else:
+        tile = tl.program_id(0)
         expert, first_row, end_row = rows_of_tile(offsets, tl.program_id(1), experts, BM, BE)
         if expert >= experts:
             return
         weight += expert.to(tl.int64) * panels * chunks * 1024
         weight_scale += expert.to(tl.int64) * panels * scale_stride
 
-    panel = tl.program_id(0) * PANELS + tl.arange(0, PANELS)
+    panel = tile * PANELS + tl.arange(0, PANELS)
     byte = tl.arange(0, CHUNKS * 1024)
     scale_byte = tl.arange(0, CHUNKS * SCALES)
     in_codes = tl.arange(0, BK // 2)
@@ -75,6 +78,7 @@ def multiply_scaled(
     row64 = row.to(tl.int64)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     steps = tl.cdiv(tl.cdiv(chunks, CHUNKS), SPLIT)
+    tl.assume(steps > 0)
     for step in range(0, steps):
         chunk = (tl.program_id(2) * steps + step) * CHUNKS
         left = tl.where(panel < panels, chunks - chunk, 0)[:, None]
@@ -94,4 +98,4 @@ def multiply_scaled(
         acc = _dot_scaled(
             tl.reshape(codes, (BN, BK // 2)), tl.reshape(scales, (BN, BK // B)), x_codes, x_scales, acc, MX
         )
-    finish(acc, unit, x_unit, bias, out, expert, row, rows, here, N, UNIT_BY_ROW, SPLIT)
+    finish(acc, unit, x_unit, bias, out, expert, tile, row, rows, here, N, UNIT_BY_ROW, SPLIT)
