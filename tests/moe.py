@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 _COMMON: dict[str, Any] = {
-    "vocab_size": 256,
+    "vocab_size": 320,
     "hidden_size": 128,
     "intermediate_size": 128,
     "num_hidden_layers": 2,

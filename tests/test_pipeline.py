@@ -114,8 +114,10 @@ def test_every_scheme_loads_in_its_default_format(scheme: str, tmp_path: Path, t
     model = save_small("llama", tmp_path / "model")
     report = fp4.quantize(model, tmp_path / "out", scheme, "rtn", text, samples=2, seq_len=32)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     with torch.no_grad():
-        assert torch.isfinite(loaded(torch.arange(3, 20)[None]).logits).all()
+        found, expected = (m(torch.arange(3, 20)[None]).logits.float().flatten() for m in (loaded, dense))
+    assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.9
     assert {row["scheme"] for row in report["layers"]} == {scheme}
 
 

@@ -129,6 +129,13 @@ def quantize(
     seq_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens a sample. Default 512, or the recipe's.", rich_help_panel=_DATA)
     ] = None,
+    experts: Annotated[
+        str,
+        typer.Option(
+            help="Tokens that an expert is calibrated on: all, or routed, those that the router sends to it (faster).",
+            rich_help_panel=_DATA,
+        ),
+    ] = "all",
     seed: Annotated[
         int | None,
         typer.Option(
@@ -206,6 +213,7 @@ def quantize(
         only=only or [],
         overrides=[*(override or []), *_read_overrides(overrides)],
         options=_read_options(option or []),
+        experts=experts,
         samples=samples,
         seq_len=seq_len,
         seed=seed,

@@ -13,6 +13,7 @@ from torch.nn.functional import linear as linear_function
 
 from fp4 import backends
 from fp4.backends.base import Backend
+from fp4.calibration.experts import every_token
 from fp4.formats import FP8, QuantizedTensor, fake_quantize_fp8
 from fp4.rotation import rotate, rotation_for
 from fp4.scheme import Scheme
@@ -105,8 +106,12 @@ def quantized_input(x: Tensor, scheme: Scheme, rotation: Tensor | None, input_gl
 
 @contextmanager
 def capture_inputs(block: Block, layers: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Calls ``see(layer, x)`` with the input ``[..., K]`` of each of ``layers`` whenever one is run."""
+    """Calls ``see(layer, x)`` with the input ``[..., K]`` of each of ``layers`` whenever one is run.
+
+    Experts see every token within it, not only those of the router (:mod:`fp4.calibration.experts`).
+    """
     with ExitStack() as stack:
+        stack.enter_context(every_token(block.module))
         for layer in layers:
 
             def hook(module: nn.Module, arguments: tuple[Any, ...], layer: str = layer) -> None:

@@ -12,6 +12,7 @@ is taken back.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -157,13 +158,18 @@ def equalise(block: Block, alpha: float, seen: Survey) -> list[str]:
         if changed():
             for layer in reversed(kept):
                 folds[layer].undo()
-            tried, kept = kept, []
-            for layer in tried:
-                apply([layer])
+            # Experts stand or fall together: the output may hide a wrong fold of one that few tokens are sent to.
+            tried: dict[str, list[str]] = {}
+            for layer in kept:
+                tried.setdefault(re.sub(r"\d+", "*", layer), []).append(layer)
+            kept = []
+            for layers in tried.values():
+                apply(layers)
                 if changed():
-                    folds[layer].undo()
+                    for layer in reversed(layers):
+                        folds[layer].undo()
                 else:
-                    kept.append(layer)
+                    kept += layers
     for layer in kept:
         for name in folds[layer].layers:
             seen.energy[name] = seen.energy[name] / applied[layer].square()

@@ -26,7 +26,7 @@ class _SeenEnoughError(Exception):
 def stages(block: Block) -> list[list[list[str]]]:
     """Stages in running order; each is a list of sets of layers that read the same tensor, with the same scheme.
 
-    Layers that the first batch does not reach (a branch not taken) are in no stage.
+    Layers that no batch reaches (a branch not taken) are in no stage.
     """
     seen: dict[str, Tensor] = {}
 
@@ -34,7 +34,10 @@ def stages(block: Block) -> list[list[list[str]]]:
         seen.setdefault(layer, x)  # kept alive, so that a data pointer is not used again
 
     with torch.no_grad(), capture_inputs(block, block.layers, see):
-        block.run(block.inputs[0], 0)
+        for index, hidden in enumerate(block.inputs):
+            block.run(hidden, index)
+            if len(seen) == len(block.layers):
+                break
     shared: dict[object, list[str]] = {}
     for layer, x in seen.items():
         key = (x.data_ptr(), tuple(x.shape), block.layers[layer])

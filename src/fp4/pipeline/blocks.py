@@ -16,8 +16,10 @@ from fp4.checkpoint.files import DTYPES, ShardWriter, Spec, load, spec_of
 from fp4.formats import FP8, QuantizedTensor
 from fp4.methods import Block, LayerResult, Method
 from fp4.methods.block import capture_inputs, emulated, quantized_input
+from fp4.methods.scales import has_static_input_scale, input_scale
 from fp4.pipeline.assemble import assemble
 from fp4.pipeline.capture import Call, capture, output_of, result_form, same
+from fp4.pipeline.experts import separate_experts
 from fp4.pipeline.hidden import HiddenStates
 from fp4.pipeline.memory import Memory
 from fp4.pipeline.output import scheme_in_file
@@ -28,6 +30,7 @@ from fp4.pipeline.samples import batches_of, stored_samples
 from fp4.pipeline.skeleton import Skeleton
 from fp4.pipeline.staging import Staging
 
+_UNSEEN = "no calibration token reached it: rounded to nearest, its input scale from the range of its weight"
 # Output errors for the report are measured on so many tokens.
 _MEASURED_TOKENS = 512
 
@@ -45,10 +48,12 @@ class BlockCalibration:
         options: Any,
         memory: Memory,
         seed: int | None,
+        experts: str,
         progress: Progress,
     ) -> None:
         self.skeleton, self.plan, self.codec, self.staging = skeleton, plan, codec, staging
         self.method, self.options, self.memory, self.seed, self.progress = method, options, memory, seed, progress
+        self.experts = experts
         self.device = memory.device
         self.batches: list[Tensor] = []
         #: Arguments of each block besides hidden states, one list of blocks a batch; equal ones are one object.
@@ -158,45 +163,50 @@ class BlockCalibration:
             layer.name.removeprefix(f"{name}."): layer for layer in self.plan.layers.values() if layer.block == number
         }
 
-        def run(hidden: Tensor, batch: int) -> Tensor:
-            args, kwargs = self.calls[batch][number]
-            return output_of(module(hidden, *args, **kwargs))
+        experts = {layer.expert.module.name: layer.expert.module for layer in planned.values() if layer.expert}
+        with separate_experts(module, name, list(experts.values()), self.experts == "all"):
 
-        block = Block(
-            name,
-            module,
-            {short: layer.scheme for short, layer in planned.items() if layer.scheme.format is not FP8},
-            [
-                [member.removeprefix(f"{name}.") for member in group]
-                for group in self.plan.groups
-                if group[0].startswith(f"{name}.")
-            ],
-            inputs,
-            originals,
-            run,
-            (self.seed or 0) + number,
-        )
-        # The dense block goes first, since a method may change its norms.
-        originals_after = self._states(number + 1, "originals", inputs.shapes[0][-1])
-        follows = self.method.needs_data and not last
-        if follows:
-            self._propagate(originals, run, originals_after)
-        results = self.method.run(block, self.options) if block.layers else {}
-        for short, layer in planned.items():
-            if layer.scheme.format is FP8:
-                block.layers[short] = layer.scheme
-                results[short] = self._to_fp8(layer, block.linear(short).weight.data)
-        errors = self._output_errors(block, results)
-        inputs_after = self._states(number + 1, "inputs", inputs.shapes[0][-1])
-        if not last:
-            with emulated(block, results):
-                self._propagate(inputs, run, inputs_after)
-        each = (time.perf_counter() - started) / max(1, len(planned))
-        rows = []
-        for short, layer in planned.items():
-            result = results[short]
-            statistics = sampled_statistics(block.linear(short).weight.data, result.weight, result.rotation)
-            rows.append(layer_row(layer, statistics, result.rule, errors.get(short), each))
+            def run(hidden: Tensor, batch: int) -> Tensor:
+                args, kwargs = self.calls[batch][number]
+                return output_of(module(hidden, *args, **kwargs))
+
+            block = Block(
+                name,
+                module,
+                {short: layer.scheme for short, layer in planned.items() if layer.scheme.format is not FP8},
+                [
+                    [member.removeprefix(f"{name}.") for member in group]
+                    for group in self.plan.groups
+                    if group[0].startswith(f"{name}.")
+                ],
+                inputs,
+                originals,
+                run,
+                (self.seed or 0) + number,
+            )
+            # The dense block goes first, since a method may change its norms.
+            originals_after = self._states(number + 1, "originals", inputs.shapes[0][-1])
+            follows = self.method.needs_data and not last
+            if follows:
+                self._propagate(originals, run, originals_after)
+            results = self.method.run(block, self.options) if block.layers else {}
+            for short, layer in planned.items():
+                if layer.scheme.format is FP8:
+                    block.layers[short] = layer.scheme
+                    results[short] = self._to_fp8(layer, block.linear(short).weight.data)
+            unseen = _fill_input_scales(block, results)
+            errors = self._output_errors(block, results)
+            inputs_after = self._states(number + 1, "inputs", inputs.shapes[0][-1])
+            if not last:
+                with emulated(block, results):
+                    self._propagate(inputs, run, inputs_after)
+            each = (time.perf_counter() - started) / max(1, len(planned))
+            rows = []
+            for short, layer in planned.items():
+                result = results[short]
+                statistics = sampled_statistics(block.linear(short).weight.data, result.weight, result.rotation)
+                row = layer_row(layer, statistics, result.rule, errors.get(short), each)
+                rows.append(row | ({"note": _UNSEEN} if short in unseen else {}))
         note = {
             "file": self._write(number, module, planned, results),
             "layers": rows,
@@ -207,7 +217,7 @@ class BlockCalibration:
 
     def _to_fp8(self, layer: PlannedLayer, weight: Tensor) -> LayerResult:
         """FP8 has nothing to calibrate; its scales have the dtype of the checkpoint."""
-        stored = self.skeleton.checkpoint.tensors[self.skeleton.sources[f"{layer.name}.weight"].keys[0]]
+        stored = self.skeleton.checkpoint.tensors[layer.keys[0]]
         quantized = quantize_weight(weight.to(DTYPES[stored.dtype]), layer)
         return LayerResult(quantized, None, None, layer.scheme.weight_rule)
 
@@ -253,7 +263,7 @@ class BlockCalibration:
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from error
             tensors |= {layer.stored + suffix: tensor for suffix, tensor in written.items()}
-            used.update(self.skeleton.sources[f"{layer.name}.weight"].keys)
+            used.update(layer.keys)
         kept = [key for key in self.skeleton.keys_below(name) if key not in used]
         tensors |= self._changed(name, module, set(kept))
         specs = {key: spec_of(tensor) for key, tensor in tensors.items()}
@@ -284,6 +294,18 @@ class BlockCalibration:
             if before.shape == after.shape and not torch.equal(before.to(after.dtype), after):
                 changed[source.keys[0]] = after.to(DTYPES[info.dtype])
         return changed
+
+
+def _fill_input_scales(block: Block, results: dict[str, LayerResult]) -> list[str]:
+    """Give layers that no token reached the range of their weight for that of their input; returns their names."""
+    unseen = []
+    for layer, result in results.items():
+        scheme = block.layers[layer]
+        if result.input_global_scale is None and has_static_input_scale(scheme):
+            scale = input_scale(block.linear(layer).weight.data.abs().amax(), scheme)
+            results[layer] = result._replace(input_global_scale=scale)
+            unseen.append(layer)
+    return unseen
 
 
 def _note(number: int) -> str:

@@ -48,9 +48,7 @@ def estimate(
     stored = sum(info.nbytes for info in tensors.values())
     weights = sum(layer.shape[0] * layer.shape[1] for layer in plan.layers.values())
     bits = sum(layer.shape[0] * layer.shape[1] * layer.scheme.format.bits_per_weight for layer in plan.layers.values())
-    dense = sum(
-        tensors[key].nbytes for layer in plan.layers.values() for key in skeleton.sources[f"{layer.name}.weight"].keys
-    )
+    dense = sum(tensors[key].nbytes for key in {key for layer in plan.layers.values() for key in layer.keys})
     written = stored - dense + int(bits / 8)
     if not calibrates:
         largest = max(info.nbytes for info in tensors.values())

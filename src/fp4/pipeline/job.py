@@ -71,6 +71,7 @@ class Job:
         only: Sequence[str] = (),
         overrides: Mapping[str, str | None] | Sequence[str] = (),
         options: Mapping[str, Any] | None = None,
+        experts: str = "all",
         samples: int | None = None,
         seq_len: int | None = None,
         seed: int | None = None,
@@ -81,6 +82,9 @@ class Job:
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+        if experts not in ("all", "routed"):
+            raise ValueError(f"experts is {experts!r}; expected 'all' or 'routed'")
+        self.experts = experts
         self.model, self.data, self.seed = str(model), None if data is None else str(data), seed
         self.samples, self.seq_len = samples, seq_len
         self.method = METHODS[method]
@@ -126,6 +130,7 @@ class Job:
                 "samples": self.samples,
                 "seq_len": self.seq_len,
                 "data_seed": self.seed,
+                "experts": self.experts,
                 "device": self.memory.device.type,
             }
         return request
@@ -155,6 +160,7 @@ class Job:
                     self.options,
                     self.memory,
                     self.seed,
+                    self.experts,
                     progress,
                 )
                 data = blocks.prepare(self.data, self.samples, self.seq_len)
@@ -240,6 +246,8 @@ def quantize(
         skip, only: patterns of layers to keep, or to quantize alone.
         overrides: pattern -> scheme, or None to keep; the first that fits wins.
         options: of the method, by name.
+        experts: which tokens an expert is calibrated on: ``"all"``, or ``"routed"``, those that the router sends to it,
+            which takes less time; one that gets none is rounded to nearest then.
         samples, seq_len: of calibration (default 128 of 512 tokens); seed: of everything random.
         device: where blocks are computed; default a GPU if there is one.
         max_memory: ``"gpu:60GiB,cpu:200GiB"`` or a mapping; default what is free.

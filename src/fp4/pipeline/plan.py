@@ -12,6 +12,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fp4.checkpoint.fusing import fused_groups
 from fp4.formats import FORMATS
+from fp4.pipeline.experts import ExpertMatrix, ExpertsModule, find_experts
 from fp4.pipeline.skeleton import Skeleton
 from fp4.rotation import ROTATIONS
 from fp4.scheme import SCHEMES, Scheme
@@ -30,7 +31,9 @@ class PlannedLayer:
         block: number of the decoder block it is in.
         shape: N, K.
         stored: what its tensors are called in the checkpoint, without their suffix.
-        key: the stored tensor that is its weight; None where Transformers makes the weight out of others.
+        key: the stored tensor that is its weight; None where the weight is made out of others.
+        keys: the stored tensors that it is made out of.
+        expert: which matrix of which expert it is; None for a layer that is an ``nn.Linear`` of the model.
     """
 
     name: str
@@ -40,6 +43,8 @@ class PlannedLayer:
     shape: tuple[int, int]
     stored: str
     key: str | None
+    keys: tuple[str, ...]
+    expert: ExpertMatrix | None = None
 
 
 @dataclass(frozen=True)
@@ -131,17 +136,24 @@ def parse_overrides(overrides: Mapping[str, str | None] | Sequence[str]) -> tupl
 
 
 def plan_layers(skeleton: Skeleton, choice: Choice) -> LayerPlan:
-    """Decide about every Linear layer of the model.
+    """Decide about every Linear layer of the model, and every matrix of its experts.
 
     Raises:
-        ValueError: a pattern fits nothing, or nothing is left to quantize.
+        ValueError: a pattern fits nothing, or some experts of a module but not all, or nothing is left to quantize.
     """
     model, plan = skeleton.model, LayerPlan()
+    experts = find_experts(skeleton)
     tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
     block_of = {name: number for number, block in enumerate(skeleton.blocks) for name in _linears(skeleton, block)}
+    for module in filter(None, experts.values()):
+        number = next((i for i, block in enumerate(skeleton.blocks) if module.name.startswith(f"{block}.")), None)
+        if number is not None:
+            block_of |= {matrix.name: number for matrix in module.matrices()}
     choice.require_used(list(block_of))
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
+        if name in experts:
+            _plan_experts(plan, skeleton, name, experts[name], block_of, choice)
         if not isinstance(module, nn.Linear):
             continue
         shape = (module.out_features, module.in_features)
@@ -160,7 +172,7 @@ def plan_layers(skeleton: Skeleton, choice: Choice) -> LayerPlan:
         source = skeleton.sources[f"{name}.weight"]
         key = source.keys[0] if source.converter is None and source.keys[0].endswith(".weight") else None
         stored = key.removesuffix(".weight") if key else name
-        plan.layers[name] = PlannedLayer(name, preset, scheme, block_of[name], shape, stored, key)
+        plan.layers[name] = PlannedLayer(name, preset, scheme, block_of[name], shape, stored, key, tuple(source.keys))
     if not plan.layers:
         kinds = sorted(
             {type(module).__name__ for module in model.modules() if getattr(module, "weight", None) is not None}
@@ -168,6 +180,61 @@ def plan_layers(skeleton: Skeleton, choice: Choice) -> LayerPlan:
         raise ValueError(f"no layer is left to quantize; the model's modules with weights are {', '.join(kinds)}")
     plan.groups = _groups(plan.layers)
     return plan
+
+
+def _plan_experts(
+    plan: LayerPlan,
+    skeleton: Skeleton,
+    name: str,
+    experts: ExpertsModule | None,
+    block_of: Mapping[str, int],
+    choice: Choice,
+) -> None:
+    """Add all matrices of an experts module, which are quantized together, or what is kept of it."""
+    module = skeleton.model.get_submodule(name)
+    chosen: dict[str, str] | str
+    if experts is None:
+        chosen = f"{type(module).__name__} lays out or runs its experts in a way fp4 does not know"
+    else:
+        chosen = _presets_of_experts(skeleton, experts, block_of, choice)
+    if experts is None or isinstance(chosen, str):
+        for key, stack in module.named_parameters(recurse=False):
+            if stack.ndim == 3:
+                plan.kept.append(KeptLayer(f"{name}.{key}", tuple(stack.shape), str(chosen)))
+        return
+    for matrix in experts.matrices():
+        preset, shape = chosen[matrix.projection], experts.layout.shape(matrix.part)
+        stored, key, keys = matrix.stored(skeleton)
+        plan.layers[matrix.name] = PlannedLayer(
+            matrix.name, preset, SCHEMES[preset].scheme, block_of[matrix.name], shape, stored, key, keys, matrix
+        )
+
+
+def _presets_of_experts(
+    skeleton: Skeleton, experts: ExpertsModule, block_of: Mapping[str, int], choice: Choice
+) -> dict[str, str] | str:
+    """The preset of each projection, or why they are kept. ValueError if some matrices are chosen, but not all."""
+    matrices = list(experts.matrices())
+    if matrices[0].name not in block_of:
+        return "outside the decoder's blocks"
+    if not all(matrix.stack in skeleton.sources for matrix in matrices):
+        return "the checkpoint has no weights of its own for it"
+    chosen = {matrix: choice.of(matrix.name) for matrix in matrices}
+    kept = [reason for preset, reason in chosen.values() if preset is None]
+    presets = {(matrix.projection, preset) for matrix, (preset, _) in chosen.items()}
+    if len(kept) == len(matrices):
+        return kept[0]
+    if kept or len(presets) > len(experts.layout.projections):
+        raise ValueError(
+            f"the experts of {experts.name} are quantized together, each of {', '.join(experts.layout.projections)} "
+            "in one scheme; patterns of layers must fit all of their matrices or none"
+        )
+    found = {projection: preset for projection, preset in presets if preset is not None}
+    for projection, (_, columns) in experts.layout.projections.items():
+        multiple = SCHEMES[found[projection]].scheme.k_multiple
+        if columns % multiple:
+            return f"the {columns} columns of {projection} are no multiple of {multiple}"
+    return found
 
 
 def _linears(skeleton: Skeleton, block: str) -> list[str]:

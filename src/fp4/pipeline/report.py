@@ -43,7 +43,7 @@ def kept_rows(skeleton: Skeleton, plan: LayerPlan) -> list[dict[str, object]]:
     """The layers that stay as they are, with the reason."""
     rows: list[dict[str, object]] = []
     for layer in plan.kept:
-        source = skeleton.sources.get(f"{layer.name}.weight")
+        source = skeleton.sources.get(f"{layer.name}.weight", skeleton.sources.get(layer.name))
         dtype = skeleton.checkpoint.tensors[source.keys[0]].dtype if source else None
         rows.append({"name": layer.name, "dtype": dtype, "shape": list(layer.shape), "reason": layer.reason})
     return rows

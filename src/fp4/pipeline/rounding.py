@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fp4.checkpoint import Codec, LayerScheme, StoredLinear
-from fp4.checkpoint.files import DTYPES, ShardWriter, Spec, TensorInfo, load
+from fp4.checkpoint.files import DTYPES, ShardWriter, Spec, load
 from fp4.formats import QuantizedTensor
 from fp4.methods.rtn import global_scale_of, rtn
+from fp4.pipeline.experts import ExpertReader
 from fp4.pipeline.output import planned_specs, rotation_of, scheme_in_file
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.report import layer_row
@@ -48,6 +49,7 @@ class StreamedRounding:
     def __init__(self, skeleton: Skeleton, plan: LayerPlan, codec: Codec, staging: Staging, progress: Progress) -> None:
         self.skeleton, self.plan, self.codec, self.staging, self.progress = skeleton, plan, codec, staging, progress
         self.tensors = skeleton.checkpoint.tensors
+        self.experts = ExpertReader(skeleton)
         self.limit = 2 * max(info.nbytes for info in self.tensors.values())
         self.done = 0
         self.total = sum(info.nbytes for info in self.tensors.values())
@@ -74,7 +76,7 @@ class StreamedRounding:
 
     def _write(self, shard: Path) -> list[dict[str, object]]:
         layers = {layer.name: layer for layer in self.plan.layers.values() if self._home(layer) == shard}
-        used = {key for layer in self.plan.layers.values() for key in self._keys(layer)}
+        used = {key for layer in self.plan.layers.values() for key in layer.keys}
         copied = [name for name, info in self.tensors.items() if info.file == shard and name not in used]
         specs = {name: Spec(self.tensors[name].dtype, self.tensors[name].shape) for name in copied}
         for layer in layers.values():
@@ -87,7 +89,7 @@ class StreamedRounding:
             with ThreadPoolExecutor(1) as writer:
                 for name in copied:
                     file.copy(name, self.tensors[name])
-                    self._advance(self.tensors[name])
+                    self._advance(self.tensors[name].nbytes)
                 behind: Future[None] | None = None
                 for unit, weights in self._read_ahead(self._units(layers)):
                     for layer, stored, row in self._round(unit, weights, set(layers)):
@@ -95,8 +97,7 @@ class StreamedRounding:
                             behind.result()  # one layer waits to be written, no more
                         behind = writer.submit(_write_all, file, layer.stored, stored)
                         rows.append(row)
-                        for key in self._keys(layer):
-                            self._advance(self.tensors[key])
+                        self._advance(self._nbytes(layer))
                 if behind is not None:
                     behind.result()
             file.close()
@@ -105,15 +106,18 @@ class StreamedRounding:
             raise
         return rows
 
-    def _keys(self, layer: PlannedLayer) -> list[str]:
-        return self.skeleton.sources[f"{layer.name}.weight"].keys
+    def _nbytes(self, layer: PlannedLayer) -> int:
+        """What is read of the checkpoint for one layer."""
+        if layer.expert is not None:
+            return layer.shape[0] * layer.shape[1] * self._dtype(layer).itemsize
+        return sum(self.tensors[key].nbytes for key in layer.keys)
 
     def _home(self, layer: PlannedLayer) -> Path:
         """The shard that a layer is written to: that of its first stored tensor."""
-        return self.tensors[self._keys(layer)[0]].file
+        return self.tensors[layer.keys[0]].file
 
     def _dtype(self, layer: PlannedLayer) -> torch.dtype:
-        return DTYPES[self.tensors[self._keys(layer)[0]].dtype]
+        return DTYPES[self.tensors[layer.keys[0]].dtype]
 
     def _units(self, layers: dict[str, PlannedLayer]) -> list[_Unit]:
         group_of = {name: group for group in self.plan.groups for name in group}
@@ -121,7 +125,7 @@ class StreamedRounding:
         for name in layers:
             names = tuple(group_of.get(name, [name]))
             members = [self.plan.layers[member] for member in names]
-            size = sum(self.tensors[key].nbytes for member in members for key in self._keys(member))
+            size = sum(map(self._nbytes, members))
             units[names] = _Unit(members, size)
         return list(units.values())
 
@@ -149,8 +153,10 @@ class StreamedRounding:
     def _weight(self, layer: PlannedLayer) -> Tensor:
         if layer.key is not None:
             return load(self.tensors[layer.key])
+        if layer.expert is not None:
+            return self.experts.read(layer.expert)
         # Made out of other tensors, by Transformers.
-        self.skeleton.fill(self._keys(layer), torch.device("cpu"))
+        self.skeleton.fill(list(layer.keys), torch.device("cpu"))
         module = self.skeleton.model.get_submodule(layer.name)
         weight: Tensor = module.get_parameter("weight").data
         module.to_empty(device="meta")
@@ -182,8 +188,8 @@ class StreamedRounding:
     def _scheme(self, layer: PlannedLayer) -> LayerScheme:
         return scheme_in_file(layer, rotation_of(layer))
 
-    def _advance(self, info: TensorInfo) -> None:
-        self.done += info.nbytes
+    def _advance(self, nbytes: int) -> None:
+        self.done += nbytes
         self.progress("rounding", self.done, self.total)
 
 

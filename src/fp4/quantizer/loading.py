@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from fp4.methods.rtn import global_scale_of
-from fp4.nn import FP4Experts, FP4Linear
+from fp4.nn import FP4Experts, FP4Linear, PackedWeight
 from fp4.rotation import share
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class ReadLayer(LoadOp):
         *,
         model: nn.Module | None = None,
         full_layer_name: str = "",
+        missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         layer = full_layer_name.rpartition(".")[0]
@@ -128,10 +130,21 @@ class ReadLayer(LoadOp):
         static = self.hf_quantizer.quantization_config.uses_static_scales or module.input_global_scale is not None
         if stored.input_global_scale is not None and static:
             loaded["input_global_scale"] = stored.input_global_scale
-        for name, tensor in loaded.items():
-            if getattr(module, name) is None:  # a parameter that only some checkpoints have
-                setattr(module, name, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
+        expect(module, layer, loaded, missing_keys)
         return {f"{layer}.{name}": tensor for name, tensor in loaded.items()}
+
+
+def expect(module: PackedWeight, name: str, loaded: Mapping[str, Tensor], missing_keys: set[str] | None) -> None:
+    """Let the module called ``name`` have the parameters that are ``loaded``: not all checkpoints have the same."""
+    for key in ("weight", "weight_scale", "global_scale", "input_global_scale"):
+        tensor = loaded.get(key)
+        if tensor is None:
+            # What stayed would be a parameter that nothing ever fills.
+            setattr(module, key, None)
+            if missing_keys is not None:
+                missing_keys.discard(f"{name}.{key}")
+        elif getattr(module, key) is None:
+            setattr(module, key, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
 
 
 def reads_layers(conversion: Any) -> bool:

@@ -17,7 +17,7 @@ from fp4.checkpoint import StoredLinear
 from fp4.formats import QuantizedTensor
 from fp4.nn import FP4Experts, FP4GroupedLinear
 from fp4.nn.layout import GATE_UP, ExpertsLayout
-from fp4.quantizer.loading import LoadOp
+from fp4.quantizer.loading import LoadOp, expect
 from fp4.rotation import share
 
 if TYPE_CHECKING:
@@ -82,9 +82,7 @@ class ReadExperts(LoadOp):
             own.pop("input_global_scale", None)
             if stored.input_global_scale is not None and quantizer.quantization_config.uses_static_scales:
                 own["input_global_scale"] = stored.input_global_scale
-            for key, tensor in own.items():
-                if getattr(packed, key) is None:  # a parameter that only some checkpoints have
-                    setattr(packed, key, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
+            expect(packed, f"{layer}.{name}", own, missing_keys)
             loaded |= {f"{layer}.{name}.{key}": tensor for key, tensor in own.items()}
             quantizer.loaded.add(f"{layer}.{name}")
         return loaded

@@ -1,0 +1,237 @@
+"""Whole mixture-of-experts checkpoints: experts streamed, and calibrated one by one on every token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from moe import FAMILIES, make_moe
+from safetensors.torch import load_file
+from small_models import save_text, tokenizer
+from torch import Tensor, nn
+
+import fp4
+from fp4 import FPQuantConfig
+from fp4.calibration.experts import SeparateExperts, every_token
+from fp4.nn import FP4Experts
+from fp4.nn.layout import layout_of
+from fp4.pipeline import Job
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Unquantized checkpoint of a family, with a tokenizer."""
+    root = tmp_path_factory.mktemp("moe")
+
+    def find(family: str) -> Path:
+        if not (root / family).exists():
+            make_moe(family).save_pretrained(root / family)
+            tokenizer().save_pretrained(root / family)
+        return root / family
+
+    return find
+
+
+def load_moe(path: Path, **options: Any) -> nn.Module:
+    (name,) = transformers.AutoConfig.from_pretrained(path).architectures
+    return getattr(transformers, name).from_pretrained(path, **options).eval()
+
+
+def bytes_of(folder: Path) -> dict[str, Tensor]:
+    return {name: value.flatten().view(torch.uint8) for name, value in load_file(folder / "model.safetensors").items()}
+
+
+def experts_of(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if layout_of(module) is not None}
+
+
+# --- experts as Linear layers
+
+
+def views_of(model: nn.Module) -> list[SeparateExperts]:
+    """Replace every experts module of the model by its view."""
+    views = []
+    for name, module in experts_of(model).items():
+        layout = layout_of(module)
+        assert layout is not None
+        names = {part: part for projection in layout.projections for part in layout.parts(projection)}
+        views.append(SeparateExperts(module, names))
+        model.set_submodule(name, views[-1])
+    return views
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_view_computes_what_the_module_does_and_shows_every_expert_every_token(
+    family: str, token_ids: Tensor
+) -> None:
+    model = make_moe(family, torch.float32)
+    seen: dict[str, int] = {}
+
+    def count(name: str, x: Tensor) -> None:
+        seen[name] = seen.get(name, 0) + int((x != 0).any(dim=-1).sum())
+
+    with torch.no_grad():
+        expected = model(token_ids).logits
+        views = views_of(model)
+        assert views
+        torch.testing.assert_close(model(token_ids).logits, expected, rtol=1e-4, atol=1e-4)
+        for number, view in enumerate(views):
+            for name, module in view.named_modules():
+                if isinstance(module, nn.Linear):
+                    module.register_forward_pre_hook(lambda m, args, name=f"{number}.{name}": count(name, args[0]))
+        with every_token(model):
+            torch.testing.assert_close(model(token_ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 3 * 8 * len(views)
+    assert set(seen.values()) == {token_ids.numel()}
+
+
+def test_gradients_reach_the_experts_that_are_routed_to(token_ids: Tensor) -> None:
+    model = make_moe("qwen3_moe", torch.float32)
+    view = views_of(model)[0]
+    weights = [view.linear(expert, "down_proj").weight for expert in range(8)]
+    for weight in weights:
+        weight.requires_grad_(True)
+    gradients = torch.autograd.grad(model(token_ids).logits.sum(), weights, allow_unused=True)
+    assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+
+
+# --- streamed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_rounding_equals_quantizing_on_the_fly(
+    family: str, dense: Callable[[str], Path], tmp_path: Path
+) -> None:
+    report = fp4.quantize(dense(family), tmp_path / "out", "nvfp4a16", "rtn", rule="abs_max")
+    config = FPQuantConfig(
+        activation_dtype="model",
+        scale_rule="abs_max",
+        checkpoint_format="compressed-tensors",
+        modules_to_not_convert=[row["name"] for row in report["kept"]],
+    )
+    load_moe(dense(family), quantization_config=config).save_pretrained(tmp_path / "fly")
+    streamed, fly = bytes_of(tmp_path / "out"), bytes_of(tmp_path / "fly")
+    assert streamed.keys() == fly.keys()
+    # Transformers saves a bias of DeepSeek's router in float32; streaming leaves it as it is stored.
+    assert all(torch.equal(streamed[name], fly[name]) for name in fly if not name.endswith("e_score_correction_bias"))
+    assert sum("experts" in row["name"] for row in report["layers"]) >= 3 * 8
+
+
+# --- calibrated
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calibrated_experts_load_and_compute_what_they_should(
+    family: str, dense: Callable[[str], Path], text: Path, token_ids: Tensor, tmp_path: Path
+) -> None:
+    report = fp4.quantize(dense(family), tmp_path / "out", "nvfp4", "rtn", text, samples=4, seq_len=48, device="cpu")
+    rows = {row["name"]: row for row in report["layers"]}
+    assert not any("note" in row for row in rows.values())
+    assert all(0 < row["output_error"] < 0.5 for row in rows.values())
+    packed = load_moe(tmp_path / "out", dtype=torch.float32)
+    experts = {name: module for name, module in packed.named_modules() if isinstance(module, FP4Experts)}
+    assert experts.keys() == experts_of(make_moe(family)).keys()
+    for module in experts.values():
+        for projection in module.packed().values():
+            assert projection.input_global_scale is not None
+            assert projection.input_global_scale.shape == (8,)
+    with torch.no_grad():
+        expected, found = load_moe(dense(family), dtype=torch.float32)(token_ids).logits, packed(token_ids).logits
+    assert nn.functional.cosine_similarity(expected.flatten(), found.flatten(), dim=0) > 0.8
+
+
+@pytest.mark.parametrize("method", ["gptq", "autoround", "best"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_methods_quantize_experts(
+    family: str, method: str, dense: Callable[[str], Path], text: Path, token_ids: Tensor, tmp_path: Path
+) -> None:
+    errors = {}
+    for name in ("rtn", method):
+        own = {"iters": 8} if name == "autoround" else {}
+        data = {"samples": 4, "seq_len": 48, "device": "cpu"}
+        report = fp4.quantize(dense(family), tmp_path / name, "nvfp4", name, text, options=own, **data)
+        experts = [row for row in report["layers"] if ".experts." in row["name"]]
+        assert len(experts) == 2 * 8 * 3
+        errors[name] = sum(row["output_error"] for row in experts) / len(experts)
+        with torch.no_grad():
+            assert torch.isfinite(load_moe(tmp_path / name)(token_ids).logits).all()
+    if method != "autoround":  # which lowers the error of the whole block
+        assert errors[method] < errors["rtn"]
+
+
+def test_an_expert_without_tokens_falls_back_to_its_weight_and_the_report_says_so(
+    dense: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    model = make_moe("qwen3_moe")
+    model.model.layers[1].mlp.gate.weight.data[5] = 0  # never above an expert that a token likes
+    model.model.layers[1].mlp.gate.weight.data[:5].abs_()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    options = {"samples": 1, "seq_len": 8, "device": "cpu"}
+    for experts in ("all", "routed"):
+        report = fp4.quantize(tmp_path / "model", tmp_path / experts, "nvfp4", "gptq", text, experts=experts, **options)
+        noted = [row for row in report["layers"] if "note" in row]
+        assert bool(noted) == (experts == "routed")
+        assert all("no calibration token" in row["note"] and row["scale_rule"] != "gptq" for row in noted)
+        packed = load_moe(tmp_path / experts)
+        with torch.no_grad():
+            assert torch.isfinite(packed(torch.arange(3, 20)[None]).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format"),
+    [
+        ("nvfp4", "modelopt"),
+        ("nvfp4", "auto-round"),
+        ("nvfp4", "fp_quant"),
+        ("nvfp4a8", "modelopt"),
+        ("mxfp4", "compressed-tensors"),
+        ("mxfp4", "modelopt"),
+        ("mxfp4", "fp_quant"),
+        ("mxfp4a16", "compressed-tensors"),
+    ],
+)
+@pytest.mark.parametrize("family", ["mixtral", "granitemoehybrid"])
+def test_every_format_holds_experts(
+    family: str, scheme: str, format: str, dense: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    rotation = "auto" if format == "fp_quant" else "none"
+    fp4.quantize(
+        dense(family), tmp_path / "out", scheme, "rtn", text, format=format, rotation=rotation, samples=2, seq_len=32
+    )
+    packed = load_moe(tmp_path / "out")
+    assert any(isinstance(module, FP4Experts) for module in packed.modules())
+    packed.save_pretrained(tmp_path / "again")
+    saved, again = bytes_of(tmp_path / "out"), bytes_of(tmp_path / "again")
+    assert saved.keys() == again.keys()
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
+
+
+# --- what is chosen
+
+
+def test_experts_are_chosen_together(dense: Callable[[str], Path], tmp_path: Path) -> None:
+    path = dense("qwen3_moe")
+    overrides = {"*.layers.1.mlp.experts.*.down_proj": "mxfp4a16"}
+    job = Job(path, "nvfp4a16", "rtn", skip=["*.layers.0.mlp.experts.*"], overrides=overrides, rotation="none")
+    schemes = {name: layer.preset for name, layer in job.plan.layers.items() if ".experts." in name}
+    assert set(schemes) == {
+        f"model.layers.1.mlp.experts.{expert}.{part}_proj" for expert in range(8) for part in ("gate", "up", "down")
+    }
+    assert all((preset == "mxfp4a16") == name.endswith("down_proj") for name, preset in schemes.items())
+    reasons = {layer.name: layer.reason for layer in job.plan.kept}
+    assert reasons["model.layers.0.mlp.experts.gate_up_proj"] == "skipped by *.layers.0.mlp.experts.*"
+    for options in ({"skip": ["down_proj"]}, {"skip": ["experts.3.*"]}, {"overrides": {"experts.3.*": "mxfp4a16"}}):
+        with pytest.raises(ValueError, match=r"experts of model\.layers\.0\.mlp\.experts are quantized together"):
+            Job(path, "nvfp4a16", "rtn", **options)
+    with pytest.raises(ValueError, match="experts is 'some'"):
+        Job(path, "nvfp4a16", "rtn", experts="some")
