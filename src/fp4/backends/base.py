@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fp4 import ops
-from fp4.formats import FORMATS, Format, QuantizedTensor, fake_quantize_fp8, global_scale_for
+from fp4.formats import FORMATS, FP8, Format, QuantizedTensor, fake_quantize_fp8, format_of, global_scale_for
 from fp4.rotation import rotate
 from fp4.scheme import Scheme
 
@@ -78,6 +78,32 @@ class Backend:
         out: Tensor = self.linear(rows, weight, weight_scale, global_scale, bias, out_features, None)
         return out.to(x.dtype)
 
+    def grouped_linear_w4a8(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        global_scale: Tensor | None,
+        bias: Tensor | None,
+        offsets: Tensor,
+        out_features: int,
+        rotation: Tensor | None,
+        input_global_scale: Tensor | None,
+    ) -> Tensor:
+        """:meth:`linear_w4a8` over experts: rows ``offsets[e]:offsets[e+1]`` of x ``[T, K]`` meet weight ``e``.
+
+        Args:
+            input_global_scale: one scale, or one an expert; None takes one from each row.
+        """
+        if input_global_scale is not None and input_global_scale.numel() > 1:
+            rows = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
+            # Rows beyond the last expert's are given one as well, which has no meaning.
+            expert = torch.searchsorted(offsets[1:-1], rows, right=True)
+            input_global_scale = input_global_scale[expert][:, None]
+        values = fake_quantize_fp8(x if rotation is None else rotate(x, rotation), input_global_scale)
+        out: Tensor = self.grouped_linear(values, weight, weight_scale, global_scale, bias, offsets, out_features, None)
+        return out.to(x.dtype)
+
     def largest_magnitude(self, x: Tensor) -> Tensor:
         """``formats.largest_magnitude`` on this backend's kernels: x ``[..., N, K]`` -> float32 ``[...]``."""
         largest: Tensor = ops.operator(self.name, "largest_magnitude")(x)
@@ -90,10 +116,14 @@ class Backend:
         fmt.require_rule(rule)
         if fmt.needs_global_scale and global_scale is None:
             global_scale = global_scale_for(self.largest_magnitude(x), rule)
-        codes, scales = ops.operator(self.name, "quantize")(x, global_scale, fmt.name, rule)
+        codes, scales = ops.operator(self._converter(fmt), "quantize")(x, global_scale, fmt.name, rule)
         return QuantizedTensor(codes, scales, global_scale)
 
     def dequantize(self, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         """``formats.dequantize`` on this backend's kernels: canonical triple -> ``[..., N, K]``, the same bits."""
-        values: Tensor = ops.operator(self.name, "dequantize")(*weight, dtype)
+        values: Tensor = ops.operator(self._converter(format_of(weight.scales)), "dequantize")(*weight, dtype)
         return values
+
+    def _converter(self, fmt: Format) -> str:
+        # FP8 needs no kernel: torch's casts do it.
+        return "reference" if fmt is FP8 else self.name

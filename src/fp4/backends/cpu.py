@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from fp4 import ops  # noqa: F401  (the operators' schemas, which the library implements)
 from fp4.backends.base import Backend
-from fp4.formats import FP8, WEIGHT_FORMATS, Format, format_of
+from fp4.formats import FP8, WEIGHT_FORMATS, format_of
 from fp4.scheme import Scheme
 
 _PANEL_ROWS = 16
@@ -59,9 +59,6 @@ class CpuBackend(Backend):
 
     def refuses(self, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
         return None if device.type == "cpu" else f"it runs on CPUs, not on {device.type}"
-
-    def lacks(self, fmt: Format, device: torch.device) -> str | None:
-        return "FP8 has no kernels for quantizing here" if fmt is FP8 else super().lacks(fmt, device)
 
     def pack(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         if format_of(scales) is FP8:

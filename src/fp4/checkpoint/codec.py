@@ -68,6 +68,8 @@ class Codec(ABC):
     markers: Mapping[str, tuple[str, ...]]
     #: Whether the format holds stacks of experts, and nothing else.
     stacks: ClassVar[bool] = False
+    #: Names of the weight formats whose stacks stay stacks where a model family stores them as layers of their own.
+    stacked_formats: ClassVar[tuple[str, ...]] = ()
     #: How the tool that writes the format rounds MXFP4 activations, one of ``formats.MXFP4.rules``.
     mxfp4_input_rule: ClassVar[str] = "even"
 

@@ -6,6 +6,7 @@ Per Linear layer, besides ``bias``:
 * ``weight_scale`` ``float8_e4m3fn [N, K/16]`` (``nvfp4-pack-quantized``) or uint8 ``[N, K/32]``, bits of E8M0
   (``mxfp4-pack-quantized``);
 * FP8 (``float-quantized``): ``weight`` ``float8_e4m3fn [N, K]`` and ``weight_scale`` ``[N, 1]`` in the model's dtype;
+  both with a leading axis of experts where a family stores these as one layer (Granite's, as vLLM loads them);
 * NVFP4: ``weight_global_scale`` and, with FP4 activations, ``input_global_scale``, float32 ``[1]``: reciprocals of the
   canonical global scales;
 * rotated by ``transform_config``: no tensors, the matrix is Sylvester's Hadamard matrix.
@@ -48,6 +49,7 @@ class CompressedTensorsCodec(Codec):
     suffixes: tuple[str, ...] = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
     codes: tuple[str, ...] = (".weight_packed",)
     markers: Mapping[str, tuple[str, ...]] = {".weight_packed": ()}
+    stacked_formats = (FP8.name,)
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, dtype)
@@ -178,10 +180,10 @@ class CompressedTensorsCodec(Codec):
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
         codes, scales, global_scale = stored.weight
-        if codes.ndim != 2:
-            raise ValueError(f"it stacks matrices {tuple(codes.shape[:-2])}, for which {self.name} has no place")
         if scheme.format is FP8:
             return {".weight": codes, ".weight_scale": scales}
+        if codes.ndim != 2:
+            raise ValueError(f"it stacks matrices {tuple(codes.shape[:-2])}, for which {self.name} has no place")
         if scheme.activations == "fp8":
             raise ValueError(f"its activations are FP8, for which no {self.name} format of FP4 weights has a place")
         if scheme.rotation not in ("identity", "hadamard"):

@@ -50,6 +50,19 @@ class FP4GroupedLinear(PackedWeight):
 
         ``bias`` is ``[E, N]``.
         """
+        if self.quantizes_input and self.scheme.input_format is not self.scheme.format:
+            w4a8: Tensor = self.backend.grouped_linear_w4a8(
+                x,
+                self.weight,
+                self.weight_scale,
+                self.global_scale,
+                bias,
+                offsets,
+                self.out_features,
+                self.rotation,
+                self.input_global_scale,
+            )
+            return w4a8
         if self.quantizes_input:
             out: Tensor = self.backend.grouped_linear_w4a4(
                 x,

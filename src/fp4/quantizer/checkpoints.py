@@ -23,7 +23,6 @@ from transformers.quantizers.base import HfQuantizer
 from fp4.checkpoint import codec_for
 from fp4.checkpoint.files import load, read_header
 from fp4.checkpoint.kv_cache import cache_tensors
-from fp4.checkpoint.layers import packed_layers
 from fp4.config import FPQuantConfig
 from fp4.nn import FP4Linear
 from fp4.nn.layout import ExpertsLayout
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fp4")
 
 _TAKEN_OVER = ("compressed-tensors", "auto-round", "mxfp4")
-# From the end of the name of an experts module on: an expert's number and matrix, or a stack of all of them.
-_EXPERT = re.compile(r"(?<=\.experts)\.(\d+\.)?\w+$")
 
 
 class CheckpointHfQuantizer(FPQuantHfQuantizer):
@@ -62,12 +59,10 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        packed = self._packed_experts(model, kwargs.get("checkpoint_files") or [])
-        self._packed_modules = set(packed.values())
         self._keep_cache_scales(model, kwargs.get("checkpoint_files") or [])
         super()._process_model_before_weight_loading(model, **kwargs)
         modules = {name for name, _ in model.named_modules()}
-        for layer, module in packed.items():
+        for layer, module in self.packed_experts.items():
             # Without this check Transformers would leave such experts randomly initialized.
             if module not in self.experts and layer not in modules:
                 raise ValueError(
@@ -78,24 +73,6 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
         fp8 = sum(scheme is not None and scheme.activations == "fp8" for scheme in schemes)
         if fp8:
             logger.info("%d layers expect FP8 activations; fp4 runs them with unquantized ones", fp8)
-
-    def _packed_experts(self, model: PreTrainedModel, files: list[Any]) -> dict[str, str]:
-        """Packed matrices (or stacks) of experts in a checkpoint and the module of each, as the model names them."""
-        renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
-        modules = {name for name, _ in model.named_modules()}
-        prefix = model.base_model_prefix
-        found = {}
-        for path in map(Path, files):
-            for layer in packed_layers(self.codec, read_header(path).tensors) if path.suffix == ".safetensors" else ():
-                if _EXPERT.search(layer) is None:
-                    continue
-                name = layer
-                for renaming in renamings:
-                    name, _ = renaming.rename_source_key(name)
-                if _EXPERT.sub("", name) not in modules:
-                    name = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
-                found[name] = _EXPERT.sub("", name)
-        return found
 
     def _keep_cache_scales(self, model: PreTrainedModel, files: list[Any]) -> None:
         """Let the scales of a quantized KV cache survive saving. The model's own cache is not quantized."""
@@ -121,7 +98,7 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
     def schemes_of_experts(
         self, name: str, layout: ExpertsLayout, choose: Callable[[str], tuple[Scheme, str] | None]
     ) -> dict[str, tuple[Scheme, str]] | None:
-        if name not in self._packed_modules:
+        if name not in self.packed_experts.values():
             return None
         chosen = {}
         for projection in layout.projections:

@@ -63,8 +63,12 @@ class FPQuantHfQuantizer(HfQuantizer):
         #: Experts modules, and what checkpoints call the matrices of an expert of each.
         self.experts: dict[str, FP4Experts] = {}
         self.expert_names: dict[str, dict[str, str]] = {}
+        #: What checkpoints call the layers of stacks, by projection, for families that have such.
+        self.stack_names: dict[str, dict[str, str]] = {}
         #: Projections of experts that the checkpoint stores as stacks, though its format can store single matrices.
         self.stacked: set[str] = set()
+        #: What the checkpoint holds packed of experts, and the module of each.
+        self.packed_experts: dict[str, str] = {}
         #: Which share of the model's parameters is quantized, to what, and why the others are not.
         self.report: Coverage | None = None
 
@@ -98,9 +102,12 @@ class FPQuantHfQuantizer(HfQuantizer):
             if not should_convert_module(name, patterns):
                 return None
             self.expert_names[name] = stacking.names_on_disk(name, layout, conversions)
+            self.stack_names[name] = stacking.stacks_on_disk(name, layout, conversions)
             return self.schemes_of_experts(name, layout, choose)
 
         conversions = get_model_conversion_mapping(model)
+        if self.pre_quantized:
+            self.packed_experts = stacking.packed_experts(self.codec, model, kwargs.get("checkpoint_files") or [])
         report = swap_linears(model, choose, master_weights=config.store_master_weights)
         report.update(swap_experts(model, choose_experts, master_weights=config.store_master_weights))
         self._base_model_prefix = model.base_model_prefix
@@ -125,6 +132,8 @@ class FPQuantHfQuantizer(HfQuantizer):
         self, name: str, layout: ExpertsLayout, choose: Callable[[str], tuple[Scheme, str] | None]
     ) -> dict[str, tuple[Scheme, str]] | None:
         """Scheme and backend preference of each projection that is quantized; None for none."""
+        if self.pre_quantized and name not in self.packed_experts.values():
+            return None  # FP-Quant itself leaves experts as they are
         chosen = {projection: choose(f"{name}.{projection}") for projection in layout.projections}
         return {projection: choice for projection, choice in chosen.items() if choice is not None} or None
 
@@ -169,13 +178,15 @@ class FPQuantHfQuantizer(HfQuantizer):
     def _adopt_format(self, model: PreTrainedModel) -> None:
         """From here on the model is as if it had been loaded from a checkpoint in ``checkpoint_format``."""
         asked = self.quantization_config
-        modules = dict(model.named_modules())
+        modules, codec = dict(model.named_modules()), CODECS[asked.checkpoint_format]
         schemes = {name: self._written_scheme(m) for name, m in modules.items() if isinstance(m, FP4Linear)}
         for name, experts in self.experts.items():
-            schemes |= {
-                layer: self._written_scheme(projection)
-                for layer, projection in stacking.layers_of(name, experts, self.expert_names[name])
+            self.stacked |= {
+                f"{name}.{projection}"
+                for projection, packed in experts.packed().items()
+                if packed.scheme.format.name in codec.stacked_formats and projection in self.stack_names[name]
             }
+            schemes |= {layer: self._written_scheme(projection) for layer, projection in stacking.layers_of(self, name)}
         matrices = (
             name
             for name, module in modules.items()
@@ -183,7 +194,7 @@ class FPQuantHfQuantizer(HfQuantizer):
             and weight.ndim == 2
             and not isinstance(module, (PackedWeight, nn.Embedding))
         )
-        stored = CODECS[asked.checkpoint_format].configuration(schemes, sorted(matrices), {})
+        stored = codec.configuration(schemes, sorted(matrices), {})
         self.quantization_config = CheckpointConfig(stored, asked.activation_dtype, asked.backend)  # type: ignore[arg-type]
         self.codec = self.quantization_config.codec
         model.config.quantization_config = self.quantization_config

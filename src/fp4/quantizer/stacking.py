@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import MergeModulelist, WeightConverter
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from fp4.checkpoint import StoredLinear
+from fp4.checkpoint import Codec, LayerScheme, StoredLinear
+from fp4.checkpoint.files import read_header
+from fp4.checkpoint.layers import packed_layers
 from fp4.formats import QuantizedTensor
 from fp4.nn import FP4Experts, FP4GroupedLinear
 from fp4.nn.layout import GATE_UP, ExpertsLayout
@@ -21,8 +26,12 @@ from fp4.quantizer.loading import LoadOp, expect
 from fp4.rotation import share
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from fp4.quantizer.fp_quant import FPQuantHfQuantizer
 
+# From the end of the name of an experts module on: an expert's number and matrix, or a stack of all of them.
+_EXPERT = re.compile(r"(?<=\.experts)\.(\d+\.)?\w+$")
 _PER_EXPERT = re.compile(r"\*\.(\w+)\\?\.weight$")
 
 
@@ -44,6 +53,43 @@ def names_on_disk(module: str, layout: ExpertsLayout, conversions: Iterable[Any]
         if target.search(f"{module}.{projection}") and len(found) == len(layout.parts(projection)) and all(found):
             names |= zip(layout.parts(projection), (match[1] for match in found if match), strict=True)
     return names
+
+
+def stacks_on_disk(module: str, layout: ExpertsLayout, conversions: Iterable[Any]) -> dict[str, str]:
+    """What checkpoints call the stacks of a family that stores each as a layer of its own (Granite), by projection.
+
+    Transformers renames such a layer's ``weight`` to the projection, and with it all tensors whose names go on.
+    """
+    names = {}
+    for conversion in conversions:
+        if isinstance(conversion, WeightConverter) or not isinstance(conversion, WeightRenaming):
+            continue
+        source, target = conversion.source_patterns[0].replace("\\", ""), conversion.target_patterns[0]
+        for projection in layout.projections:
+            full = f"{module}.{projection}"
+            if source.endswith(".weight") and full.endswith(f".{target}"):
+                names[projection] = full.removesuffix(target) + source.removesuffix(".weight")
+    return names
+
+
+def packed_experts(codec: Codec, model: PreTrainedModel, files: Iterable[Any]) -> dict[str, str]:
+    """Packed matrices (or stacks) of experts in a checkpoint and the module of each, as the model names them."""
+    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+    modules = {name for name, _ in model.named_modules()}
+    prefix = model.base_model_prefix
+    found = {}
+    for path in map(Path, files):
+        for layer in packed_layers(codec, read_header(path).tensors) if path.suffix == ".safetensors" else ():
+            # A family's own name for a stack is one of an experts module only together with its `weight`.
+            name = layer if _EXPERT.search(layer) else f"{layer}.weight"
+            for renaming in renamings:
+                name, _ = renaming.rename_source_key(name)
+            if _EXPERT.search(name) is None:
+                continue
+            if _EXPERT.sub("", name) not in modules:
+                name = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
+            found[name] = _EXPERT.sub("", name)
+    return found
 
 
 class ReadExperts(LoadOp):
@@ -121,7 +167,7 @@ class ReadExperts(LoadOp):
     def _stacked(self, layer: str, experts: FP4Experts, projection: str, tensors: dict[str, Tensor]) -> StoredLinear:
         """A stack that is stored as one."""
         codec, layout = self.hf_quantizer.codec, experts.layout
-        scheme = self.hf_quantizer.stored_scheme(f"{layer}.{projection}", experts.schemes[projection][0])
+        scheme = scheme_of_stack(self.hf_quantizer, layer, projection, experts)
         rows, columns = layout.projections[projection]
         if codec.stacks:
             return codec.read(tensors, scheme, (rows, columns))
@@ -131,6 +177,18 @@ class ReadExperts(LoadOp):
         self.hf_quantizer.stacked.add(f"{layer}.{projection}")
         each = ({suffix: tensor[expert] for suffix, tensor in tensors.items()} for expert in range(layout.num_experts))
         return stack([codec.read(own, scheme, (rows, columns)) for own in each])
+
+
+def scheme_of_stack(quantizer: FPQuantHfQuantizer, module: str, projection: str, experts: FP4Experts) -> LayerScheme:
+    """How a stack is stored; a configuration may name it as the model or the checkpoint does, or its matrices."""
+    matrix = quantizer.expert_names[module][experts.layout.parts(projection)[0]]
+    own = quantizer.stack_names[module].get(projection, f"{module}.{projection}")
+    for name in (own, f"{module}.{projection}"):
+        try:
+            return quantizer.stored_scheme(name, experts.schemes[projection][0])
+        except ValueError:
+            continue
+    return quantizer.stored_scheme(f"{module}.0.{matrix}", experts.schemes[projection][0])
 
 
 def stack(matrices: list[StoredLinear]) -> StoredLinear:
@@ -175,7 +233,7 @@ class ExpertsConverter(WeightConverter):
         prefix: of the base model, which names in a checkpoint may have or lack.
     """
 
-    __slots__ = ("modules", "reader", "tail")
+    __slots__ = ("modules", "reader", "stacks", "tail")
 
     def __init__(self, reader: ReadExperts, modules: Mapping[str, FP4Experts], prefix: str) -> None:
         super().__init__(["experts.*.packed"], "experts.packed", [reader])
@@ -191,8 +249,16 @@ class ExpertsConverter(WeightConverter):
             bare = module.removeprefix(f"{prefix}.")
             self.modules |= dict.fromkeys((module, bare, f"{prefix}.{bare}"), own)
         names = {re.escape(name) for own in self.modules.values() for name in own}
-        suffixes = map(re.escape, reader.hf_quantizer.codec.suffixes)
-        self.tail = re.compile(rf"\.(?:(\d+)\.)?({'|'.join(names)})({'|'.join(suffixes)})$")
+        suffixes = reader.hf_quantizer.codec.suffixes
+        self.tail = re.compile(rf"\.(?:(\d+)\.)?({'|'.join(names)})({'|'.join(map(re.escape, suffixes))})$")
+        #: Projection and suffix of each tensor of stacks that have a family's own names.
+        self.stacks: dict[str, tuple[str, str]] = {}
+        for module, layers in reader.hf_quantizer.stack_names.items():
+            for (projection, layer), suffix in itertools.product(layers.items(), suffixes):
+                # Transformers has renamed `weight` by now, and releases before 5.20 whatever begins like that.
+                for key in (layer + suffix, f"{module}.{projection}{suffix.removeprefix('.weight')}"):
+                    for name in (key, key.removeprefix(f"{prefix}."), f"{prefix}.{key.removeprefix(f'{prefix}.')}"):
+                        self.stacks[name] = (f"{module}.{projection}", suffix)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertsConverter:
         twin = copy.copy(self)
@@ -205,23 +271,35 @@ class ExpertsConverter(WeightConverter):
         module = source_key[: match.start()] if match else ""
         projection = self.modules.get(module, {}).get(match[2]) if match else None
         if match is None or projection is None or (match[1] is None and match[2] != projection):
-            return source_key, None
+            if source_key not in self.stacks:
+                return source_key, None
+            module, _, projection = self.stacks[source_key][0].rpartition(".")
         object.__setattr__(self, "_was_used", True)
         return f"{module}.{projection}", self.source_patterns[0]
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
         match = self.tail.search(source_key)
-        assert match is not None  # the key was renamed by it
-        expert = None if match[1] is None else int(match[1])
-        self.collected_tensors[expert, match[2], match[3]].append(future)
+        if match is not None:
+            key = (None if match[1] is None else int(match[1]), match[2], match[3])
+        else:
+            projection, suffix = self.stacks[source_key]
+            key = (None, projection.rpartition(".")[2], suffix)
+        self.collected_tensors[key].append(future)
         self.layer_targets[target_key].add(source_key)
 
 
-def layers_of(name: str, experts: FP4Experts, names: Mapping[str, str]) -> Iterator[tuple[str, FP4GroupedLinear]]:
-    """Every matrix of every expert of the module ``name``, as checkpoints call it, and the projection it is part of."""
+def layers_of(quantizer: FPQuantHfQuantizer, name: str) -> Iterator[tuple[str, FP4GroupedLinear]]:
+    """Every matrix of every expert of the module ``name``, as checkpoints call it, and the projection it is part of.
+
+    So do loaders (vLLM's) ask for them even where a stack of them is stored, whose own name is given as well.
+    """
+    experts, names = quantizer.experts[name], quantizer.expert_names[name]
     for part, (_, projection) in experts.matrices().items():
         for expert in range(projection.num_experts):
             yield f"{name}.{expert}.{names[part]}", projection
+    for child, projection in experts.packed().items():
+        if f"{name}.{child}" in quantizer.stacked and child in quantizer.stack_names[name]:
+            yield quantizer.stack_names[name][child], projection
 
 
 def write(quantizer: FPQuantHfQuantizer, name: str) -> dict[str, Tensor]:
@@ -235,11 +313,12 @@ def write(quantizer: FPQuantHfQuantizer, name: str) -> dict[str, Tensor]:
         return {name + suffix: tensor for suffix, tensor in tensors.items()}
     if name in quantizer.stacked:
         packed = experts.packed()[child]
-        scheme, canonical = quantizer.stored_scheme(name, packed.scheme), packed.canonical()
+        scheme, canonical = scheme_of_stack(quantizer, module, child, experts), packed.canonical()
         each = [
             quantizer.codec.write(_matrix(canonical, packed, expert), scheme) for expert in range(packed.num_experts)
         ]
-        return {name + suffix: torch.stack([tensors[suffix] for tensors in each]) for suffix in each[0]}
+        own = quantizer.stack_names[module].get(child, name)
+        return {own + suffix: torch.stack([tensors[suffix] for tensors in each]) for suffix in each[0]}
     stored: dict[str, Tensor] = {}
     for part, (weight, projection) in experts.matrices(child).items():
         for expert in range(projection.num_experts):
