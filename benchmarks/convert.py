@@ -1,17 +1,20 @@
 """Speed and memory of `fp4 convert` against a plain copy of the same files.
 
-    python benchmarks/convert.py [--layers 24] [--hidden 2048]
+    python benchmarks/convert.py [--layers 32] [--hidden 2048]
 
-Makes a checkpoint of random NVFP4 layers, converts it to another format, and copies it; best of three, the page cache
-warm for all. Prints the ratio of bytes per second (the aim is at least 0.5) and the memory that converting took.
+Makes a checkpoint of random NVFP4 layers (0.9 GB), converts it to three formats, and copies it; medians of three, in
+turns, the page cache warm for all. Prints and saves the ratio of bytes per second (the aim is at least 0.5) and the
+memory that converting took.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import save, table, verdict
 from safetensors.torch import save_file
 
 from fp4.checkpoint import CODECS, LayerScheme
@@ -64,14 +68,17 @@ def copy(source: Path, target: Path) -> None:
             os.fsync(file.fileno())
 
 
-def best_of(function: Callable[[Path, Path], object], source: Path, target: Path, repeats: int = 3) -> float:
-    seconds = []
-    for _ in range(repeats):
-        shutil.rmtree(target, ignore_errors=True)
-        start = time.perf_counter()
-        function(source, target)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def seconds_of(contenders: dict[str, Callable[[Path, Path], object]], source: Path, target: Path) -> dict[str, float]:
+    """Median seconds of three runs; all take turns, so that a change of the disk's speed meets each of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(3):
+        for name, function in contenders.items():
+            shutil.rmtree(target, ignore_errors=True)
+            start = time.perf_counter()
+            function(source, target)
+            seconds[name].append(time.perf_counter() - start)
+    shutil.rmtree(target)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def peak_growth(source: Path, target: Path) -> int:
@@ -93,23 +100,30 @@ def peak_growth(source: Path, target: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=2048)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fp4-convert-") as name:
         folder = Path(name)
         source = folder / "source"
         source.mkdir()
         size = make_checkpoint(source, options.layers, options.hidden)
-        copying = best_of(copy, source, folder / "copy")
-        print(f"checkpoint: {size / 1e6:.0f} MB, {options.layers * 3} layers, NVFP4 in compressed-tensors' format")
-        print(f"plain copy: {size / copying / 1e6:.0f} MB/s")
-        for to in ("modelopt", "auto-round", "fp_quant"):
-            converting = best_of(lambda a, b, to=to: convert(a, b, to), source, folder / "out")  # type: ignore[misc]
-            print(f"to {to}: {size / converting / 1e6:.0f} MB/s, {copying / converting:.2f} of the copy")
-        layer = 4 * options.hidden * options.hidden * 9 / 16
+        targets = ("modelopt", "auto-round", "fp_quant")
+        contenders: dict[str, Callable[[Path, Path], object]] = {"plain copy": copy}
+        contenders |= {to: functools.partial(convert, to=to) for to in targets}
+        seconds = seconds_of(contenders, source, folder / "out")
         grown = peak_growth(source, folder / "out")
-        print(f"peak memory: {grown / 1e6:.0f} MB more than before; the largest layer has {layer / 1e6:.1f} MB")
+    ratios = {to: seconds["plain copy"] / seconds[to] for to in targets}
+    speeds = {name: size / taken / 1e6 for name, taken in seconds.items()}
+    rows = [["plain copy", f"{speeds['plain copy']:.0f}", ""]]
+    rows += [[f"to {to}", f"{speeds[to]:.0f}", verdict(ratios[to], 0.5)] for to in targets]
+    layer = 4 * options.hidden * options.hidden * 9 / 16
+    memory = f"{grown / 1e6:.0f} MB more than before converting; the largest layer has {layer / 1e6:.1f} MB."
+    result = table(["", "MB/s", "of the copy"], rows)
+    print(f"{result}\n\nPeak memory: {memory}")
+    title = f"fp4 convert: {size / 1e6:.0f} MB in {options.layers * 3} NVFP4 layers, from compressed-tensors"
+    data = {"bytes": size, "seconds": seconds, "ratios": ratios, "peak_growth_bytes": grown, "largest_layer": layer}
+    save("convert", title, {"Speed": result, "Peak memory": memory}, data)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from fp4 import FPQuantConfig
 from fp4.checkpoint import codec_for
 from fp4.checkpoint.files import Checkpoint, load
+from fp4.convert import convert
 from fp4.formats import MXFP4, dequantize, quantize
 from fp4.nn import FP4Experts, FP4Linear
 
@@ -209,3 +210,16 @@ def test_gpt_oss_logits_are_those_of_transformers_dequantizing(gpt_oss: Path, to
     with torch.no_grad():
         expected = stock.float()(token_ids).logits
         torch.testing.assert_close(packed(token_ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_mxfp4_experts_without_global_scales_in_fp_quants_format(
+    dense: Callable[[str], Path], token_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """FP-Quant's own MXFP4 has global scales; a file converted to its format says that there are none by ones."""
+    model = load_moe(dense("qwen3_moe"), FPQuantConfig("mxfp4", checkpoint_format="compressed-tensors", **PLAIN))
+    model.save_pretrained(tmp_path / "there")
+    convert(tmp_path / "there", tmp_path / "back", "fp_quant")
+    again = load_moe(tmp_path / "back")
+    assert all(p.global_scale is None for e in experts_of(again).values() for p in e.packed().values())
+    with torch.no_grad():
+        assert torch.equal(model(token_ids).logits, again(token_ids).logits)
