@@ -152,6 +152,22 @@ def test_compiles_without_graph_breaks_once_for_every_routing(scheme: Scheme) ->
     assert len(graphs) == 1
 
 
+def test_static_input_scales_are_those_of_each_expert() -> None:
+    scheme = Scheme(NVFP4, activations="fp4")
+    packed = pack(make_experts(), scheme)
+    scales = torch.rand(EXPERTS, dtype=torch.float64) / 100 + 1e-3
+    for projection in packed.packed().values():
+        projection.input_global_scale = nn.Parameter(scales, requires_grad=False)
+    hidden, index, weights = routing(20, 1)
+    found = packed(hidden, index, weights)
+    for expert in range(EXPERTS):
+        rows = index[:, 0] == expert
+        for projection in packed.packed().values():
+            projection.input_global_scale = nn.Parameter(scales[expert].expand(EXPERTS), requires_grad=False)
+        alone = packed(hidden[rows], index[rows], weights[rows])
+        torch.testing.assert_close(found[rows], alone, rtol=1e-5, atol=1e-5)
+
+
 def test_state_dict_keeps_the_canonical_form_through_moves() -> None:
     packed = pack(make_experts(), WEIGHT_ONLY["nvfp4"])
     state = {name: tensor.clone() for name, tensor in packed.state_dict().items()}

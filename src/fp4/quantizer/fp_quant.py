@@ -22,7 +22,7 @@ from fp4.config import FPQuantConfig
 from fp4.formats import FP8, QuantizedTensor
 from fp4.nn import FP4Experts, FP4Linear, PackedWeight, swap_experts, swap_linears
 from fp4.nn.layout import ExpertsLayout
-from fp4.quantizer import stacking
+from fp4.quantizer import parallel_plan, stacking
 from fp4.quantizer.checkpoint_config import CheckpointConfig
 from fp4.quantizer.coverage import Coverage, coverage_of
 from fp4.quantizer.loading import ReadLayer, RoundToNearest, SharedScale, reads_layers
@@ -127,6 +127,10 @@ class FPQuantHfQuantizer(HfQuantizer):
             if config.strict:
                 raise ValueError(f"strict=True, but these layers cannot be quantized: {report.describe_unsupported()}")
             logger.warning("kept unquantized: %s", report.describe_unsupported())
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Add the tensors of packed weights to ``model.tp_plan`` or ``model.ep_plan``, which name the dense ones."""
+        parallel_plan.add_packed(model, plan)
 
     def schemes_of_experts(
         self, name: str, layout: ExpertsLayout, choose: Callable[[str], tuple[Scheme, str] | None]
