@@ -77,6 +77,7 @@ def _gptq_rows(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tenso
     left = reordered(weight, goal.order, -1).transpose(-1, -2).contiguous()
     per_column = reordered(effective(scales, unit), goal.order // fmt.block_size, -1).transpose(-1, -2).contiguous()
     values = feed_errors(left, per_column, goal.factor).transpose(-1, -2)
+    del left, per_column
     return assemble(reordered(values, goal.order.argsort(dim=-1), -1), scales, global_scale)
 
 
@@ -85,18 +86,19 @@ def feed_errors(left: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
 
     Every column takes in what earlier errors leave to it when its turn comes: errors are read often, but written once.
     """
-    values, reciprocal = torch.empty_like(left), scale.reciprocal()
+    values = torch.empty_like(left)
     diagonal = factor.diagonal(dim1=-2, dim2=-1)[..., None].unbind(-2)
-    columns = list(zip(left.unbind(-2), values.unbind(-2), scale.unbind(-2), reciprocal.unbind(-2), strict=True))
+    columns = list(zip(left.unbind(-2), values.unbind(-2), scale.unbind(-2), strict=True))
     for start in range(0, len(columns), _LAZY_COLUMNS):
         stop = min(start + _LAZY_COLUMNS, len(columns))
         if start:
             left[..., start:stop, :] -= factor[..., start:stop, :start] @ left[..., :start, :]
+        reciprocal = scale[..., start:stop, :].reciprocal().unbind(-2)
         for j in range(start, stop):
-            column, value, step, per_step = columns[j]
+            column, value, step = columns[j]
             if j > start:
                 column -= (factor[..., j, None, start:j] @ left[..., start:j, :])[..., 0, :]
-            value.copy_(nearest(column * per_step))
+            value.copy_(nearest(column * reciprocal[j - start]))
             column.addcmul_(value, step, value=-1).div_(diagonal[j])
     return values
 

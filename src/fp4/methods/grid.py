@@ -25,7 +25,7 @@ NEAR_OFFSETS = {"nvfp4": (0, -1, 1, -2, 2), "mxfp4": (0, 1, -1)}
 # Bits of a float32: its exponent, that of 1.0, and what makes 1.5 * 2**(e + 22) of 2**e: its last place is 2**(e-1).
 _EXPONENT, _EXPONENT_OF_ONE, _MAGIC = 0x7F800000, 0x3F800000, (22 << 23) | 0x400000
 
-_ELEMENTS = 2**25  # of a weight in work at once; a handful of tensors of so many float32 are
+_ELEMENTS = 3 * 2**20  # of a weight in work at once; a handful of tensors of so many float32 are
 
 
 def nearest(x: Tensor) -> Tensor:
