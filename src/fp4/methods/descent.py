@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fp4.formats import Format
-from fp4.methods.grid import NEAR_OFFSETS, OFFSETS, effective, nearest, neighbours, reordered, scale_to_six
+from fp4.methods.grid import NEAR_OFFSETS, WIDE_OFFSETS, effective, nearest, neighbours, reordered, scale_to_six
 from fp4.methods.hessian import Objective, invert_lower_
 
 
@@ -74,7 +74,7 @@ def forward_sweep(weight: Tensor, goal: Objective, fmt: Format, global_scale: Te
         inside = slice(start, start + size)
         target = left[..., inside, :] - goal.factor[..., inside, :start] @ left[..., :start, :]
         middle = scale_to_six(target.abs().amax(dim=-2), fmt, unit)
-        candidates = neighbours(middle, fmt, OFFSETS[fmt.name]).movedim(0, -2)
+        candidates = neighbours(middle, fmt, WIDE_OFFSETS[fmt.name]).movedim(0, -2)
         block = _round_block(target, goal.factor[..., inside, inside], candidates, unit)
         values[..., inside, :], left[..., inside, :] = block.values, block.errors
         scales.append(block.scales.view(torch.uint8))
