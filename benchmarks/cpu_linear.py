@@ -38,9 +38,8 @@ class Fp4Weights:
     def __init__(self, weight: Tensor, fmt: Format) -> None:
         backend = CpuBackend()
         quantized = backend.quantize(weight, fmt)
-        codes, scales = backend.pack(quantized.codes, quantized.scales)
-        self.bytes = codes.nbytes + scales.nbytes
-        self._copies = [(codes.clone(), scales.clone()) for _ in range(copies_of(self.bytes))]
+        self.bytes = quantized.codes.nbytes + quantized.scales.nbytes
+        self._copies = [backend.pack(quantized.codes, quantized.scales) for _ in range(copies_of(self.bytes))]
         self._global_scale = quantized.global_scale
         self._n = weight.shape[0]
         self._backend = backend

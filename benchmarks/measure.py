@@ -51,8 +51,13 @@ def interleaved(
 
 
 def read_pass(megabytes: int = 256) -> tuple[Operation, int]:
-    """An operation that reads a buffer once and writes nothing, and the buffer's bytes: the limit of memory."""
-    buffer = torch.ones(megabytes * 2**18, dtype=torch.int32)
+    """An operation that reads a buffer once and writes nothing, and the buffer's bytes: the limit of memory.
+
+    The buffer lies in large pages where the system gives them, as packed weights do.
+    """
+    buffer = torch.empty(megabytes * 2**18, dtype=torch.int32)
+    torch.ops.fp4.cpu_prefer_large_pages(buffer)
+    buffer.fill_(1)
     return lambda _: buffer.max(), buffer.numel() * 4
 
 

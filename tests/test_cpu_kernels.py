@@ -234,7 +234,7 @@ def test_every_code_and_scale(fmt: Format) -> None:
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("shape", [(1, 32), (16, 64), (37, 96), (3, 5, 64), (2, 2, 17, 32)])
+@pytest.mark.parametrize("shape", [(1, 32), (16, 64), (37, 96), (3, 5, 64), (2, 2, 17, 32), (2048, 8192)])
 def test_pack_is_exact_and_padding_is_dropped(fmt: Format, shape: tuple[int, ...]) -> None:
     weight = random_weight(fmt, *shape)
     codes, scales, _ = packed(weight)

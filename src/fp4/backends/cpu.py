@@ -15,6 +15,7 @@ from fp4.formats import FP8, WEIGHT_FORMATS, format_of
 from fp4.scheme import Scheme
 
 _PANEL_ROWS = 16
+_LARGE_PAGE = 2 << 20  # bytes
 
 try:
     importlib.import_module("fp4._C_cpu")
@@ -42,6 +43,18 @@ def _panels(rows: Tensor) -> Tensor:
     return panels
 
 
+def _laid_out(view: Tensor) -> Tensor:
+    """A contiguous copy of uint8, in large pages where the system gives them: all of it is read for every token."""
+    size = view.numel()
+    if size < _LARGE_PAGE:
+        return view.contiguous()
+    memory = torch.empty(size + _LARGE_PAGE, dtype=torch.uint8)  # what alignment leaves over is never touched
+    skipped = -memory.data_ptr() % _LARGE_PAGE
+    aligned = memory[skipped : skipped + size]
+    torch.ops.fp4.cpu_prefer_large_pages(aligned)
+    return aligned.view(view.shape).copy_(view)
+
+
 class CpuBackend(Backend):
     """Weight-only and W4A4 matmuls on any CPU, with AVX2 or AVX-512 where it has them; FP8 weights are decoded.
 
@@ -62,16 +75,16 @@ class CpuBackend(Backend):
 
     def pack(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         if format_of(scales) is FP8:
-            columns = _panels(codes.view(torch.uint8)).transpose(-1, -2).contiguous()
+            columns = _laid_out(_panels(codes.view(torch.uint8)).transpose(-1, -2))
             return columns.view(codes.dtype), _panels(scales).squeeze(-1).contiguous()
         block = format_of(scales).block_size
         lead = codes.shape[:-2]
         # Rows of a panel are (h, lane, i), byte columns (c, jj): layout.h wants them as (c, lane, h, i, jj).
         bytes_ = _panels(codes).unflatten(-2, (2, 2, 4)).unflatten(-1, (-1, 2))
         at = [*range(len(lead) + 1), *(len(lead) + d for d in (4, 2, 1, 3, 5))]
-        weight = bytes_.permute(at).reshape(*lead, bytes_.shape[len(lead)], -1, block * _PANEL_ROWS // 2)
-        packed = _panels(scales.view(torch.uint8)).transpose(-1, -2).contiguous()
-        return weight.contiguous(), packed.view(scales.dtype)
+        weight = _laid_out(bytes_.permute(at)).view(*lead, bytes_.shape[len(lead)], -1, block * _PANEL_ROWS // 2)
+        packed = _laid_out(_panels(scales.view(torch.uint8)).transpose(-1, -2))
+        return weight, packed.view(scales.dtype)
 
     def unpack(self, weight: Tensor, weight_scale: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
         if format_of(weight_scale) is FP8:
