@@ -312,6 +312,15 @@ def show_plan(job: Job) -> None:
     )
     console.print(
         f"needs about {needs.memory / 1e9:.1f} GB of memory and {needs.disk / 1e9:.1f} GB of disk; "
-        f"{'forward passes' if job.calibrates else 'streaming'} about {max(1, round(needs.seconds))} s",
+        f"{'forward passes' if job.calibrates else 'streaming'} about {_duration(needs.seconds)}",
         highlight=False,
     )
+    allowed = job.memory.cpu if job.memory.device.type == "cpu" else job.memory.gpu
+    if needs.memory > allowed:
+        console.print(f"note: that is more memory than the {allowed / 1e9:.1f} GB that may be used", highlight=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
