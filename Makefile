@@ -53,8 +53,10 @@ sanitize:
 	sh csrc/cpu/sanitize.sh
 
 bench-cpu: $(VENV)/demo
-	$(VENV)/bin/python benchmarks/cpu_linear.py
-	$(VENV)/bin/python benchmarks/cpu_generate.py
+	$(VENV)/bin/python benchmarks/cpu_linear.py --save cpu_linear
+	$(VENV)/bin/python benchmarks/cpu_generate.py --compile --save cpu_generate
+	$(VENV)/bin/python benchmarks/cpu_experts.py --save cpu_experts
+	$(VENV)/bin/python benchmarks/cpu_summary.py
 
 # On a machine with a CUDA GPU (TORCH above must name a build for it); prints what is to be reached and what is.
 bench-gpu: $(VENV)/demo

@@ -1,0 +1,122 @@
+"""The CPU targets in one table: each case's measured ratios beside what it has to reach.
+
+Reads the JSON that cpu_linear.py, cpu_generate.py and cpu_experts.py leave with ``--save`` (by default every
+``results/cpu_*.json``; where two hold the same case the later date counts) and writes results/cpu_summary.md. A line
+shows the range over shapes and formats, and passes if its worst does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cpu_linear import best_ggml
+from measure import RESULTS, table
+
+FORMATS = ("nvfp4", "mxfp4")
+Ratio = tuple[str, str, float, float | None]  # case, against what, target, ratio
+
+
+def linear_ratios(case: dict[str, Any]) -> Iterator[Ratio]:
+    seconds, m = case["seconds"], case["m"]
+    for fmt in FORMATS:
+        mine, ggml = seconds[f"fp4 {fmt} w4a16"], best_ggml(case, fmt)
+        over_ggml = None if ggml is None else ggml / mine
+        if m == 1:
+            share = case["bytes"][fmt] / mine / 1e9 / case["read_gbs"]
+            yield "linear, M = 1", "share of read bandwidth", 0.85, share
+            yield "linear, M = 1", "x ggml's best", 1.2, over_ggml
+            yield "linear, M = 1", "x bf16", 4.0, seconds["torch bf16"] / mine
+        if m == 8:
+            yield "linear, M = 8", "x ggml's best", 1.2, over_ggml
+        if m == 128:
+            w4a4 = seconds[f"fp4 {fmt} w4a4"]
+            yield "linear, M = 128", "x fp32", 1.4, seconds["torch fp32"] / mine
+            yield "linear, M = 128", "x bf16", 5.0, seconds["torch bf16"] / mine
+            yield "linear W4A4, M = 128", "x fp32", 2.5, seconds["torch fp32"] / w4a4
+            yield "linear W4A4, M = 128", "x ggml's best", 1.5, None if ggml is None else ggml / w4a4
+
+
+def quantization_ratios(case: dict[str, Any]) -> Iterator[Ratio]:
+    for fmt in FORMATS:
+        share = 2 * case["n"] * case["k"] / case["seconds"][fmt] / 1e9 / case["read_gbs"]
+        yield "quantizing a bf16 weight", "share of read bandwidth", 0.6, share
+
+
+def decoding_ratios(seconds: dict[str, float]) -> Iterator[Ratio]:
+    for fmt in FORMATS:
+        tried = [each for name, each in seconds.items() if name.startswith(f"fp4 {fmt}")]
+        if tried:
+            mine, peer = min(tried), seconds.get(f"llama.cpp {fmt}")
+            yield "decoding, 1.1 billion parameters", "x bf16", 3.0, seconds["bf16"] / mine
+            yield "decoding, 1.1 billion parameters", "x fp32", 2.5, seconds["fp32"] / mine
+            yield "decoding, 1.1 billion parameters", "x llama.cpp", 0.9, None if peer is None else peer / mine
+
+
+def smollm2_ratios(seconds: dict[str, float]) -> Iterator[Ratio]:
+    for name, mine in seconds.items():
+        if name.startswith("fp4"):
+            yield "decoding, SmolLM2-135M compiled", "x bf16 eager", 1.5, seconds["bf16 eager"] / mine
+
+
+def experts_ratios(case: dict[str, Any]) -> Iterator[Ratio]:
+    seconds, tokens = case["seconds"], case["tokens"]
+    best = min(each for name, each in seconds.items() if name.startswith("bf16"))
+    for name, mine in seconds.items():
+        if name.startswith("fp4") and tokens in (1, 256):
+            yield (
+                f"experts, {tokens} token{'s' * (tokens > 1)}",
+                "x fastest bf16",
+                3.0 if tokens == 1 else 1.0,
+                best / mine,
+            )
+
+
+def ratios_of(results: list[dict[str, Any]]) -> list[Ratio]:
+    """Ratios of all cases; of a case that several results hold, those of the last."""
+    found: dict[object, list[Ratio]] = {}
+    for result in sorted(results, key=lambda each: str(each["machine"]["date"])):
+        for case in result.get("linear", []):
+            found["linear", case["m"], case["n"], case["k"]] = list(linear_ratios(case))
+        for case in result.get("quantize", []):
+            found["quantize", case["n"], case["k"]] = list(quantization_ratios(case))
+        for case in result.get("experts", []):
+            found["experts", case["tokens"]] = list(experts_ratios(case))
+        if "shaped" in result:
+            seconds = result["shaped"]["seconds"]
+            found["shaped", *sorted(seconds)] = list(decoding_ratios(seconds))
+        if "smollm2" in result:
+            seconds = result["smollm2"]["seconds"]
+            found["smollm2", *sorted(seconds)] = list(smollm2_ratios(seconds))
+    return [ratio for ratios in found.values() for ratio in ratios]
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    lines: dict[tuple[str, str, float], list[float | None]] = {}
+    for case, against, target, ratio in ratios_of(results):
+        lines.setdefault((case, against, target), []).append(ratio)
+    rows = []
+    for (case, against, target), ratios in lines.items():
+        known = sorted(ratio for ratio in ratios if ratio is not None)
+        if not known:
+            rows.append([case, against, f"{target:g}", "peer not installed", ""])
+            continue
+        short = sum(ratio < target for ratio in known)
+        outcome = "pass" if not short else f"{len(known) - short} of {len(known)}"
+        rows.append([case, against, f"{target:g}", f"{known[0]:.2f} to {known[-1]:.2f}", outcome])
+    return table(["case", "measure", "at least", "measured", "passes"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("cpu_*.json")))
+    body = summary([json.loads(file.read_text()) for file in parser.parse_args().files])
+    print(body)
+    (RESULTS / "cpu_summary.md").write_text(f"# CPU targets\n\n{body}\n")
+
+
+if __name__ == "__main__":
+    main()
