@@ -34,7 +34,8 @@ pytest-oldest: $(VENV)/oldest
 
 # The Triton kernels on the CPU by Triton's interpreter, then their compilation for GPUs that need not be there.
 pytest-triton: $(VENV)/parity
-	PYTHONPATH=$(VENV)/parity TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 -rs tests/test_triton_kernels.py tests/test_gpu_benchmarks.py
+	PYTHONPATH=$(VENV)/parity TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 -rs tests/test_triton_kernels.py \
+		tests/test_triton_experts.py tests/test_gpu_benchmarks.py
 	PYTHONPATH=$(VENV)/parity $(VENV)/bin/python -m pytest -n 2 -rs tests/test_triton_compile.py
 
 # Against other tools: FP-Quant's own Triton kernels, run by Triton's interpreter, then what compressed-tensors, ModelOpt

@@ -16,7 +16,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fp4.backends.triton.linear import HOPPER_TILINGS, SCALED_TILINGS, SMALL_SCALED_TILINGS, TILINGS, Tiling
-from fp4.backends.triton.matmul import multiply
+from fp4.backends.triton.matmul import add_partial_sums, multiply
+from fp4.backends.triton.quantize import (
+    CANONICAL,
+    INTERLEAVED,
+    ROTATED,
+    VALUES,
+    _dequantize,
+    _magnitudes,
+    _quantize,
+    _tile,
+)
 from fp4.backends.triton.scaled import multiply_scaled
 
 CONSTANTS = ("MX", "PARTS", "SHUFFLED", "UNIT_BY_ROW", "BE", "BM", "SLICES", "PANELS", "CHUNKS", "SPLIT")
@@ -39,7 +49,9 @@ def compiled(kernel: Any, capability: int, types: dict[str, str], constants: dic
     return result
 
 
-def compile_multiply(capability: int, dtype: str, mx: bool, tiling: Tiling, grouped: bool = False) -> Any:
+def compile_multiply(
+    capability: int, dtype: str, mx: bool, tiling: Tiling, grouped: bool = False, fixed: dict[str, int] | None = None
+) -> Any:
     types = dict.fromkeys(multiply.arg_names, "i32") | dict.fromkeys(CONSTANTS, "constexpr")
     types |= {"x": f"*{dtype}", "out": f"*{dtype}", "weight": "*u32", "weight_scale": "*u8", "unit": "*fp64"}
     types |= {"x_unit": "constexpr", "bias": "constexpr", "offsets": "*i32" if grouped else "constexpr"}
@@ -50,7 +62,8 @@ def compile_multiply(capability: int, dtype: str, mx: bool, tiling: Tiling, grou
     }  # fmt: skip
     if not grouped:
         constants["offsets"] = None
-    return compiled(multiply, capability, types, constants, tiling)
+    types |= dict.fromkeys(fixed or {}, "constexpr")
+    return compiled(multiply, capability, types, constants | (fixed or {}), tiling)
 
 
 @pytest.mark.parametrize("capability", [80, 89, 100, 120])
@@ -83,6 +96,62 @@ def test_every_type_compiles(dtype: str, mx: bool, rows: int) -> None:
 
 def test_experts_compile() -> None:
     assert "mma" in compile_multiply(90, "bf16", False, TILINGS[8], True).asm["ptx"]
+
+
+ANY = Tiling(0, 0, 0, 0, 4, 3)  # the quantization kernels have four warps
+
+
+def compile_quantize(capability: int, mx: bool, rule: str, mode: int, group: int, dynamic: bool) -> None:
+    rows, columns = _tile(4096, group)
+    constants = {
+        "MX": mx, "RULE": rule, "MODE": mode, "SHUFFLED": mode in (ROTATED.value, VALUES.value), "H": group,
+        "BR": rows, "BC": columns,
+    }  # fmt: skip
+    codes = mode in (CANONICAL.value, INTERLEAVED.value)
+    types = dict.fromkeys(_quantize.arg_names, "i32") | {"x": "*bf16", "codes": "*u8" if codes else "*bf16"}
+    types |= {"rotation": "*fp32", "unit": "*fp64", "partial": "*i32", "taken_unit": "*fp64", "scales": "*u8"}
+    absent = {"rotation": not group, "unit": mx or dynamic, "partial": not dynamic, "taken_unit": not dynamic}
+    constants |= dict.fromkeys([name for name, missing in (absent | {"scales": not codes}).items() if missing])
+    types |= dict.fromkeys(constants, "constexpr")
+    compiled(_quantize, capability, types, constants, ANY)
+
+
+@pytest.mark.parametrize("capability", [80, 120])
+@pytest.mark.parametrize(
+    ("mx", "rule", "mode", "group", "dynamic"),
+    [
+        (False, "mse", CANONICAL.value, 0, False),
+        (False, "four_over_six", INTERLEAVED.value, 16, True),
+        (True, "quest", VALUES.value, 128, False),
+        (False, "", ROTATED.value, 32, False),
+    ],
+)
+def test_quantization_compiles(capability: int, mx: bool, rule: str, mode: int, group: int, dynamic: bool) -> None:
+    compile_quantize(capability, mx, rule, mode, group, dynamic)
+
+
+def test_the_other_kernels_compile() -> None:
+    types = dict.fromkeys(_dequantize.arg_names, "i32") | dict.fromkeys(("MX", "BR", "BC"), "constexpr")
+    types |= {"codes": "*u8", "scales": "*u8", "unit": "*fp64", "out": "*bf16"}
+    compiled(_dequantize, 80, types, {"MX": False, "BR": 8, "BC": 256}, ANY)
+    types = dict.fromkeys(_magnitudes.arg_names, "i32") | dict.fromkeys(("H", "BR", "BC"), "constexpr")
+    compiled(
+        _magnitudes,
+        80,
+        types | {"x": "*bf16", "rotation": "*fp32", "partial": "*i32"},
+        {"H": 64, "BR": 8, "BC": 256},
+        ANY,
+    )
+
+
+def test_arguments_of_one_compile() -> None:
+    """Triton makes an integer argument of 1 a constant, which has fewer methods."""
+    types = dict.fromkeys(add_partial_sums.arg_names, "constexpr") | {"partial": "*fp32", "out": "*bf16"}
+    compiled(add_partial_sums, 80, types, {"count": 1, "SPLIT": 4, "BLOCK": 1024}, ANY)
+    tiling = TILINGS[1]
+    ones = dict.fromkeys(("rows", "N", "chunks", "experts"), 1)
+    for grouped in (False, True):
+        compile_multiply(80, "bf16", False, tiling, grouped, ones)
 
 
 def compile_scaled(capability: int, mx: bool, tiling: Tiling) -> Any:
