@@ -135,6 +135,7 @@ def test_the_other_kernels_compile() -> None:
     types |= {"codes": "*u8", "scales": "*u8", "unit": "*fp64", "out": "*bf16"}
     compiled(_dequantize, 80, types, {"MX": False, "BR": 8, "BC": 256}, ANY)
     types = dict.fromkeys(_magnitudes.arg_names, "i32") | dict.fromkeys(("H", "BR", "BC"), "constexpr")
+    types |= {"offsets": "*i32"}
     compiled(
         _magnitudes,
         80,

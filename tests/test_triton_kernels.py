@@ -215,8 +215,9 @@ def test_weight_only_rotation() -> None:
 def test_grouped(fmt: Format, counts: list[int]) -> None:
     experts, n, k, total = len(counts), 21, 96, sum(counts)
     weight, bias = random_weight(fmt, experts, n, k), torch.randn(experts, n)
-    # Rows beyond the last expert's belong to nobody.
+    # Rows beyond the last expert's belong to nobody, and no global scale sees them.
     x = torch.randn(total + 2, k).bfloat16()
+    x[total:] = 1e30
     x[total:] = torch.nan
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
     values = formats.dequantize(*weight)

@@ -273,7 +273,9 @@ def _w4a4(
         return x.new_empty(*x.shape[:-1], out_features)
     fmt = format_of(weight_scale)
     if multiplies_fp4(x.device):
-        codes, scales, unit = quantize_activation(flat, fmt, rotation, input_global_scale, rule, INTERLEAVED.value)
+        codes, scales, unit = quantize_activation(
+            flat, fmt, rotation, input_global_scale, rule, INTERLEAVED.value, offsets=offsets
+        )
         assert scales is not None
         out = scaled_product(
             codes, scales, weight, weight_scale, global_scale, bias, offsets, out_features, unit, x.dtype
@@ -281,7 +283,9 @@ def _w4a4(
         return out.view(*x.shape[:-1], out_features)
     tiling = tiling_for(_rows_a_matrix(flat.shape[0], weight, offsets is not None), 1, x.device)
     shuffled = shuffles(x.device, tiling)
-    values, _, unit = quantize_activation(flat, fmt, rotation, input_global_scale, rule, VALUES.value, shuffled)
+    values, _, unit = quantize_activation(
+        flat, fmt, rotation, input_global_scale, rule, VALUES.value, shuffled, offsets
+    )
     out = _product(values, weight, weight_scale, global_scale, bias, offsets, out_features, unit, x.dtype, tiling)
     return out.view(*x.shape[:-1], out_features)
 

@@ -72,13 +72,18 @@ def _store_values(value, out, row, column, rows, width, SHUFFLED: tl.constexpr):
 
 
 @triton.jit
-def _magnitudes(x, rotation, partial, rows, K, H: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+def _magnitudes(
+    x, rotation, offsets, partial, rows, K, experts, H: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
     """partial ``[matrices, P]``: the largest magnitude that each of P programs saw of a matrix ``[rows, K]``.
 
-    As the bits of a float32, whose integer order is that of the magnitudes, with NaN above infinity.
+    As the bits of a float32, whose integer order is that of the magnitudes, with NaN above infinity. With ``offsets``
+    rows from the last expert's end on do not count.
     """
     matrix = tl.program_id(0)
     x += matrix.to(tl.int64) * rows * K
+    if offsets is not None:
+        rows = tl.minimum(rows, tl.load(offsets + experts))
     across = tl.cdiv(K, BC)
     top = tl.zeros((BR, BC), tl.int32)
     for tile in range(tl.program_id(1), tl.cdiv(rows, BR) * across, tl.num_programs(1)):
@@ -195,12 +200,15 @@ def _grid(rows: int, k: int, tile: tuple[int, int]) -> tuple[int]:
     return (triton.cdiv(rows, tile[0]) * triton.cdiv(k, tile[1]),)
 
 
-def _partial_magnitudes(x: Tensor, matrices: int, rows: int, k: int, rotation: Tensor | None) -> Tensor:
+def _partial_magnitudes(
+    x: Tensor, matrices: int, rows: int, k: int, rotation: Tensor | None = None, offsets: Tensor | None = None
+) -> Tensor:
     group = 0 if rotation is None else rotation.shape[0]
     tile = _tile(k, group)
     programs = min(_PROGRAMS, *_grid(rows, k, tile))
     partial = torch.empty(matrices, programs, dtype=torch.int32, device=x.device)
-    _magnitudes[(matrices, programs)](x, rotation, partial, rows, k, group, *tile, num_warps=4)
+    experts = 0 if offsets is None else offsets.numel() - 1
+    _magnitudes[(matrices, programs)](x, rotation, offsets, partial, rows, k, experts, group, *tile, num_warps=4)
     return partial
 
 
@@ -208,7 +216,7 @@ def largest_magnitude(x: Tensor) -> Tensor:
     """``formats.largest_magnitude``: x ``[..., N, K]`` -> float32 ``[...]``."""
     out = torch.zeros(x.shape[:-2], dtype=torch.float32, device=x.device)
     if x.numel():
-        partial = _partial_magnitudes(x.contiguous(), out.numel(), x.shape[-2], x.shape[-1], None)
+        partial = _partial_magnitudes(x.contiguous(), out.numel(), x.shape[-2], x.shape[-1])
         _finish_magnitudes[(out.numel(),)](partial, out, partial.shape[1], 256)
     return out
 
@@ -288,6 +296,7 @@ def quantize_activation(
     rule: str,
     mode: int,
     shuffled: bool = False,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What W4A4 multiplies: x ``[T, K]`` contiguous, rotated and quantized.
 
@@ -295,6 +304,7 @@ def quantize_activation(
         global_scale: float64, one or one a row; None takes it from x (NVFP4) or does without (MXFP4).
         mode: ``VALUES`` or ``INTERLEAVED``.
         shuffled: the order of values.
+        offsets: of experts; rows that none of them has do not count in a global scale that is taken from x.
 
     Returns:
         bfloat16 values ``[T, K]`` (wider if shuffled) or codes ``[T, K/2]``, scales ``[T, K/B]`` where there are codes,
@@ -311,7 +321,7 @@ def quantize_activation(
     scales = None if values else torch.empty(rows, k // fmt.block_size, dtype=torch.uint8, device=x.device)
     partial, taken = None, global_scale
     if global_scale is None and fmt.needs_global_scale:
-        partial = _partial_magnitudes(x, 1, rows, k, rotation)
+        partial = _partial_magnitudes(x, 1, rows, k, rotation, offsets)
         taken = torch.empty(1, dtype=torch.float64, device=x.device)
     tile = _tile(k, group)
     _quantize[_grid(rows, k, tile)](
