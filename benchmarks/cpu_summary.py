@@ -87,10 +87,10 @@ def ratios_of(results: list[dict[str, Any]]) -> list[Ratio]:
             found["experts", case["tokens"]] = list(experts_ratios(case))
         if "shaped" in result:
             seconds = result["shaped"]["seconds"]
-            found["shaped", *sorted(seconds)] = list(decoding_ratios(seconds))
+            found[("shaped", *sorted(seconds))] = list(decoding_ratios(seconds))
         if "smollm2" in result:
             seconds = result["smollm2"]["seconds"]
-            found["smollm2", *sorted(seconds)] = list(smollm2_ratios(seconds))
+            found[("smollm2", *sorted(seconds))] = list(smollm2_ratios(seconds))
     return [ratio for ratios in found.values() for ratio in ratios]
 
 
