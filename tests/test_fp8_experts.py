@@ -313,3 +313,19 @@ def test_fp4_quantize_mixes_precisions(shared: Callable[[str], Path], token_ids:
         assert same_logits(model, load_model(tmp_path / to), token_ids)
         previous = tmp_path / to
     require_same_tensors(previous, out)
+
+
+def test_experts_that_fp_quant_left_as_they_were_stay_so(
+    granite: Path, token_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """FP-Quant itself quantizes Linear layers alone, and its configuration does not say so."""
+    model = load_model(granite, forward_dtype="nvfp4", modules_to_not_convert=["lm_head", "experts"])
+    assert not experts_of(model)
+    model.save_pretrained(tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] = ["lm_head"]
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    again = load_model(tmp_path / "out")
+    assert not experts_of(again)
+    assert formats_of(again) == formats_of(model)
+    assert same_logits(model, again, token_ids)
