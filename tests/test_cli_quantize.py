@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,20 @@ def test_settings_come_from_an_env_file(
     code, error = refused(monkeypatch, capsys, "quantize", model, "again")
     assert code == 2
     assert ".env, line 2: FP4_TOKEN has no value" in error
+
+
+def test_folders_of_the_hub_come_from_an_env_file(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(f"HF_HOME={tmp_path / 'hub'}\n")
+    code = (
+        "import atexit; from huggingface_hub import constants; atexit.register(lambda: print(constants.HF_HOME)); "
+        "from fp4.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "schemes"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "hub")
+    assert done.stdout.count(str(tmp_path / "hub")) == 1
 
 
 def test_env_files_are_read_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from pathlib import Path
 
@@ -42,7 +43,10 @@ def main() -> None:
     Exit code 2 is a mistake of the user, 3 a failure of the machine (disk full, out of memory).
     """
     try:
-        load_env_file(Path(".env"))
+        taken = load_env_file(Path(".env"))
+        if any(name.startswith("HF_") and name != "HF_TOKEN" for name in taken):
+            # huggingface_hub read them when it was imported, before this function could run.
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         app()
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
