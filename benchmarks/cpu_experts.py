@@ -94,7 +94,7 @@ def rows_of(case: dict[str, Any]) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every contender")
-    parser.add_argument("--repetitions", type=int, default=5, help="turns of each contender; medians are shown")
+    parser.add_argument("--repetitions", type=int, default=5, help="turns of each contender")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TARGETS))
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.md and results/NAME.json")
     options = parser.parse_args()

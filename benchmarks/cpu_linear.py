@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every contender")
     parser.add_argument("--shapes", nargs="+", default=[f"{n}x{k}" for n, k in SHAPES], metavar="NxK")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), metavar="M")
-    parser.add_argument("--repetitions", type=int, default=7, help="turns of each contender; medians are shown")
+    parser.add_argument("--repetitions", type=int, default=7, help="turns of each contender")
     parser.add_argument("--part", choices=("all", "linear", "quantize"), default="all")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.md and results/NAME.json")
     options = parser.parse_args()

@@ -1,14 +1,15 @@
 """What the benchmarks share: interleaved timing, the memory limit, a description of the machine, saved results.
 
-Times are medians of repetitions in which all contenders take turns (A B A B ...), so that a change of the machine's
-speed meets each of them alike. Contenders get their weights from a set larger than the last-level cache.
+All contenders take turns (A B A B ...), so that a change of the machine's speed meets each of them alike, and the time
+of each is its fastest operation's: what other programs add to the rest says nothing about a kernel. Contenders get
+their weights from a set larger than the last-level cache.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -27,13 +28,13 @@ Operation = Callable[[int], object]
 def interleaved(
     contenders: Mapping[str, Operation], repetitions: int = 7, seconds: float = 0.03, pause: float = 0.02
 ) -> dict[str, float]:
-    """Median seconds of one operation of each contender.
+    """Seconds of the fastest operation of each contender.
 
     A turn lasts ``seconds`` or one operation, whichever is longer. Before it the process sleeps for ``pause``, in which
     the spinning worker threads of another library fall asleep.
     """
     counters = dict.fromkeys(contenders, 0)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    fastest = dict.fromkeys(contenders, math.inf)
     for name, operation in contenders.items():
         operation(0)
         counters[name] = 1
@@ -41,13 +42,18 @@ def interleaved(
         for name, operation in contenders.items():
             time.sleep(pause)
             operation(counters[name])  # wakes this library's threads
-            first = counters[name] = counters[name] + 1
-            start = time.perf_counter()
-            while (elapsed := time.perf_counter() - start) < seconds or counters[name] == first:
+            counters[name] += 1
+            before = time.perf_counter()
+            end = before + seconds
+            while True:
                 operation(counters[name])
                 counters[name] += 1
-            times[name].append(elapsed / (counters[name] - first))
-    return {name: statistics.median(each) for name, each in times.items()}
+                after = time.perf_counter()
+                fastest[name] = min(fastest[name], after - before)
+                if after >= end:
+                    break
+                before = after
+    return fastest
 
 
 def read_pass(megabytes: int = 256) -> tuple[Operation, int]:
