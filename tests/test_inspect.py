@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fp4.inspection import Inspection, inspect
+from fp4.convert import convert
+from fp4.inspection import inspect
 
 FIXTURES = {
     "llmcompressor-NVFP4": ("compressed-tensors", {"nvfp4": 14}, 4.51),
@@ -124,52 +125,21 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
         inspect(tmp_path)
 
 
-def test_hub_id_fetches_headers_only(
-    shared: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
+    from huggingface_hub.utils import _http
 
-    source = shared("fixtures/modelopt-NVFP4")
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    fetched: list[str] = []
+    client = getattr(_http, "httpx2", None) or _http.httpx
 
-    def download(repo: str, name: str, **options: object) -> str:
-        assert options["revision"] == "v1"
-        fetched.append(name)
-        return shutil.copyfile(source / name, cache / name)
+    def unreachable(*args: object, **options: object) -> object:
+        raise client.ConnectError("[Errno -2] Name or service not known")
 
-    class Remote:
-        """A file whose reads are counted."""
-
-        def __init__(self, path: Path) -> None:
-            self.file, self.size = path.open("rb"), path.stat().st_size
-
-        def __enter__(self) -> Remote:
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            self.file.close()
-
-        def read(self, count: int) -> bytes:
-            fetched.append(f"{count} bytes")
-            return self.file.read(count)
-
-    class FileSystem:
-        def __init__(self, **options: object) -> None:
-            pass
-
-        def open(self, path: str, *args: object, **options: object) -> Remote:
-            assert path == "owner/model@v1/model.safetensors"
-            return Remote(source / "model.safetensors")
-
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *a, **k: [p.name for p in source.iterdir()])
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(huggingface_hub, "HfFileSystem", FileSystem)
-    found: Inspection = inspect("owner/model", revision="v1")
-    local = inspect(source)
-    assert (found.schemes, found.bits_per_weight) == (local.schemes, local.bits_per_weight)
-    assert [row.shape for row in found.layers] == [row.shape for row in local.layers]
-    assert fetched[:3] == ["config.json", "hf_quant_config.json", "8 bytes"]
-    assert len(fetched) == 4
-    assert "headers only" in found.notes[0]
+    monkeypatch.setattr(huggingface_hub, "model_info", unreachable)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    sentence = (
+        r"^no-such-folder is no folder here, and the hub cannot be reached: \[Errno -2\] Name or service not known$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        inspect("no-such-folder")
+    with pytest.raises(ValueError, match=sentence):
+        convert("no-such-folder", "out", "modelopt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from fp4.checkpoint.files import INDEX_NAME, Checkpoint, parse_header, read_header, read_index, read_json
@@ -33,8 +34,8 @@ def local_folder(
         folder = snapshot_download(
             str(source), revision=revision, token=token, cache_dir=cache_dir, allow_patterns=_WANTED
         )
-    except OSError as error:
-        raise ValueError(f"{source} is no folder here, and the hub did not give it: {error}") from error
+    except _failures() as error:
+        raise _not_found(source, error) from error
     return Path(folder)
 
 
@@ -51,11 +52,11 @@ def open_headers(
     """
     if not is_hub_id(source):
         return Checkpoint.open(Path(source)), True
-    from huggingface_hub import HfFileSystem, hf_hub_download, list_repo_files
+    from huggingface_hub import HfFileSystem, hf_hub_download, model_info
 
     repo = str(source)
     try:
-        names = list_repo_files(repo, revision=revision, token=token)
+        names = [file.rfilename for file in model_info(repo, revision=revision, token=token).siblings or []]
         small = [name for name in ("config.json", "hf_quant_config.json", INDEX_NAME) if name in names]
         paths = {
             name: Path(str(hf_hub_download(repo, name, revision=revision, token=token, cache_dir=cache_dir)))
@@ -79,7 +80,20 @@ def open_headers(
                 if length > 100 << 20:
                     raise ValueError(f"{name} is no safetensors file: its header would be {length} bytes")
                 checkpoint.add(local, parse_header(file.read(length), local, file.size))
-    except OSError as error:
-        raise ValueError(f"{source} is no folder here, and the hub did not give it: {error}") from error
+    except _failures() as error:
+        raise _not_found(source, error) from error
     checkpoint.check_index(index)
     return checkpoint, False
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises: OSError where the hub answered, its HTTP client's own errors where it did not."""
+    clients = (sys.modules.get(name) for name in ("httpx", "httpx2"))
+    return (OSError, *(client.HTTPError for client in clients if client is not None))
+
+
+def _not_found(source: str | Path, error: Exception) -> ValueError:
+    """One sentence of what may be several lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    did = "did not give it" if isinstance(error, OSError) else "cannot be reached"
+    return ValueError(f"{source} is no folder here, and the hub {did}: {' '.join(lines[:2])}")
