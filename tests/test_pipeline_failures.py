@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fp4
 from fp4.checkpoint.files import ShardWriter
-from fp4.pipeline import hidden
+from fp4.pipeline import hidden, skeleton
 from fp4.pipeline.blocks import BlockCalibration
 from fp4.pipeline.hidden import HiddenStates
 
@@ -183,6 +183,19 @@ def test_hidden_states_that_do_not_fit_stay_on_disk(
     assert files[0] == files[1]
     request = json.loads((tmp_path / "tight" / "report.json").read_text())
     assert "max_memory" not in request  # it decides about speed, not about bytes
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "gemma", "opt"])
+def test_of_the_embedding_only_the_rows_of_the_samples_are_read(
+    architecture: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole: list[tuple[int, ...]] = []
+    original = skeleton.load
+    monkeypatch.setattr(skeleton, "load", lambda info: whole.append(info.shape) or original(info))
+    model = save_small(architecture, tmp_path / "model")
+    fp4.quantize(model, tmp_path / "out", "nvfp4", "rtn", text, **SETTINGS)
+    assert whole
+    assert (320, 64) not in whole
 
 
 def test_hidden_states_come_back_as_they_were(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ class BlockCalibration:
         """What reaches block ``start``; fills :attr:`calls`."""
         skeleton = self.skeleton
         first: HiddenStates | None = None
-        with skeleton.outside_filled(self.device):
+        with skeleton.outside_filled(self.device, self.batches):
             skeleton.decoder.eval()
             with skeleton.filled(skeleton.blocks[0], self.device):
                 form = result_form(skeleton, self.batches[0][:1, :8].to(self.device))

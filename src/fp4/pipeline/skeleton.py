@@ -7,7 +7,7 @@ conversion, so a checkpoint loads here exactly as ``from_pretrained`` loads it, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from fp4.checkpoint.files import Checkpoint, TensorInfo, load
+from fp4.pipeline.embedding import reads_rows, rows_filled
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -142,22 +143,32 @@ class Skeleton:
             module.to_empty(device="meta")
 
     @contextlib.contextmanager
-    def outside_filled(self, device: torch.device) -> Iterator[None]:
-        """The decoder with everything but its blocks (embeddings, rotary tables, norms) in memory."""
+    def outside_filled(self, device: torch.device, batches: Sequence[Tensor]) -> Iterator[None]:
+        """The decoder with everything but its blocks (embeddings, rotary tables, norms) in memory.
+
+        Args:
+            batches: the token ids that it will be run on.
+        """
         parts = [
             (name, module)
             for name, module in self.model.named_modules()
             if (_below(name, self.decoder_name) or not self.decoder_name)
             and not any(_below(f"{name}.", block) for block in self.blocks)
         ]
-        try:
-            self.fill(self.keys_outside(), device)
-            for name, module in parts:
-                self.settle(module, device, name, recurse=False)
-            yield
-        finally:
+        keys, embedding = self.keys_outside(), self.model.get_input_embeddings()
+        source = next((self.sources.get(f"{path}.weight") for path, module in parts if module is embedding), None)
+        with contextlib.ExitStack() as stack:
             for _, module in parts:
-                module.to_empty(device="meta", recurse=False)
+                stack.callback(module.to_empty, device="meta", recurse=False)
+            if source is not None and source.converter is None:
+                info = self.checkpoint.tensors[source.keys[0]]
+                if isinstance(embedding, nn.Embedding) and reads_rows(embedding, info):
+                    keys = [key for key in keys if key not in source.keys]
+                    stack.enter_context(rows_filled(embedding, info, batches, self.dtype, device))
+            self.fill(keys, device)
+            for path, module in parts:
+                self.settle(module, device, path, recurse=False)
+            yield
 
     def settle(self, part: nn.Module, device: torch.device, name: str, recurse: bool = True) -> None:
         """Compute what no checkpoint holds (rotary tables and the like), as Transformers initialises it."""
