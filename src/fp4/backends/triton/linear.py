@@ -37,7 +37,7 @@ TILINGS: dict[int, Tiling] = {
     16: Tiling(16, 4, 4, 1, 4, 3),
     32: Tiling(32, 4, 2, 1, 4, 3),
     64: Tiling(64, 1, 8, 1, 4, 3),
-    1 << 30: Tiling(128, 1, 8, 1, 8, 2),  # in 99 KB of shared memory, which all GPUs have
+    1 << 30: Tiling(128, 1, 8, 1, 8, 3),  # fits the 99 KB of shared memory of consumer GPUs
 }
 # Hopper has 227 KB, and 256 rows to a product make decoding the cheaper part.
 HOPPER_TILINGS = {most: tiling for most, tiling in TILINGS.items() if most <= 32} | {
@@ -92,7 +92,8 @@ def _processors(device: torch.device) -> int:
 def _split(programs: int, chunks: int, tiling: Tiling, device: torch.device) -> int:
     """How many programs share one tile's K: a power of two that gives every processor work, if K is long enough."""
     split = 1
-    wanted = 2 * _processors(device) if tiling.SLICES == 1 else _processors(device)
+    # The largest tiles fill a processor's registers alone; smaller ones hide each other's waiting for memory.
+    wanted = _processors(device) * (2 if tiling.SLICES == 1 and tiling.BM < 128 else 1)
     while programs * split * 2 <= wanted and chunks >= split * 2 * tiling.SLICES * tiling.CHUNKS * 2:
         split *= 2
     return split
