@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM = false
 FP4_CUDA ?= 0
 export FP4_CUDA
 
-.PHONY: demo test lint types pytest pytest-oldest pytest-triton parity cuda sanitize bench-cpu bench-gpu bench-quality clean
+.PHONY: demo test lint types pytest pytest-oldest pytest-triton parity cuda sanitize bench-cpu bench-gpu bench-quality bench-quantize clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python examples/demo.py $(MODEL)
@@ -68,6 +68,11 @@ bench-gpu: $(VENV)/demo
 # measures first, which takes hours (benchmarks/quality.py says what A and B are).
 bench-quality: $(VENV)/demo
 	$(VENV)/bin/python benchmarks/quality.py $(QUALITY)
+
+# Needs 25 GB of disk and a machine that does nothing else.
+bench-quantize: $(VENV)/demo
+	$(VENV)/bin/python benchmarks/quantize_memory.py stream
+	$(VENV)/bin/python benchmarks/quantize_memory.py blocks
 
 clean:
 	rm -rf $(VENV) build demo-out src/*.egg-info src/fp4/*.so

@@ -34,8 +34,8 @@ def measure(model: str, fmt: str, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fp4 import FP4Linear, FPQuantConfig, quantize
-    from fp4.formats import NVFP4
+    from fp4 import FP4Linear, FPQuantConfig
+    from fp4.formats import NVFP4, quantize
 
     quantize(torch.randn(64, 64), NVFP4)  # thread pools and libraries are not what is measured
     before = peak = anonymous_bytes()

@@ -66,13 +66,15 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix == ".safetensors"}
 
 
-@pytest.mark.parametrize(("scheme", "method"), [("nvfp4a16", "rtn"), ("nvfp4", "gptq"), ("mxfp4", "best")])
+@pytest.mark.parametrize(
+    ("scheme", "method"), [("nvfp4a16", "rtn"), ("nvfp4", "gptq"), ("mxfp4", "best"), ("nvfp4", "autoround")]
+)
 def test_killed_at_random_points(scheme: str, method: str, tmp_path: Path) -> None:
     model = save_small("llama", tmp_path / "model")
     text = save_text(tmp_path)
     options: dict[str, object] = {
         "model": str(model), "scheme": scheme, "method": method, "data": str(text), "samples": 3, "seq_len": 32,
-        "device": "cpu",
+        "device": "cpu", "options": {"iters": 3} if method == "autoround" else None,
     }  # fmt: skip
     whole = tmp_path / "whole"
     events = drive(options | {"out": str(whole)}, [])[0]["events"]
