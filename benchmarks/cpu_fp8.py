@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from fp4.backends.cpu import CpuBackend, isa
 from fp4.formats import FP8
 
 
-def measure_case(n: int, k: int, m: int, repetitions: int) -> dict[str, Any]:
+def measure_case(n: int, k: int, m: int, repetitions: int, clock: Callable[[], float]) -> dict[str, Any]:
     """Seconds of each contender, bytes of the packed weight, bandwidth of reading memory."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(n, k, generator=generator).mul_(0.02).bfloat16()
@@ -39,7 +41,7 @@ def measure_case(n: int, k: int, m: int, repetitions: int) -> dict[str, Any]:
 
     contenders: dict[str, Operation] = {"read": read, "w8a16": weight_only, "w8a8": quantizing}
     contenders |= {"torch bf16": dense(weight, x), "torch fp32": dense(weight.float(), x.float())}
-    seconds = interleaved(contenders, repetitions)
+    seconds = interleaved(contenders, repetitions, clock=clock)
     read_gbs = read_bytes / seconds["read"] / 1e9
     return {"n": n, "k": k, "m": m, "seconds": seconds, "bytes": codes.nbytes + scales.nbytes, "read_gbs": read_gbs}
 
@@ -65,16 +67,20 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=[f"{n}x{k}" for n, k in SHAPES], metavar="NxK")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), metavar="M")
     parser.add_argument("--repetitions", type=int, default=7, help="turns of each contender; medians are shown")
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, on a machine that others use as well")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.md and results/NAME.json")
     options = parser.parse_args()
     if isa() is None:
         raise SystemExit(f"nothing to measure: {CpuBackend().unavailable()}")
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1 if options.cpu_time else options.threads)
+    clock = time.process_time if options.cpu_time else time.perf_counter
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
-    cases = [measure_case(n, k, m, options.repetitions) for (n, k), m in itertools.product(shapes, options.rows)]
+    cases = [
+        measure_case(*shape, m, options.repetitions, clock) for shape, m in itertools.product(shapes, options.rows)
+    ]
     header = ["N x K", "M", "activations", "GFLOP/s", "GB/s of weights", "of read bandwidth"]
     text = table([*header, "x torch bf16", "x torch fp32"], [row for case in cases for row in rows_of(case)])
-    heading = f"FP8 linear ({isa()})"
+    heading = f"FP8 linear ({isa()}{', CPU time' if options.cpu_time else ''})"
     print(f"{heading}\n\n{text}")
     if options.save:
         save(options.save, "FP8 on the CPU", {heading: text}, {"linear": cases})

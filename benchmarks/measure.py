@@ -26,12 +26,17 @@ Operation = Callable[[int], object]
 
 
 def interleaved(
-    contenders: Mapping[str, Operation], repetitions: int = 7, seconds: float = 0.03, pause: float = 0.02
+    contenders: Mapping[str, Operation],
+    repetitions: int = 7,
+    seconds: float = 0.03,
+    pause: float = 0.02,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Seconds of the fastest operation of each contender.
 
     A turn lasts ``seconds`` or one operation, whichever is longer. Before it the process sleeps for ``pause``, in which
-    the spinning worker threads of another library fall asleep.
+    the spinning worker threads of another library fall asleep. ``clock`` may be ``time.process_time`` where other
+    processes take the machine's time and one thread is measured.
     """
     counters = dict.fromkeys(contenders, 0)
     fastest = dict.fromkeys(contenders, math.inf)
