@@ -164,7 +164,7 @@ def measure_shaped(
 def read_bandwidth() -> float:
     read, size = read_pass()
     times = []
-    for i in range(8):
+    for i in range(64):
         start = time.perf_counter()
         read(i)
         times.append(time.perf_counter() - start)
