@@ -65,3 +65,10 @@ def test_experts_and_linears_are_counted_and_routers_are_kept(family: str, tmp_p
     kept = found.kept | found.embeddings
     assert any("router" in name or name.endswith(".gate") for name in kept)
     assert not any(name.endswith(".experts") for name in kept) or family == "gpt_oss"  # its biases
+
+
+def test_tied_embeddings_count_once() -> None:
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=1, tie_word_embeddings=True))
+    found = coverage(model, FPQuantConfig())
+    assert sum(found.embeddings.values()) == model.config.vocab_size * model.config.hidden_size

@@ -60,6 +60,7 @@ def coverage_of(model: nn.Module, reasons: Mapping[str, str]) -> Coverage:
     head = get_head() if get_head else None
     formats: Counter[str] = Counter()
     seen: set[int] = set()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # before loading, these are parameters of their own
     for name, module in model.named_modules():
         if isinstance(module, PackedWeight):
             formats[module.scheme.format.name] += math.prod(module.lead) * module.out_features * module.in_features
@@ -72,7 +73,8 @@ def coverage_of(model: nn.Module, reasons: Mapping[str, str]) -> Coverage:
                 else:
                     own.append(parameter)
         else:
-            own = list(module.parameters(recurse=False))
+            named = module.named_parameters(name, recurse=False)
+            own = [parameter for key, parameter in named if key not in tied]
         count = sum(parameter.numel() for parameter in own if id(parameter) not in seen)
         seen.update(map(id, own))
         if count:
