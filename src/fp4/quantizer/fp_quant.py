@@ -225,8 +225,9 @@ class FPQuantHfQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         if not self.pre_quantized:
             return []
-        # `\\.` keeps the dot of a suffix from matching anything else.
-        patterns = [suffix.replace(".", "\\.") for suffix in self.codec.suffixes]
+        # `\\.` keeps the dot of a suffix from matching anything else; the longest come first because Transformers below
+        # 5.23 takes the first that is the beginning of what a name ends with (`.weight` of `.weight_scale`).
+        patterns = [suffix.replace(".", "\\.") for suffix in sorted(self.codec.suffixes, key=len, reverse=True)]
         return [WeightConverter(patterns, ".weight", [ReadLayer(self)])]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
