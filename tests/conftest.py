@@ -12,6 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 REPOSITORY = Path(__file__).parent.parent
 
+# What the command line prints is as wide as the terminal, and 80 columns where that can do nothing.
+os.environ |= {"COLUMNS": "120", "TERM": "xterm", "NO_COLOR": "1"}
+
 
 @pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
