@@ -45,7 +45,7 @@ parity: $(VENV)/parity $(VENV)/parity-checkpoints
 	PYTHONPATH=$(VENV)/parity-checkpoints $(VENV)/bin/python -m pytest -n 2 -rs tests/parity --ignore tests/parity/test_fp_quant.py
 
 # The CUDA library, and what can be said about it without a GPU. Needs nvcc >= 12.8. Objects are kept in build/cuda, or
-# where FP4_BUILD_CACHE says: from nothing about nine minutes of two cores and 18 GB, from there less than one.
+# where FP4_BUILD_CACHE says: from nothing about eleven minutes of two cores and 18 GB, from there less than one.
 cuda: $(VENV)/test $(VENV)/disassembler
 	FP4_CPU=0 FP4_CUDA=1 $(VENV)/bin/python setup.py build_ext --inplace
 	FP4_REQUIRE_CUDA=1 PYTHONPATH=$(VENV)/disassembler $(VENV)/bin/python -m pytest -n 2 -rs tests/test_cutlass_*.py
