@@ -2,7 +2,7 @@
 
     python benchmarks/convert.py [--layers 16] [--hidden 2048]
 
-Makes a checkpoint of random NVFP4 layers (0.45 GB), converts it to three formats, and copies it; medians of three, in
+Makes a checkpoint of random NVFP4 layers (0.45 GB), converts it to three formats, and copies it; medians of seven, in
 turns, the page cache warm for all. Prints and saves the ratio of bytes per second (the aim is at least 0.5) and the
 memory that converting took.
 """
@@ -69,9 +69,9 @@ def copy(source: Path, target: Path) -> None:
 
 
 def seconds_of(contenders: dict[str, Callable[[Path, Path], object]], source: Path, target: Path) -> dict[str, float]:
-    """Median seconds of three runs; all take turns, so that a change of the disk's speed meets each of them alike."""
+    """Median seconds of seven runs; all take turns, so that a change of the disk's speed meets each of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(3):
+    for _ in range(7):
         for name, function in contenders.items():
             shutil.rmtree(target, ignore_errors=True)
             start = time.perf_counter()
