@@ -453,14 +453,20 @@ def test_fuzzed_files_end_in_a_clear_error_or_in_a_model(packed: Path, tmp_path:
 
 
 def test_a_shard_is_as_planned_or_not_there(tmp_path: Path) -> None:
-    file = ShardWriter(tmp_path / "x.safetensors", {"a": Spec("F32", (2,)), "b": Spec("U8", (3,))}, {})
-    with pytest.raises(ValueError, match="a turned out as"):
-        file.write("a", torch.zeros(3))
-    file.write("a", torch.ones(2))
-    with pytest.raises(RuntimeError, match="without b"):
-        file.close()
-    file.abandon()
+    path, specs = tmp_path / "x.safetensors", {"a": Spec("F32", (2,)), "b": Spec("U8", (3,))}
+    with pytest.raises(RuntimeError, match="without b"), ShardWriter(path, specs, {}) as file:  # noqa: PT012
+        with pytest.raises(ValueError, match="a turned out as"):
+            file.write("a", torch.zeros(3))
+        file.write("a", torch.ones(2))
     assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt), ShardWriter(path, specs, {}):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with ShardWriter(path, specs, {}) as file:
+        file.write("a", torch.ones(2))
+        file.write("b", torch.arange(3, dtype=torch.uint8))
+    assert load_file(path)["b"].tolist() == [0, 1, 2]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_hub_id(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,8 +248,7 @@ def _write_shards(
             result.bytes_written += sum(spec.nbytes for spec in specs.values())
             report(result.bytes_written, total)
             continue
-        file = ShardWriter(path, specs, checkpoint.metadata[shard])
-        try:
+        with ShardWriter(path, specs, checkpoint.metadata[shard]) as file:
             for name, info in dense.items():
                 file.copy(name, info)
                 result.bytes_written += specs[name].nbytes
@@ -258,10 +257,6 @@ def _write_shards(
                 _write_layer(file, layer, reader, writer, groups[layer], plan[layer], allow_rounding)
                 result.bytes_written += sum(spec.nbytes for spec in plan[layer].specs.values())
                 report(result.bytes_written, total)
-            file.close()
-        except BaseException:
-            file.abandon()
-            raise
 
 
 def _marker_of(reader: Codec, layer: str, infos: Mapping[str, TensorInfo]) -> TensorInfo:

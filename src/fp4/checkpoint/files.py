@@ -280,7 +280,11 @@ def spec_of(tensor: Tensor) -> Spec:
 class ShardWriter:
     """Writes one safetensors file whose tensors are known beforehand, in any order, each as soon as it is there.
 
-    The file is written under a temporary name and gets its own when :meth:`close` found it complete.
+    A context manager: the file is written under a temporary name and, complete at the end, made durable and given its
+    own. Where anything fails, nothing of it stays.
+
+    Raises:
+        RuntimeError: at the end, some tensors were not written.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
@@ -316,19 +320,24 @@ class ShardWriter:
                 start, position, left = start + count, position + count, left - count
         self._left.discard(name)
 
-    def close(self) -> None:
-        """Make the file durable and give it its name."""
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
         if self._left:
             raise RuntimeError(f"{self.path.name} was closed without {', '.join(sorted(self._left))}")
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self.path)
-
-    def abandon(self) -> None:
-        """Remove what was written."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
 
 
 def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:

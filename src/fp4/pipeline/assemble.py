@@ -40,11 +40,7 @@ def assemble(skeleton: Skeleton, staging: Staging, parts: list[str], progress: P
 
 
 def _copy(path: Path, tensors: dict[str, TensorInfo]) -> None:
-    writer = ShardWriter(path, {name: Spec(info.dtype, info.shape) for name, info in tensors.items()}, {"format": "pt"})
-    try:
+    specs = {name: Spec(info.dtype, info.shape) for name, info in tensors.items()}
+    with ShardWriter(path, specs, {"format": "pt"}) as file:
         for name, info in tensors.items():
-            writer.copy(name, info)
-        writer.close()
-    except BaseException:
-        writer.abandon()
-        raise
+            file.copy(name, info)

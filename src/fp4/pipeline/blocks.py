@@ -270,16 +270,11 @@ class BlockCalibration:
         copied = {key: checkpoint.tensors[key] for key in kept if key not in tensors}
         specs |= {key: Spec(info.dtype, info.shape) for key, info in copied.items()}
         file = f"block-{number:05}.safetensors"
-        writer = ShardWriter(self.staging.folder / file, specs, {"format": "pt"})
-        try:
+        with ShardWriter(self.staging.folder / file, specs, {"format": "pt"}) as writer:
             for key, info in copied.items():
                 writer.copy(key, info)
             for key, tensor in tensors.items():
                 writer.write(key, tensor)
-            writer.close()
-        except BaseException:
-            writer.abandon()
-            raise
         return file
 
     def _changed(self, name: str, module: nn.Module, kept: set[str]) -> dict[str, Tensor]:

@@ -83,27 +83,22 @@ class StreamedRounding:
             for suffix, spec in planned_specs(self.codec, layer, self._dtype(layer)).items():
                 specs[layer.stored + suffix] = spec
         metadata = self.skeleton.checkpoint.metadata[shard] or {"format": "pt"}
-        file = ShardWriter(self.staging.folder / shard.name, specs, metadata)
         rows: list[dict[str, object]] = []
-        try:
-            with ThreadPoolExecutor(1) as writer:
-                for name in copied:
-                    file.copy(name, self.tensors[name])
-                    self._advance(self.tensors[name].nbytes)
-                behind: Future[None] | None = None
-                for unit, weights in self._read_ahead(self._units(layers)):
-                    for layer, stored, row in self._round(unit, weights, set(layers)):
-                        if behind is not None:
-                            behind.result()  # one layer waits to be written, no more
-                        behind = writer.submit(_write_all, file, layer.stored, stored)
-                        rows.append(row)
-                        self._advance(self._nbytes(layer))
-                if behind is not None:
-                    behind.result()
-            file.close()
-        except BaseException:
-            file.abandon()
-            raise
+        # The thread ends before the file does, in whatever way.
+        with ShardWriter(self.staging.folder / shard.name, specs, metadata) as file, ThreadPoolExecutor(1) as writer:
+            for name in copied:
+                file.copy(name, self.tensors[name])
+                self._advance(self.tensors[name].nbytes)
+            behind: Future[None] | None = None
+            for unit, weights in self._read_ahead(self._units(layers)):
+                for layer, stored, row in self._round(unit, weights, set(layers)):
+                    if behind is not None:
+                        behind.result()  # one layer waits to be written, no more
+                    behind = writer.submit(_write_all, file, layer.stored, stored)
+                    rows.append(row)
+                    self._advance(self._nbytes(layer))
+            if behind is not None:
+                behind.result()
         return rows
 
     def _nbytes(self, layer: PlannedLayer) -> int:

@@ -37,10 +37,9 @@ def stored_samples(staging: Staging, folder: Path, read: Callable[[Any], Samples
         staging.discard()  # nothing was computed yet
         raise
     tensors = {f"{number:09}": sample.clone() for number, sample in enumerate(samples.tokens)}
-    writer = ShardWriter(staging.folder / _FILE, {name: spec_of(tensor) for name, tensor in tensors.items()}, {})
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
-    writer.close()
+    with ShardWriter(staging.folder / _FILE, {name: spec_of(tensor) for name, tensor in tensors.items()}, {}) as file:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
     staging.note(_NOTE, {"description": samples.description, "warnings": samples.warnings})
     return samples
 
