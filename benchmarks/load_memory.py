@@ -16,18 +16,12 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
+from measure import memory_growth
+
 MEASURE = "--measure"
-
-
-def anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no RssAnon line; this benchmark needs Linux")
 
 
 def measure(model: str, fmt: str, dtype: str) -> None:
@@ -38,24 +32,12 @@ def measure(model: str, fmt: str, dtype: str) -> None:
     from fp4.formats import NVFP4, quantize
 
     quantize(torch.randn(64, 64), NVFP4)  # thread pools and libraries are not what is measured
-    before = peak = anonymous_bytes()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, anonymous_bytes())
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, quantization_config=FPQuantConfig(fmt), dtype=getattr(torch, dtype), device_map="cpu"
-    )
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
+    with memory_growth() as growth:
+        start = time.perf_counter()
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, quantization_config=FPQuantConfig(fmt), dtype=getattr(torch, dtype), device_map="cpu"
+        )
+        seconds = time.perf_counter() - start
     width = getattr(torch, dtype).itemsize
     packed = {id(p) for m in loaded.modules() if isinstance(m, FP4Linear) for p in m.parameters()}
     sizes = {id(p): p.nbytes for p in loaded.parameters()}
@@ -64,7 +46,7 @@ def measure(model: str, fmt: str, dtype: str) -> None:
     largest = max(max((m.in_features * m.out_features * width for m in layers), default=0), max(p.nbytes for p in kept))
     result = {
         "seconds": seconds,
-        "peak": peak - before,
+        "peak": growth.bytes,
         "packed": sum(sizes[i] for i in packed),
         "kept": sum(p.nbytes for p in kept),
         "largest": largest,

@@ -7,11 +7,14 @@ their weights from a set larger than the last-level cache.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -127,3 +130,40 @@ def save(
         text += [f"## {heading}", "", body, ""]
     (RESULTS / f"{name}.md").write_text("\n".join(text))
     (RESULTS / f"{name}.json").write_text(json.dumps({"machine": about, **data}, indent=1) + "\n")
+
+
+@dataclass
+class Growth:
+    """How far the process's own memory rose at its highest, in bytes; set when the block ends."""
+
+    bytes: int = 0
+
+
+@contextlib.contextmanager
+def memory_growth() -> Iterator[Growth]:
+    """Watches anonymous resident memory (RssAnon: what the process allocated; pages of mapped files are the page
+    cache's) every millisecond."""
+    growth, done = Growth(), threading.Event()
+    before = peak = _anonymous_bytes()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, _anonymous_bytes())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield growth
+    finally:
+        done.set()
+        watcher.join()
+        growth.bytes = peak - before
+
+
+def _anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no RssAnon line; this benchmark needs Linux")

@@ -19,12 +19,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from measure import machine, save, table, verdict
+from measure import machine, memory_growth, save, table, verdict
 
 MEASURE = "--measure"
 SAMPLES, TOKENS = 4, 128
@@ -32,13 +31,6 @@ VOCABULARY = 128256
 
 # glibc keeps what was freed of tensors below 32 MB. Real models' are larger; with this it returns those of 1 MB, too.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
-
-
-def anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no RssAnon line; this benchmark needs Linux")
 
 
 def make_checkpoint(folder: Path, hidden: int, layers: int, vocabulary: int, blocks_a_file: int) -> int:
@@ -126,23 +118,11 @@ def measure(options: dict[str, object]) -> None:
     with tempfile.TemporaryDirectory() as name:
         make_checkpoint(Path(name) / "model", 256, 1, 1024, 1)
         fp4.quantize(**(options | {"model": f"{name}/model", "out": f"{name}/out"}))
-    before = peak = anonymous_bytes()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, anonymous_bytes())
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started = time.perf_counter()
-    fp4.quantize(**options)
-    seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
-    print(json.dumps({"seconds": seconds, "growth": peak - before}))
+    with memory_growth() as growth:
+        started = time.perf_counter()
+        fp4.quantize(**options)
+        seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "growth": growth.bytes}))
 
 
 def measured(options: dict[str, object]) -> dict[str, float]:

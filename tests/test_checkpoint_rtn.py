@@ -17,20 +17,8 @@ from fp4.checkpoint.codec import StoredLinear
 from fp4.checkpoint.files import Checkpoint, load
 from fp4.checkpoint.fusing import fused_groups
 from fp4.checkpoint.layers import packed_layers
-from fp4.formats import (
-    FP8,
-    MXFP4,
-    NVFP4,
-    QuantizedTensor,
-    decode_e2m1,
-    effective_scales,
-    encode_e2m1,
-    encode_e4m3,
-    global_scale_for,
-    pack_codes,
-    quantize,
-    unpack_codes,
-)
+from fp4.elements import decode_e2m1, encode_e2m1, encode_e4m3, pack_codes, unpack_codes
+from fp4.formats import FP8, MXFP4, NVFP4, QuantizedTensor, effective_scales, global_scale_for, quantize
 from fp4.tool_rules import TOOL_RULES, tool_quantize
 
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp4 import formats, rotation
+from fp4 import elements, formats, rotation
 from fp4.backends import cpu, reference
 from fp4.formats import FORMATS, MXFP4, NVFP4, Format, QuantizedTensor
 
@@ -222,7 +222,7 @@ def test_every_code_and_scale(fmt: Format) -> None:
     codes = torch.arange(16, dtype=torch.uint8).repeat(top, block // 16)
     scales = torch.arange(top, dtype=torch.uint8)[:, None].view(fmt.scale_dtype)
     unit = torch.tensor(1.0, dtype=torch.float64) if fmt.needs_global_scale else None
-    weight = QuantizedTensor(formats.pack_codes(codes), scales, unit)
+    weight = QuantizedTensor(elements.pack_codes(codes), scales, unit)
     values = formats.dequantize(*weight)
     for m in (1, 2, block):
         x = torch.eye(block)[:m]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4 import formats
+from fp4 import elements, formats
 from fp4.backends.cutlass import swizzle
 from fp4.formats import FORMATS, MXFP4, NVFP4, Format
 from fp4.rotation import hadamard, rotate
@@ -106,7 +106,7 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor
 
 
 def test_codes_of_all_floats_between_the_first_and_the_last_threshold(kernels: ctypes.CDLL) -> None:
-    thresholds = torch.tensor(formats._THRESHOLDS)
+    thresholds = torch.tensor(elements.E2M1_THRESHOLDS)
     first, last = torch.tensor([0.125, 8.0]).view(torch.int32).tolist()
     assert kernels.check_codes(first, last, at(thresholds)) == 0
     # Outside of that range codes are 0 and 7.
@@ -126,7 +126,7 @@ def test_quotients_by_reciprocal_give_the_codes_of_divisions(kernels: ctypes.CDL
     scales = ((exponents << 23) | mantissas).view(torch.float32)
     # A float just above or below a power of two is the hard case of a reciprocal.
     edges = torch.cat([(exponents << 23) | 0x7FFFFF, (exponents << 23) | 1, exponents << 23]).view(torch.float32)
-    thresholds = torch.tensor(formats._THRESHOLDS)
+    thresholds = torch.tensor(elements.E2M1_THRESHOLDS)
     for some in (scales, edges[edges > 0]):
         assert kernels.check_divider(at(some), long(some.numel()), at(thresholds), 3) == 0
 

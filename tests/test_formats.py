@@ -13,27 +13,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fp4 import backends, formats
+from fp4.elements import E2M1_VALUES, decode_e2m1, encode_e2m1, encode_e4m3, encode_e8m0, pack_codes, unpack_codes
 from fp4.formats import (
-    E2M1_VALUES,
     FORMATS,
     FP8,
     MXFP4,
     NVFP4,
     Format,
-    decode_e2m1,
     dequantize,
     effective_scales,
-    encode_e2m1,
-    encode_e4m3,
-    encode_e8m0,
     format_of,
     global_scale_for,
     largest_magnitude,
-    pack_codes,
     portable_global_scale_for,
     quantize,
     require_finite,
-    unpack_codes,
 )
 from fp4.methods.rtn import rtn
 from fp4.rotation import hadamard, rotate

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_methods_block import SCHEMES, make_block, scheme_id
 
-from fp4 import formats
+from fp4 import elements
 from fp4.formats import MXFP4, NVFP4
 from fp4.methods import METHODS, Block, LayerResult
 from fp4.methods.autoround import AutoRoundOptions, autoround_block, into_cells, output_error
@@ -60,7 +60,7 @@ def test_calibrated_methods_are_deterministic_and_better_than_rounding(method: s
 
 def test_cells_are_the_numbers_that_round_to_a_value() -> None:
     x = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 3
-    grid = torch.tensor(formats.E2M1_VALUES)
+    grid = torch.tensor(elements.E2M1_VALUES)
     for value in (*grid, *-grid):
         moved = into_cells(x, value.expand_as(x))
         assert torch.equal(nearest(moved), value.expand_as(x) + 0.0)

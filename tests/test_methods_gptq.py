@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4 import formats
+from fp4 import elements, formats
 from fp4.calibration.observers import SecondMoments
 from fp4.formats import MXFP4, NVFP4, Format, QuantizedTensor
 from fp4.methods.gptq import gptq, search_scales
@@ -50,7 +50,7 @@ def naive_gptq(weight: Tensor, goal: Objective, fmt: Format, unit: Tensor | None
     out = torch.empty_like(left)
     for j, column in enumerate(order):
         scale = effective[:, column]
-        value = formats.decode_e2m1(formats.encode_e2m1((left[:, j] / scale).float())).double() * scale
+        value = elements.decode_e2m1(elements.encode_e2m1((left[:, j] / scale).float())).double() * scale
         error = (left[:, j] - value) / factor[j, j]
         left[:, j:] -= error[:, None] * factor[None, j, j:]
         out[:, column] = value
@@ -167,7 +167,7 @@ def test_the_shift_is_the_least_squares_solution() -> None:
 def test_nearest_is_the_rounding_of_formats() -> None:
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 7.0, 1e9, 0.0, 1e-30])
     x = torch.cat([ties, -ties, torch.randn(10000, generator=torch.Generator().manual_seed(0)) * 3])
-    assert torch.equal(nearest(x), formats.decode_e2m1(formats.encode_e2m1(x)))
+    assert torch.equal(nearest(x), elements.decode_e2m1(elements.encode_e2m1(x)))
 
 
 def test_scale_search_is_exhaustive_over_its_candidates_and_weighted() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4 import formats, rotation
+from fp4 import elements, formats, rotation
 from fp4.backends import BACKENDS, reference
 from fp4.formats import MXFP4, NVFP4, Format, QuantizedTensor
 from fp4.nn.linear import FP4Linear
@@ -180,7 +180,7 @@ def test_every_code_and_scale(fmt: Format) -> None:
     codes = torch.arange(16, dtype=torch.uint8).repeat(top, block // 16)
     scales = torch.arange(top, dtype=torch.uint8)[:, None].view(fmt.scale_dtype)
     unit = torch.tensor(1.0, dtype=torch.float64) if fmt.needs_global_scale else None
-    weight = QuantizedTensor(formats.pack_codes(codes), scales, unit)
+    weight = QuantizedTensor(elements.pack_codes(codes), scales, unit)
     result = run("linear", torch.eye(block), *packed(weight), None, top)
     assert torch.equal(result, formats.dequantize(*weight).T)
 

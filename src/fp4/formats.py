@@ -28,19 +28,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1_MAX = 6.0
-E4M3_MAX = 448.0
-E4M3_TINY = 2.0**-9  # smallest positive (subnormal) E4M3; a stored block scale is never smaller
+from fp4.elements import (
+    E2M1_MAX,
+    E4M3_MAX,
+    decode_e2m1,
+    encode_e2m1,
+    encode_e4m3,
+    encode_e8m0,
+    pack_codes,
+    unpack_codes,
+)
+
 FOUR_OVER_SIX_E4M3_MAX = 256.0  # leaves room for amax/4, which is 1.5 times amax/6 (arXiv 2512.02010)
 
-# E2M1 rounding as "count the thresholds below |x|". A tie goes to the even code: at 0.25, 1.25, 2.5 and 5 that is the
-# lower one, at 0.75, 1.75 and 3.5 the upper one, so there the threshold is the float just below the tie.
-_TIES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-_TIE_GOES_UP = torch.tensor([False, True, False, True, False, True, False])
-_THRESHOLDS = torch.where(_TIE_GOES_UP, torch.nextafter(_TIES, torch.zeros(7)), _TIES).tolist()
-_NIBBLE_VALUES = torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES))
-_BYTE_VALUES = torch.stack([_NIBBLE_VALUES.repeat(16), _NIBBLE_VALUES.repeat_interleave(16)], dim=-1)  # [256, 2]
+# The two values of each byte of codes.
+_BYTE_VALUES = decode_e2m1(unpack_codes(torch.arange(256, dtype=torch.uint8)[:, None]))  # [256, 2]
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -144,46 +146,7 @@ def require_finite(tensor: Tensor, name: str) -> None:
         )
 
 
-# --- codes -----------------------------------------------------------------------------------------------------------
-
-
-def encode_e2m1(x: Tensor) -> Tensor:
-    """Nearest E2M1 code of each element (ties to even, saturating): float32 ``[...]`` -> uint8 ``[...]`` in 0..15."""
-    magnitude = x.abs()
-    code = torch.signbit(x).to(torch.uint8) << 3
-    for threshold in _THRESHOLDS:
-        code += magnitude > threshold
-    return code
-
-
-def decode_e2m1(codes: Tensor) -> Tensor:
-    """Value of each unpacked code: uint8 ``[...]`` in 0..15 -> float32 ``[...]``."""
-    return _NIBBLE_VALUES.to(codes.device)[codes.int()]
-
-
-def pack_codes(codes: Tensor) -> Tensor:
-    """Two codes a byte, the even column in the low nibble: uint8 ``[..., K]`` -> uint8 ``[..., K/2]``."""
-    if codes.shape[-1] % 2:
-        raise ValueError(f"cannot pack {codes.shape[-1]} codes a row two to a byte; expected an even number")
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
-
-
-def unpack_codes(packed: Tensor) -> Tensor:
-    """Inverse of :func:`pack_codes`: uint8 ``[..., K/2]`` -> uint8 ``[..., K]``."""
-    return torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)
-
-
 # --- block scales ----------------------------------------------------------------------------------------------------
-
-
-def encode_e4m3(x: Tensor) -> Tensor:
-    """Nearest E4M3 block scale, kept in [2^-9, 448] so that no block has scale zero: float32 -> float8_e4m3fn."""
-    return x.clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
-
-
-def encode_e8m0(exponent: Tensor) -> Tensor:
-    """The scale ``2**exponent``, clamped to [-127, 125] so that 6 times it is finite: int32 -> float8_e8m0fnu."""
-    return (exponent.clamp(-127, 125) + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def effective_scales(scales: Tensor, global_scale: Tensor | None) -> Tensor:

@@ -13,21 +13,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fp4.elements import E2M1_MAX, E2M1_VALUES, E4M3_MAX, encode_e2m1, encode_e4m3, pack_codes
 from fp4.formats import (
-    E2M1_MAX,
-    E2M1_VALUES,
-    E4M3_MAX,
     FP8,
     MXFP4,
     NVFP4,
     Format,
     QuantizedTensor,
     effective_scales,
-    encode_e2m1,
-    encode_e4m3,
     global_scale_for,
     largest_magnitude,
-    pack_codes,
     quantize,
 )
 

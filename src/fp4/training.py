@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fp4 import backends, formats
-from fp4.formats import E2M1_MAX, Format
+from fp4.elements import E2M1_MAX
+from fp4.formats import Format
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fp4.checkpoint.recover import recover
-from fp4.formats import FORMATS, MXFP4, NVFP4, Format, decode_e2m1, dequantize, quantize, unpack_codes
+from fp4.elements import decode_e2m1, unpack_codes
+from fp4.formats import FORMATS, MXFP4, NVFP4, Format, dequantize, quantize
 from fp4.rotation import ROTATIONS, rotate
 
 for package, version in (("fp_quant", "0.3.2"), ("triton", None), ("scipy", None)):

@@ -14,6 +14,16 @@ from fp4.rotation import rotate
 from fp4.scheme import Scheme
 
 
+def expert_of_rows(x: Tensor, offsets: Tensor) -> Tensor:
+    """Which expert each row of x ``[T, K]`` belongs to, int64 ``[T]``; rows from ``offsets[E]`` on count as the last's.
+
+    Args:
+        offsets: int32 ``[E + 1]``; rows ``offsets[e]:offsets[e+1]`` are expert ``e``'s.
+    """
+    rows = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
+    return torch.searchsorted(offsets[1:-1], rows, right=True)
+
+
 class Backend:
     """Runs packed weights on some device. Stateless: one instance a backend, shared by all modules.
 
@@ -96,10 +106,7 @@ class Backend:
             input_global_scale: one scale, or one an expert; None takes one from each row.
         """
         if input_global_scale is not None and input_global_scale.numel() > 1:
-            rows = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
-            # Rows beyond the last expert's are given one as well, which has no meaning.
-            expert = torch.searchsorted(offsets[1:-1], rows, right=True)
-            input_global_scale = input_global_scale[expert][:, None]
+            input_global_scale = input_global_scale[expert_of_rows(x, offsets)][:, None]
         values = fake_quantize_fp8(x if rotation is None else rotate(x, rotation), input_global_scale)
         out: Tensor = self.grouped_linear(values, weight, weight_scale, global_scale, bias, offsets, out_features, None)
         return out.to(x.dtype)

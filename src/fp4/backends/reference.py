@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fp4 import formats, ops, rotation
-from fp4.backends.base import Backend
+from fp4.backends.base import Backend, expert_of_rows
 
 # Weights are dequantized in row tiles of this many elements (8 MB of float32), so that no layer is ever held dense.
 _TILE_ELEMENTS = 1 << 21
@@ -148,9 +148,7 @@ def grouped_linear_w4a4(
     beyond = x[offsets[-1] :]
     x = x[: offsets[-1]]
     if input_global_scale is not None and input_global_scale.numel() > 1:
-        rows = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
-        expert = torch.searchsorted(offsets[1:], rows, right=True)
-        input_global_scale = input_global_scale[expert]
+        input_global_scale = input_global_scale[expert_of_rows(x, offsets)]
     values = quantize_activation(x, fmt, rotate_by, input_global_scale, rule)
     # Rounded to x.dtype only at the very end: `out` takes its dtype from x, the products are of float32 values.
     out = _grouped(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fp4.checkpoint.codec import Codec, LayerScheme, StoredLinear, require_no_rotation
 from fp4.checkpoint.compressed_tensors import CompressedTensorsCodec
-from fp4.formats import FP8, MXFP4, NVFP4, QuantizedTensor, decode_e2m1, unpack_codes
+from fp4.elements import decode_e2m1, unpack_codes
+from fp4.formats import FP8, MXFP4, NVFP4, QuantizedTensor
 
 _FORMATS = {("nv_fp", 16): NVFP4, ("mx_fp", 32): MXFP4}
 

@@ -14,16 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fp4.formats import (
-    MXFP4,
-    Format,
-    decode_e2m1,
-    effective_scales,
-    encode_e2m1,
-    encode_e4m3,
-    encode_e8m0,
-    pack_codes,
-)
+from fp4.elements import decode_e2m1, encode_e2m1, encode_e4m3, encode_e8m0, pack_codes
+from fp4.formats import MXFP4, Format, effective_scales
 
 # Values of the largest code, likeliest first. Block scales from amax/6 put the largest element of an NVFP4 block at 6.
 # MXFP4's power-of-two scales put it at 3, 4 or 6, and a block whose codes all are at most 3 can be written with half

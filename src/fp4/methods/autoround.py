@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fp4.formats import decode_e2m1, encode_e4m3, unpack_codes
+from fp4.elements import decode_e2m1, encode_e4m3, unpack_codes
 from fp4.methods.block import Block, LayerResult, emulated, quantized_input
 from fp4.methods.gptq import search_scales
 from fp4.methods.grid import assemble, effective, nearest

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fp4.formats import Format, QuantizedTensor, decode_e2m1, unpack_codes
+from fp4.elements import decode_e2m1, unpack_codes
+from fp4.formats import Format, QuantizedTensor
 from fp4.methods.block import Block, LayerResult
 from fp4.methods.descent import Rounded, descend, forward_sweep
 from fp4.methods.equalise import equalise

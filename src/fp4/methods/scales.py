@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fp4.calibration.observers import Amax
-from fp4.formats import E2M1_MAX, E4M3_MAX, FP8, portable_global_scale_for
+from fp4.elements import E2M1_MAX, E4M3_MAX
+from fp4.formats import FP8, portable_global_scale_for
 from fp4.methods.block import Block, capture_inputs, quantizes_activations
 from fp4.methods.survey import Survey
 from fp4.rotation import rotate

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fp4.formats import E2M1_MAX, E4M3_MAX, FP8, QuantizedTensor, dequantize, effective_scales, format_of
+from fp4.elements import E2M1_MAX, E4M3_MAX
+from fp4.formats import FP8, QuantizedTensor, dequantize, effective_scales, format_of
 from fp4.rotation import rotate
 
 _TILE_ELEMENTS = 1 << 22

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fp4.backends.base import expert_of_rows
 from fp4.backends.triton import layout
 from fp4.backends.triton.matmul import add_partial_sums, multiply
 from fp4.backends.triton.quantize import INTERLEAVED, VALUES, quantize_activation, rotate
@@ -320,9 +321,7 @@ def grouped_linear_w4a4(
 ) -> Tensor:
     """W4A4 over experts; ``input_global_scale`` is one number or one an expert."""
     if input_global_scale is not None and input_global_scale.numel() > 1:
-        row = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
-        expert = torch.searchsorted(offsets[1:], row, right=True).clamp_(max=weight.shape[0] - 1)
-        input_global_scale = input_global_scale[expert]
+        input_global_scale = input_global_scale[expert_of_rows(x, offsets)]
     elif input_global_scale is None and format_of(weight_scale).needs_global_scale:
         # Rows that no expert has must not reach the largest magnitude.
         row = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
