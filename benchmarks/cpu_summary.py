@@ -1,8 +1,8 @@
 """The CPU targets in one table: each case's measured ratios beside what it has to reach.
 
-Reads the JSON that cpu_linear.py, cpu_generate.py and cpu_experts.py leave with ``--save`` (by default every
-``results/cpu_*.json``; where two hold the same case the later date counts) and writes results/cpu_summary.md. A line
-shows the range over shapes and formats, and passes if its worst does.
+Reads the JSON that cpu_linear.py, cpu_generate.py and cpu_experts.py leave with ``--save`` (by default under their own
+names; where two files hold the same case the later date counts) and writes results/cpu_summary.md. A line shows the range
+over shapes and formats, and passes if its worst does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cpu_linear import best_ggml
 from measure import RESULTS, table
 
 FORMATS = ("nvfp4", "mxfp4")
+FILES = [RESULTS / f"{name}.json" for name in ("cpu_linear", "cpu_generate", "cpu_experts")]
 Ratio = tuple[str, str, float, float | None]  # case, against what, target, ratio
 
 
@@ -112,7 +113,7 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("cpu_*.json")))
+    parser.add_argument("files", nargs="*", type=Path, default=[each for each in FILES if each.exists()])
     body = summary([json.loads(file.read_text()) for file in parser.parse_args().files])
     print(body)
     (RESULTS / "cpu_summary.md").write_text(f"# CPU targets\n\n{body}\n")
