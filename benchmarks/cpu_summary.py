@@ -1,8 +1,8 @@
 """The CPU targets in one table: each case's measured ratios beside what it has to reach.
 
 Reads the JSON that cpu_linear.py, cpu_generate.py and cpu_experts.py leave with ``--save`` (by default under their own
-names; where two files hold the same case the later date counts) and writes results/cpu_summary.md. A line shows the range
-over shapes and formats, and passes if its worst does.
+names; where two files hold the same case the later date counts) and writes results/cpu_summary.md. A line shows the
+range over shapes and formats, and passes if its worst does.
 """
 
 from __future__ import annotations
