@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fp4.elements import decode_e2m1, encode_e4m3, unpack_codes
-from fp4.methods.block import Block, LayerResult, emulated, quantized_input
+from fp4.methods.block import Block, LayerResult, emulated, quantized_input, siblings
 from fp4.methods.gptq import search_scales
-from fp4.methods.grid import assemble, effective, nearest
+from fp4.methods.grid import assemble, effective, elements_at_once, nearest
 from fp4.methods.rtn import RTNOptions, rtn_block
 from fp4.methods.survey import survey
 from fp4.rotation import rotate
@@ -56,24 +56,33 @@ def into_cells(scaled: Tensor, value: Tensor) -> Tensor:
 
 
 class _Learned(nn.Module):
-    """The parameters of one layer around where it starts: offsets ``[N, K]`` and scale factors ``[N, K/B]``."""
+    """The parameters of sibling layers (one, or that of many experts) around where they start.
 
-    def __init__(self, weight: Tensor, start: LayerResult, scheme: Scheme) -> None:
+    Those are offsets ``[E, N, K]`` and scale factors ``[E, N, K/B]``. The weights of all layers are worked out when the
+    first of them is run, once for every step.
+    """
+
+    def __init__(self, layers: list[str], weights: list[Tensor], starts: list[LayerResult], scheme: Scheme) -> None:
         super().__init__()
-        self.scheme, self.start = scheme, start
-        self.scale = effective(start.weight.scales, start.weight.global_scale)
-        wide = self._wide(self.scale)
-        self.latent = into_cells(weight / wide, decode_e2m1(unpack_codes(start.weight.codes))) * wide
-        self.offset = nn.Parameter(torch.zeros_like(weight))
+        self.layers, self.scheme, self.starts = layers, scheme, dict(zip(layers, starts, strict=True))
+        triples = [start.weight for start in starts]
+        units = [triple.global_scale for triple in triples if triple.global_scale is not None]
+        self.unit = torch.stack(units)[:, None, None] if units else None
+        stored = torch.stack([triple.scales.view(torch.uint8) for triple in triples])
+        self.stored = stored.view(triples[0].scales.dtype)
+        self.scale = effective(self.stored, self.unit)
+        wide, codes = self._wide(self.scale), torch.stack([triple.codes for triple in triples])
+        self.latent = into_cells(torch.stack(weights) / wide, decode_e2m1(unpack_codes(codes))) * wide
+        self.offset = nn.Parameter(torch.zeros_like(self.latent))
         self.factor = nn.Parameter(torch.ones_like(self.scale))
+        self._now: dict[str, Tensor] = {}
 
     def _wide(self, scale: Tensor) -> Tensor:
         return scale.repeat_interleave(self.scheme.format.block_size, dim=-1)
 
     def scales(self) -> Tensor:
         """Block scales as stored now. E8M0 has no room for small changes, so MXFP4 keeps those that it starts with."""
-        unit = self.start.weight.global_scale
-        return self.start.weight.scales if unit is None else encode_e4m3(self.scale * self.factor / unit.float())
+        return self.stored if self.unit is None else encode_e4m3(self.scale * self.factor / self.unit.float())
 
     def _values(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         scaled = self.latent / scale
@@ -81,39 +90,78 @@ class _Learned(nn.Module):
         return scaled, nearest(scaled.detach())
 
     def forward(self) -> Tensor:
-        """The weight as it would be stored now, with gradients to both parameters: float32 ``[N, K]``."""
+        """The weights as they would be stored now, with gradients to both parameters: float32 ``[E, N, K]``."""
         scale = self.scale
-        if self.start.weight.global_scale is not None:
+        if self.unit is not None:
             smooth = scale * self.factor
-            stored = effective(self.scales(), self.start.weight.global_scale)
+            stored = effective(self.scales(), self.unit)
             scale = smooth + (stored - smooth).detach()
         scale = self._wide(scale)
         scaled, value = self._values(scale)
         return (scaled + (value - scaled).detach()) * scale
 
-    def read(self, x: Tensor) -> Tensor:
-        """What the layer multiplies with, rounding passed straight through."""
-        values = x if self.start.rotation is None else rotate(x, self.start.rotation)
+    def weight(self, layer: str) -> Tensor:
+        """That of one layer, ``[N, K]``."""
+        if not self._now:
+            self._now = dict(zip(self.layers, self().unbind(), strict=True))
+        return self._now[layer]
+
+    @torch.no_grad()
+    def step(self, rate: float, offset: Tensor | None, factor: Tensor | None) -> None:
+        """Follow the signs of the gradients of both parameters, None where no layer was run."""
+        self._now = {}
+        if offset is not None:
+            self.offset.sub_(offset.sign_(), alpha=rate).clamp_(-0.5, 0.5)
+        if factor is not None:
+            self.factor.sub_(factor.sign_(), alpha=rate).clamp_(0.5, 1.5)
+
+    def read(self, layer: str, x: Tensor) -> Tensor:
+        """What a layer multiplies with, rounding passed straight through."""
+        start = self.starts[layer]
+        values = x if start.rotation is None else rotate(x, start.rotation)
         with torch.no_grad():
-            rounded = quantized_input(x, self.scheme, self.start.rotation, self.start.input_global_scale)
+            rounded = quantized_input(x, self.scheme, start.rotation, start.input_global_scale)
         return values + (rounded - values).detach()
 
     @torch.no_grad()
-    def result(self, rule: str) -> LayerResult:
+    def results(self, rule: str) -> dict[str, LayerResult]:
         scales = self.scales()
-        _, value = self._values(self._wide(effective(scales, self.start.weight.global_scale)))
-        return self.start._replace(weight=assemble(value, scales, self.start.weight.global_scale), rule=rule)
+        _, values = self._values(self._wide(effective(scales, self.unit)))
+        found = {}
+        for layer, value, own in zip(self.layers, values, scales, strict=True):
+            start = self.starts[layer]
+            found[layer] = start._replace(weight=assemble(value, own, start.weight.global_scale), rule=rule)
+        return found
+
+
+def _stacked(block: Block, start: Mapping[str, LayerResult], weights: Mapping[str, Tensor]) -> list[_Learned]:
+    """The layers in ``start``, those of sibling modules (experts) together as far as it pays."""
+    stacks: dict[object, list[list[str]]] = {}
+    for layer, weight in weights.items():
+        alike = stacks.setdefault((siblings(layer), weight.shape, block.layers[layer]), [[]])
+        if alike[-1] and (len(alike[-1]) + 1) * weight.numel() > elements_at_once(weight.device):
+            alike.append([])
+        alike[-1].append(layer)
+    return [
+        _Learned(
+            layers, [weights[layer] for layer in layers], [start[layer] for layer in layers], block.layers[layers[0]]
+        )
+        for alike in stacks.values()
+        for layers in alike
+    ]
 
 
 @contextmanager
-def _learning(block: Block, learned: Mapping[str, _Learned]) -> Iterator[None]:
+def _learning(block: Block, learned: list[_Learned]) -> Iterator[None]:
     """Within it the layers of ``block`` compute with what is being learned."""
     with ExitStack() as stack:
-        for layer, parameters in learned.items():
+        for layer, parameters in ((layer, stacked) for stacked in learned for layer in stacked.layers):
             linear = block.linear(layer)
 
-            def forward(x: Tensor, linear: nn.Linear = linear, parameters: _Learned = parameters) -> Tensor:
-                return nn.functional.linear(parameters.read(x), parameters(), linear.bias)
+            def forward(
+                x: Tensor, layer: str = layer, linear: nn.Linear = linear, parameters: _Learned = parameters
+            ) -> Tensor:
+                return nn.functional.linear(parameters.read(layer, x), parameters.weight(layer), linear.bias)
 
             linear.__dict__["forward"] = forward
             stack.callback(linear.__dict__.pop, "forward")
@@ -142,29 +190,25 @@ def learn(
     """
     with torch.no_grad():
         targets = [block.run(hidden, i) for i, hidden in enumerate(block.originals)]
-    learned = {layer: _Learned(weights[layer], start[layer], block.layers[layer]) for layer in start}
+    learned = _stacked(block, start, weights)
     generator = torch.Generator().manual_seed(block.seed)
     kept = [(parameter, parameter.requires_grad) for parameter in block.module.parameters()]
     block.module.requires_grad_(False)
     order: list[int] = []
     with torch.enable_grad(), _learning(block, learned):
-        parameters = [p for layer in learned.values() for p in (layer.offset, layer.factor)]
+        parameters = [parameter for own in learned for parameter in (own.offset, own.factor)]
         for step in range(iters):
             if not order:
                 order = torch.randperm(len(block.inputs), generator=generator).tolist()
             index = order.pop()
             loss = (block.run(block.inputs[index].detach(), index) - targets[index]).float().square().mean()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            rate = lr * (1 - step / iters)
-            with torch.no_grad():
-                for layer, offset, factor in zip(learned.values(), gradients[0::2], gradients[1::2], strict=True):
-                    if offset is not None:
-                        layer.offset.sub_(offset.sign_(), alpha=rate).clamp_(-0.5, 0.5)
-                    if factor is not None:
-                        layer.factor.sub_(factor.sign_(), alpha=rate).clamp_(0.5, 1.5)
+            for own, offset, factor in zip(learned, gradients[0::2], gradients[1::2], strict=True):
+                own.step(lr * (1 - step / iters), offset, factor)
     for parameter, required in kept:
         parameter.requires_grad_(required)
-    results = {layer: parameters.result(rule) for layer, parameters in learned.items()}
+    found = {layer: result for own in learned for layer, result in own.results(rule).items()}
+    results = {layer: found[layer] for layer in start}
     better = output_error(block, results, targets) < output_error(block, start, targets)
     return results if better else dict(start)
 

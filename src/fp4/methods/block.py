@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -84,6 +85,11 @@ class Block:
         scheme = self.layers[layer]
         rotation = rotation_for(scheme.rotation, scheme.group_size, torch.bfloat16)
         return None if rotation is None else rotation.to(self.linear(layer).weight.device)
+
+
+def siblings(layer: str) -> str:
+    """What the names of one layer of every expert have in common: numbers do not count."""
+    return re.sub(r"\d+", "*", layer)
 
 
 def quantizes_activations(scheme: Scheme) -> bool:

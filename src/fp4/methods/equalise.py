@@ -12,13 +12,12 @@ is taken back.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from fp4.methods.block import Block, capture_inputs
+from fp4.methods.block import Block, capture_inputs, siblings
 from fp4.methods.survey import Survey
 from fp4.methods.walk import stages
 
@@ -161,7 +160,7 @@ def equalise(block: Block, alpha: float, seen: Survey) -> list[str]:
             # Experts stand or fall together: the output may hide a wrong fold of one that few tokens are sent to.
             tried: dict[str, list[str]] = {}
             for layer in kept:
-                tried.setdefault(re.sub(r"\d+", "*", layer), []).append(layer)
+                tried.setdefault(siblings(layer), []).append(layer)
             kept = []
             for layers in tried.values():
                 apply(layers)

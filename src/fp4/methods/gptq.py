@@ -33,7 +33,7 @@ def search_scales(weight: Tensor, importance: Tensor, fmt: Format, global_scale:
     Returns:
         block scales ``[..., N, K/B]``.
     """
-    rows = max(1, _TILE // weight.shape[-1])
+    rows = max(1, _TILE // (weight.numel() // weight.shape[-2]))
     cost = importance.unflatten(-1, (-1, fmt.block_size)).movedim(-1, 0)[..., None, :]
     unit = None if global_scale is None else global_scale[..., None, None]
     tiles = [_search_tile(tile, cost, fmt, unit) for tile in weight.split(rows, dim=-2)]
@@ -64,7 +64,7 @@ def gptq(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | No
 
     Args:
         weight: float32 ``[..., N, K]``; leading axes (experts) are handled at once.
-        goal: of the same leading axes, ``[..., K, K]``.
+        goal: of the same leading axes, ``[..., K, K]``; or of axes of length one, where experts have it in common.
         global_scale: float64 ``[...]`` or ``[]``, None for a format without.
     """
     return in_parts(lambda rows: _gptq_rows(rows, goal, fmt, global_scale), weight)

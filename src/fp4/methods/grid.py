@@ -19,7 +19,13 @@ NEAR_OFFSETS = {"nvfp4": (0, -1, 1, -2, 2), "mxfp4": (0, 1, -1)}
 # Bits of a float32: its exponent, that of 1.0, and what makes 1.5 * 2**(e + 22) of 2**e: its last place is 2**(e-1).
 _EXPONENT, _EXPONENT_OF_ONE, _MAGIC = 0x7F800000, 0x3F800000, (22 << 23) | 0x400000
 
-_ELEMENTS = 3 * 2**20  # of a weight in work at once; a handful of tensors of so many float32 are
+# Of a weight in work at once; a handful of tensors of so many float32 are. Many, on a GPU, are as fast as few.
+_ELEMENTS, _ELEMENTS_ON_GPU = 3 * 2**20, 2**26
+
+
+def elements_at_once(device: torch.device) -> int:
+    """Of a weight (and of what else there is of each expert), how many are worth working on at once."""
+    return _ELEMENTS if device.type == "cpu" else _ELEMENTS_ON_GPU
 
 
 def nearest(x: Tensor) -> Tensor:
@@ -35,15 +41,16 @@ def nearest(x: Tensor) -> Tensor:
 
 def reordered(x: Tensor, order: Tensor, dim: int) -> Tensor:
     """``x`` ``[..., A, B]`` with the rows (dim -2) or columns (-1) that ``order`` ``[..., n]`` names, in its order."""
-    if order.dim() == 1:
-        return x.index_select(dim, order)  # several times as fast
+    if order.numel() == order.shape[-1]:
+        return x.index_select(dim, order.flatten())  # several times as fast
     index = order[..., :, None] if dim == -2 else order[..., None, :]
     return x.gather(dim, index.expand(*x.shape[:-2], *((-1, x.shape[-1]) if dim == -2 else (x.shape[-2], -1))))
 
 
 def in_parts(solve: Callable[[Tensor], QuantizedTensor], weight: Tensor) -> QuantizedTensor:
     """``solve(weight)`` ``[..., N, K]`` by as many rows as are worth working on at once: each is rounded by itself."""
-    parts = [solve(rows) for rows in weight.split(max(1, _ELEMENTS // weight.shape[-1]), dim=-2)]
+    elements = elements_at_once(weight.device) // (weight.numel() // weight.shape[-2])
+    parts = [solve(rows) for rows in weight.split(max(1, elements), dim=-2)]
     if len(parts) == 1:
         return parts[0]
     codes = torch.cat([part.codes for part in parts], dim=-2)

@@ -7,7 +7,6 @@ of layers that are calibrated in one pass: those that read the same tensor (q, k
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fp4.calibration.observers import SecondMoments
-from fp4.methods.block import Block, LayerResult, capture_inputs, emulated, quantized_input
+from fp4.methods.block import Block, LayerResult, capture_inputs, emulated, quantized_input, siblings
 from fp4.rotation import rotate
 
 
@@ -45,7 +44,7 @@ def stages(block: Block) -> list[list[list[str]]]:
     stage_of: dict[str, list[list[str]]] = {}
     order: list[list[list[str]]] = []
     for layers in shared.values():
-        pattern = re.sub(r"\d+", "*", layers[0])
+        pattern = siblings(layers[0])
         if pattern not in stage_of:
             stage_of[pattern] = []
             order.append(stage_of[pattern])
@@ -76,24 +75,49 @@ def observe(
 ) -> Iterator[tuple[list[str], SecondMoments]]:
     """Second moments of what each set of layers of ``stage`` multiplies, with the layers in ``done`` quantized.
 
+    Sums are taken of as many sets at a time as memory for the block has room for.
+
     Args:
         cross: also observe what the dense block on ``block.originals`` feeds the layer, the input it was meant to read.
     """
-    leaders = [layers[0] for layers in stage]
-    moments: dict[str, SecondMoments] = {}
-    for index, hidden in enumerate(block.inputs):
-        meant = _inputs_of(block, leaders, block.originals[index], index) if cross else {}
-        with emulated(block, done) if done else nullcontext():
-            used = _inputs_of(block, leaders, hidden, index)
-        for layer, x in used.items():
-            rotation = block.rotation(layer)
-            if layer not in moments:
-                moments[layer] = SecondMoments.empty(x.shape[-1], x.device, cross=cross)
-            values = quantized_input(x, block.layers[layer], rotation, input_scales.get(layer))
-            wanted = meant.get(layer)
-            if wanted is not None and rotation is not None:
-                wanted = rotate(wanted, rotation)
-            moments[layer].update(values, wanted)
+    for part in _passes(block, stage):
+        leaders = [layers[0] for layers in part]
+        moments: dict[str, SecondMoments] = {}
+        for index, hidden in enumerate(block.inputs):
+            meant = _inputs_of(block, leaders, block.originals[index], index) if cross else {}
+            with emulated(block, done) if done else nullcontext():
+                used = _inputs_of(block, leaders, hidden, index)
+            for layer, x in used.items():
+                rotation = block.rotation(layer)
+                if layer not in moments:
+                    moments[layer] = SecondMoments.empty(x.shape[-1], x.device, cross=cross)
+                values = quantized_input(x, block.layers[layer], rotation, input_scales.get(layer))
+                wanted = meant.get(layer)
+                if wanted is not None and rotation is not None:
+                    wanted = rotate(wanted, rotation)
+                moments[layer].update(values, wanted)
+        for layers in part:
+            if layers[0] in moments:
+                yield layers, moments.pop(layers[0])
+
+
+def _room(block: Block) -> int:
+    """Elements of second moments that are kept at once."""
+    return sum(parameter.numel() for parameter in block.module.parameters())
+
+
+def _passes(block: Block, stage: list[list[str]]) -> Iterator[list[list[str]]]:
+    """``stage`` in parts, the second moments of each of which take no more memory than the block's own weights.
+
+    Only the experts of a block can be so many that these are more than one, each with a pass over the samples.
+    """
+    part: list[list[str]] = []
+    left = room = _room(block)
     for layers in stage:
-        if layers[0] in moments:
-            yield layers, moments.pop(layers[0])
+        size = block.linear(layers[0]).in_features ** 2
+        if part and size > left:
+            yield part
+            part, left = [], room
+        part.append(layers)
+        left -= size
+    yield part
