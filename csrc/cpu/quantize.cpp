@@ -40,7 +40,7 @@ uint32_t truncated_to_half(float value) {  // value >= 0
 }
 
 void fill_row(ScaleRow& row, float effective, Dtype dtype) {
-  row.effective = effective;
+  for (int code = 0; code < 8; ++code) row.values[(8 - code) % 8] = kE2m1[code] * effective;
   for (int i = 0; i < 7; ++i) {
     // A scale that underflowed to zero represents nothing: every code is 0.
     const uint32_t bits = effective == 0 ? kInfinityBits : truncated_to_float(effective * kBoundaries[i]);
@@ -100,8 +100,6 @@ const ValueKernels& value_kernels() {
   return kScalarValues;
 }
 
-bool needs_values(Rule rule) { return rule == Rule::mse || rule == Rule::four_over_six || rule == Rule::quest; }
-
 const uint8_t* advance(const void* x, int64_t elements, Dtype dtype) {
   return static_cast<const uint8_t*>(x) + elements * element_size(dtype);
 }
@@ -109,41 +107,26 @@ const uint8_t* advance(const void* x, int64_t elements, Dtype dtype) {
 // Codes written past this many bytes in one call would only evict what the caller still needs from the cache.
 constexpr int64_t kStreamBytes = 1 << 20;
 
-// Runs the group kernel over blocks [first, last): whole groups in place, a last partial one through a padded copy, and
-// rules that look at the values themselves through a float32 copy of each group.
-void run_groups(const Quantizer& q, Dtype x_dtype, const void* x, int64_t first, int64_t last, void* codes,
-                int64_t code_bytes, uint8_t* scales, bool doubled) {
+// Runs the group kernel over blocks [first, last): whole groups in place, a last partial one through a padded copy.
+void run_groups(const Quantizer& q, const void* x, int64_t first, int64_t last, void* codes, int64_t code_bytes,
+                uint8_t* scales, bool doubled) {
   const int block = block_size(q.format());
   const QuantizeGroups run =
-      quantize_kernels().quantize[static_cast<int>(q.format())][static_cast<int>(q.lane_dtype())][doubled ? 1 : 0];
+      quantize_kernels().quantize[static_cast<int>(q.format())][static_cast<int>(q.dtype())][doubled ? 1 : 0];
   uint8_t* out = static_cast<uint8_t*>(codes) + first * code_bytes;
-  const bool widen = q.lane_dtype() != x_dtype;
-  int64_t at = first;
-  if (!widen) {
-    const int64_t groups = (last - first) / kBlockGroup;
-    const bool stream = !doubled && groups * kBlockGroup * code_bytes >= kStreamBytes &&
-                        reinterpret_cast<uintptr_t>(out) % 32 == 0;
-    run(q, advance(x, first * block, x_dtype), groups, out, scales + first, stream);
-    at += groups * kBlockGroup;
-    out += groups * kBlockGroup * code_bytes;
-  }
-  alignas(64) float lanes[kBlockGroup * 32];
+  const int64_t groups = (last - first) / kBlockGroup;
+  const bool stream = !doubled && groups * kBlockGroup * code_bytes >= kStreamBytes &&
+                      reinterpret_cast<uintptr_t>(out) % 32 == 0;
+  run(q, advance(x, first * block, q.dtype()), groups, out, scales + first, stream);
+  const int64_t at = first + groups * kBlockGroup, blocks = last - at;
+  if (blocks == 0) return;
+  alignas(64) uint8_t part[kBlockGroup * 32 * sizeof(float)] = {};
   alignas(64) uint8_t part_codes[kBlockGroup * 32];
   uint8_t part_scales[kBlockGroup];
-  for (; at < last; at += kBlockGroup) {
-    const int64_t blocks = last - at < kBlockGroup ? last - at : kBlockGroup;
-    const uint8_t* source = advance(x, at * block, x_dtype);
-    if (blocks < kBlockGroup) std::memset(lanes, 0, sizeof lanes);
-    if (widen) {
-      value_kernels().widen(source, x_dtype, blocks * block, lanes);
-    } else {
-      std::memcpy(lanes, source, static_cast<size_t>(blocks) * block * element_size(x_dtype));
-    }
-    run(q, lanes, 1, part_codes, part_scales, false);
-    std::memcpy(out, part_codes, static_cast<size_t>(blocks * code_bytes));
-    std::memcpy(scales + at, part_scales, static_cast<size_t>(blocks));
-    out += blocks * code_bytes;
-  }
+  std::memcpy(part, advance(x, at * block, q.dtype()), static_cast<size_t>(blocks) * block * element_size(q.dtype()));
+  run(q, part, 1, part_codes, part_scales, false);
+  std::memcpy(out + groups * kBlockGroup * code_bytes, part_codes, static_cast<size_t>(blocks * code_bytes));
+  std::memcpy(scales + at, part_scales, static_cast<size_t>(blocks));
 }
 
 }  // namespace
@@ -192,24 +175,23 @@ Quantizer::Quantizer(Format format, Rule rule, Dtype dtype, double global_scale)
     : format_(format),
       rule_(rule),
       dtype_(dtype),
-      lane_dtype_(needs_values(rule) ? Dtype::float32 : dtype),
       unit_(static_cast<float>(global_scale)),
       six_units_(unit_ * 6.0f),
       four_units_(unit_ * 4.0f) {
   if (format == Format::mxfp4 && global_scale == 1.0) {
-    rows_ = mxfp4_rows(lane_dtype_);
+    rows_ = mxfp4_rows(dtype_);
     return;
   }
   const int count = format == Format::nvfp4 ? 128 : 256;
   own_.reset(new ScaleRow[static_cast<size_t>(count)]);
   rows_ = own_.get();
   for (int byte = 0; byte < count; ++byte) {
-    fill_row(own_[byte], effective_scale(format, byte, global_scale), lane_dtype_);
+    fill_row(own_[byte], effective_scale(format, byte, global_scale), dtype_);
   }
 }
 
 void Quantizer::quantize(const void* x, int64_t first, int64_t last, uint8_t* codes, uint8_t* scales) const {
-  run_groups(*this, dtype_, x, first, last, codes, block_size(format_) / 2, scales, false);
+  run_groups(*this, x, first, last, codes, block_size(format_) / 2, scales, false);
 }
 
 void Quantizer::quantize_doubled(const void* x, int64_t first, int64_t last, int8_t* doubled, float* effective) const {
@@ -218,8 +200,8 @@ void Quantizer::quantize_doubled(const void* x, int64_t first, int64_t last, int
   uint8_t scales[kChunk];
   for (int64_t at = first; at < last; at += kChunk) {
     const int64_t blocks = last - at < kChunk ? last - at : kChunk;
-    run_groups(*this, dtype_, advance(x, at * block, dtype_), 0, blocks, doubled + at * block, block, scales, true);
-    for (int64_t i = 0; i < blocks; ++i) effective[at + i] = rows_[scales[i]].effective;
+    run_groups(*this, advance(x, at * block, dtype_), 0, blocks, doubled + at * block, block, scales, true);
+    for (int64_t i = 0; i < blocks; ++i) effective[at + i] = rows_[scales[i]].effective();
   }
 }
 

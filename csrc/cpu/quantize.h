@@ -20,10 +20,12 @@ constexpr int block_size(Format format) { return format == Format::nvfp4 ? 16 : 
 constexpr int kBlockGroup = 8;  // blocks that a vector path handles at a time
 
 // What one block scale byte means for the elements under it: |x| gets code `number of thresholds below bits(|x|)`. Each
-// threshold, in the bits of the lane dtype, is repeated to fill a vector, so that comparing needs no load of its own.
+// threshold, in the bits of the dtype, is repeated to fill a vector, so that comparing needs no load of its own.
 struct alignas(32) ScaleRow {
   uint32_t thresholds[7][8];  // a 16-bit pattern stands in both halves of a word
-  float effective;            // float32(block scale * global scale)
+  float values[8];            // of codes 0 7 6 5 4 3 2 1: comparing counts thresholds downwards
+
+  float effective() const { return values[6]; }  // float32(block scale * global scale), the value of code 2
 };
 
 // How to quantize: built once per matrix (microseconds), shared by all threads that work on it.
@@ -45,8 +47,7 @@ class Quantizer {
   const ScaleRow* rows() const { return rows_; }
   Format format() const { return format_; }
   Rule rule() const { return rule_; }
-  // What the kernels read: dtype, or float32 for rules that measure errors (their input is widened first).
-  Dtype lane_dtype() const { return lane_dtype_; }
+  Dtype dtype() const { return dtype_; }
   float unit() const { return unit_; }              // float32(global scale)
   float six_units() const { return six_units_; }    // float32(6 * global scale)
   float four_units() const { return four_units_; }  // float32(4 * global scale)
@@ -55,7 +56,6 @@ class Quantizer {
   Format format_;
   Rule rule_;
   Dtype dtype_;
-  Dtype lane_dtype_;
   float unit_;
   float six_units_;
   float four_units_;

@@ -9,7 +9,8 @@
 #include "quantize_impl.h"
 
 // FMA is left out of the target on purpose: a compiler must not fuse what the reference rounds twice.
-#define FP4_INLINE FP4_TARGET_AVX2 __attribute__((always_inline)) static inline
+#define FP4_MEMBER FP4_TARGET_AVX2 __attribute__((always_inline)) inline
+#define FP4_INLINE static FP4_MEMBER
 
 namespace fp4::cpu::detail {
 
@@ -169,59 +170,123 @@ FP4_INLINE __m256 halve_to_8(const __m256* v) {
   return B == 16 ? _mm256_add_ps(v[0], v[1]) : _mm256_add_ps(_mm256_add_ps(v[0], v[2]), _mm256_add_ps(v[1], v[3]));
 }
 
-// The squared error of each block of a group under the scale bytes.
-template <int B>
-FP4_INLINE __m256 squared_errors(const Quantizer& q, const float* x, const uint8_t* scales) {
-  const __m256 table = _mm256_loadu_ps(kE2m1);
-  __m256 sums[kBlockGroup];
-  for (int block = 0; block < kBlockGroup; ++block, x += B) {
-    const ScaleRow& row = q.rows()[scales[block]];
-    const __m256 scale = _mm256_set1_ps(row.effective);
-    __m256 errors[B / 8];
-    for (int i = 0; i < B / 8; ++i) {
-      const __m256i magnitude = _mm256_and_si256(load(x + 8 * i), _mm256_set1_epi32(0x7fffffff));
-      const __m256i code = _mm256_sub_epi32(_mm256_setzero_si256(), passed32(magnitude, row));
-      const __m256 value = _mm256_mul_ps(_mm256_permutevar8x32_ps(table, code), scale);
-      const __m256 error = _mm256_sub_ps(value, _mm256_castsi256_ps(magnitude));
-      errors[i] = _mm256_mul_ps(error, error);
-    }
-    sums[block] = halve_to_8<B>(errors);
-  }
-  return fold<Add>(sums);
+// --- errors ----------------------------------------------------------------------------------------------------------
+
+template <bool kIsHalf>
+FP4_INLINE __m256 eight_floats(const uint16_t* x) {
+  const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return kIsHalf ? _mm256_cvtph_ps(eight) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
 }
 
-// Keeps per block the candidate if its error is smaller than the least so far.
-template <int B>
-FP4_INLINE void keep_better(const Quantizer& q, const float* x, __m256i candidates, __m256& least, __m256i& best) {
-  uint8_t bytes[kBlockGroup];
-  store_bytes(candidates, bytes);
-  const __m256 errors = squared_errors<B>(q, x, bytes);
-  const __m256 better = _mm256_cmp_ps(errors, least, _CMP_LT_OQ);
-  least = _mm256_blendv_ps(least, errors, better);
-  best = _mm256_blendv_epi8(best, candidates, _mm256_castps_si256(better));
+template <bool kIsHalf>
+FP4_INLINE __m256 eight_floats(const uint32_t* x) {
+  return _mm256_castsi256_ps(load(x));
 }
+
+// The squared error of each element of a block under one scale, eight to a vector. `magnitudes` are those of x.
+template <int B>
+FP4_INLINE void errors_of_block(const uint16_t* x, const float* magnitudes, const ScaleRow& row, __m256* errors) {
+  const __m256 values = _mm256_load_ps(row.values);
+  for (int i = 0; i < B; i += 16) {
+    const __m256i passed = passed16(_mm256_and_si256(load(x + i), _mm256_set1_epi16(0x7fff)), row);
+    const __m256i codes[2] = {_mm256_cvtepi16_epi32(_mm256_castsi256_si128(passed)),
+                              _mm256_cvtepi16_epi32(_mm256_extracti128_si256(passed, 1))};
+    for (int half = 0; half < 2; ++half) {
+      const __m256 value = _mm256_permutevar8x32_ps(values, codes[half]);
+      const __m256 error = _mm256_sub_ps(value, _mm256_load_ps(magnitudes + i + 8 * half));
+      errors[i / 8 + half] = _mm256_mul_ps(error, error);
+    }
+  }
+}
+
+template <int B>
+FP4_INLINE void errors_of_block(const uint32_t*, const float* magnitudes, const ScaleRow& row, __m256* errors) {
+  const __m256 values = _mm256_load_ps(row.values);
+  for (int i = 0; i < B; i += 8) {
+    const __m256i magnitude = load(magnitudes + i);
+    const __m256 value = _mm256_permutevar8x32_ps(values, passed32(magnitude, row));
+    const __m256 error = _mm256_sub_ps(value, _mm256_castsi256_ps(magnitude));
+    errors[i / 8] = _mm256_mul_ps(error, error);
+  }
+}
+
+// The scales of a group's blocks that have the least squared error of those tried.
+template <int B, bool kIsHalf, typename Bits>
+class Search {
+ public:
+  FP4_MEMBER Search(const Quantizer& q, const Bits* x, __m256i first) : q_(q), x_(x), best_(first) {
+    const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    for (int i = 0; i < kBlockGroup * B; i += 8) {
+      _mm256_store_ps(magnitudes_ + i, _mm256_and_ps(eight_floats<kIsHalf>(x + i), mask));
+    }
+    least_ = squared_errors(first);
+  }
+
+  // Takes a block's candidate if its error is smaller than the least so far.
+  FP4_MEMBER void offer(__m256i candidates) {
+    const __m256 errors = squared_errors(candidates);
+    const __m256 better = _mm256_cmp_ps(errors, least_, _CMP_LT_OQ);
+    least_ = _mm256_blendv_ps(least_, errors, better);
+    best_ = _mm256_blendv_epi8(best_, candidates, _mm256_castps_si256(better));
+  }
+
+  // Whether these scales, and smaller ones still, are no better for any block, because of what clipping its largest
+  // magnitude costs alone: that is one term of the error, and rounded sums of what is not negative never fall below it.
+  FP4_MEMBER bool clip_too_much(__m256i candidates, __m256 largest) const {
+    static_assert(sizeof(ScaleRow) == 256, "scale bytes count rows of 64 floats");
+    const __m256 six = _mm256_i32gather_ps(q_.rows()->values + 1, _mm256_slli_epi32(candidates, 6), 4);
+    const __m256 excess = _mm256_max_ps(_mm256_sub_ps(largest, six), _mm256_setzero_ps());
+    const __m256 hopeless = _mm256_cmp_ps(_mm256_mul_ps(excess, excess), least_, _CMP_NLT_UQ);
+    return _mm256_movemask_ps(hopeless) == 0xff;
+  }
+
+  FP4_MEMBER __m256i best() const { return best_; }
+
+ private:
+  FP4_MEMBER __m256 squared_errors(__m256i scales) const {
+    uint8_t bytes[kBlockGroup];
+    store_bytes(scales, bytes);
+    __m256 sums[kBlockGroup];
+    for (int block = 0; block < kBlockGroup; ++block) {
+      __m256 errors[B / 8];
+      errors_of_block<B>(x_ + block * B, magnitudes_ + block * B, q_.rows()[bytes[block]], errors);
+      sums[block] = halve_to_8<B>(errors);
+    }
+    return fold<Add>(sums);
+  }
+
+  const Quantizer& q_;
+  const Bits* x_;
+  __m256i best_;
+  __m256 least_;
+  alignas(32) float magnitudes_[kBlockGroup * B];
+};
 
 // The `mse` rule: the best of the neighbours of the abs_max scales.
-template <int B>
-FP4_TARGET_AVX2 __attribute__((noinline)) void search_neighbours(const Quantizer& q, const float* x, uint8_t* scales) {
+template <int B, bool kIsHalf, typename Bits>
+FP4_TARGET_AVX2 __attribute__((noinline)) __m256i best_neighbour(const Quantizer& q, const Bits* x, __m256i start,
+                                                                 __m256 largest) {
   const __m256i low = _mm256_set1_epi32(B == 16 ? 1 : 0), high = _mm256_set1_epi32(B == 16 ? 126 : kE8m0Max);
   const int8_t* offsets = B == 16 ? kNvfp4Offsets : kMxfp4Offsets;
-  const __m256i start = load_bytes(scales);
-  __m256i best = _mm256_min_epi32(_mm256_max_epi32(start, low), high);
-  store_bytes(best, scales);
-  __m256 least = squared_errors<B>(q, x, scales);
+  Search<B, kIsHalf, Bits> search(q, x, _mm256_min_epi32(_mm256_max_epi32(start, low), high));
+  bool smaller = true;  // whether smaller scales than these are worth a try
   for (int i = 1; i < (B == 16 ? 17 : 4); ++i) {
-    const __m256i candidates = _mm256_add_epi32(start, _mm256_set1_epi32(offsets[i]));
-    keep_better<B>(q, x, _mm256_min_epi32(_mm256_max_epi32(candidates, low), high), least, best);
+    const __m256i moved = _mm256_add_epi32(start, _mm256_set1_epi32(offsets[i]));
+    const __m256i candidates = _mm256_min_epi32(_mm256_max_epi32(moved, low), high);
+    if (offsets[i] < 0) {
+      smaller = smaller && !search.clip_too_much(candidates, largest);
+      if (!smaller) continue;
+    }
+    search.offer(candidates);
   }
-  store_bytes(best, scales);
+  return search.best();
 }
 
-template <int B>
-FP4_INLINE __m256i quest_exponents(const float* x, float unit) {
+template <int B, bool kIsHalf, typename Bits>
+FP4_INLINE __m256i quest_exponents(const Bits* x, float unit) {
   __m256 v[kBlockGroup][B / 8], sums[kBlockGroup];
   for (int block = 0; block < kBlockGroup; ++block) {
-    for (int i = 0; i < B / 8; ++i) v[block][i] = _mm256_loadu_ps(x + block * B + 8 * i);
+    for (int i = 0; i < B / 8; ++i) v[block][i] = eight_floats<kIsHalf>(x + block * B + 8 * i);
     sums[block] = halve_to_8<B>(v[block]);
   }
   alignas(32) float mean[kBlockGroup];
@@ -239,7 +304,7 @@ FP4_INLINE __m256i quest_exponents(const float* x, float unit) {
   return _mm256_min_epi32(_mm256_max_epi32(biased, _mm256_setzero_si256()), _mm256_set1_epi32(kE8m0Max));
 }
 
-// Block scales of a group. Rules that look at the values have float32 lanes.
+// Block scales of a group.
 template <int B, bool kIsHalf, typename Bits>
 FP4_INLINE void choose_scales(const Quantizer& q, const Bits* x, uint8_t* scales) {
   const __m256 largest = largest_of_blocks<B, kIsHalf>(x);
@@ -249,22 +314,15 @@ FP4_INLINE void choose_scales(const Quantizer& q, const Bits* x, uint8_t* scales
   } else {
     best = encode_e4m3(_mm256_div_ps(largest, _mm256_set1_ps(q.six_units())));
   }
-  store_bytes(best, scales);
-  if constexpr (sizeof(Bits) == 4) {
-    const auto* values = reinterpret_cast<const float*>(x);
-    if (q.rule() == Rule::mse) search_neighbours<B>(q, values, scales);
-    if (B == 32 && q.rule() == Rule::quest) store_bytes(quest_exponents<B>(values, q.unit()), scales);
-    if (B == 16 && q.rule() == Rule::four_over_six) {
-      __m256 least = squared_errors<B>(q, values, scales);
-      keep_better<B>(q, values, encode_e4m3(_mm256_div_ps(largest, _mm256_set1_ps(q.four_units()))), least, best);
-      store_bytes(best, scales);
-    }
+  if (q.rule() == Rule::mse) best = best_neighbour<B, kIsHalf>(q, x, best, largest);
+  if (B == 32 && q.rule() == Rule::quest) best = quest_exponents<B, kIsHalf>(x, q.unit());
+  if (B == 16 && q.rule() == Rule::four_over_six) {
+    Search<B, kIsHalf, Bits> search(q, x, best);
+    search.offer(encode_e4m3(_mm256_div_ps(largest, _mm256_set1_ps(q.four_units()))));
+    best = search.best();
   }
   const __m256 nan = _mm256_cmp_ps(largest, largest, _CMP_UNORD_Q);
-  if (_mm256_movemask_ps(nan) != 0) {
-    const __m256i bytes = _mm256_set1_epi32(nan_scale(B));
-    store_bytes(_mm256_blendv_epi8(load_bytes(scales), bytes, _mm256_castps_si256(nan)), scales);
-  }
+  store_bytes(_mm256_blendv_epi8(best, _mm256_set1_epi32(nan_scale(B)), _mm256_castps_si256(nan)), scales);
 }
 
 // --- groups ----------------------------------------------------------------------------------------------------------
@@ -283,9 +341,9 @@ FP4_INLINE __m256i doubled_values(__m256i codes) {
 }
 
 template <int B, typename Bits, bool kIsHalf, bool kIsDoubled>
-FP4_TARGET_AVX2 void quantize_groups(const Quantizer& q, const void* lanes, int64_t groups, void* codes,
+FP4_TARGET_AVX2 void quantize_groups(const Quantizer& q, const void* elements, int64_t groups, void* codes,
                                      uint8_t* scales, bool stream) {
-  const Bits* x = static_cast<const Bits*>(lanes);
+  const Bits* x = static_cast<const Bits*>(elements);
   uint8_t* out = static_cast<uint8_t*>(codes);
   const ScaleRow* rows = q.rows();
   // Scales of a few groups first, then their codes: the long way from a magnitude to its scale overlaps between groups.

@@ -44,12 +44,11 @@ float half_to_float(uint16_t half);
 uint16_t float_to_half(float value);
 uint16_t float_to_bfloat16(float value);
 
-// Quantizes `groups` groups of kBlockGroup blocks whose elements have the quantizer's lane dtype.
+// Quantizes `groups` groups of kBlockGroup blocks whose elements have the quantizer's dtype.
 // Packed: codes gets block_size / 2 bytes a block. Doubled: block_size bytes a block. `stream` bypasses the cache for
 // the codes, which must then be aligned to 32 bytes.
-using QuantizeGroups = void (*)(const Quantizer&, const void* lanes, int64_t groups, void* codes, uint8_t* scales,
+using QuantizeGroups = void (*)(const Quantizer&, const void* x, int64_t groups, void* codes, uint8_t* scales,
                                 bool stream);
-using Widen = void (*)(const void* x, Dtype dtype, int64_t n, float* out);
 using DequantizeBlocks = void (*)(const uint8_t* codes, const uint8_t* scales, const float* effective, int64_t blocks,
                                   void* out);
 using AbsMax = uint32_t (*)(const void* x, int64_t n);  // the largest pattern of |x|
@@ -62,7 +61,6 @@ struct ValueKernels {
   DequantizeBlocks dequantize[2][3];  // [Format][Dtype]
   AbsMax abs_max16;
   AbsMax abs_max32;
-  Widen widen;
 };
 
 extern const QuantizeKernels kScalarQuantize;

@@ -49,10 +49,10 @@ float sum_by_halving(float* values) {
   return values[0];
 }
 
-template <int B>
-uint8_t quest_scale(const float* values, float unit) {
-  float sums[B];
-  std::memcpy(sums, values, sizeof sums);
+template <int B, Dtype D>
+uint8_t quest_scale(const typename Lane<D>::Bits* x, float unit) {
+  float values[B], sums[B];
+  for (int i = 0; i < B; ++i) values[i] = sums[i] = Lane<D>::value(x[i]);
   const float mean = sum_by_halving<B>(sums) / B;
   for (int i = 0; i < B; ++i) {
     const float deviation = values[i] - mean;
@@ -63,29 +63,31 @@ uint8_t quest_scale(const float* values, float unit) {
   return static_cast<uint8_t>(clamp_int(bits >> 23, 0, kE8m0Max));
 }
 
-template <int B>
-float squared_error(const float* values, const ScaleRow& row) {
+template <int B, Dtype D>
+float squared_error(const typename Lane<D>::Bits* x, const ScaleRow& row) {
+  using L = Lane<D>;
   float errors[B];
   for (int i = 0; i < B; ++i) {
-    const uint32_t magnitude = bits_of(values[i]) & 0x7fffffff;
+    const typename L::Bits magnitude = x[i] & L::kMagnitude;
     int code = 0;
-    for (const auto& threshold : row.thresholds) code += magnitude > threshold[0];
-    const float error = kE2m1[code] * row.effective - from_bits(magnitude);
+    for (const auto& threshold : row.thresholds) code += magnitude > L::threshold(threshold[0]);
+    const float error = row.values[(8 - code) % 8] - L::value(magnitude);
     errors[i] = error * error;
   }
   return sum_by_halving<B>(errors);
 }
 
-template <int B>
+template <int B, Dtype D>
 struct Best {
+  using Bits = typename Lane<D>::Bits;
   const Quantizer& q;
-  const float* values;
+  const Bits* x;
   uint8_t scale;
   float error;
-  Best(const Quantizer& quantizer, const float* block, uint8_t first)
-      : q(quantizer), values(block), scale(first), error(squared_error<B>(block, quantizer.rows()[first])) {}
+  Best(const Quantizer& quantizer, const Bits* block, uint8_t first)
+      : q(quantizer), x(block), scale(first), error(squared_error<B, D>(block, quantizer.rows()[first])) {}
   void offer(uint8_t candidate) {
-    const float its = squared_error<B>(values, q.rows()[candidate]);
+    const float its = squared_error<B, D>(x, q.rows()[candidate]);
     if (its < error) {
       error = its;
       scale = candidate;
@@ -93,17 +95,17 @@ struct Best {
   }
 };
 
-template <int B>
-uint8_t scale_of(const Quantizer& q, float amax, const float* values) {
+template <int B, Dtype D>
+uint8_t scale_of(const Quantizer& q, float amax, const typename Lane<D>::Bits* x) {
   if constexpr (B == 16) {
     const uint8_t scale = encode_e4m3(amax / q.six_units());
     if (q.rule() == Rule::abs_max) return scale;
     if (q.rule() == Rule::four_over_six) {
-      Best<B> best(q, values, scale);
+      Best<B, D> best(q, x, scale);
       best.offer(encode_e4m3(amax / q.four_units()));
       return best.scale;
     }
-    Best<B> best(q, values, static_cast<uint8_t>(clamp_int(scale, 1, 126)));
+    Best<B, D> best(q, x, static_cast<uint8_t>(clamp_int(scale, 1, 126)));
     for (int8_t offset : kNvfp4Offsets) best.offer(static_cast<uint8_t>(clamp_int(scale + offset, 1, 126)));
     return best.scale;
   } else {
@@ -118,9 +120,9 @@ uint8_t scale_of(const Quantizer& q, float amax, const float* values) {
       case Rule::below_six:
         return static_cast<uint8_t>(clamp_int((sixth >> 23) + 1, 0, kE8m0Max));
       case Rule::quest:
-        return quest_scale<B>(values, q.unit());
+        return quest_scale<B, D>(x, q.unit());
       case Rule::mse: {
-        Best<B> best(q, values, static_cast<uint8_t>(floor));
+        Best<B, D> best(q, x, static_cast<uint8_t>(floor));
         for (int8_t offset : kMxfp4Offsets) best.offer(static_cast<uint8_t>(clamp_int(floor + offset, 0, kE8m0Max)));
         return best.scale;
       }
@@ -131,9 +133,9 @@ uint8_t scale_of(const Quantizer& q, float amax, const float* values) {
 }
 
 template <int B, Dtype D, bool kIsDoubled>
-void quantize_groups(const Quantizer& q, const void* lanes, int64_t groups, void* codes, uint8_t* scales, bool) {
+void quantize_groups(const Quantizer& q, const void* elements, int64_t groups, void* codes, uint8_t* scales, bool) {
   using L = Lane<D>;
-  const auto* x = static_cast<const typename L::Bits*>(lanes);
+  const auto* x = static_cast<const typename L::Bits*>(elements);
   auto* packed = static_cast<uint8_t*>(codes);
   auto* doubled = static_cast<int8_t*>(codes);
   for (int64_t block = 0; block < groups * kBlockGroup; ++block, x += B) {
@@ -142,10 +144,8 @@ void quantize_groups(const Quantizer& q, const void* lanes, int64_t groups, void
       const typename L::Bits magnitude = x[i] & L::kMagnitude;
       if (magnitude > largest) largest = magnitude;
     }
-    float values[B] = {};
-    if (D == Dtype::float32) std::memcpy(values, x, sizeof values);  // rules that read values have float32 lanes
     const float amax = L::value(largest);
-    scales[block] = amax == amax ? scale_of<B>(q, amax, values) : nan_scale(B);
+    scales[block] = amax == amax ? scale_of<B, D>(q, amax, x) : nan_scale(B);
     const ScaleRow& row = q.rows()[scales[block]];
     uint8_t code[B] = {};
     for (const auto& word : row.thresholds) {
@@ -191,13 +191,6 @@ uint32_t abs_max_bits(const void* x, int64_t n) {
   return largest;
 }
 
-void widen(const void* x, Dtype dtype, int64_t n, float* out) {
-  const auto* bits = static_cast<const uint16_t*>(x);
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = dtype == Dtype::bfloat16 ? Lane<Dtype::bfloat16>::value(bits[i]) : Lane<Dtype::float16>::value(bits[i]);
-  }
-}
-
 constexpr Dtype kF32 = Dtype::float32, kBf16 = Dtype::bfloat16, kF16 = Dtype::float16;
 
 }  // namespace
@@ -214,7 +207,6 @@ const ValueKernels kScalarValues = {
     {{dequantize_blocks<16, kF32>, dequantize_blocks<16, kBf16>, dequantize_blocks<16, kF16>},
      {dequantize_blocks<32, kF32>, dequantize_blocks<32, kBf16>, dequantize_blocks<32, kF16>}},
     abs_max_bits<uint16_t>,
-    abs_max_bits<uint32_t>,
-    widen};
+    abs_max_bits<uint32_t>};
 
 }  // namespace fp4::cpu::detail

@@ -1,4 +1,4 @@
-// AVX2 kernels that read values or make them: dequantization, the largest magnitude, widening.
+// AVX2 kernels that read values or make them: dequantization, the largest magnitude.
 #include "isa.h"
 
 #ifdef FP4_X86
@@ -99,17 +99,6 @@ FP4_TARGET_AVX2 uint32_t abs_max32(const void* x, int64_t n) {
   return largest;
 }
 
-FP4_TARGET_AVX2 void widen(const void* x, Dtype dtype, int64_t n, float* out) {  // n is a multiple of 16
-  const auto* bits = static_cast<const uint16_t*>(x);
-  for (int64_t at = 0; at < n; at += 8) {
-    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bits + at));
-    const __m256 values = dtype == Dtype::float16
-                              ? _mm256_cvtph_ps(eight)
-                              : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
-    _mm256_storeu_ps(out + at, values);
-  }
-}
-
 }  // namespace
 
 const ValueKernels kAvx2Values = {
@@ -118,8 +107,7 @@ const ValueKernels kAvx2Values = {
      {dequantize_blocks<32, Dtype::float32>, dequantize_blocks<32, Dtype::bfloat16>,
       dequantize_blocks<32, Dtype::float16>}},
     abs_max16,
-    abs_max32,
-    widen};
+    abs_max32};
 
 }  // namespace fp4::cpu::detail
 
