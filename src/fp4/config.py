@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
-from fp4.formats import FP8, MXFP4, NVFP4, WEIGHT_FORMATS
+from fp4.formats import FP8, MXFP4, NVFP4, WEIGHT_FORMATS, Format
 from fp4.ops import BACKENDS
 from fp4.rotation import ROTATIONS
 from fp4.scheme import SCHEMES, Scheme
@@ -173,39 +173,54 @@ class FPQuantConfig(QuantizationConfigMixin):
     def post_init(self) -> None:
         """Fill in what was left open and check everything. Idempotent."""
         _require(self.forward_dtype, tuple(WEIGHT_FORMATS), "forward_dtype")
-        fmt = WEIGHT_FORMATS[self.forward_dtype]
+        self._check_training()
+        self._fill_in()
+        self._check_numerics()
+        self._check_running()
+        self._check_layers()
+
+    @property
+    def _format(self) -> Format:
+        return WEIGHT_FORMATS[self.forward_dtype]
+
+    @property
+    def _fp8_inputs(self) -> bool:
+        return self._format is FP8 or self.activation_dtype == "fp8"
+
+    @property
+    def _tools(self) -> tuple[str, ...]:
+        """Tools whose rounding the format has."""
+        return tuple(rule for rule, formats in TOOL_RULES.items() if self._format in formats)
+
+    def _check_training(self) -> None:
+        fmt = self._format
         methods = ("abs_max", "quest") if fmt is MXFP4 else ("abs_max",)
         _require(self.forward_method, methods, f"forward_method (of {fmt.name})")
         _require(self.backward_dtype, ("bf16", "mxfp8", "mxfp4"), "backward_dtype")
         if self.backward_dtype != "bf16" and fmt is not MXFP4:
             raise ValueError(f"backward_dtype {self.backward_dtype!r} needs forward_dtype 'mxfp4', found {fmt.name!r}")
-
         if self.store_master_weights and self.backward_dtype != "bf16":
             raise ValueError(
                 f"training computes gradients in the model's dtype, but backward_dtype is {self.backward_dtype!r}; "
                 "use 'bf16' with store_master_weights"
             )
-
-        if fmt is FP8 and (self.transform_init not in (None, "identity") or self.hadamard_group_size not in (None, 1)):
+        if self.store_master_weights and self.scale_rule in self._tools:
             raise ValueError(
-                f"FP8 weights are not rotated, but transform_init is {self.transform_init!r} and hadamard_group_size "
-                f"{self.hadamard_group_size!r}; leave both out"
+                f"scale_rule {self.scale_rule!r} is for writing what that tool writes, not for training with "
+                "store_master_weights; use a rule of the format"
             )
+
+    def _fill_in(self) -> None:
+        """Choose what is None: as measured best, as FP-Quant does where it is asked for, or as another tool does."""
+        fmt = self._format
         rotation, group_size, weight_rule, activation_rule = _BEST[fmt.name]
-        tools = tuple(rule for rule, formats in TOOL_RULES.items() if fmt in formats)
-        if self.scale_rule in tools:
+        if self.scale_rule in self._tools:
             rotation, group_size = "identity", fmt.k_multiple
             activation_rule = "ceil" if fmt is MXFP4 and self.scale_rule == "modelopt" else activation_rule
-            if self.store_master_weights:
-                raise ValueError(
-                    f"scale_rule {self.scale_rule!r} is for writing what that tool writes, not for training with "
-                    "store_master_weights; use a rule of the format"
-                )
         # Any option that only FP-Quant has a meaning for asks for all of FP-Quant's behaviour.
-        named = (
+        named = fmt is not FP8 and (
             self.transform_init is not None or self.hadamard_group_size is not None or self.forward_method == "quest"
         )
-        named = named and fmt is not FP8
         if named:
             rotation, group_size = "hadamard", fmt.block_size
         as_fp_quant = self.scale_rule == "fp_quant" or (self.scale_rule is None and named)
@@ -215,47 +230,56 @@ class FPQuantConfig(QuantizationConfigMixin):
             self.transform_init = rotation
         if self.hadamard_group_size is None:
             self.hadamard_group_size = group_size
-        _require(self.transform_init, tuple(ROTATIONS), "transform_init")
-        size = self.hadamard_group_size
-        if not isinstance(size, int) or size < fmt.k_multiple or size & (size - 1):
-            raise ValueError(
-                f"hadamard_group_size is {size!r}; {fmt.name} needs a power of two of at least {fmt.k_multiple}"
-            )
         if self.scale_rule is None:
             self.scale_rule = weight_rule
         if self.activation_rule is None:
             self.activation_rule = activation_rule
         if self.activation_scaling is None:
             self.activation_scaling = "static" if as_fp_quant and self.activation_dtype != "fp8" else "dynamic"
+
+    def _check_numerics(self) -> None:
+        fmt, size = self._format, self.hadamard_group_size
+        if fmt is FP8 and (self.transform_init != "identity" or size != 1):
+            raise ValueError(
+                f"FP8 weights are not rotated, but transform_init is {self.transform_init!r} and hadamard_group_size "
+                f"{size!r}; leave both out"
+            )
+        _require(self.transform_init, tuple(ROTATIONS), "transform_init")
+        if not isinstance(size, int) or size < fmt.k_multiple or size & (size - 1):
+            raise ValueError(
+                f"hadamard_group_size is {size!r}; {fmt.name} needs a power of two of at least {fmt.k_multiple}"
+            )
         own_rules = () if fmt is FP8 else ("fp_quant",)
-        _require(self.scale_rule, (*own_rules, *fmt.rules, *tools), f"scale_rule (of {fmt.name})")
+        _require(self.scale_rule, (*own_rules, *fmt.rules, *self._tools), f"scale_rule (of {fmt.name})")
         on_the_fly = tuple(rule for rule in fmt.rules if rule != "mse")
         _require(self.activation_rule, (*own_rules, *on_the_fly), f"activation_rule (of {fmt.name})")
-        fp8_inputs = fmt is FP8 or self.activation_dtype == "fp8"
-        scalings = ("dynamic",) if fp8_inputs else ("dynamic", "static")
-        _require(self.activation_scaling, scalings, f"activation_scaling{' (of FP8 activations)' * fp8_inputs}")
-
+        scalings = ("dynamic",) if self._fp8_inputs else ("dynamic", "static")
+        of_fp8 = " (of FP8 activations)" if self._fp8_inputs else ""
+        _require(self.activation_scaling, scalings, f"activation_scaling{of_fp8}")
         precisions = ("auto", "fp8", "model") if fmt is FP8 else ("auto", "fp4", "fp8", "model")
         _require(self.activation_dtype, precisions, f"activation_dtype{' (beside FP8 weights)' * (fmt is FP8)}")
+
+    def _check_running(self) -> None:
+        for option in ("store_master_weights", "pseudoquantization", "strict"):
+            if not isinstance(getattr(self, option), bool):
+                raise ValueError(f"{option} is {getattr(self, option)!r}; expected True or False")
         _require(self.checkpoint_format, WRITABLE_FORMATS, "checkpoint_format")
         if self.checkpoint_format != "fp_quant" and (self.store_master_weights or self.pseudoquantization):
             raise ValueError(
                 f"checkpoint_format {self.checkpoint_format!r} has no place for master weights or pseudoquantization"
             )
-        if self.pseudoquantization:
-            if self.activation_dtype == "model":
-                raise ValueError(
-                    "pseudoquantization emulates quantized activations, but activation_dtype is 'model'; set only one"
-                )
-            if self.backend not in ("auto", "reference"):
-                raise ValueError(
-                    f"pseudoquantization runs on the reference backend, but backend is {self.backend!r}; "
-                    "use 'auto' or 'reference'"
-                )
-        for option in ("store_master_weights", "pseudoquantization", "strict"):
-            if not isinstance(getattr(self, option), bool):
-                raise ValueError(f"{option} is {getattr(self, option)!r}; expected True or False")
+        if self.pseudoquantization and self.activation_dtype == "model":
+            raise ValueError(
+                "pseudoquantization emulates quantized activations, but activation_dtype is 'model'; set only one"
+            )
         _require(self.backend, ("auto", *BACKENDS), "backend")
+        if self.pseudoquantization and self.backend not in ("auto", "reference"):
+            raise ValueError(
+                f"pseudoquantization runs on the reference backend, but backend is {self.backend!r}; "
+                "use 'auto' or 'reference'"
+            )
+
+    def _check_layers(self) -> None:
         keep = self.modules_to_not_convert
         if keep is not None and not (isinstance(keep, list) and all(isinstance(name, str) for name in keep)):
             raise ValueError(f"modules_to_not_convert is {keep!r}; expected a list of names, or None")
@@ -265,18 +289,19 @@ class FPQuantConfig(QuantizationConfigMixin):
             raise ValueError(f"overrides is {self.overrides!r}; expected a dictionary from patterns to options")
         for item in self.overrides:
             pattern, options = item
-            if options is not None and not isinstance(options, dict):
+            if options is None:
+                continue
+            if not isinstance(options, dict):
                 raise ValueError(f"overrides[{pattern!r}] is {options!r}; expected a dictionary of options, or None")
-            unknown = set(options or {}) - set(_OVERRIDABLE)
+            unknown = set(options) - set(_OVERRIDABLE)
             if unknown:
                 raise ValueError(
                     f"overrides[{pattern!r}] sets {', '.join(sorted(unknown))}; "
                     f"a layer can override {', '.join(_OVERRIDABLE)}"
                 )
-            if options is not None:
-                item[1] = _without_scheme(pattern, options)
-                self._overridden(item[1])
-        fp8 = fp8_inputs or any(FP8.name in (options or {}).values() for _, options in self.overrides)
+            item[1] = _without_scheme(pattern, options)
+            self._overridden(item[1])
+        fp8 = self._fp8_inputs or any(FP8.name in (options or {}).values() for _, options in self.overrides)
         if self.store_master_weights and fp8:
             raise ValueError("training quantizes to FP4, but store_master_weights is set beside FP8; choose one")
 
@@ -325,10 +350,9 @@ class FPQuantConfig(QuantizationConfigMixin):
         for pattern, options in self.overrides:
             if fnmatch.fnmatchcase(name, pattern):
                 return None if options is None else self._overridden(options).scheme_for(name)
-        fmt = WEIGHT_FORMATS[self.forward_dtype]
+        fmt = self._format
         fp_quant_rule = "abs_max" if fmt is NVFP4 else {"abs_max": "below_six", "quest": "quest"}[self.forward_method]
-        fp8_inputs = fmt is FP8 or self.activation_dtype == "fp8"
-        emulated = "fp8" if fp8_inputs else "fp4"
+        emulated = "fp8" if self._fp8_inputs else "fp4"
         fixed = None
         if self.scale_rule == "fp_quant":
             fixed = None if self.forward_method == "quest" else _FP_QUANT_GLOBAL_SCALE
