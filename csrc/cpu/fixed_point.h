@@ -29,8 +29,11 @@ constexpr int64_t fixed_point_block_bytes(Format format, int64_t rows) { return 
 
 struct Residual {
   int32_t column;
-  float x;
+  float half_x;  // codes are doubled
 };
+
+// Columns of a panel that are decoded at a time where there are many rows of x: 16 KB, half of a first-level cache.
+constexpr int64_t kFixedPointChunk = 512;
 
 struct FixedPointKernels {
   int rows;           // most rows that `multiply` takes
@@ -48,6 +51,14 @@ struct FixedPointKernels {
   // sum[16] += sum over residuals. codes and scales are those of the panel's first block.
   void (*add_residuals[2])(const uint8_t* codes, const uint8_t* scales, const Residual* residuals, int64_t count,
                            float* sum);
+
+  // For more rows: the codes of some blocks as int16 (16 for each column) and their scales (16 for each block), and the
+  // two above on these. The first of the blocks begins a chunk of kFixedPointChunk columns.
+  void (*decode[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, int16_t* out, float* out_scales);
+  void (*multiply_decoded[2])(const int16_t* w, const float* w_scales, int64_t blocks, const uint8_t* x, int rows,
+                              float* sum);
+  void (*add_residuals_decoded[2])(const int16_t* w, const float* w_scales, const Residual* residuals, int64_t count,
+                                   float* sum);
 };
 
 }  // namespace fp4::cpu

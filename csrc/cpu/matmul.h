@@ -137,13 +137,20 @@ class FixedPoint : public Matmul {
   void run(int64_t begin, int64_t end) const;
 
  private:
-  void finish_panel(const Segment& segment, int64_t first_row, int64_t rows, int64_t panel, float* sums) const;
+  void run_few_tiles(const Piece& piece) const;
+  void run_tiles(const Piece& piece) const;
+  int64_t chunks() const { return (product_.k + chunk_ - 1) / chunk_; }
+  const uint8_t* codes(const Segment& segment, int64_t panel, int64_t column) const;
+  const uint8_t* scales(const Segment& segment, int64_t panel, int64_t column) const;
   Residual* residuals(int64_t row) const { return residuals_ + row * product_.k; }
+  // Where the residuals of each chunk of a row begin, then their number.
+  int32_t* residual_starts(int64_t row) const { return residual_starts_ + row * (chunks() + 1); }
+  float unit(const Segment& segment) const;
 
   const Input& input_;
   uint8_t* tiles_;
-  int64_t* residual_counts_;  // one for each row of x
-  Residual* residuals_;       // room for k of each row
+  Residual* residuals_;  // room for k of each row
+  int32_t* residual_starts_;
 };
 
 // W4A4: x is quantized by its segment's quantizer, products are exact integers, block scales are applied in float32.

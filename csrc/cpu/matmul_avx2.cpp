@@ -114,6 +114,29 @@ AVX2 void multiply_float(const float* x, int rows, const float* w, int64_t k, fl
 }
 
 template <Format F>
+AVX2 void lay_out_integer(const int8_t* codes, const float* scales, int64_t blocks, int rows, int m, uint8_t* to) {
+  constexpr int size = block_size(F);
+  const __m128i columns = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);  // kIntegerColumn
+  for (int64_t b = 0; b < blocks; ++b, codes += size, to += integer_block_bytes(F, rows)) {
+    __m128i correction = _mm_setzero_si128();
+    for (int i = 0; i < size; i += 16) {
+      const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
+      const __m128i pairs = _mm_maddubs_epi16(_mm_set1_epi8(1), values);
+      correction = _mm_add_epi32(correction, _mm_madd_epi16(pairs, _mm_set1_epi16(-kCodeBias)));
+      const __m128i fours = _mm_shuffle_epi8(values, columns);
+      uint8_t* four = to + (i / 4 * rows + m) * 4;
+      _mm_storeu_si32(four, fours);
+      _mm_storeu_si32(four + rows * 4, _mm_shuffle_epi32(fours, 0x55));
+      _mm_storeu_si32(four + rows * 8, _mm_shuffle_epi32(fours, 0xAA));
+      _mm_storeu_si32(four + rows * 12, _mm_shuffle_epi32(fours, 0xFF));
+    }
+    correction = _mm_add_epi32(correction, _mm_shuffle_epi32(correction, 0x4E));
+    _mm_storeu_si32(to + rows * size + m * 4, _mm_add_epi32(correction, _mm_shuffle_epi32(correction, 0xB1)));
+    std::memcpy(to + rows * (size + 4) + m * 4, &scales[b], 4);
+  }
+}
+
+template <Format F>
 AVX2 void decode_integer(const uint8_t* codes, const uint8_t* scales, int64_t blocks, uint8_t* out,
                          float* out_scales) {
   constexpr int size = block_size(F);
@@ -276,6 +299,7 @@ const MatmulKernels kAvx2Matmul = {
     {gemv<Format::nvfp4>, gemv<Format::mxfp4>},
     {decode_float<Format::nvfp4>, decode_float<Format::mxfp4>},
     multiply_float,
+    {lay_out_integer<Format::nvfp4>, lay_out_integer<Format::mxfp4>},
     {decode_integer<Format::nvfp4>, decode_integer<Format::mxfp4>},
     {multiply_integer<Format::nvfp4>, multiply_integer<Format::mxfp4>},
     rotate,

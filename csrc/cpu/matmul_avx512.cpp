@@ -196,6 +196,7 @@ const MatmulKernels kAvx512Matmul = {
     {gemv<Format::nvfp4>, gemv<Format::mxfp4>},
     {decode_float<Format::nvfp4>, decode_float<Format::mxfp4>},
     multiply_float,
+    {kAvx2Matmul.lay_out_integer[0], kAvx2Matmul.lay_out_integer[1]},
     {kAvx2Matmul.decode_integer[0], kAvx2Matmul.decode_integer[1]},
     {multiply_integer<Format::nvfp4>, multiply_integer<Format::mxfp4>},
     kAvx2Matmul.rotate,

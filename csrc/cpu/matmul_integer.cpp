@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 
 #include "matmul.h"
 #include "scratch.h"
@@ -18,7 +17,7 @@ IntegerProduct::IntegerProduct(const Product& product, const void* x, Dtype x_dt
 
 void IntegerProduct::prepare(int64_t begin, int64_t end) const {
   const int64_t k = product_.k;
-  const int block = block_size(product_.format);
+  const int f = static_cast<int>(product_.format), block = block_size(product_.format);
   auto codes = scratch<int8_t>(k);
   auto effective = scratch<float>(k / block);
   for (int64_t task = begin; task < end; ++task) {
@@ -34,17 +33,8 @@ void IntegerProduct::prepare(int64_t begin, int64_t end) const {
         const int64_t length = std::min(chunk_, k - c);
         const int64_t per_row = length / block * integer_block_bytes(product_.format, 1);
         uint8_t* to = segment_tiles + c / block * integer_block_bytes(product_.format, segment.rows) + start * per_row;
-        for (int64_t b = c / block; b < (c + length) / block; ++b, to += integer_block_bytes(product_.format, rows)) {
-          int32_t sum = 0;
-          for (int i = 0; i < block; ++i) sum += codes[b * block + i];
-          const int32_t correction = -kCodeBias * sum;
-          for (int i = 0; i < block; ++i) {
-            const int8_t code = codes[b * block + i / 4 * 4 + kIntegerColumn[i % 4]];
-            to[(i / 4 * rows + m) * 4 + i % 4] = static_cast<uint8_t>(code);
-          }
-          std::memcpy(to + rows * block + m * 4, &correction, 4);
-          std::memcpy(to + rows * (block + 4) + m * 4, &effective[b], 4);
-        }
+        kernels_.lay_out_integer[f](codes.get() + c, effective.get() + c / block, length / block,
+                                    static_cast<int>(rows), static_cast<int>(m), to);
       }
     }
   }

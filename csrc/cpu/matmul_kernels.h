@@ -35,6 +35,9 @@ struct MatmulKernels {
   // sum[m][16] += sum over k of x[k][m] * w[k][16].
   void (*multiply_float)(const float* x, int rows, const float* w, int64_t k, float* sum);
 
+  // One row of doubled E2M1 values and a scale for each block, as row m of a tile of `rows`.
+  void (*lay_out_integer[2])(const int8_t* codes, const float* scales, int64_t blocks, int rows, int m, uint8_t* to);
+
   // out[k / 4][16][4] = doubled E2M1 + kCodeBias, columns in kIntegerColumn order; out_scales[block][16].
   void (*decode_integer[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, uint8_t* out,
                             float* out_scales);

@@ -72,6 +72,21 @@ void gemv(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float glo
 }
 
 template <Format F>
+void lay_out_integer(const int8_t* codes, const float* scales, int64_t blocks, int rows, int m, uint8_t* to) {
+  constexpr int size = block_size(F);
+  for (int64_t b = 0; b < blocks; ++b, codes += size, to += integer_block_bytes(F, rows)) {
+    int32_t correction = 0;
+    for (int i = 0; i < size; ++i) {
+      const int8_t code = codes[i / 4 * 4 + kIntegerColumn[i % 4]];
+      correction -= kCodeBias * code;
+      to[(i / 4 * rows + m) * 4 + i % 4] = static_cast<uint8_t>(code);
+    }
+    std::memcpy(to + rows * size + m * 4, &correction, 4);
+    std::memcpy(to + rows * (size + 4) + m * 4, &scales[b], 4);
+  }
+}
+
+template <Format F>
 void decode_integer(const uint8_t* codes, const uint8_t* scales, int64_t blocks, uint8_t* out, float* out_scales) {
   constexpr int size = block_size(F);
   for (int64_t b = 0; b < blocks; ++b, codes += block_bytes(F), scales += kPanelRows, out_scales += kPanelRows) {
@@ -173,6 +188,7 @@ const MatmulKernels kScalarMatmul = {
     {gemv<Format::nvfp4>, gemv<Format::mxfp4>},
     {decode_float<Format::nvfp4>, decode_float<Format::mxfp4>},
     multiply_float,
+    {lay_out_integer<Format::nvfp4>, lay_out_integer<Format::mxfp4>},
     {decode_integer<Format::nvfp4>, decode_integer<Format::mxfp4>},
     {multiply_integer<Format::nvfp4>, multiply_integer<Format::mxfp4>},
     rotate,
