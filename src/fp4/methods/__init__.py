@@ -12,13 +12,16 @@ from fp4.methods.rtn import RTNOptions, rtn_block
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("rtn", rtn_block, RTNOptions, "seconds; no data but for static input scales", needs_data=False),
+        Method(
+            "rtn", rtn_block, RTNOptions, "seconds; no data but for static input scales", needs_data=False, memory=1.5
+        ),
         Method(
             "gptq",
             gptq_block,
             GPTQOptions,
             "one pass over the samples and a sweep over the columns of every layer",
             needs_data=True,
+            memory=2.5,
         ),
         Method(
             "autoround",
@@ -26,6 +29,7 @@ METHODS: dict[str, Method] = {
             AutoRoundOptions,
             "iters forward and backward passes over a batch of samples",
             needs_data=True,
+            memory=10.5,
         ),
         Method(
             "best",
@@ -33,6 +37,7 @@ METHODS: dict[str, Method] = {
             BestOptions,
             "as gptq, and sweeps of descent that cost twice that of a layer",
             needs_data=True,
+            memory=3.5,
         ),
     )
 }

@@ -59,7 +59,8 @@ class _Learned(nn.Module):
     """The parameters of sibling layers (one, or that of many experts) around where they start.
 
     Those are offsets ``[E, N, K]`` and scale factors ``[E, N, K/B]``. The weights of all layers are worked out when the
-    first of them is run, once for every step.
+    first of them is run, once for every step, and once more for the gradients of the parameters: what lies between
+    parameters and weights is a dozen tensors of their size, which only one stack at a time has in memory then.
     """
 
     def __init__(self, layers: list[str], weights: list[Tensor], starts: list[LayerResult], scheme: Scheme) -> None:
@@ -75,7 +76,9 @@ class _Learned(nn.Module):
         self.latent = into_cells(torch.stack(weights) / wide, decode_e2m1(unpack_codes(codes))) * wide
         self.offset = nn.Parameter(torch.zeros_like(self.latent))
         self.factor = nn.Parameter(torch.ones_like(self.scale))
-        self._now: dict[str, Tensor] = {}
+        #: Of this step, once a layer was run.
+        self.weights: Tensor | None = None
+        self._each: dict[str, Tensor] = {}
 
     def _wide(self, scale: Tensor) -> Tensor:
         return scale.repeat_interleave(self.scheme.format.block_size, dim=-1)
@@ -102,18 +105,22 @@ class _Learned(nn.Module):
 
     def weight(self, layer: str) -> Tensor:
         """That of one layer, ``[N, K]``."""
-        if not self._now:
-            self._now = dict(zip(self.layers, self().unbind(), strict=True))
-        return self._now[layer]
+        if self.weights is None:
+            with torch.no_grad():
+                self.weights = self()
+            self.weights.requires_grad_(True)
+            self._each = dict(zip(self.layers, self.weights.unbind(), strict=True))
+        return self._each[layer]
 
-    @torch.no_grad()
-    def step(self, rate: float, offset: Tensor | None, factor: Tensor | None) -> None:
-        """Follow the signs of the gradients of both parameters, None where no layer was run."""
-        self._now = {}
-        if offset is not None:
-            self.offset.sub_(offset.sign_(), alpha=rate).clamp_(-0.5, 0.5)
-        if factor is not None:
-            self.factor.sub_(factor.sign_(), alpha=rate).clamp_(0.5, 1.5)
+    def step(self, rate: float, gradient: Tensor) -> None:
+        """Follow the signs of the gradients of both parameters, given that of ``weights``."""
+        self.weights, self._each = None, {}
+        learned = (self.offset,) if self.unit is None else (self.offset, self.factor)
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(self(), learned, gradient)
+        with torch.no_grad():
+            for parameter, own, (low, high) in zip(learned, gradients, ((-0.5, 0.5), (0.5, 1.5)), strict=False):
+                parameter.sub_(own.sign_(), alpha=rate).clamp_(low, high)
 
     def read(self, layer: str, x: Tensor) -> Tensor:
         """What a layer multiplies with, rounding passed straight through."""
@@ -196,15 +203,15 @@ def learn(
     block.module.requires_grad_(False)
     order: list[int] = []
     with torch.enable_grad(), _learning(block, learned):
-        parameters = [parameter for own in learned for parameter in (own.offset, own.factor)]
         for step in range(iters):
             if not order:
                 order = torch.randperm(len(block.inputs), generator=generator).tolist()
             index = order.pop()
             loss = (block.run(block.inputs[index].detach(), index) - targets[index]).float().square().mean()
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for own, offset, factor in zip(learned, gradients[0::2], gradients[1::2], strict=True):
-                own.step(lr * (1 - step / iters), offset, factor)
+            run = [own for own in learned if own.weights is not None]
+            gradients = list(torch.autograd.grad(loss, [own.weights for own in run if own.weights is not None]))
+            for own in reversed(run):
+                own.step(lr * (1 - step / iters), gradients.pop())
     for parameter, required in kept:
         parameter.requires_grad_(required)
     found = {layer: result for own in learned for layer, result in own.results(rule).items()}

@@ -155,10 +155,15 @@ def emulated(block: Block, results: Mapping[str, LayerResult]) -> Iterator[None]
 
 @dataclass(frozen=True)
 class Method:
-    """A way to quantize a block: ``run(block, options)``, with options an instance of the class named here."""
+    """A way to quantize a block: ``run(block, options)``, with options an instance of the class named here.
+
+    Attributes:
+        memory: at its peak, the dense block included, in sizes of that block in float32: as measured on experts.
+    """
 
     name: str
     run: Callable[[Block, Any], dict[str, LayerResult]]
     options: type[Any]
     cost: str
     needs_data: bool
+    memory: float

@@ -20,7 +20,7 @@ NEAR_OFFSETS = {"nvfp4": (0, -1, 1, -2, 2), "mxfp4": (0, 1, -1)}
 _EXPONENT, _EXPONENT_OF_ONE, _MAGIC = 0x7F800000, 0x3F800000, (22 << 23) | 0x400000
 
 # Of a weight in work at once; a handful of tensors of so many float32 are. Many, on a GPU, are as fast as few.
-_ELEMENTS, _ELEMENTS_ON_GPU = 3 * 2**20, 2**26
+_ELEMENTS, _ELEMENTS_ON_GPU = 3 * 2**20, 2**25
 
 
 def elements_at_once(device: torch.device) -> int:

@@ -59,11 +59,11 @@ def estimate(
     hidden = 2 * tokens * int(config.hidden_size) * skeleton.dtype.itemsize
     blocks = [
         sum(parameter.numel() for parameter in skeleton.model.get_submodule(name).parameters())
-        * skeleton.dtype.itemsize
         for name in skeleton.blocks
     ]
     outside = sum(tensors[key].nbytes for key in skeleton.keys_outside())
-    peak = max(int(2.5 * max(blocks)) + min(2 * hidden, memory.cpu), outside)
+    block = int(method.memory * max(blocks)) * torch.float32.itemsize
+    peak = max(block + min(2 * hidden, memory.cpu), outside)
     # Dense and quantized once each over all tokens, and once for what the method looks at.
     seconds = 3 * 2 * tokens * weights / _flops(memory.device)
     return Estimate(peak, 2 * written + 2 * hidden, seconds, bits / weights)
