@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp4.checkpoint import fields
 from fp4.checkpoint.codec import Codec, LayerScheme, StoredLinear, require_no_rotation
 from fp4.checkpoint.compressed_tensors import CompressedTensorsCodec
 from fp4.elements import decode_e2m1, unpack_codes
 from fp4.formats import FP8, MXFP4, NVFP4, QuantizedTensor
 
-_FORMATS = {("nv_fp", 16): NVFP4, ("mx_fp", 32): MXFP4}
+_FORMATS = {("nv_fp", "16"): NVFP4, ("mx_fp", "32"): MXFP4}
 
 
 class AutoRoundCodec(CompressedTensorsCodec):
@@ -27,10 +28,10 @@ class AutoRoundCodec(CompressedTensorsCodec):
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         Codec.__init__(self, config, dtype)
-        extra = config.get("extra_config") or {}
-        if not isinstance(extra, Mapping) or not all(isinstance(own, Mapping) for own in extra.values()):
-            raise ValueError(f"quantization_config.extra_config is {extra!r}; expected a dictionary of dictionaries")
-        self.extra = extra
+        self.extra = fields.dictionaries(config, "extra_config")
+        blocks = config.get("block_name_to_quantize")
+        listed = blocks.split(",") if isinstance(blocks, str) else fields.names(config, "block_name_to_quantize")
+        self.blocks = [name.strip() for name in listed]
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
@@ -44,17 +45,16 @@ class AutoRoundCodec(CompressedTensorsCodec):
 
     @staticmethod
     def _scheme(options: Mapping[str, Any]) -> LayerScheme | None:
-        if (options.get("bits") or 16) > 8:
+        if fields.whole(options, "bits", 16) > 8:
             return None
-        data_type = str(options.get("data_type"))[:5]
-        fmt = _FORMATS.get((data_type, options.get("group_size")))  # type: ignore[arg-type]
+        fmt = _FORMATS.get((str(options.get("data_type"))[:5], str(options.get("group_size"))))
         if fmt is None or options.get("bits") != 4 or options.get("rotation_config"):
             rotated = ", rotated by rotation_config" if options.get("rotation_config") else ""
             raise ValueError(
                 f"it is {options.get('bits')}-bit {options.get('data_type')!r} in groups of "
                 f"{options.get('group_size')}{rotated}; FP4 is 4-bit nv_fp in groups of 16 or mx_fp in groups of 32"
             )
-        act_bits = options.get("act_bits") or 16
+        act_bits = fields.whole(options, "act_bits", 16)
         return LayerScheme(fmt, "model" if act_bits > 8 else "fp4" if act_bits == 4 else "fp8")
 
     def obstacle(self) -> str | None:
@@ -67,22 +67,19 @@ class AutoRoundCodec(CompressedTensorsCodec):
 
     def _own(self, layer: str) -> Mapping[str, Any] | None:
         if layer in self.extra:
-            own: Mapping[str, Any] = self.extra[layer]
-            return own
+            return self.extra[layer]
         for pattern, options in self.extra.items():
             try:
                 if re.search(pattern, layer):
-                    return options  # type: ignore[no-any-return]
+                    return options
             except re.error:
                 continue  # a name that is no regular expression fits only itself
         return None
 
     def _in_blocks(self, layer: str) -> bool:
-        blocks = self.config.get("block_name_to_quantize")
-        if not blocks:
+        if not self.blocks:
             return layer.rpartition(".")[2] != "lm_head"
-        names = blocks.split(",") if isinstance(blocks, str) else blocks
-        return any(layer.startswith(f"{name.strip()}.") for name in names)
+        return any(layer.startswith(f"{name}.") for name in self.blocks)
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
         require_no_rotation(stored, self.name)

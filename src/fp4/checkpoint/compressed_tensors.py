@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp4.checkpoint import fields
 from fp4.checkpoint.codec import (
     Codec,
     LayerScheme,
@@ -39,7 +40,7 @@ from fp4.rotation import hadamard, share
 
 # Transforms that are online at the input and were fused into the weight when the checkpoint was made. Those fused into
 # the neighbouring layers on both sides leave no trace that matters when running.
-_FUSED = {"weight_input", "weight_output"}
+_FUSED = ("weight_input", "weight_output")
 
 
 class CompressedTensorsCodec(Codec):
@@ -53,12 +54,9 @@ class CompressedTensorsCodec(Codec):
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, dtype)
-        groups = config.get("config_groups")
-        if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
-            raise ValueError(f"quantization_config.config_groups is {groups!r}; expected a dictionary of dictionaries")
-        self.groups: list[Mapping[str, Any]] = list(groups.values())
-        self.ignore = [str(pattern) for pattern in config.get("ignore") or []]
-        if any(_is_fp8(group.get("weights") or {}) for group in self.groups):
+        self.groups = list(fields.dictionaries(config, "config_groups").values())
+        self.ignore = fields.names(config, "ignore")
+        if any(_is_fp8(fields.dictionary(group, "weights")) for group in self.groups):
             # Called as an ordinary weight is, so that it is looked at only where there can be one.
             self.suffixes, self.codes = (*self.suffixes, ".weight"), (*self.codes, ".weight")
             self.markers = {**self.markers, ".weight": (CODES,)}
@@ -69,8 +67,8 @@ class CompressedTensorsCodec(Codec):
         group = self._group(layer)
         if group is None:
             return None
-        fmt = self._weights(group.get("weights") or {})
-        activations = self._activations(group.get("input_activations"), fmt)
+        fmt = self._weights(fields.dictionary(group, "weights"))
+        activations = self._activations(fields.dictionary(group, "input_activations"), fmt)
         size = self._rotation(layer)
         return LayerScheme(fmt, activations, "hadamard" if size else "identity", size)
 
@@ -84,8 +82,8 @@ class CompressedTensorsCodec(Codec):
                 return f"{option} is set, which the FP4 modules do not apply"
         try:
             for group in self.groups:
-                fmt = self._weights(group.get("weights") or {})
-                self._activations(group.get("input_activations"), fmt)
+                fmt = self._weights(fields.dictionary(group, "weights"))
+                self._activations(fields.dictionary(group, "input_activations"), fmt)
                 if group.get("output_activations"):
                     return "output activations are quantized, which the FP4 modules do not apply"
             self._rotation("")
@@ -98,7 +96,7 @@ class CompressedTensorsCodec(Codec):
         by_class: Mapping[str, Any] | None = None
         for exact in (True, False):
             for group in self.groups:
-                for target in group.get("targets") or []:
+                for target in fields.names(group, "targets"):
                     if (target == layer) if exact else (target.startswith("re:") and matches(layer, target)):
                         return group
                     if target == "Linear":
@@ -115,7 +113,7 @@ class CompressedTensorsCodec(Codec):
                 f"its weights are FP8 with scales by {args.get('strategy')} (symmetric={args.get('symmetric', True)}); "
                 "FP8 runs beside FP4 with one static scale a channel, symmetric"
             )
-        fmt = {(4, "float", 16): NVFP4, (4, "float", 32): MXFP4}.get(described)  # type: ignore[arg-type]
+        fmt = next((fmt for fmt in (NVFP4, MXFP4) if described == (4, "float", fmt.block_size)), None)
         if fmt is None or args.get("symmetric", True) is not True or args.get("actorder") == "group":
             raise ValueError(
                 f"its weights are {described[0]}-bit {described[1]} in groups of {described[2]}; FP4 is 4-bit float, "
@@ -124,7 +122,7 @@ class CompressedTensorsCodec(Codec):
         return fmt
 
     @staticmethod
-    def _activations(args: Mapping[str, Any] | None, fmt: Format) -> Any:
+    def _activations(args: Mapping[str, Any], fmt: Format) -> Any:
         if not args:
             return "model"
         bits = args.get("num_bits") if args.get("type") == "float" else None
@@ -138,16 +136,15 @@ class CompressedTensorsCodec(Codec):
         return "fp4" if bits == 4 else "fp8"
 
     def _rotation(self, layer: str) -> int:
-        transforms = self.config.get("transform_config") or {}
+        transforms = fields.dictionary(self.config, "transform_config")
         size = 0
-        for name, transform in (transforms.get("config_groups") or {}).items():
-            for apply in transform.get("apply") or []:
-                targets = apply.get("targets") or []
-                applies = any(target == "Linear" or matches(layer, target) for target in targets)
-                ignored = any(matches(layer, target) for target in apply.get("ignore") or [])
+        for name, transform in fields.dictionaries(transforms, "config_groups").items():
+            for apply in fields.entries(transform, "apply"):
+                applies = any(target == "Linear" or matches(layer, target) for target in fields.names(apply, "targets"))
+                ignored = any(matches(layer, target) for target in fields.names(apply, "ignore"))
                 if not applies or ignored or apply.get("location") in _FUSED:
                     continue
-                head_dim = transform.get("head_dim")
+                head_dim = fields.whole(transform, "head_dim", 0)
                 plain = transform.get("type") == "hadamard" and not transform.get("randomize") and head_dim
                 if not plain or apply.get("location") != "input" or size:
                     raise ValueError(
@@ -155,7 +152,7 @@ class CompressedTensorsCodec(Codec):
                         f" head_dim={head_dim}) at {apply.get('location')!r}; supported is one deterministic "
                         "'hadamard' with a head_dim at 'input'"
                     )
-                size = int(head_dim)
+                size = head_dim
         return size
 
     def read(

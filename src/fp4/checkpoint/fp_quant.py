@@ -12,7 +12,7 @@ Per Linear layer, besides ``bias``:
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,17 +54,17 @@ class FPQuantCodec(Codec):
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, dtype)
-        own = [options for _, options in self._overrides() if isinstance(options, Mapping)]
+        own = [options for _, options in self._overrides() if options is not None]
         if any(options.get("forward_dtype") == FP8.name for options in [config, *own]):
             self.suffixes, self.codes = (*self.suffixes, ".weight", ".weight_scale"), (*self.codes, ".weight")
             self.markers = {**self.markers, ".weight": (CODES,)}
 
     def _overrides(self) -> list[tuple[str, dict[str, Any] | None]]:
         overrides = self.config.get("overrides") or []
-        pairs = list(overrides.items() if isinstance(overrides, Mapping) else overrides)
-        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
+        if not isinstance(pairs, Iterable) or not all(_is_override(pair) for pair in pairs):
             raise ValueError(f"quantization_config.overrides is {overrides!r}; expected pairs of pattern and options")
-        return pairs
+        return list(pairs)
 
     def scheme(self, layer: str) -> LayerScheme | None:
         options: dict[str, Any] = dict(self.config)
@@ -146,6 +146,12 @@ class FPQuantCodec(Codec):
         }
         overrides = [[layer, own] for layer, own in options.items() if own != common]
         return config | ({"overrides": overrides} if overrides else {})
+
+
+def _is_override(pair: Any) -> bool:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        return False
+    return isinstance(pair[0], str) and (pair[1] is None or isinstance(pair[1], Mapping))
 
 
 def _options(scheme: LayerScheme) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fp4.checkpoint import fields
 from fp4.checkpoint.codec import (
     Codec,
     LayerScheme,
@@ -59,28 +60,33 @@ class ModelOptCodec(Codec):
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(flatten(config), dtype)
-        self.exclude = [str(pattern) for pattern in self.config.get("ignore") or []]
-        self.per_layer = self.config.get("quantized_layers")
-        if self.per_layer is not None and not isinstance(self.per_layer, Mapping):
-            raise ValueError(f"quantized_layers is {self.per_layer!r}; expected a dictionary from layer to quant_algo")
+        self.exclude = fields.names(self.config, "ignore")
+        self.per_layer = fields.dictionaries(self.config, "quantized_layers")
 
     def scheme(self, layer: str) -> LayerScheme | None:
-        algorithm, group_size = self.config.get("quant_algo"), self.config.get("group_size")
-        if str(algorithm).upper() == "MIXED_PRECISION":
-            own = (self.per_layer or {}).get(layer)
-            if own is None:
+        own: Mapping[str, Any] = self.config
+        if self.mixed:
+            if layer not in self.per_layer:
                 return None
-            algorithm, group_size = own.get("quant_algo"), own.get("group_size")
+            own = self.per_layer[layer]
         elif excluded(layer, self.exclude):
             return None
+        algorithm = own.get("quant_algo")
         known = _ALGORITHMS.get(str(algorithm).upper())
         if known is None:
             raise ValueError(f"its quant_algo is {algorithm!r}; the FP4 ones are {', '.join(_ALGORITHMS)}")
         fmt, activations, block_size = known
-        return LayerScheme(fmt, activations, block_size=int(group_size or block_size) if block_size else 0)
+        return LayerScheme(
+            fmt, activations, block_size=fields.whole(own, "group_size", block_size) if block_size else 0
+        )
+
+    @property
+    def mixed(self) -> bool:
+        """Whether each layer has an algorithm of its own."""
+        return str(self.config.get("quant_algo")).upper() == "MIXED_PRECISION"
 
     def obstacle(self) -> str | None:
-        for layer in self.per_layer if self.per_layer is not None else [""]:
+        for layer in self.per_layer if self.mixed else [""]:
             try:
                 self.scheme(layer)
             except ValueError as error:
@@ -173,13 +179,9 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     inner = config.get("quantization")
     if not isinstance(inner, Mapping):
         flat = dict(config)
-        weights = [
-            group.get("weights") or {}
-            for group in (config.get("config_groups") or {}).values()
-            if isinstance(group, Mapping)
-        ]
-        if len(weights) == 1 and "group_size" not in flat:
-            flat["group_size"] = weights[0].get("group_size")
+        groups = list(fields.dictionaries(config, "config_groups").values())
+        if len(groups) == 1 and "group_size" not in flat:
+            flat["group_size"] = fields.dictionary(groups[0], "weights").get("group_size")
         return flat
     flat = {"quant_method": "modelopt", "quant_algo": inner.get("quant_algo"), "ignore": inner.get("exclude_modules")}
     for key in ("group_size", "quantized_layers"):

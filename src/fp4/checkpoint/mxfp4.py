@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp4.checkpoint import fields
 from fp4.checkpoint.codec import (
     Codec,
     LayerScheme,
@@ -41,9 +42,13 @@ class Mxfp4Codec(Codec):
     def scheme(self, layer: str) -> LayerScheme | None:
         if not _STACK.search(layer):
             return None
-        for kept in self.config.get("modules_to_not_convert") or []:
+        for kept in fields.names(self.config, "modules_to_not_convert"):
             # As Transformers reads them: an expression that ends where the name of a module does, or the name's end.
-            if re.match(rf"(?:{kept})(?=\.|$)", layer) or layer.endswith(kept):
+            try:
+                fits = re.match(rf"(?:{kept})(?=\.|$)", layer)
+            except re.error as error:
+                raise ValueError(f"modules_to_not_convert has {kept!r}, no regular expression: {error}") from error
+            if fits or layer.endswith(kept):
                 return None
         return LayerScheme(MXFP4, "model")
 
