@@ -1,10 +1,10 @@
 """Speed and memory of `fp4 convert` against a plain copy of the same files.
 
-    python benchmarks/convert.py [--layers 16] [--hidden 2048]
+    python benchmarks/convert.py [--layers 4 54] [--hidden 2048] [--save NAME]
 
-Makes a checkpoint of random NVFP4 layers (0.45 GB), converts it to three formats, and copies it; medians of seven, in
-turns, the page cache warm for all. Prints and saves the ratio of bytes per second (the aim is at least 0.5) and the
-memory that converting took.
+Makes checkpoints of random NVFP4 layers (0.11 and 1.5 GB), converts them to three formats, and copies them; medians of
+five, in turns, the page cache warm for all, every byte on the disk in the end. Prints the ratio of bytes per second
+(the aim is at least 0.5) and the memory that converting took.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import save, table, verdict
@@ -56,6 +57,7 @@ def make_checkpoint(folder: Path, layers: int, hidden: int) -> int:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = codec.configuration(dict.fromkeys(names, scheme), [], {})
     (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16", "quantization_config": config}))
+    os.sync()  # so that none of it is written while others are timed
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
@@ -69,9 +71,9 @@ def copy(source: Path, target: Path) -> None:
 
 
 def seconds_of(contenders: dict[str, Callable[[Path, Path], object]], source: Path, target: Path) -> dict[str, float]:
-    """Median seconds of seven runs; all take turns, so that a change of the disk's speed meets each of them alike."""
+    """Median seconds of five runs; all take turns, so that a change of the disk's speed meets each of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(7):
+    for _ in range(5):
         for name, function in contenders.items():
             shutil.rmtree(target, ignore_errors=True)
             start = time.perf_counter()
@@ -98,32 +100,46 @@ def peak_growth(source: Path, target: Path) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=2048)
-    options = parser.parse_args()
+def measure(layers: int, hidden: int) -> dict[str, Any]:
+    """Seconds by contender, and memory, for a checkpoint of 3 matrices a layer."""
     with tempfile.TemporaryDirectory(prefix="fp4-convert-") as name:
         folder = Path(name)
         source = folder / "source"
         source.mkdir()
-        size = make_checkpoint(source, options.layers, options.hidden)
-        targets = ("modelopt", "auto-round", "fp_quant")
+        size = make_checkpoint(source, layers, hidden)
         contenders: dict[str, Callable[[Path, Path], object]] = {"plain copy": copy}
-        contenders |= {to: functools.partial(convert, to=to) for to in targets}
+        contenders |= {f"to {to}": functools.partial(convert, to=to) for to in ("modelopt", "auto-round", "fp_quant")}
         seconds = seconds_of(contenders, source, folder / "out")
         grown = peak_growth(source, folder / "out")
-    ratios = {to: seconds["plain copy"] / seconds[to] for to in targets}
-    speeds = {name: size / taken / 1e6 for name, taken in seconds.items()}
-    rows = [["plain copy", f"{speeds['plain copy']:.0f}", ""]]
-    rows += [[f"to {to}", f"{speeds[to]:.0f}", verdict(ratios[to], 0.5)] for to in targets]
-    layer = 4 * options.hidden * options.hidden * 9 / 16
-    memory = f"{grown / 1e6:.0f} MB more than before converting; the largest layer has {layer / 1e6:.1f} MB."
-    result = table(["", "MB/s", "of the copy"], rows)
-    print(f"{result}\n\nPeak memory: {memory}")
-    title = f"fp4 convert: {size / 1e6:.0f} MB in {options.layers * 3} NVFP4 layers, from compressed-tensors"
-    data = {"bytes": size, "seconds": seconds, "ratios": ratios, "peak_growth_bytes": grown, "largest_layer": layer}
-    save("convert", title, {"Speed": result, "Peak memory": memory}, data)
+    ratios = {name: seconds["plain copy"] / taken for name, taken in seconds.items() if name != "plain copy"}
+    return {"layers": 3 * layers, "bytes": size, "seconds": seconds, "ratios": ratios, "peak_growth_bytes": grown}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 54])
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--save", metavar="NAME", help="write results/NAME.md and results/NAME.json")
+    options = parser.parse_args()
+    found = [measure(layers, options.hidden) for layers in options.layers]
+    rows, memory = [], []
+    for result in found:
+        for name, taken in result["seconds"].items():
+            ratio = verdict(result["ratios"][name], 0.5) if name in result["ratios"] else ""
+            rows.append([f"{result['bytes'] / 1e6:.0f} MB", name, f"{result['bytes'] / taken / 1e6:.0f}", ratio])
+        memory.append(f"{result['peak_growth_bytes'] / 1e6:.0f} MB for {result['bytes'] / 1e6:.0f} MB")
+    largest = 4 * options.hidden * options.hidden * 9 / 16
+    grown = f"{', '.join(memory)} more than before converting; the largest layer has {largest / 1e6:.1f} MB."
+    result = table(["checkpoint", "", "MB/s", "of the copy"], rows)
+    print(f"{result}\n\nPeak memory: {grown}")
+    if options.save:
+        title = "fp4 convert: NVFP4 layers, from compressed-tensors"
+        save(
+            options.save,
+            title,
+            {"Speed": result, "Peak memory": grown},
+            {"checkpoints": found, "largest_layer": largest},
+        )
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def test_a_truncated_shard(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fp4.checkpoint.files import ShardWriter
+    from fp4.checkpoint.writing import ShardWriter
 
     def fail(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
         raise OSError(28, "No space left on device")

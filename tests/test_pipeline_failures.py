@@ -15,7 +15,7 @@ from small_models import save_small, save_text
 from torch import Tensor
 
 import fp4
-from fp4.checkpoint.files import ShardWriter
+from fp4.checkpoint.writing import ShardWriter
 from fp4.pipeline import hidden, skeleton
 from fp4.pipeline.blocks import BlockCalibration
 from fp4.pipeline.hidden import HiddenStates

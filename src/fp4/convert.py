@@ -16,21 +16,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fp4.checkpoint import CODECS, Codec, LayerScheme, codec_for
-from fp4.checkpoint.files import (
-    INDEX_NAME,
-    Checkpoint,
-    ShardWriter,
-    Spec,
-    TensorInfo,
-    load,
-    read_header,
-    read_json,
-    spec_of,
-    write_json,
-)
+from fp4.checkpoint.files import INDEX_NAME, Checkpoint, TensorInfo, load, read_header, read_json
 from fp4.checkpoint.kv_cache import cache_tensors, renamed, require_place
 from fp4.checkpoint.layers import dense_matrices, other_quantized, packed_layers, peek
 from fp4.checkpoint.source import local_folder
+from fp4.checkpoint.writing import ShardWriter, Spec, spec_of, write_json
 
 FORMATS = tuple(CODECS)
 

@@ -7,9 +7,9 @@ a size is believed only when the file is that long.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,6 @@ DTYPES: dict[str, torch.dtype] = {
     "U16": torch.uint16,
     "C64": torch.complex64,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorInfo(NamedTuple):
@@ -140,14 +139,19 @@ def load(info: TensorInfo) -> Tensor:
         return torch.empty(info.shape, dtype=dtype)
     buffer = bytearray(info.nbytes)
     with info.file.open("rb", buffering=0) as file:
-        file.seek(info.start)
-        view, filled = memoryview(buffer), 0
-        while filled < len(buffer):
-            count = file.readinto(view[filled:])
-            if not count:
-                raise ValueError(f"{info.file.name} ended while it was read; it was changed or truncated")
-            filled += count
+        fill(memoryview(buffer), file, info.start)
     return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(info.shape)
+
+
+def fill(buffer: memoryview, file: FileIO, start: int) -> None:
+    """Read the bytes of ``file`` from ``start`` on until ``buffer`` is full. ValueError if there are too few."""
+    file.seek(start)
+    filled = 0
+    while filled < len(buffer):
+        count = file.readinto(buffer[filled:])
+        if not count:
+            raise ValueError(f"{Path(str(file.name)).name} ended while it was read; it was changed or truncated")
+        filled += count
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -254,124 +258,3 @@ def _single_file(folder: Path) -> list[str]:
         raise ValueError(f"{folder} has {len(found)} safetensors files but no {INDEX_NAME}")
     hint = f"; {pickles[0]} is a pickle, which is never read: save the model as safetensors first" if pickles else ""
     raise ValueError(f"{folder} has no safetensors file{hint}")
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-class Spec(NamedTuple):
-    """dtype (as safetensors calls it) and shape of a tensor to be written."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        count = DTYPES[self.dtype].itemsize
-        for number in self.shape:
-            count *= number
-        return count
-
-
-def spec_of(tensor: Tensor) -> Spec:
-    return Spec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-
-
-class ShardWriter:
-    """Writes one safetensors file whose tensors are known beforehand, in any order, each as soon as it is there.
-
-    A context manager: the file is written under a temporary name and, complete at the end, made durable and given its
-    own. Where anything fails, nothing of it stays.
-
-    Raises:
-        RuntimeError: at the end, some tensors were not written.
-    """
-
-    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
-        self.path = path
-        self._temporary = path.with_name(f".{path.name}.partial")
-        header, self._offsets = _layout(specs, metadata)
-        self._specs = dict(specs)
-        self._left = set(specs)
-        self._file = self._temporary.open("wb")
-        self._file.write(header)
-        self._file.truncate(len(header) + sum(spec.nbytes for spec in specs.values()))
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put ``tensor`` in its place."""
-        if spec_of(tensor) != self._specs[name]:
-            raise ValueError(f"{name} turned out as {spec_of(tensor)}; {self._specs[name]} was planned")
-        if tensor.numel():
-            flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-            self._file.seek(self._offsets[name])
-            self._file.write(flat.numpy().data)
-        self._left.discard(name)
-
-    def copy(self, name: str, info: TensorInfo) -> None:
-        """Put the bytes of a tensor of another file in its place, without a detour through Python's memory."""
-        self._file.flush()
-        position, left = self._offsets[name], info.nbytes
-        with info.file.open("rb") as source:
-            start = info.start
-            while left:
-                count = _copy_range(source.fileno(), self._file.fileno(), start, position, left)
-                if not count:
-                    raise ValueError(f"{info.file.name} ended while it was read; it was changed or truncated")
-                start, position, left = start + count, position + count, left - count
-        self._left.discard(name)
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
-
-    def _finish(self) -> None:
-        if self._left:
-            raise RuntimeError(f"{self.path.name} was closed without {', '.join(sorted(self._left))}")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._temporary, self.path)
-
-
-def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """Header bytes, and where each tensor starts in the file. Wide dtypes come first, so that all are aligned."""
-    order = sorted(specs, key=lambda name: (-DTYPES[specs[name].dtype].itemsize, name))
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    relative, position = {}, 0
-    for name in order:
-        spec = specs[name]
-        relative[name] = position
-        end = position + spec.nbytes
-        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
-        position = end
-    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    start = 8 + len(raw)
-    return len(raw).to_bytes(8, "little") + raw, {name: start + offset for name, offset in relative.items()}
-
-
-def _copy_range(source: int, target: int, start: int, position: int, count: int) -> int:
-    if hasattr(os, "copy_file_range"):
-        try:
-            return os.copy_file_range(source, target, count, start, position)
-        except OSError:
-            pass  # across file systems, or on one that does not know how
-    return os.pwrite(target, os.pread(source, min(count, 16 << 20), start), position)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` to ``path``, which holds all of it or what it held before."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=False, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def total_bytes(infos: Iterable[TensorInfo]) -> int:
-    return sum(info.nbytes for info in infos)

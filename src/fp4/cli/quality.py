@@ -77,7 +77,7 @@ def evaluate(
     else:
         _print(console, found)
     if save:
-        from fp4.checkpoint.files import write_json
+        from fp4.checkpoint.writing import write_json
         from fp4.report.model_card import EVALUATION, refresh_model_card
 
         write_json(Path(model) / EVALUATION, found.to_dict())

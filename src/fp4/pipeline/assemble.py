@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fp4.checkpoint.files import ShardWriter, Spec, TensorInfo, read_header
+from fp4.checkpoint.files import TensorInfo, read_header
+from fp4.checkpoint.writing import ShardWriter, Spec
 from fp4.pipeline.rounding import Progress
 from fp4.pipeline.skeleton import Skeleton
 from fp4.pipeline.staging import Staging

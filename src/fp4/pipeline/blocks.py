@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fp4 import backends
 from fp4.calibration.data import load_samples
 from fp4.checkpoint import Codec, LayerScheme, StoredLinear
-from fp4.checkpoint.files import DTYPES, ShardWriter, Spec, load, spec_of
+from fp4.checkpoint.files import DTYPES, load
+from fp4.checkpoint.writing import ShardWriter, Spec, spec_of
 from fp4.formats import FP8, QuantizedTensor
 from fp4.methods import Block, LayerResult, Method
 from fp4.methods.block import capture_inputs, emulated, quantized_input

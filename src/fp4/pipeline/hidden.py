@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 from typing import overload
 
 import torch
 from torch import Tensor
+
+from fp4.checkpoint.files import fill
+from fp4.checkpoint.writing import write_all
 
 
 class HiddenStates(Sequence[Tensor]):
@@ -48,13 +52,9 @@ class HiddenStates(Sequence[Tensor]):
         value = hidden.detach().to(self.dtype)
         if tuple(value.shape) != self.shapes[self._written]:
             raise ValueError(f"hidden states are {tuple(value.shape)}; expected {self.shapes[self._written]}")
-        mode = "r+b" if self._written else "wb"
-        with self._partial.open(mode, buffering=0) as file:
+        with FileIO(self._partial, "r+" if self._written else "w") as file:
             file.seek(self._offsets[self._written])
-            data = value.cpu().contiguous().view(torch.uint8).flatten().numpy().data
-            done = 0
-            while done < len(data):
-                done += file.write(data[done:])
+            write_all(file, value.cpu().contiguous().view(torch.uint8).flatten().numpy().data)
         self._written += 1
         if self.keep:
             self._kept.append(value.clone())
@@ -85,12 +85,6 @@ class HiddenStates(Sequence[Tensor]):
             return self._kept[number]
         buffer = bytearray(self._offsets[number + 1] - self._offsets[number])
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self._offsets[number])
-            view, filled = memoryview(buffer), 0
-            while filled < len(buffer):
-                count = file.readinto(view[filled:])
-                if not count:
-                    raise OSError(f"{self.path} ended while it was read")
-                filled += count
+            fill(memoryview(buffer), file, self._offsets[number])
         stored = torch.frombuffer(buffer, dtype=torch.uint8).view(self.dtype).reshape(self.shapes[number])
         return stored.to(self.device)

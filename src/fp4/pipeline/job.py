@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from fp4.checkpoint import CODECS
-from fp4.checkpoint.files import Checkpoint, write_json
+from fp4.checkpoint.files import Checkpoint
 from fp4.checkpoint.source import is_hub_id, local_folder
+from fp4.checkpoint.writing import write_json
 from fp4.methods import METHODS
 from fp4.pipeline.blocks import BlockCalibration
 from fp4.pipeline.estimate import Estimate, estimate

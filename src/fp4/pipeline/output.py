@@ -11,7 +11,8 @@ import torch
 
 from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear
 from fp4.checkpoint.codec import name_rotation
-from fp4.checkpoint.files import INDEX_NAME, Checkpoint, Spec, read_header, spec_of, write_json
+from fp4.checkpoint.files import INDEX_NAME, Checkpoint, read_header
+from fp4.checkpoint.writing import Spec, spec_of, write_json
 from fp4.formats import Format, QuantizedTensor
 from fp4.pipeline.plan import PlannedLayer
 from fp4.rotation import rotation_for

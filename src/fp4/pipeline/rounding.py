@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fp4.checkpoint import Codec, LayerScheme, StoredLinear
-from fp4.checkpoint.files import DTYPES, ShardWriter, Spec, load
+from fp4.checkpoint.files import DTYPES, load
+from fp4.checkpoint.writing import ShardWriter, Spec
 from fp4.formats import QuantizedTensor
 from fp4.methods.rtn import global_scale_of, rtn
 from fp4.pipeline.experts import ExpertReader

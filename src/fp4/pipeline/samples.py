@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fp4.calibration.data import Samples
-from fp4.checkpoint.files import ShardWriter, load, read_header, spec_of
+from fp4.checkpoint.files import load, read_header
+from fp4.checkpoint.writing import ShardWriter, spec_of
 from fp4.pipeline.staging import Staging
 
 _FILE = "samples.safetensors"

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from fp4.checkpoint.files import Checkpoint, read_json, write_json
+from fp4.checkpoint.files import Checkpoint, read_json
+from fp4.checkpoint.writing import write_json
 
 _REQUEST = "request.json"
 _LOCK = "lock"

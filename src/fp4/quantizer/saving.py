@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from fp4.checkpoint.files import write_json
+from fp4.checkpoint.writing import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
