@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -21,7 +20,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from fp4.checkpoint import codec_for
-from fp4.checkpoint.files import load, read_header
+from fp4.checkpoint.files import TensorInfo, load
 from fp4.checkpoint.kv_cache import cache_tensors
 from fp4.config import FPQuantConfig
 from fp4.nn import FP4Linear
@@ -58,9 +57,9 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
                 f'FPQuantConfig(checkpoint_format="{self.codec.name}")'
             )
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        self._keep_cache_scales(model, kwargs.get("checkpoint_files") or [])
-        super()._process_model_before_weight_loading(model, **kwargs)
+    def _prepare(self, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
+        self._keep_cache_scales(model, stored)
+        super()._prepare(model, stored)
         modules = {name for name, _ in model.named_modules()}
         for layer, module in self.packed_experts.items():
             # Without this check Transformers would leave such experts randomly initialized.
@@ -69,23 +68,24 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
                     f"{layer} is packed, but {type(model).__name__} has neither such a layer nor stacked experts that "
                     "fp4 can run in its place. Dequantize the experts, or use a model class with separate experts"
                 )
-        schemes = [self.codec.scheme(name) for name, module in model.named_modules() if isinstance(module, FP4Linear)]
-        fp8 = sum(scheme is not None and scheme.activations == "fp8" for scheme in schemes)
+        fp8 = 0
+        for name, module in model.named_modules():
+            if isinstance(module, FP4Linear) and module.scheme.activations == "model":
+                scheme = self.codec.scheme(name)
+                fp8 += scheme is not None and scheme.activations == "fp8"
         if fp8:
             logger.info("%d layers expect FP8 activations; fp4 runs them with unquantized ones", fp8)
 
-    def _keep_cache_scales(self, model: PreTrainedModel, files: list[Any]) -> None:
+    def _keep_cache_scales(self, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
         """Let the scales of a quantized KV cache survive saving. The model's own cache is not quantized."""
         own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
         renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
-        for path in (Path(file) for file in files if str(file).endswith(".safetensors")):
-            tensors = read_header(path).tensors
-            for key in cache_tensors(tensors):
-                name = key
-                for renaming in renamings:
-                    name, _ = renaming.rename_source_key(name)
-                if name not in own:
-                    self.cache_scales[name] = load(tensors[key])
+        for key in cache_tensors(stored):
+            name = key
+            for renaming in renamings:
+                name, _ = renaming.rename_source_key(name)
+            if name not in own:
+                self.cache_scales[name] = load(stored[key])
         if self.cache_scales:
             logger.info("%d scales of the KV cache are kept for saving; it runs unquantized", len(self.cache_scales))
             ignored = {rf"^{re.escape(name)}$" for name in self.cache_scales}

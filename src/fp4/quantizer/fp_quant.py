@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear
 from fp4.checkpoint.codec import name_rotation
+from fp4.checkpoint.files import TensorInfo
 from fp4.checkpoint.fp_quant import FPQuantCodec
 from fp4.checkpoint.fusing import fused_groups
 from fp4.config import FPQuantConfig
@@ -27,6 +29,7 @@ from fp4.quantizer.checkpoint_config import CheckpointConfig
 from fp4.quantizer.coverage import Coverage, coverage_of
 from fp4.quantizer.loading import ReadLayer, RoundToNearest, SharedScale, reads_layers
 from fp4.quantizer.saving import save_atomically
+from fp4.quantizer.weight_files import read_headers, require_inside
 from fp4.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -84,10 +87,24 @@ class FPQuantHfQuantizer(HfQuantizer):
 
     # --- before the weights are read
 
+    def validate_environment(self, *args: Any, weights_only: bool = True, **kwargs: Any) -> None:
+        # Asked before the files are known. Where config.json names no dtype Transformers looks for one in the first
+        # file, whatever that is, before anything else here is asked.
+        if self.pre_quantized and not weights_only:
+            raise ValueError("weights_only=False lets pickles run code; FP4 checkpoints are safetensors alone")
+
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
         """Keeps Llama 4's experts as one module, which Transformers would take apart for compressed-tensors."""
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        files = [Path(file) for file in checkpoint_files or []]
+        require_inside(files, Path(str(model.config.name_or_path)))
+        self._prepare(model, read_headers(files) if self.pre_quantized else {})
+
+    def _prepare(self, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
+        """Swap modules for packed ones; ``stored`` is what a packed checkpoint holds, by name."""
         config = self.quantization_config
         if config.modules_to_not_convert is None:
             head = model.get_output_embeddings()
@@ -107,7 +124,7 @@ class FPQuantHfQuantizer(HfQuantizer):
 
         conversions = get_model_conversion_mapping(model)
         if self.pre_quantized:
-            self.packed_experts = stacking.packed_experts(self.codec, model, kwargs.get("checkpoint_files") or [])
+            self.packed_experts = stacking.packed_experts(self.codec, model, stored)
         report = swap_linears(model, choose, master_weights=config.store_master_weights)
         report.update(swap_experts(model, choose_experts, master_weights=config.store_master_weights))
         self._base_model_prefix = model.base_model_prefix

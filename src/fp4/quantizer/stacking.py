@@ -7,7 +7,6 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter, We
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from fp4.checkpoint import Codec, LayerScheme, StoredLinear
-from fp4.checkpoint.files import read_header
+from fp4.checkpoint.files import TensorInfo
 from fp4.checkpoint.layers import packed_layers
 from fp4.formats import QuantizedTensor
 from fp4.nn import FP4Experts, FP4GroupedLinear
@@ -72,23 +71,22 @@ def stacks_on_disk(module: str, layout: ExpertsLayout, conversions: Iterable[Any
     return names
 
 
-def packed_experts(codec: Codec, model: PreTrainedModel, files: Iterable[Any]) -> dict[str, str]:
-    """Packed matrices (or stacks) of experts in a checkpoint and the module of each, as the model names them."""
+def packed_experts(codec: Codec, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Packed matrices (or stacks) of experts among ``stored`` and the module of each, as the model names them."""
     renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
     modules = {name for name, _ in model.named_modules()}
     prefix = model.base_model_prefix
     found = {}
-    for path in map(Path, files):
-        for layer in packed_layers(codec, read_header(path).tensors) if path.suffix == ".safetensors" else ():
-            # A family's own name for a stack is one of an experts module only together with its `weight`.
-            name = layer if _EXPERT.search(layer) else f"{layer}.weight"
-            for renaming in renamings:
-                name, _ = renaming.rename_source_key(name)
-            if _EXPERT.search(name) is None:
-                continue
-            if _EXPERT.sub("", name) not in modules:
-                name = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
-            found[name] = _EXPERT.sub("", name)
+    for layer in packed_layers(codec, stored):
+        # A family's own name for a stack is one of an experts module only together with its `weight`.
+        name = layer if _EXPERT.search(layer) else f"{layer}.weight"
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        if _EXPERT.search(name) is None:
+            continue
+        if _EXPERT.sub("", name) not in modules:
+            name = name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else f"{prefix}.{name}"
+        found[name] = _EXPERT.sub("", name)
     return found
 
 
