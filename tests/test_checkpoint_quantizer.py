@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import auto
 
-from fp4 import CheckpointConfig, CheckpointHfQuantizer, FP4Linear, FPQuantConfig
+from fp4 import CheckpointConfig, CheckpointHfQuantizer, FP4Linear, FPQuantConfig, backends
 from fp4.checkpoint import codec_for
 from fp4.checkpoint.files import Checkpoint, load
 from fp4.checkpoint.layers import packed_layers
 from fp4.formats import dequantize
+from fp4.nn import PackedWeight
 from fp4.quantizer.checkpoints import takes_over
+from fp4.rotation import rotate
 
 # name, dtype of its unquantized tensors, activations in the checkpoint
 FIXTURES = [
@@ -35,6 +37,7 @@ FIXTURES = [
     ("modelopt-W4A8_NVFP4_FP8", torch.bfloat16, "model"),
     ("modelopt-MXFP4", torch.bfloat16, "fp4"),
     ("autoround-NVFP4", torch.float32, "fp4"),
+    ("autoround-NVFP4-iters50", torch.float32, "fp4"),
     ("autoround-NVFP4-autoroundfmt", torch.float32, "fp4"),
     ("autoround-MXFP4", torch.float32, "fp4"),
     ("fpquant-nvfp", torch.float32, "fp4"),
@@ -95,20 +98,58 @@ def test_loads_packed_and_saves_the_same_bytes(
         assert torch.equal(model(token_ids).logits, again(token_ids).logits)
 
 
-@pytest.mark.parametrize(
-    "name", ["llmcompressor-NVFP4", "llmcompressor-FP8_DYNAMIC", "modelopt-NVFP4", "autoround-NVFP4", "modelopt-MXFP4"]
-)
+def save_dequantized(folder: Path, source: Path, out: Path) -> Path:
+    """The checkpoint ``folder`` as one without quantization, in the layout of the model that it was made from."""
+    checkpoint = Checkpoint.open(folder)
+    codec = codec_for(checkpoint.quantization_config() or {}, checkpoint.dtype)
+    tensors = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
+    tensors |= {name: load(info).float() for name, info in checkpoint.tensors.items() if name in tensors}
+    for layer, infos in packed_layers(codec, checkpoint.tensors).items():
+        scheme = codec.scheme(layer)
+        assert scheme is not None
+        stored = codec.read({suffix: load(info) for suffix, info in infos.items()}, scheme)
+        values = dequantize(*stored.weight)
+        if stored.rotation is not None:
+            values = rotate(values, stored.rotation.T)
+        if f"{layer}.weight" in tensors:
+            tensors[f"{layer}.weight"] = values
+            continue
+        # Granite's own checkpoints stack the experts, gate projections above up projections.
+        moe, _, matrix = layer.partition(".experts.")
+        expert, part = matrix.split(".")
+        stack = tensors[f"{moe}.{'output' if part == 'down_proj' else 'input'}_linear.weight"][int(expert)]
+        half = stack.shape[0] // 2
+        {"gate_proj": stack[:half], "up_proj": stack[half:], "down_proj": stack}[part].copy_(values)
+    out.mkdir()
+    shutil.copyfile(source / "config.json", out / "config.json")
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+MOE_FIXTURES = {
+    "llmcompressor-NVFP4-qwen3moe": "qwen3moe",
+    "modelopt-NVFP4-qwen3moe": "qwen3moe",
+    "llmcompressor-FP8_DYNAMIC-granitemoehybrid": "granitemoehybrid",
+}
+
+
+@pytest.mark.parametrize("name", [*(row[0] for row in FIXTURES), *MOE_FIXTURES])
 def test_logits_are_those_of_the_dequantized_model(
-    name: str, shared: Callable[[str], Path], token_ids: torch.Tensor
+    name: str, shared: Callable[[str], Path], token_ids: torch.Tensor, tmp_path: Path
 ) -> None:
-    source = from_pretrained(shared("fixtures/source-llama"), dtype=torch.float32)
+    """Of a copy that Transformers loads without fp4's modules."""
+    source = shared(f"fixtures/source-{MOE_FIXTURES.get(name, 'llama')}")
+    stock = from_pretrained(
+        save_dequantized(shared(f"fixtures/{name}"), source, tmp_path / "dense"), dtype=torch.float32
+    )
+    assert not hasattr(stock, "hf_quantizer")
     model = from_pretrained(shared(f"fixtures/{name}"), dtype=torch.float32)
-    for layer, module in packed(model).items():
-        source.get_submodule(layer).weight.data = module.dequantize(torch.float32)
-    for module in packed(model).values():
-        module.quantizes_input = False
+    weights = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    assert weights
+    assert not any(module.quantizes_input for module in weights)
     with torch.no_grad():
-        torch.testing.assert_close(model(token_ids).logits, source(token_ids).logits, rtol=1e-4, atol=1e-4)
+        logits, expected = (each(token_ids).logits for each in (model, stock))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_rotation_of_a_transform_config_is_applied(
@@ -134,6 +175,28 @@ def test_w4a4_follows_the_checkpoint_where_asked(shared: Callable[[str], Path], 
     assert not any(module.quantizes_input for module in packed(weight_only).values())
     with torch.no_grad():
         assert not torch.equal(model(token_ids).logits, weight_only(token_ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("llmcompressor-NVFP4", "unquantized activations, since nothing here multiplies FP4 ones natively"),
+        ("llmcompressor-FP8_DYNAMIC", "unquantized activations, since nothing here multiplies FP8 ones natively"),
+        ("modelopt-W4A8_NVFP4_FP8", "14 layers expect FP8 activations; fp4 runs them with unquantized ones"),
+        ("llmcompressor-NVFP4A16", None),
+    ],
+)
+def test_that_activations_stay_unquantized_is_said_once(
+    name: str, message: str | None, shared: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = shared(f"fixtures/{name}")
+    backends._log_once.cache_clear()
+    with caplog.at_level("INFO", "fp4"):
+        model = from_pretrained(path)
+    assert not any(module.quantizes_input for module in packed(model).values())
+    said = [text for text in caplog.messages if "since nothing here" in text or "layers expect" in text]
+    assert len(said) == (message is not None)
+    assert message is None or said[0].endswith(message)
 
 
 def test_damage_is_reported_for_every_layer_at_once(shared: Callable[[str], Path], tmp_path: Path) -> None:

@@ -66,8 +66,8 @@ def select(
         chosen = next(b for b in BACKENDS.values() if _reason_against(b, scheme, device, shape) is None)
     asked = scheme.activations in ("fp4", "fp8")
     quantizes = asked or (scheme.activations == "auto" and chosen.multiplies_fp4(device))
-    precision = scheme.input_format.kind if quantizes else "unquantized"
-    _log_once(
-        f"{scheme.format.name} weights on {device.type} run through the {chosen.name} backend, {precision} activations"
-    )
+    kind = scheme.input_format.kind
+    left = f"unquantized activations, since nothing here multiplies {kind} ones natively"
+    how = f"{kind} activations" if quantizes else left if scheme.activations == "auto" else "unquantized activations"
+    _log_once(f"{scheme.format.name} weights on {device.type} run through the {chosen.name} backend, {how}")
     return chosen, quantizes
