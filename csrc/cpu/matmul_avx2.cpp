@@ -163,7 +163,7 @@ template <Format F, int M>
 AVX2 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const float* w_scales, int64_t blocks,
                                 float* sum) {
   constexpr int size = block_size(F);
-  const __m256i ones = _mm256_set1_epi16(1);
+  alignas(32) static const int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
   __m256 low[M], high[M];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
@@ -190,6 +190,8 @@ AVX2 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const float*
       }
     }
     const __m256 s_low = _mm256_loadu_ps(w_scales), s_high = _mm256_loadu_ps(w_scales + 8);
+    const int16_t* ones = kOnes;
+    asm("" : "+r"(ones));  // stays in memory: there is a register too few
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
       int32_t correction;
@@ -198,8 +200,8 @@ AVX2 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const float*
       std::memcpy(&scale, x + M * (size + 4) + 4 * m, 4);
       const __m256i c = _mm256_set1_epi32(correction);
       const __m256 s = _mm256_set1_ps(scale);
-      const __m256i l = _mm256_add_epi32(_mm256_madd_epi16(low16[m], ones), c);
-      const __m256i h = _mm256_add_epi32(_mm256_madd_epi16(high16[m], ones), c);
+      const __m256i l = _mm256_add_epi32(_mm256_madd_epi16(low16[m], *reinterpret_cast<const __m256i*>(ones)), c);
+      const __m256i h = _mm256_add_epi32(_mm256_madd_epi16(high16[m], *reinterpret_cast<const __m256i*>(ones)), c);
       // Not dot * (s * s_low): the product of two scales can overflow where that of the values does not.
       low[m] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(l), s), s_low, low[m]);
       high[m] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(h), s), s_high, high[m]);
