@@ -22,7 +22,7 @@ from fp4.pipeline.assemble import assemble
 from fp4.pipeline.capture import Call, capture, output_of, result_form, same
 from fp4.pipeline.experts import separate_experts
 from fp4.pipeline.hidden import HiddenStates
-from fp4.pipeline.memory import Memory
+from fp4.pipeline.memory import Memory, return_freed_pages
 from fp4.pipeline.output import scheme_in_file
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.report import layer_row
@@ -108,6 +108,7 @@ class BlockCalibration:
             for before in {id(inputs): inputs, id(originals): originals}.values():
                 before.remove()
             inputs, originals = inputs_after, originals_after
+            return_freed_pages()
         self.progress("calibrating", len(names), len(names))
 
     def _states(self, number: int, kind: str, hidden: int) -> HiddenStates:

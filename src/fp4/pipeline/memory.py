@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -51,6 +52,16 @@ class Memory:
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         """What blocks are computed in: float32 on CPUs, where half precision is slower, the checkpoint's on a GPU."""
         return torch.float32 if self.device.type == "cpu" else stored
+
+
+def return_freed_pages() -> None:
+    """Give the memory of freed tensors back to the system, where the C library (glibc) keeps it for itself.
+
+    What is freed between tensors that live on stays with the process, some of it after every block.
+    """
+    trim = getattr(ctypes.pythonapi, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _parse(asked: str | Mapping[str, str | int] | None) -> dict[str, int]:

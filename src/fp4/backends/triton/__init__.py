@@ -35,8 +35,12 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _register() -> str | None:
     """Register the operators; why they cannot be, if they cannot."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; CUDA builds of torch for Linux bring it"
+    try:
+        import triton.language  # noqa: F401  (a folder called triton is a package to Python as well)
+    except ImportError as error:
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed; CUDA builds of torch for Linux bring it"
+        return f"the package triton cannot be imported: {error}"
     from fp4.backends.triton import linear, quantize
 
     functions = (
