@@ -118,7 +118,8 @@ def test_converted_files_decompress_to_the_same_values(
 
 def save_on_the_fly(llama: Path, scheme: str, folder: Path) -> Path:
     """What an on-the-fly model's ``save_pretrained`` writes as compressed-tensors."""
-    config = FPQuantConfig(scheme=scheme, checkpoint_format="compressed-tensors", transform_init="identity")
+    plain = {} if scheme == "fp8_dynamic" else {"transform_init": "identity", "scale_rule": "mse"}
+    config = FPQuantConfig(scheme=scheme, checkpoint_format="compressed-tensors", **plain)
     AutoModelForCausalLM.from_pretrained(llama, quantization_config=config, dtype=torch.bfloat16).save_pretrained(
         folder
     )
