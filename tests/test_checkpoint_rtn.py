@@ -19,6 +19,7 @@ from fp4.checkpoint.fusing import fused_groups
 from fp4.checkpoint.layers import packed_layers
 from fp4.elements import decode_e2m1, encode_e2m1, encode_e4m3, pack_codes, unpack_codes
 from fp4.formats import FP8, MXFP4, NVFP4, QuantizedTensor, effective_scales, global_scale_for, quantize
+from fp4.rotation import rotate
 from fp4.tool_rules import TOOL_RULES, tool_quantize
 
 
@@ -96,6 +97,57 @@ def test_modelopt_mxfp4_is_ceil_but_for_ties(shared: Callable[[str], Path]) -> N
         assert torch.equal(mine[differ], other[differ] + 1)
         ties += int(differ.sum())
     assert ties == 1484
+
+
+def nearest(weight: torch.Tensor, stored: QuantizedTensor) -> torch.Tensor:
+    """Codes of ``weight`` rounded to nearest under the block scales that the tool chose, one to a byte."""
+    unit = torch.ones((), dtype=torch.float64) if stored.global_scale is None else stored.global_scale
+    blocks = weight.float().unflatten(-1, (stored.scales.shape[-1], -1))
+    return encode_e2m1(blocks / effective_scales(stored.scales, unit)[..., None]).flatten(-2)
+
+
+def test_auto_round_mxfp4_searches_its_exponents_and_rounds_to_nearest(shared: Callable[[str], Path]) -> None:
+    """iters=0 tries the exponent of ``abs_max`` and its neighbours, and takes the one with the smallest error of the
+    layer's outputs over its calibration data. ``mse`` is that rule without the data."""
+    steps: set[int] = set()
+    for weight, _, theirs in layers_of(shared("fixtures/autoround-MXFP4"), shared("fixtures/source-llama")):
+        assert torch.equal(pack_codes(nearest(weight, theirs.weight)), theirs.weight.codes)
+        floor = quantize(weight, MXFP4, "abs_max").scales.view(torch.uint8).int()
+        steps |= set((theirs.weight.scales.view(torch.uint8).int() - floor).unique().tolist())
+    assert steps == {-1, 0, 1}
+
+
+@pytest.mark.parametrize("name", ["autoround-NVFP4", "autoround-NVFP4-autoroundfmt"])
+def test_auto_round_nvfp4_searches_its_scales_and_rounds_to_nearest(name: str, shared: Callable[[str], Path]) -> None:
+    """Under a shared ``2688 / amax``. But for zeros, which lose their sign, and for ties: it multiplies in another
+    order, so that the middle between two codes is not always one."""
+    ties = 0
+    for weight, amax, theirs in layers_of(shared(f"fixtures/{name}"), shared("fixtures/source-llama")):
+        assert theirs.weight.global_scale is not None
+        assert (1 / theirs.weight.global_scale).float() == 2688 / amax.float()
+        mine, other = nearest(weight, theirs.weight), unpack_codes(theirs.weight.codes)
+        assert not (other == 8).any()
+        mine = torch.where(mine == 8, 0, mine)
+        middle = (decode_e2m1(mine) + decode_e2m1(other)) / 2
+        scaled = weight.float().unflatten(-1, (-1, 16)) / effective_scales(*theirs.weight[1:])[..., None]
+        differ = mine != other
+        torch.testing.assert_close(scaled.flatten(-2)[differ], middle[differ], rtol=1e-6, atol=0)
+        ties += int(differ.sum())
+    assert ties == 36
+
+
+def test_fp_quants_nvfp4_is_abs_max_of_the_rotated_weight(shared: Callable[[str], Path]) -> None:
+    """But for positive zeros, which it writes as negative ones, and one tie of the rotated weight."""
+    differ = 0
+    for weight, _, theirs in layers_of(shared("fixtures/fpquant-nvfp"), shared("fixtures/source-llama")):
+        assert theirs.rotation is not None
+        rotated = rotate(weight, theirs.rotation)
+        ours = quantize(rotated, NVFP4, "abs_max", theirs.weight.global_scale)
+        assert (1 / ours.global_scale).float() == (2688 / rotated.abs().amax())  # type: ignore[operator]
+        assert torch.equal(ours.scales.view(torch.uint8), theirs.weight.scales.view(torch.uint8))
+        mine, other = (decode_e2m1(unpack_codes(codes)) for codes in (ours.codes, theirs.weight.codes))
+        differ += int((mine != other).sum())
+    assert differ == 1
 
 
 # --- from the source model to the tool's file ------------------------------------------------------------------------
