@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,100 @@ def test_experts_are_chosen_together(dense: Callable[[str], Path], tmp_path: Pat
             Job(path, "nvfp4a16", "rtn", **options)
     with pytest.raises(ValueError, match="experts is 'some'"):
         Job(path, "nvfp4a16", "rtn", experts="some")
+
+
+# --- stacks
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_granites_fp8_experts_are_written_as_the_stacks_that_vllm_loads(
+    method: str, dense: Callable[[str], Path], text: Path, token_ids: Tensor, tmp_path: Path
+) -> None:
+    """The bytes of quantizing on the fly; ``gptq`` goes block by block, where FP8 is but rounded."""
+    options = {"samples": 2, "seq_len": 16, "device": "cpu"} if method == "gptq" else {}
+    fp4.quantize(dense("granitemoehybrid"), tmp_path / "out", "fp8_dynamic", method, text, **options)
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    moe = "model.layers.0.block_sparse_moe"
+    assert not any(".experts." in name for name in tensors)
+    for name, rows, columns in (("input_linear", 256, 128), ("output_linear", 128, 128)):
+        codes, scales = (tensors[f"{moe}.{name}.{suffix}"] for suffix in ("weight", "weight_scale"))
+        assert (codes.shape, codes.dtype) == ((8, rows, columns), torch.float8_e4m3fn)
+        assert (scales.shape, scales.dtype) == ((8, rows, 1), torch.bfloat16)
+    config = FPQuantConfig(scheme="fp8_dynamic", checkpoint_format="compressed-tensors")
+    fly = load_moe(dense("granitemoehybrid"), quantization_config=config)
+    fly.save_pretrained(tmp_path / "fly")
+    saved, expected = bytes_of(tmp_path / "out"), bytes_of(tmp_path / "fly")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+    with torch.no_grad():
+        assert torch.equal(load_moe(tmp_path / "out")(token_ids).logits, fly(token_ids).logits)
+
+
+def test_granites_fp8_has_llm_compressors_bytes(
+    shared: Callable[[str], Path], token_ids: Tensor, tmp_path: Path
+) -> None:
+    """Names, dtypes and configuration of its checkpoint, which differs in storing experts one by one."""
+    fp4.quantize(shared("fixtures/source-granitemoehybrid"), tmp_path / "out", "fp8_dynamic", "rtn")
+    fixture = shared("fixtures/llmcompressor-FP8_DYNAMIC-granitemoehybrid")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", fixture))
+    for layer in range(2):
+        moe = f"model.layers.{layer}.block_sparse_moe"
+        for suffix in ("weight", "weight_scale"):
+            parts = {
+                part: torch.stack([theirs.pop(f"{moe}.experts.{e}.{part}.{suffix}").float() for e in range(8)])
+                for part in ("gate_proj", "up_proj", "down_proj")
+            }
+            gate_up = torch.cat([parts["gate_proj"], parts["up_proj"]], dim=1)
+            assert torch.equal(ours.pop(f"{moe}.input_linear.{suffix}").float(), gate_up)
+            assert torch.equal(ours.pop(f"{moe}.output_linear.{suffix}").float(), parts["down_proj"])
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in ours.items()} == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in theirs.items()
+    }
+    assert all(torch.equal(ours[name].float(), theirs[name].float()) for name in theirs)
+    configs = [
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (tmp_path / "out", fixture)
+    ]
+    for config in configs:
+        config["ignore"].sort()
+    assert configs[0] == configs[1]
+    with torch.no_grad():
+        assert torch.equal(load_moe(tmp_path / "out")(token_ids).logits, load_moe(fixture)(token_ids).logits)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_experts_are_written_in_gpt_oss_own_format(
+    family: str, method: str, dense: Callable[[str], Path], text: Path, token_ids: Tensor, tmp_path: Path
+) -> None:
+    options = {"samples": 2, "seq_len": 16, "device": "cpu"} if method == "gptq" else {}
+    report = fp4.quantize(dense(family), tmp_path / "out", "mxfp4a16", method, text, format="mxfp4", **options)
+    kept = {row["name"]: row["reason"] for row in report["kept"]}
+    assert kept["model.layers.0.self_attn.q_proj"] == "format mxfp4 holds only stacks of experts"
+    assert len(report["layers"]) == 2 * 8 * 3
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    experts = "model.layers.1.mlp.experts"
+    rows, columns = (256, 128) if family == "gpt_oss" else (128, 128)
+    assert tensors[f"{experts}.gate_up_proj_blocks"].shape == (8, rows, columns // 32, 16)
+    assert tensors[f"{experts}.gate_up_proj_scales"].shape == (8, rows, columns // 32)
+    assert not any(name.endswith(("gate_up_proj", "down_proj", "gate_proj.weight")) for name in tensors)
+    load_moe(tmp_path / "out").save_pretrained(tmp_path / "again")
+    saved, again = bytes_of(tmp_path / "out"), bytes_of(tmp_path / "again")
+    assert saved.keys() == again.keys()
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
+    packed = load_moe(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        logits = packed(token_ids).logits
+        torch.testing.assert_close(packed.dequantize()(token_ids).logits, logits, rtol=1e-4, atol=1e-4)
+        if family == "gpt_oss":  # which Transformers reads by itself
+            stock = load_moe(
+                tmp_path / "out", quantization_config=transformers.Mxfp4Config(dequantize=True), dtype=torch.float32
+            )
+            torch.testing.assert_close(stock.float()(token_ids).logits, logits, rtol=1e-3, atol=1e-3)
+
+
+def test_the_format_of_gpt_oss_holds_nothing_but_experts(dense: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="mxfp4 holds only stacks of experts, and no expert is to be quantized"):
+        Job(dense("gpt_oss"), "mxfp4a16", "rtn", format="mxfp4", skip=["*.experts.*"])
+    with pytest.raises(ValueError, match="mxfp4 has no place for nvfp4a16"):
+        Job(dense("gpt_oss"), "nvfp4a16", "rtn", format="mxfp4")

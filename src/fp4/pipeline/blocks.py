@@ -23,7 +23,7 @@ from fp4.pipeline.capture import Call, capture, output_of, result_form, same
 from fp4.pipeline.experts import separate_experts
 from fp4.pipeline.hidden import HiddenStates
 from fp4.pipeline.memory import Memory, return_freed_pages
-from fp4.pipeline.output import scheme_in_file
+from fp4.pipeline.output import StoredTensors, scheme_in_file
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.report import layer_row
 from fp4.pipeline.rounding import Progress, quantize_weight, sampled_statistics
@@ -253,18 +253,14 @@ class BlockCalibration:
     ) -> str:
         """Write the shard of one block; returns its name."""
         checkpoint, name = self.skeleton.checkpoint, self.skeleton.blocks[number]
-        tensors: dict[str, Tensor] = {}
+        complete, tensors = StoredTensors(self.codec), dict[str, Tensor]()
         used: set[str] = set()
         for short, layer in planned.items():
             result = results[short]
             codes, scales, global_scale = result.weight
             weight = QuantizedTensor(codes.cpu(), scales.cpu(), _cpu(global_scale))
             stored = StoredLinear(weight, _cpu(result.input_global_scale), _cpu(result.rotation))
-            try:
-                written = self.codec.write(stored, scheme_in_file(layer, stored.rotation))
-            except ValueError as error:
-                raise ValueError(f"{layer.name}: {error}") from error
-            tensors |= {layer.stored + suffix: tensor for suffix, tensor in written.items()}
+            tensors |= complete.of(layer, stored)
             used.update(layer.keys)
         kept = [key for key in self.skeleton.keys_below(name) if key not in used]
         tensors |= self._changed(name, module, set(kept))

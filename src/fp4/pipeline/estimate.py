@@ -52,7 +52,13 @@ def estimate(
     written = stored - dense + int(bits / 8)
     if not calibrates:
         largest = max(info.nbytes for info in tensors.values())
-        return Estimate(3 * largest, written, stored / _STREAMED_A_SECOND, bits / weights)
+        # Of a block's experts, which are gathered in stacks where they are stored so.
+        stacked = sum(
+            layer.shape[0] * layer.shape[1] * layer.scheme.format.code_bits // 8
+            for layer in plan.layers.values()
+            if layer.stack and layer.block == next(iter(plan.layers.values())).block
+        )
+        return Estimate(3 * largest + stacked, written, stored / _STREAMED_A_SECOND, bits / weights)
     amounts = Amounts()
     tokens = (samples or amounts.max_samples) * (seq_len or amounts.max_seq_len)
     config = skeleton.model.config.get_text_config()

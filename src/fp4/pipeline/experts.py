@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers.core_model_loading import Concatenate, MergeModulelist
 
 from fp4.calibration.experts import SeparateExperts
+from fp4.checkpoint import Codec
 from fp4.checkpoint.files import TensorInfo, load
+from fp4.formats import Format, QuantizedTensor
 from fp4.nn.layout import ExpertsLayout, layout_of
 from fp4.pipeline.skeleton import Skeleton
-from fp4.quantizer.stacking import names_on_disk
+from fp4.quantizer.stacking import names_on_disk, stacks_on_disk
 
 _STORED = re.compile(r"\.(\d+)\.(\w+)\.weight$")
 
@@ -27,11 +29,13 @@ class ExpertsModule:
     Attributes:
         name: in the model.
         names: what checkpoints call the matrices of an expert, by ``layout.parts``, in pairs.
+        stacks: the projections that the family's checkpoints store as a layer of their own.
     """
 
     name: str
     layout: ExpertsLayout
     names: tuple[tuple[str, str], ...]
+    stacks: tuple[str, ...] = ()
 
     def matrices(self) -> Iterator[ExpertMatrix]:
         """All matrices, expert by expert."""
@@ -77,6 +81,43 @@ class ExpertMatrix:
             return f"{keys[0].removesuffix(self.projection)}{self.short}", None, tuple(keys)
         return self.name, None, tuple(keys)
 
+    def stack_in(self, codec: type[Codec], fmt: Format, stored: str, keys: tuple[str, ...]) -> str | None:
+        """What the stack that the matrix is stored in is called, or None where ``codec`` stores the matrix by itself.
+
+        Args:
+            fmt: of the quantized weight.
+            stored, keys: as of :meth:`stored`.
+        """
+        if codec.stacks:
+            return stored.removesuffix(self.short) + self.projection
+        if fmt.name in codec.stacked_formats and self.projection in self.module.stacks:
+            return keys[0].removesuffix(".weight")
+        return None
+
+
+class Stack:
+    """The quantized matrices of all experts of a projection, gathered in the rows that the model has them in."""
+
+    def __init__(self, module: ExpertsModule, projection: str) -> None:
+        self.layout, self.projection = module.layout, projection
+        self.left = {(part, e) for part in module.layout.parts(projection) for e in range(module.layout.num_experts)}
+        self._tensors: list[Tensor] = []
+
+    def add(self, matrix: ExpertMatrix, weight: QuantizedTensor) -> QuantizedTensor | None:
+        """Take one matrix in; with the last one the whole stack ``[E, N, ...]`` is returned."""
+        rows = self.layout.projections[self.projection][0]
+        if not self._tensors:
+            self._tensors = [
+                torch.empty(self.layout.num_experts, rows, tensor.shape[-1], dtype=tensor.dtype)
+                for tensor in weight[:2]
+            ]
+        number = self.layout.parts(self.projection).index(matrix.part)
+        for stack, own in zip(self._tensors, weight[:2], strict=True):
+            dtype = torch.uint8 if own.element_size() == 1 else own.dtype  # few operations know FP8
+            self.layout.split(stack.view(dtype), self.projection)[number][matrix.expert].copy_(own.view(dtype))
+        self.left.discard((matrix.part, matrix.expert))
+        return None if self.left else QuantizedTensor(self._tensors[0], self._tensors[1], None)
+
 
 def find_experts(skeleton: Skeleton) -> dict[str, ExpertsModule | None]:
     """Modules that hold stacks of experts, by name; None for one that fp4 cannot run."""
@@ -87,7 +128,8 @@ def find_experts(skeleton: Skeleton) -> dict[str, ExpertsModule | None]:
         layout = layout_of(module)
         if layout is not None:
             names = names_on_disk(name, layout, skeleton.conversions)
-            found[name] = ExpertsModule(name, layout, tuple(names.items()))
+            stacks = stacks_on_disk(name, layout, skeleton.conversions)
+            found[name] = ExpertsModule(name, layout, tuple(names.items()), tuple(stacks))
         elif "Experts" in type(module).__name__:
             found[name] = None
     return found

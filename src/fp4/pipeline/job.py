@@ -26,11 +26,12 @@ from fp4.pipeline.output import (
     REPORT,
     choose_format,
     has_static_input,
+    holds,
     rotation_of,
     scheme_in_file,
     write_side_files,
 )
-from fp4.pipeline.plan import Choice, LayerPlan, parse_overrides, plan_layers, rotated, ruled
+from fp4.pipeline.plan import Choice, parse_overrides, plan_layers, rotated, ruled, stored_as
 from fp4.pipeline.report import build_report, kept_rows, peak_memory
 from fp4.pipeline.rounding import Progress, StreamedRounding
 from fp4.pipeline.skeleton import Skeleton
@@ -101,10 +102,16 @@ class Job:
         self.memory = Memory.of(max_memory, device)
         # Streaming never computes with the model, so it keeps the dtype of the checkpoint.
         self.skeleton = Skeleton(checkpoint, checkpoint.dtype, trust_remote_code)
-        self.plan: LayerPlan = ruled(rotated(plan_layers(self.skeleton, self.choice), rotation), rule)
+        plan = plan_layers(self.skeleton, self.choice)
+        if format in CODECS:
+            plan = stored_as(plan, CODECS[format])
+        self.plan = ruled(rotated(plan, rotation), rule)
+        if rotation == "auto" and format in CODECS and not holds(format, self.plan.layers.values()):
+            self.plan = ruled(plan, rule)
         self.rotation, self.rule = rotation, rule
         layers = list(self.plan.layers.values())
         self.format = choose_format(format, layers)
+        self.plan = stored_as(self.plan, CODECS[self.format])
         self.calibrates = self.method.needs_data or any(has_static_input(layer.scheme) for layer in layers)
         if self.calibrates:
             self.skeleton = Skeleton(checkpoint, self.memory.compute_dtype(checkpoint.dtype), trust_remote_code)
@@ -169,8 +176,10 @@ class Job:
             else:
                 rows = StreamedRounding(self.skeleton, self.plan, writer, staging, progress).run()
                 schemes = {name: scheme_in_file(layer, rotation_of(layer)) for name, layer in self.plan.layers.items()}
+            # Whoever loads a stack may ask for it by its own name.
+            stacks = {layer.stack: schemes[name] for name, layer in self.plan.layers.items() if layer.stack}
             kept = [layer.name for layer in self.plan.kept]
-            quantization = CODECS[self.format].configuration(schemes, sorted(kept), {})
+            quantization = CODECS[self.format].configuration(schemes | stacks, sorted(kept), {})
             files = write_side_files(self.skeleton.checkpoint, staging.folder, CODECS[self.format], quantization)
             report = build_report(
                 self.request | {"data": data, "base_model": self.model if is_hub_id(self.model) else None},
@@ -242,7 +251,7 @@ def quantize(
     Keyword options:
         format: of the checkpoint; by default compressed-tensors where it can hold the scheme, fp_quant for rotations.
         rotation: block rotation of weights and inputs: ``"none"``, ``"hadamard64"``, ``"gsr64"``, ...; ``"auto"`` is
-            what measurement shows best for the format (none for NVFP4, hadamard64 for MXFP4).
+            what measurement shows best (none for NVFP4, hadamard64 for MXFP4), none in a ``format`` without rotations.
         rule: how block scales of weights are chosen, in place of the scheme's own: ``"abs_max"`` is fastest.
         skip, only: patterns of layers to keep, or to quantize alone.
         overrides: pattern -> scheme, or None to keep; the first that fits wins.

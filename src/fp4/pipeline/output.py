@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear
 from fp4.checkpoint.codec import name_rotation
 from fp4.checkpoint.files import INDEX_NAME, Checkpoint, read_header
 from fp4.checkpoint.writing import Spec, spec_of, write_json
 from fp4.formats import Format, QuantizedTensor
+from fp4.pipeline.experts import Stack
 from fp4.pipeline.plan import PlannedLayer
 from fp4.rotation import rotation_for
 from fp4.scheme import SCHEMES, Scheme
@@ -31,7 +34,7 @@ def choose_format(asked: str | None, layers: Iterable[PlannedLayer]) -> str:
     Raises:
         ValueError: it cannot hold a layer's scheme.
     """
-    layers = list({(layer.preset, layer.scheme): layer for layer in layers}.values())
+    layers = list(layers)
     if asked is not None:
         if asked not in CODECS:
             raise ValueError(f"format is {asked!r}; expected one of {', '.join(CODECS)}")
@@ -52,9 +55,18 @@ def choose_format(asked: str | None, layers: Iterable[PlannedLayer]) -> str:
     raise ValueError(f"no checkpoint format holds {presets} together ({'; '.join(problems)})")
 
 
+def holds(name: str, layers: Iterable[PlannedLayer]) -> bool:
+    """Whether the checkpoint format called ``name`` can hold every layer as planned."""
+    try:
+        _require_holds(name, layers)
+    except ValueError:
+        return False
+    return True
+
+
 def _require_holds(name: str, layers: Iterable[PlannedLayer]) -> None:
     codec = CODECS[name]({"config_groups": {}})
-    for layer in layers:
+    for layer in {(layer.preset, layer.scheme): layer for layer in layers}.values():
         holders = SCHEMES[layer.preset].checkpoint_formats
         if name not in holders:
             raise ValueError(f"{name} has no place for {layer.preset}; formats that have are {', '.join(holders)}")
@@ -81,13 +93,13 @@ def rotation_of(layer: PlannedLayer) -> torch.Tensor | None:
     return rotation_for(layer.scheme.rotation, layer.scheme.group_size, torch.bfloat16)
 
 
-def empty_weight(fmt: Format, shape: tuple[int, int], dtype: torch.dtype) -> QuantizedTensor:
-    """What a weight ``[N, K]`` of ``dtype`` is quantized to, without values but for a global scale of one."""
-    rows, columns = shape
-    codes = torch.empty(rows, fmt.code_columns(columns), dtype=fmt.code_dtype, device="meta")
+def empty_weight(fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedTensor:
+    """What a weight ``[..., N, K]`` of ``dtype`` is quantized to, without values but for a global scale of one."""
+    *rows, columns = shape
+    codes = torch.empty(*rows, fmt.code_columns(columns), dtype=fmt.code_dtype, device="meta")
     # FP8 has one scale a row, in the dtype of the weight.
     scales = torch.empty(
-        rows,
+        *rows,
         columns // fmt.block_size if fmt.block_size else 1,
         dtype=fmt.scale_dtype if fmt.block_size else dtype,
         device="meta",
@@ -97,11 +109,49 @@ def empty_weight(fmt: Format, shape: tuple[int, int], dtype: torch.dtype) -> Qua
 
 
 def planned_specs(codec: Codec, layer: PlannedLayer, dtype: torch.dtype) -> dict[str, Spec]:
-    """dtype and shape of the tensors that a layer will be stored as, by suffix. ValueError if the format cannot."""
+    """dtype and shape of the tensors that a layer, or the stack it is part of, will be stored as, by name.
+
+    ``dtype`` is that of the weight. ValueError if the format cannot hold it.
+    """
     rotation = rotation_of(layer)
     unit = torch.ones((), dtype=torch.float64) if has_static_input(layer.scheme) else None
-    stored = StoredLinear(empty_weight(layer.scheme.format, layer.shape, dtype), unit, rotation)
-    return {name: spec_of(tensor) for name, tensor in codec.write(stored, scheme_in_file(layer, rotation)).items()}
+    shape: tuple[int, ...] = layer.shape
+    if layer.stack is not None and layer.expert is not None:
+        layout = layer.expert.module.layout
+        shape = (layout.num_experts, *layout.projections[layer.expert.projection])
+    stored = StoredLinear(empty_weight(layer.scheme.format, shape, dtype), unit, rotation)
+    tensors = codec.write(stored, scheme_in_file(layer, rotation))
+    return {f"{layer.stack or layer.stored}{suffix}": spec_of(tensor) for suffix, tensor in tensors.items()}
+
+
+class StoredTensors:
+    """What quantized layers are stored as: each by itself, or experts in stacks. Several threads may use it at once."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+        self._stacks: dict[str, Stack] = {}
+        self._filling = threading.Lock()
+
+    def of(self, layer: PlannedLayer, stored: StoredLinear) -> dict[str, Tensor]:
+        """The tensors that are complete with this layer, by name: none until all matrices of its stack were here.
+
+        Raises:
+            ValueError: the format cannot hold the layer, which the message names.
+        """
+        if layer.stack is not None and layer.expert is not None:
+            with self._filling:
+                module, projection = layer.expert.module, layer.expert.projection
+                stack = self._stacks.setdefault(layer.stack, Stack(module, projection))
+                whole = stack.add(layer.expert, stored.weight)
+                if whole is None:
+                    return {}
+                del self._stacks[layer.stack]
+            stored = StoredLinear(whole, None, stored.rotation)
+        try:
+            tensors = self.codec.write(stored, scheme_in_file(layer, stored.rotation))
+        except ValueError as error:
+            raise ValueError(f"{layer.name}: {error}") from error
+        return {f"{layer.stack or layer.stored}{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
 def write_side_files(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from fp4.checkpoint import Codec
 from fp4.checkpoint.fusing import fused_groups
 from fp4.formats import FORMATS
 from fp4.pipeline.experts import ExpertMatrix, ExpertsModule, find_experts
@@ -34,6 +35,7 @@ class PlannedLayer:
         key: the stored tensor that is its weight; None where the weight is made out of others.
         keys: the stored tensors that it is made out of.
         expert: which matrix of which expert it is; None for a layer that is an ``nn.Linear`` of the model.
+        stack: what the stack of all experts is called that it is stored in; None for a layer stored by itself.
     """
 
     name: str
@@ -45,6 +47,7 @@ class PlannedLayer:
     key: str | None
     keys: tuple[str, ...]
     expert: ExpertMatrix | None = None
+    stack: str | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,11 @@ def plan_layers(skeleton: Skeleton, choice: Choice) -> LayerPlan:
         if name in experts:
             _plan_experts(plan, skeleton, name, experts[name], block_of, choice)
         if not isinstance(module, nn.Linear):
+            matrix = module._parameters.get("weight")
+            if matrix is not None and matrix.ndim == 2 and not isinstance(module, nn.Embedding):
+                router = name.rpartition(".")[2] in _ROUTERS
+                kind = "router" if router else f"{type(module).__name__} is no nn.Linear"
+                plan.kept.append(KeptLayer(name, tuple(matrix.shape), kind))
             continue
         shape = (module.out_features, module.in_features)
         reason = _must_keep(skeleton, name, module, tied, head) if name in block_of else None
@@ -291,6 +299,27 @@ def rotated(plan: LayerPlan, rotation: str) -> LayerPlan:
         else:
             layers[name] = replace(layer, scheme=replace(layer.scheme, rotation=kind, group_size=size))
     return replace(plan, layers=layers)
+
+
+def stored_as(plan: LayerPlan, codec: type[Codec]) -> LayerPlan:
+    """The plan for a checkpoint format: experts in stacks where it has such; a format of nothing else keeps the rest.
+
+    Raises:
+        ValueError: the format holds only stacks of experts, and there are none.
+    """
+    layers, kept = {}, list(plan.kept)
+    for name, layer in plan.layers.items():
+        matrix, stack = layer.expert, None
+        if matrix is not None:
+            stack = matrix.stack_in(codec, layer.scheme.format, layer.stored, layer.keys)
+        if stack is None and codec.stacks:
+            kept.append(KeptLayer(name, layer.shape, f"format {codec.name} holds only stacks of experts"))
+        else:
+            layers[name] = replace(layer, stack=stack)
+    if not layers:
+        raise ValueError(f"format {codec.name} holds only stacks of experts, and no expert is to be quantized")
+    groups = [group for group in plan.groups if group[0] in layers]
+    return replace(plan, layers=layers, kept=kept, groups=groups)
 
 
 _NONE = ("identity", 0)

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fp4.checkpoint import Codec, LayerScheme, StoredLinear
+from fp4.checkpoint import Codec, StoredLinear
 from fp4.checkpoint.files import DTYPES, load
 from fp4.checkpoint.writing import ShardWriter, Spec
 from fp4.formats import QuantizedTensor
 from fp4.methods.rtn import global_scale_of, rtn
 from fp4.pipeline.experts import ExpertReader
-from fp4.pipeline.output import planned_specs, rotation_of, scheme_in_file
+from fp4.pipeline.output import StoredTensors, planned_specs, rotation_of
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.report import layer_row
 from fp4.pipeline.skeleton import Skeleton
@@ -52,6 +52,8 @@ class StreamedRounding:
         self.tensors = skeleton.checkpoint.tensors
         self.experts = ExpertReader(skeleton)
         self.limit = 2 * max(info.nbytes for info in self.tensors.values())
+        #: Of each stack, a stored tensor of the first matrix.
+        self.first_keys = {layer.stack: layer.keys[0] for layer in reversed(plan.layers.values()) if layer.stack}
         self.done = 0
         self.total = sum(info.nbytes for info in self.tensors.values())
 
@@ -81,10 +83,10 @@ class StreamedRounding:
         copied = [name for name, info in self.tensors.items() if info.file == shard and name not in used]
         specs = {name: Spec(self.tensors[name].dtype, self.tensors[name].shape) for name in copied}
         for layer in layers.values():
-            for suffix, spec in planned_specs(self.codec, layer, self._dtype(layer)).items():
-                specs[layer.stored + suffix] = spec
+            specs |= planned_specs(self.codec, layer, self._dtype(layer))
         metadata = self.skeleton.checkpoint.metadata[shard] or {"format": "pt"}
         rows: list[dict[str, object]] = []
+        complete = StoredTensors(self.codec)
         # The thread ends before the file does, in whatever way.
         with ShardWriter(self.staging.folder / shard.name, specs, metadata) as file, ThreadPoolExecutor(1) as writer:
             for name in copied:
@@ -95,7 +97,7 @@ class StreamedRounding:
                 for layer, stored, row in self._round(unit, weights, set(layers)):
                     if behind is not None:
                         behind.result()  # one layer waits to be written, no more
-                    behind = writer.submit(_write_all, file, layer.stored, stored)
+                    behind = writer.submit(_write_all, file, complete.of(layer, stored))
                     rows.append(row)
                     self._advance(self._nbytes(layer))
             if behind is not None:
@@ -109,8 +111,8 @@ class StreamedRounding:
         return sum(self.tensors[key].nbytes for key in layer.keys)
 
     def _home(self, layer: PlannedLayer) -> Path:
-        """The shard that a layer is written to: that of its first stored tensor."""
-        return self.tensors[layer.keys[0]].file
+        """The shard that a layer is written to: that of its first stored tensor, or that of its stack's."""
+        return self.tensors[layer.keys[0] if layer.stack is None else self.first_keys[layer.stack]].file
 
     def _dtype(self, layer: PlannedLayer) -> torch.dtype:
         return DTYPES[self.tensors[layer.keys[0]].dtype]
@@ -160,8 +162,8 @@ class StreamedRounding:
 
     def _round(
         self, unit: _Unit, weights: list[Tensor] | None, here: set[str]
-    ) -> Iterator[tuple[PlannedLayer, dict[str, Tensor], dict[str, object]]]:
-        """Each layer of the unit that is stored in this shard, with its tensors by suffix and its row of the report."""
+    ) -> Iterator[tuple[PlannedLayer, StoredLinear, dict[str, object]]]:
+        """Each layer of the unit that is stored in this shard, quantized, with its row of the report."""
         shared = None
         if len(unit.layers) > 1:
             each = (self._weight(layer) for layer in unit.layers) if weights is None else weights
@@ -174,24 +176,20 @@ class StreamedRounding:
             weight = self._weight(layer) if weights is None else weights[number]
             try:
                 quantized = quantize_weight(weight, layer, shared)
-                stored = self.codec.write(StoredLinear(quantized, None, rotation_of(layer)), self._scheme(layer))
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from error
             statistics = sampled_statistics(weight, quantized, rotation_of(layer))
             row = layer_row(layer, statistics, layer.scheme.weight_rule, None, time.perf_counter() - started)
-            yield layer, dict(stored), row
-
-    def _scheme(self, layer: PlannedLayer) -> LayerScheme:
-        return scheme_in_file(layer, rotation_of(layer))
+            yield layer, StoredLinear(quantized, None, rotation_of(layer)), row
 
     def _advance(self, nbytes: int) -> None:
         self.done += nbytes
         self.progress("rounding", self.done, self.total)
 
 
-def _write_all(file: ShardWriter, stored_name: str, tensors: dict[str, Tensor]) -> None:
-    for suffix, tensor in tensors.items():
-        file.write(stored_name + suffix, tensor)
+def _write_all(file: ShardWriter, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        file.write(name, tensor)
 
 
 def _tiles(weight: Tensor) -> list[slice]:
