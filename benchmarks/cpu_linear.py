@@ -147,7 +147,7 @@ def peer_rows(case: dict[str, Any]) -> list[list[str]]:
 def measure_quantization(n: int, k: int, repetitions: int) -> dict[str, Any]:
     """Seconds to quantize one bfloat16 weight by abs_max, with the global scale given and with finding it."""
     weights = [torch.randn(n, k).mul_(0.02).bfloat16() for _ in range(copies_of(2 * n * k))]
-    read, read_bytes = read_pass()
+    read, read_bytes = read_pass(large_pages=False)  # as the weights
     backend = CpuBackend()
 
     def given(fmt: Format) -> Callable[[int], object]:

@@ -64,14 +64,15 @@ def interleaved(
     return fastest
 
 
-def read_pass(megabytes: int = 256) -> tuple[Operation, int]:
+def read_pass(megabytes: int = 256, large_pages: bool = True) -> tuple[Operation, int]:
     """An operation that reads memory once and writes nothing, and its bytes: the limit of memory.
 
-    It takes about as long as a matrix does, from a buffer larger than the cache, which lies in large pages where the
-    system gives them, as packed weights do.
+    It takes about as long as a matrix does, from a buffer larger than the cache. ``large_pages``: it lies in them where
+    the system gives them, as packed weights do; a checkpoint's own weights lie in ordinary ones.
     """
     buffer = torch.empty(megabytes * 2**18, dtype=torch.int32)
-    torch.ops.fp4.cpu_prefer_large_pages(buffer)
+    if large_pages:
+        torch.ops.fp4.cpu_prefer_large_pages(buffer)
     parts = buffer.fill_(1).split(2**22)
     return lambda i: parts[i % len(parts)].max(), 2**24
 

@@ -124,17 +124,18 @@ FP4_INLINE __m256 largest_of_blocks(const uint32_t* x) {
 
 // Eight scales to the nearest E4M3 byte, ties to even, kept in [2^-9, 448]; NaN stays NaN. See quantize_scalar.cpp.
 FP4_INLINE __m256i encode_e4m3(__m256 scale) {
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(scale, scale, _CMP_UNORD_Q));
   const __m256 kept = _mm256_min_ps(_mm256_max_ps(scale, _mm256_set1_ps(kE4m3Tiny)), _mm256_set1_ps(kE4m3Max));
   const __m256i bits = _mm256_castps_si256(kept);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 20), _mm256_set1_epi32(1));
-  const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7ffff)), odd);
-  const __m256i normal = _mm256_sub_epi32(_mm256_srli_epi32(up, 20), _mm256_set1_epi32(120 << 3));
+  const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7ffff - (120 << 23))), odd);
+  const __m256i normal = _mm256_srli_epi32(up, 20);
+  const __m256 is_rare = _mm256_cmp_ps(scale, _mm256_set1_ps(0x1p-6f), _CMP_NGE_UQ);  // subnormal, or NaN
+  if (__builtin_expect(_mm256_movemask_ps(is_rare) == 0, 1)) return normal;
   const __m256 magic = _mm256_set1_ps(16384.0f);
   const __m256i subnormal =
       _mm256_sub_epi32(_mm256_castps_si256(_mm256_add_ps(kept, magic)), _mm256_castps_si256(magic));
-  const __m256i is_small = _mm256_castps_si256(_mm256_cmp_ps(kept, _mm256_set1_ps(0x1p-6f), _CMP_LT_OQ));
-  const __m256i byte = _mm256_blendv_epi8(normal, subnormal, is_small);
+  const __m256i byte = _mm256_blendv_epi8(normal, subnormal, _mm256_castps_si256(is_rare));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(scale, scale, _CMP_UNORD_Q));
   return _mm256_blendv_epi8(byte, _mm256_set1_epi32(0x7f), nan);
 }
 
@@ -313,6 +314,7 @@ FP4_INLINE void choose_scales(const Quantizer& q, const Bits* x, uint8_t* scales
     best = mx_exponents(largest, q);
   } else {
     best = encode_e4m3(_mm256_div_ps(largest, _mm256_set1_ps(q.six_units())));
+    if (q.rule() == Rule::abs_max) return store_bytes(best, scales);
   }
   if (q.rule() == Rule::mse) best = best_neighbour<B, kIsHalf>(q, x, best, largest);
   if (B == 32 && q.rule() == Rule::quest) best = quest_exponents<B, kIsHalf>(x, q.unit());

@@ -377,8 +377,9 @@ struct Rotation {
   }
 };
 
+// Asked for no number of CTAs, ptxas spills a few registers in some of these to fit one more.
 template <typename T, int B, int H, bool kOnlyMagnitude>
-__global__ void __launch_bounds__(kWarps* kWarp) rotate_blocks(QuantizeTask task) {
+__global__ void __launch_bounds__(kWarps* kWarp, H <= 32 ? 4 : 2) rotate_blocks(QuantizeTask task) {
   Rotation<T, B, H, kOnlyMagnitude>::run(task);
 }
 
