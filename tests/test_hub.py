@@ -51,6 +51,10 @@ for name in ("owner/model", "owner/legacy", "owner/dense"):
 convert("owner/model", root / "converted", "modelopt", **at)
 fp4.quantize("owner/model", root / "quantized", "nvfp4a16", "rtn", hub=Hub("dense", token))
 found["evaluate"] = evaluate("owner/model", text, against="owner/dense", window=32, windows=2, **at).to_dict()
+report = Path(root / "report.html")
+command = ["report", "owner/model", "--source", "owner/dense", "--output", str(report)]
+called = CliRunner().invoke(app, [*command, "--revision", "packed", "--token", token])
+found["report"] = [called.exit_code, called.output, report.is_file()]
 errors = {
     "no such revision": lambda: inspect("owner/model", revision="v9", token=token),
     "no token": lambda: convert("owner/untouched", root / "other", "modelopt"),
@@ -126,6 +130,8 @@ def test_every_command_by_hub_id(models: dict[tuple[str, str], Path], tmp_path: 
     name = "model.safetensors"
     assert (tmp_path / "converted" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
     assert inspect(tmp_path / "quantized").schemes == {"nvfp4a16": 21}
+    assert found["report"][::2] == [0, True], found["report"][1]
+    assert "worst of 21 layers" in found["report"][1]
     assert found["evaluate"]["comparison"]["original_perplexity"] > 1
 
     assert "owner/model is no folder here, and the hub did not give it" in found["no such revision"]

@@ -45,7 +45,8 @@ def convert(
 
     Interrupted, the same command goes on from the last complete file. What the format cannot hold is refused.
     """
-    with Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn(), console=console) as bar:
+    columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"writing {to}", total=None)
         result = convert_checkpoint(
             source,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
+from fp4.checkpoint.source import is_hub_id
 from fp4.cli.checkpoints import Token
 from fp4.evaluate import Evaluation
 
@@ -107,11 +108,16 @@ def _print(console: Console, found: Evaluation) -> None:
 
 
 def report(
-    model: Annotated[Path, typer.Argument(help="Folder of a quantized model.")],
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a quantized model.")],
     source: Annotated[
         str | None, typer.Option(help="The original (folder or hub id): computes weight errors from both.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="HTML file to write. [default: MODEL/report.html]")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="HTML file to write. [default: MODEL/report.html, or NAME-report.html here]"),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit, where MODEL is a hub id.")] = None,
+    token: Token = None,
 ) -> None:
     """Draw which layers lost most by quantization, as one HTML page.
 
@@ -122,19 +128,24 @@ def report(
 
         fp4 report out
 
-        fp4 report RedHatAI-Qwen3-8B-NVFP4 --source Qwen/Qwen3-8B --output qwen3.html
+        fp4 report RedHatAI/Qwen3-8B-NVFP4 --source Qwen/Qwen3-8B --output qwen3.html
     """
     try:
         from fp4.report.page import write_report
     except ModuleNotFoundError as error:
         raise ValueError(f"the plots need {error.name}, which is not installed: pip install 'fp4[report]'") from error
 
+    if output is None:
+        name = Path(model).name
+        output = Path(f"{name}-report.html") if is_hub_id(model) else Path(model) / "report.html"
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("comparing weights", total=None)
         found = write_report(
             model,
-            output or model / "report.html",
+            output,
             source=source,
+            revision=revision,
+            token=token,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     console = Console()
@@ -144,4 +155,4 @@ def report(
         share = [f"{layer[key]:.1%}" for key in (found.measured, "zero", "clipped")]
         table.add_row(layer["name"], layer["scheme"], *share)
     console.print(table)
-    console.print(f"wrote {output or model / 'report.html'}", highlight=False)
+    console.print(f"wrote {output}", highlight=False)

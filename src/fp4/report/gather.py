@@ -72,22 +72,32 @@ def median_error(layers: Iterable[Mapping[str, Any]], measured: str) -> float:
     return float(statistics.median(layer[measured] for layer in layers))
 
 
-def gather(folder: Path, *, source: str | Path | None = None, progress: Progress | None = None) -> Report:
+def gather(
+    model: str | Path,
+    *,
+    source: str | Path | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    progress: Progress | None = None,
+) -> Report:
     """Collect the numbers of a quantized model.
 
     Args:
-        folder: with a report.json of ``fp4 quantize``, or any FP4 checkpoint where ``source`` is given.
+        model: folder or hub id, with a report.json of ``fp4 quantize``, or any FP4 checkpoint where ``source`` is
+            given.
         source: the original, folder or hub id; weights are then compared, one layer in memory at a time.
+        revision, token: for hub ids, as everywhere in huggingface_hub; ``revision`` is the model's.
         progress: called with the number of layers compared and in all.
 
     Raises:
         ValueError: there is neither a report.json nor a ``source``, or a file is damaged.
     """
-    report = Report(folder.name or str(folder))
+    folder = local_folder(model, revision=revision, token=token)
+    report = Report(Path(model).name or str(model))
     stored = read_json(folder / REPORT) if (folder / REPORT).is_file() else None
     if stored is None and source is None:
         raise ValueError(
-            f"{folder} has no {REPORT}, which fp4 quantize writes; name the original (--source) to compare weights"
+            f"{model} has no {REPORT}, which fp4 quantize writes; name the original (--source) to compare weights"
         )
     found = inspect(folder)
     layers = {row.name: {"name": row.name, "scheme": row.scheme, "shape": row.shape} for row in found.layers}
@@ -98,7 +108,7 @@ def gather(folder: Path, *, source: str | Path | None = None, progress: Progress
     for given in _objects(stored, "kept"):
         reasons[str(given.get("name"))] = str(given.get("reason") or "")
     if source is not None:
-        _compare_weights(folder, local_folder(source), layers, report, progress)
+        _compare_weights(folder, local_folder(source, token=token), layers, report, progress)
     report.layers = [_complete(layer, bits.get(name)) for name, layer in layers.items()]
     report.kept = [
         {"name": row.name, "dtype": row.dtype, "shape": row.shape, "reason": reasons.get(row.name, "")}

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fp4.report.gather import Progress, Report, gather, median_error
+from fp4.report.gather import Report, gather, median_error
 from fp4.report.plots import error_by_depth, error_by_kind, size_bar
 
 _STYLE = """
@@ -88,11 +88,9 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def write_report(
-    folder: Path, output: Path, *, source: str | Path | None = None, progress: Progress | None = None
-) -> Report:
-    """Write the page about ``folder`` to ``output``; arguments and errors as for :func:`gather`."""
-    report = gather(folder, source=source, progress=progress)
+def write_report(model: str | Path, output: Path, **options: Any) -> Report:
+    """Write the page about ``model`` to ``output``; options and errors as for :func:`gather`."""
+    report = gather(model, **options)
     temporary = output.with_name(f".{output.name}.partial")
     temporary.write_text(page(report), encoding="utf-8")
     temporary.replace(output)
