@@ -11,12 +11,12 @@ export TOKENIZERS_PARALLELISM = false
 FP4_CUDA ?= 0
 export FP4_CUDA
 
-.PHONY: demo test lint types pytest pytest-oldest pytest-triton parity cuda sanitize bench-cpu bench-gpu bench-quality bench-quantize clean
+.PHONY: demo test lint types pytest pytest-oldest pytest-triton pytest-lm-eval parity cuda sanitize bench-cpu bench-gpu bench-quality bench-quantize clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python examples/demo.py $(MODEL)
 
-test: lint types pytest pytest-oldest pytest-triton parity
+test: lint types pytest pytest-oldest pytest-triton pytest-lm-eval parity
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
@@ -37,6 +37,10 @@ pytest-triton: $(VENV)/parity
 	PYTHONPATH=$(VENV)/parity TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 -rs tests/test_triton_kernels.py \
 		tests/test_triton_experts.py tests/test_gpu_benchmarks.py
 	PYTHONPATH=$(VENV)/parity $(VENV)/bin/python -m pytest -n 2 -rs tests/test_triton_compile.py
+
+# lm-eval's own hf model on quantized checkpoints, offline.
+pytest-lm-eval: $(VENV)/lm-eval
+	PYTHONPATH=$(VENV)/lm-eval $(VENV)/bin/python -m pytest -rs tests/test_lm_eval.py
 
 # Against other tools: FP-Quant's own Triton kernels, run by Triton's interpreter, then what compressed-tensors, ModelOpt
 # and auto-round make of checkpoints.
@@ -113,6 +117,12 @@ $(VENV)/parity-checkpoints: $(VENV)/test
 		nvidia-modelopt==0.47.0 nvidia-ml-py==13.615.71 omegaconf==2.4.0 antlr4-python3-runtime==4.13.2 pulp==3.3.2 \
 		py-cpuinfo==9.0.0 pydantic-settings==2.16.3 scipy==1.17.1 threadpoolctl==3.8.0
 	PYTHONPATH=$@ $(VENV)/bin/python -c "import auto_round, compressed_tensors, modelopt.torch.quantization"
+
+# Without dependencies, most of which are for tasks and metrics that no test has.
+$(VENV)/lm-eval: $(VENV)/test
+	rm -rf $@
+	$(VENV)/bin/pip install -q --no-deps --target $@ lm-eval==0.4.13 sacrebleu==2.6.0 portalocker==4.4.2 lxml==6.1.3 \
+		colorama==0.4.6 tabulate==0.10.0
 
 $(VENV)/disassembler: $(VENV)/test
 	rm -rf $@
