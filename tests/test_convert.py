@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,13 +137,16 @@ def packed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_what_fp4_writes_converts_to_every_format_and_back(packed: Path, tmp_path: Path) -> None:
-    assert_same_values(packed, packed)
+def test_what_fp4_writes_converts_to_every_format_and_back(
+    packed: Path, token_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    expected = logits_of(packed, token_ids)
     previous = packed
     for to in ("modelopt", "compressed-tensors", "auto-round", "modelopt", "fp_quant"):
         folder = tmp_path / f"{previous.name}-{to}"
         convert(previous, folder, to)
         assert_same_values(folder, packed)
+        assert torch.equal(logits_of(folder, token_ids), expected), to
         previous = folder
     assert_same_bytes(previous, packed)
 
@@ -238,6 +244,54 @@ def test_an_interrupted_conversion_goes_on(packed: Path, tmp_path: Path, monkeyp
     assert convert(source, tmp_path / "out", "modelopt").resumed_shards >= 1
     assert_same_values(tmp_path / "out", packed)
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+CONVERT = """
+import os, re, signal, sys
+from pathlib import Path
+from fp4.convert import convert
+
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+def progress(done, total):
+    if sys.argv[3] == "die" and done > 0.6 * total:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the most so far was while importing
+result = convert(sys.argv[1], sys.argv[2], "modelopt", progress=progress)
+print(result.resumed_shards, status("VmHWM") - before)
+"""
+
+
+def in_a_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", CONVERT, *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process its largest memory")
+def test_a_killed_conversion_goes_on_to_the_same_bytes_within_little_memory(packed: Path, tmp_path: Path) -> None:
+    source = sharded(packed, tmp_path / "source")
+    # The scales of one layer are what is read whole: its codes, and tensors that are not quantized, pass in pieces.
+    tensors = {"large.weight": torch.zeros(5 << 20, 8, dtype=torch.bfloat16)}
+    index = json.loads((source / INDEX_NAME).read_text())
+    index["weight_map"]["large.weight"] = "model-large.safetensors"
+    save_file(tensors, source / "model-large.safetensors", {"format": "pt"})
+    (source / INDEX_NAME).write_text(json.dumps(index))
+    whole = in_a_process(source, tmp_path / "whole", "live")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    resumed, grown = map(int, whole.stdout.split())
+    assert resumed == 0
+    assert grown < 20e6 < (source / "model-large.safetensors").stat().st_size
+
+    assert in_a_process(source, tmp_path / "out", "die").returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    again = in_a_process(source, tmp_path / "out", "live")
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert int(again.stdout.split()[0]) > 0
+    content = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("out", "whole")]
+    assert content[0] == content[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out", "whole"}
 
 
 def test_a_full_disk_leaves_nothing_that_looks_like_a_model(

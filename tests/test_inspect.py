@@ -118,6 +118,76 @@ def test_problems_are_found(name: str, message: str, shared: Callable[[str], Pat
     assert any(message in problem for problem in found.problems), found.problems
 
 
+# Suffixes of block scales and of one that is a single number, and the byte of the former that is a NaN.
+SCALES: dict[str, tuple[str, str | None, int | None]] = {
+    "modelopt-NVFP4": (".weight_scale", ".weight_scale_2", 0x7F),
+    "modelopt-W4A8_NVFP4_FP8": (".weight_scale", ".input_scale", 0x7F),
+    "modelopt-MXFP4": (".weight_scale", None, 0xFF),
+    "llmcompressor-MXFP4": (".weight_scale", None, 0xFF),
+    "llmcompressor-FP8_DYNAMIC": (".weight_scale", ".weight_scale", None),
+    "autoround-NVFP4-autoroundfmt": (".weight_scale", ".input_global_scale", 0x7F),
+    "fpquant-nvfp": (".scales", ".act_global_scale", 0x7F),
+    "fpquant-mxfp-gptq": (".scales", ".weight_global_scale", 0xFF),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_problems_are_found_in_every_format(name: str, shared: Callable[[str], Path], tmp_path: Path) -> None:
+    source, (scale, number, nan) = shared(f"fixtures/{name}"), SCALES[name]
+
+    def damaged(kind: str) -> list[str]:
+        folder = tmp_path / kind
+        shutil.copytree(source, folder, copy_function=shutil.copyfile)
+        (path,) = folder.glob("*.safetensors")
+        tensors = load_file(path)
+        if kind == "missing":
+            del tensors[LAYER + scale]
+        elif kind == "NaN" and nan is None:
+            tensors[LAYER + scale][1] = float("nan")
+        elif kind == "NaN":
+            tensors[LAYER + scale].view(torch.uint8)[1, 1] = nan
+        elif kind == "shape":
+            tensors[LAYER + scale] = tensors[LAYER + scale][1:].contiguous()
+        elif kind == "zero":
+            tensors[LAYER + str(number)].zero_()
+        save_file(tensors, path, {"format": "pt"})
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, path.name)}))
+        return [problem for problem in inspect(folder, values=True).problems if problem.startswith(LAYER)]
+
+    assert any("NaN" in problem or "not positive and finite" in problem for problem in damaged("NaN"))
+    assert any(f"{scale[1:]} is missing" in problem for problem in damaged("missing"))
+    assert any("expect" in problem for problem in damaged("shape"))
+    assert number is None or any("positive" in problem for problem in damaged("zero"))
+
+
+def test_stacks_of_experts(tmp_path: Path) -> None:
+    """gpt-oss: each row is a stack, its shape with the experts in front."""
+    stack = "model.layers.0.mlp.experts.down_proj"
+    tensors = {
+        f"{stack}_blocks": torch.randint(0, 256, (4, 32, 2, 16), dtype=torch.uint8),
+        f"{stack}_scales": torch.randint(100, 140, (4, 32, 2), dtype=torch.uint8),
+        f"{stack}_bias": torch.randn(4, 32),
+        "model.layers.0.mlp.router.weight": torch.randn(4, 64),
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "mxfp4"}}))
+    for damage, message in (("", ""), ("scales", "scales is missing"), ("NaN", "scales hold 1 NaN")):
+        if damage == "NaN":
+            tensors[f"{stack}_scales"][1, 2, 0] = 0xFF
+        kept = {name: tensor for name, tensor in tensors.items() if name != f"{stack}_{damage}"}
+        save_file(kept, tmp_path / "model.safetensors")
+        found = inspect(tmp_path, values=True)
+        assert found.layers[0].name == stack
+        if damage:
+            assert found.problems == [f"{stack}: {problem}" for problem in found.layers[0].problems]
+            assert message in found.problems[0]
+        else:
+            assert (found.format, found.schemes, found.problems) == ("mxfp4", {"mxfp4a16": 1}, [])
+            assert (found.layers[0].shape, found.bits_per_weight) == ((4, 32, 64), 4.25)
+            assert [row.name for row in found.kept] == ["model.layers.0.mlp.router"]
+
+
 def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no folder with a checkpoint"):
         inspect(tmp_path / "nothing")
