@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from fp4.checkpoint import CODECS, Codec, LayerScheme, codec_for
 from fp4.checkpoint.files import INDEX_NAME, Checkpoint, TensorInfo, load, read_header, read_json
@@ -51,13 +52,37 @@ class Conversion:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass
-class _Layer:
-    """One layer of the plan: where it comes from, its scheme on either side, what it becomes."""
+class _Layer(NamedTuple):
+    """One packed layer: what is stored of it, its scheme on either side, and what it becomes, by suffix."""
 
+    stored: Mapping[str, TensorInfo]
     source: LayerScheme
     target: LayerScheme
     specs: dict[str, Spec]
+
+
+class _Shard(NamedTuple):
+    """One file: the packed layers in it, everything else by its new name, and all that is to be written."""
+
+    source: Path
+    layers: list[str]
+    dense: dict[str, TensorInfo]
+    specs: dict[str, Spec]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs.values())
+
+
+@dataclass
+class _Plan:
+    """A conversion that is known to be possible."""
+
+    checkpoint: Checkpoint
+    reader: Codec
+    writer: Codec
+    allow_rounding: bool
+    layers: dict[str, _Layer] = field(default_factory=dict)
 
 
 def convert(
@@ -116,20 +141,21 @@ def convert(
             del checkpoint.tensors[name]
     else:
         require_place(reader.config, cache, to)
-    plan = _plan(reader, writer, groups, allow_rounding, weight_only)
+    plan = _Plan(checkpoint, reader, writer, allow_rounding)
+    plan.layers = _layers(plan, groups, weight_only)
     kept = dense_matrices(checkpoint.tensors, groups)
     if checkpoint.config.get("tie_word_embeddings") and "lm_head" not in groups:
         kept.append("lm_head")  # has no tensor of its own
-    schemes = {layer: planned.target for layer, planned in plan.items()}
+    schemes = {layer: planned.target for layer, planned in plan.layers.items()}
     new_config = writer.configuration(schemes, sorted(set(kept)), {} if weight_only else reader.config)
 
-    result = Conversion(reader.name, to, len(plan), len(kept), len(checkpoint.shards))
-    result.notes = _notes(plan, to)
+    result = Conversion(reader.name, to, len(groups), len(kept), len(checkpoint.shards))
+    result.notes = _notes(plan)
     staging = target.parent / f".{target.name}.converting"
     fingerprint = _fingerprint(checkpoint, to, allow_rounding, weight_only)
     try:
         _prepare(staging, fingerprint)
-        _write_shards(checkpoint, reader, writer, groups, plan, staging, result, allow_rounding, progress)
+        _write_shards(plan, staging, result, progress)
         _write_rest(checkpoint, writer, new_config, staging)
     except ValueError:
         shutil.rmtree(staging, ignore_errors=True)
@@ -142,45 +168,59 @@ def convert(
 # --- planning --------------------------------------------------------------------------------------------------------
 
 
-def _plan(
-    reader: Codec,
-    writer: Codec,
-    groups: Mapping[str, Mapping[str, TensorInfo]],
-    allow_rounding: bool,
-    weight_only: bool,
-) -> dict[str, _Layer]:
+def _layers(plan: _Plan, groups: Mapping[str, Mapping[str, TensorInfo]], weight_only: bool) -> dict[str, _Layer]:
+    """Every layer of ``groups`` as it will be. ValueError naming all that the target cannot hold."""
+    reader, writer = plan.reader, plan.writer
     if not groups:
         raise ValueError(f"the checkpoint has no FP4 layer (no tensor named *{reader.marker})")
-    plan: dict[str, _Layer] = {}
+    layers: dict[str, _Layer] = {}
     problems: dict[str, list[str]] = {}
     for layer, infos in groups.items():
         try:
             stored, scheme = peek(reader, layer, infos)
             becomes = replace(scheme, activations="model") if weight_only else scheme
-            tensors = writer.write(stored, becomes, allow_rounding)
-            plan[layer] = _Layer(scheme, becomes, {suffix: spec_of(tensor) for suffix, tensor in tensors.items()})
+            tensors = writer.write(stored, becomes, plan.allow_rounding)
         except ValueError as error:
             problems.setdefault(str(error), []).append(layer)
+        else:
+            specs = {suffix: spec_of(tensor) for suffix, tensor in tensors.items()}
+            layers[layer] = _Layer(infos, scheme, becomes, specs)
     if problems:
-        count = sum(len(layers) for layers in problems.values())
-        shown = "\n".join(f"  {_name_some(layers)}: {problem}" for problem, layers in list(problems.items())[:20])
+        count = sum(map(len, problems.values()))
+        shown = "\n".join(f"  {_name_some(named)}: {problem}" for problem, named in list(problems.items())[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{count} of {len(groups)} layers cannot be converted to {writer.name}:\n{shown}{more}")
-    return plan
+    return layers
 
 
 def _name_some(layers: list[str]) -> str:
     return layers[0] + (f" and {len(layers) - 1} others" if len(layers) > 1 else "")
 
 
-def _notes(plan: Mapping[str, _Layer], to: str) -> list[str]:
+def _notes(plan: _Plan) -> list[str]:
     notes = []
-    if any(planned.target.activations != planned.source.activations for planned in plan.values()):
+    if any(planned.target.activations != planned.source.activations for planned in plan.layers.values()):
         notes.append("activations stay unquantized (weight-only was asked for)")
-    weights_only = any(planned.target.activations == "model" for planned in plan.values())
-    if to == "fp_quant" and weights_only:
+    weights_only = any(planned.target.activations == "model" for planned in plan.layers.values())
+    if plan.writer.name == "fp_quant" and weights_only:
         notes.append("FP-Quant itself always quantizes activations; fp4 reads activation_dtype: model as W4A16")
     return notes
+
+
+def _shards(plan: _Plan) -> list[_Shard]:
+    """A layer belongs to the file of its marker, wherever its other tensors are."""
+    shards = {path: _Shard(path, [], {}, {}) for path in plan.checkpoint.shards}
+    packed = {info for planned in plan.layers.values() for info in planned.stored.values()}
+    for name, info in plan.checkpoint.tensors.items():
+        if info not in packed:
+            renewed, shard = renamed(name, plan.writer.name), shards[info.file]
+            shard.dense[renewed], shard.specs[renewed] = info, Spec(info.dtype, info.shape)
+    for layer, planned in plan.layers.items():
+        marked = plan.reader.marked
+        file = next(info.file for suffix, info in planned.stored.items() if marked(layer + suffix, info.dtype))
+        shards[file].layers.append(layer)
+        shards[file].specs.update({layer + suffix: spec for suffix, spec in planned.specs.items()})
+    return list(shards.values())
 
 
 def _fingerprint(checkpoint: Checkpoint, *options: object) -> str:
@@ -204,75 +244,43 @@ def _prepare(staging: Path, fingerprint: str) -> None:
         write_json(state, {"fingerprint": fingerprint})
 
 
-def _write_shards(
-    checkpoint: Checkpoint,
-    reader: Codec,
-    writer: Codec,
-    groups: Mapping[str, Mapping[str, TensorInfo]],
-    plan: Mapping[str, _Layer],
-    staging: Path,
-    result: Conversion,
-    allow_rounding: bool,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    owner = {info: layer for layer, infos in groups.items() for info in infos.values()}
-    shards: list[tuple[Path, dict[str, Spec], list[str], dict[str, TensorInfo]]] = []
-    for shard in checkpoint.shards:
-        # A layer belongs to the shard of its marker, wherever its other tensors are.
-        layers = [layer for layer, infos in groups.items() if _marker_of(reader, layer, infos).file == shard]
-        dense = {
-            renamed(name, writer.name): info
-            for name, info in checkpoint.tensors.items()
-            if info.file == shard and info not in owner
-        }
-        specs = {name: Spec(info.dtype, info.shape) for name, info in dense.items()}
-        for layer in layers:
-            specs |= {layer + suffix: spec for suffix, spec in plan[layer].specs.items()}
-        shards.append((staging / shard.name, specs, layers, dense))
-    total = sum(spec.nbytes for _, specs, _, _ in shards for spec in specs.values())
+def _write_shards(plan: _Plan, staging: Path, result: Conversion, progress: Callable[[int, int], None] | None) -> None:
+    shards = _shards(plan)
+    total = sum(shard.nbytes for shard in shards)
     report = progress or (lambda done, total: None)
     report(0, total)
-    for (path, specs, layers, dense), shard in zip(shards, checkpoint.shards, strict=True):
+    for shard in shards:
+        path = staging / shard.source.name
         if path.is_file():
             result.resumed_shards += 1
-            result.bytes_written += sum(spec.nbytes for spec in specs.values())
+            result.bytes_written += shard.nbytes
             report(result.bytes_written, total)
             continue
-        with ShardWriter(path, specs, checkpoint.metadata[shard]) as file:
-            for name, info in dense.items():
+        with ShardWriter(path, shard.specs, plan.checkpoint.metadata[shard.source]) as file:
+            for name, info in shard.dense.items():
                 file.copy(name, info)
-                result.bytes_written += specs[name].nbytes
+                result.bytes_written += info.nbytes
                 report(result.bytes_written, total)
-            for layer in layers:
-                _write_layer(file, layer, reader, writer, groups[layer], plan[layer], allow_rounding)
-                result.bytes_written += sum(spec.nbytes for spec in plan[layer].specs.values())
+            for layer in shard.layers:
+                _write_layer(file, layer, plan)
+                result.bytes_written += sum(spec.nbytes for spec in plan.layers[layer].specs.values())
                 report(result.bytes_written, total)
 
 
-def _marker_of(reader: Codec, layer: str, infos: Mapping[str, TensorInfo]) -> TensorInfo:
-    return next(info for suffix, info in infos.items() if reader.marked(layer + suffix, info.dtype) is not None)
-
-
-def _write_layer(
-    file: ShardWriter,
-    layer: str,
-    reader: Codec,
-    writer: Codec,
-    infos: Mapping[str, TensorInfo],
-    planned: _Layer,
-    allow_rounding: bool,
-) -> None:
+def _write_layer(file: ShardWriter, layer: str, plan: _Plan) -> None:
+    infos, source, target, _ = plan.layers[layer]
+    bulky = [infos[suffix] for suffix in plan.reader.codes if suffix in infos]
     try:
-        if any(infos[suffix].dtype not in ("U8", "F8_E4M3") for suffix in reader.codes if suffix in infos):
-            stored = reader.read({suffix: load(info) for suffix, info in infos.items()}, planned.source)
+        if any(info.dtype not in ("U8", "F8_E4M3") for info in bulky):  # values, that codes must be found for
+            stored = plan.reader.read({suffix: load(info) for suffix, info in infos.items()}, source)
         else:
-            stored, _ = peek(reader, layer, infos, scales=True)
-        written = writer.write(stored, planned.target, allow_rounding)
+            stored, _ = peek(plan.reader, layer, infos, scales=True)
+        written = plan.writer.write(stored, target, plan.allow_rounding)
     except ValueError as error:
         raise ValueError(f"{layer}: {error}") from error
     for suffix, tensor in written.items():
         if tensor.is_meta:  # codes are the same bytes in every format
-            file.copy(layer + suffix, next(infos[codes] for codes in reader.codes if codes in infos))
+            file.copy(layer + suffix, bulky[0])
         else:
             file.write(layer + suffix, tensor)
 
