@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import fp4
 from fp4 import FP4Linear, FPQuantConfig
 from fp4.calibration.data import load_samples
+from fp4.checkpoint.files import Checkpoint
 from fp4.pipeline import Job
+from fp4.pipeline.capture import capture, output_of, result_form
+from fp4.pipeline.skeleton import Skeleton
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -66,6 +69,43 @@ def test_calibrated_checkpoint_loads_and_computes_what_it_should(architecture: s
     assert torch.nn.functional.cosine_similarity(expected.flatten(), found.flatten(), dim=0) > 0.9
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_block_by_block_is_what_the_model_computes(architecture: str, tmp_path: Path, text: Path) -> None:
+    """From the embedding of the samples' rows alone to each block's output, with the arguments that were captured."""
+    model, cpu = save_small(architecture, tmp_path / "model"), torch.device("cpu")
+    ids = torch.stack(load_samples(text, tokenizer(), 2, 32).tokens)
+    skeleton = Skeleton(Checkpoint.open(model), torch.float32)
+    with skeleton.outside_filled(cpu, [ids]):
+        with skeleton.filled(skeleton.blocks[0], cpu):
+            form = result_form(skeleton, ids)
+        captured = capture(skeleton, ids, form)
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        expected = loaded(ids, output_hidden_states=True).hidden_states
+        hidden = captured.hidden
+        for name, call, wanted in zip(skeleton.blocks, captured.calls, expected, strict=False):
+            assert torch.equal(hidden, wanted)
+            with skeleton.filled(name, cpu) as block:
+                hidden = output_of(block.eval()(hidden, *call.args, **call.kwargs))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_default_method_on_every_architecture(architecture: str, tmp_path: Path, text: Path) -> None:
+    """It rewrites norms and neighbouring layers, which each architecture connects in its own way."""
+    model = save_small(architecture, tmp_path / "model")
+    few = {"samples": 3, "seq_len": 32, "device": "cpu"}
+    fp4.quantize(model, tmp_path / "out", "nvfp4a16", "best", text, **few)
+    fp4.quantize(model, tmp_path / "rounded", "nvfp4a16", "rtn", text, **few)
+    ids = torch.stack(load_samples(text, tokenizer(), 3, 32).tokens)
+    logits = []
+    for folder in (model, tmp_path / "out", tmp_path / "rounded"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits.append(loaded(ids).logits)
+    errors = [float((found - logits[0]).norm() / logits[0].norm()) for found in logits[1:]]
+    assert errors[0] < errors[1]
+
+
 def test_input_scales_come_from_the_quantized_prefix(tmp_path: Path, text: Path) -> None:
     """The block before is the quantized one: computed once more by the loaded checkpoint, the ranges are the same."""
     model = save_small("llama", tmp_path / "model", torch.float32)
@@ -99,20 +139,26 @@ def test_vision_tower_is_kept(tmp_path: Path, text: Path) -> None:
     assert sum(isinstance(module, FP4Linear) for module in loaded.modules()) == 21
 
 
-def test_fused_layers_share_their_global_scale(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "method"),
+    [("nvfp4a16", "rtn"), ("nvfp4", "rtn"), ("nvfp4", "gptq"), ("nvfp4", "autoround"), ("nvfp4", "best")],
+)
+def test_fused_layers_share_their_global_scale(scheme: str, method: str, tmp_path: Path, text: Path) -> None:
     model = save_small("llama", tmp_path / "model")
-    for scheme, options in (("nvfp4a16", {}), ("nvfp4", {"samples": 2, "seq_len": 32})):
-        fp4.quantize(model, tmp_path / scheme, scheme, "rtn", text, **options)
-        tensors = tensors_of(tmp_path / scheme)
-        for names in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
-            scales = {float(tensors[f"model.layers.1.{name}.weight_global_scale"]) for name in names}
-            assert len(scales) == 1
+    few = {"samples": 2, "seq_len": 32, "device": "cpu", "options": {"iters": 2} if method == "autoround" else None}
+    fp4.quantize(model, tmp_path / "out", scheme, method, text, **few)
+    tensors = tensors_of(tmp_path / "out")
+    for names in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        for what in ("weight_global_scale", *(["input_global_scale"] if scheme == "nvfp4" else [])):
+            assert len({float(tensors[f"model.layers.1.{name}.{what}"]) for name in names}) == 1
 
 
 @pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp4a16", "fp8_dynamic", "nvfp4a8"])
 def test_every_scheme_loads_in_its_default_format(scheme: str, tmp_path: Path, text: Path) -> None:
     model = save_small("llama", tmp_path / "model")
     report = fp4.quantize(model, tmp_path / "out", scheme, "rtn", text, samples=2, seq_len=32)
+    expected = {"mxfp4": "fp_quant", "mxfp4a16": "fp_quant", "nvfp4a8": "modelopt"}
+    assert report["format"] == expected.get(scheme, "compressed-tensors")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     with torch.no_grad():

@@ -177,6 +177,8 @@ class Skeleton:
             for key in empty:
                 setattr(module, key, torch.empty_like(getattr(module, key), device=device))
             if empty:
+                for value in module.parameters(recurse=False):
+                    setattr(value, "_is_hf_initialized", True)  # noqa: B010  (Transformers leaves such ones alone)
                 self.model._init_weights(module)
         missing = [key for key, value in part.named_parameters(recurse=recurse) if value.is_meta]
         if missing:
