@@ -130,6 +130,53 @@ def test_files_and_folders_without_a_recipe(tmp_path: Path) -> None:
         assert set(decoded(load_samples(tmp_path / name, tokenizer(), 30))) == expected
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "arrow", "txt"])
+def test_files_of_every_kind_in_a_recipe(kind: str, tmp_path: Path) -> None:
+    import datasets
+
+    made = datasets.Dataset.from_list(sentences(12))
+    if kind == "txt":
+        (tmp_path / "rows.txt").write_text("\n\n".join(str(row["text"]) for row in sentences(12)))
+    elif kind == "arrow":
+        made.save_to_disk(str(tmp_path / "saved"))
+        next((tmp_path / "saved").glob("*.arrow")).rename(tmp_path / "rows.arrow")
+    else:
+        write = {"csv": made.to_csv, "parquet": made.to_parquet}.get(kind, made.to_json)
+        write(str(tmp_path / f"rows.{kind}"))
+    (tmp_path / "r.yaml").write_text(f"datasets: [{{path: rows.{kind}}}]\n")
+    samples = load_samples(tmp_path / "r.yaml", tokenizer())
+    assert sorted(decoded(samples)) == sorted(str(row["text"]) for row in sentences(12))
+    assert "12 samples" in samples.warnings[0]
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_split_is_chosen_and_a_wrong_one_named(streaming: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder/train.jsonl", [{"text": "training " * 4}] * 9)
+    write_jsonl(tmp_path / "folder/test.jsonl", [{"text": "testing " * 4}] * 9)
+    recipe = "datasets: [{path: folder, split: %s, streaming: %s}]\ncalibration: {max_samples: 4}\n"
+    for split, word in (("test", "testing"), ("train", "training")):
+        (tmp_path / "r.yaml").write_text(recipe % (split, streaming))
+        assert all(text.startswith(word) for text in decoded(load_samples(tmp_path / "r.yaml", tokenizer())))
+    (tmp_path / "r.yaml").write_text(recipe % ("tests", streaming))
+    with pytest.raises(ValueError, match=r"no split 'tests'; its splits are .*train"):
+        load_samples(tmp_path / "r.yaml", tokenizer())
+
+
+def test_what_is_kept_is_the_beginning_of_one_random_order(tmp_path: Path) -> None:
+    """Trimmed to exactly ``max_samples``, fewer are the first of more where the rows that are drawn are the same."""
+    write_jsonl(tmp_path / "a.jsonl", sentences(40))
+    recipe = "datasets: [{path: a.jsonl}]\ncalibration: {max_samples: %d, oversample_ratio: %g, seed: 7}\n"
+    found = []
+    for count, ratio in ((30, 1), (20, 1.5), (6, 5)):
+        (tmp_path / "r.yaml").write_text(recipe % (count, ratio))
+        found.append(decoded(load_samples(tmp_path / "r.yaml", tokenizer())))
+        assert len(found[-1]) == count
+    assert found[1] == found[0][:20]
+    assert found[2] == found[0][:6]
+    assert found[0] != sorted(found[0])
+
+
 def test_no_sample_is_long_enough(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"text": "hi"}] * 5)
     with pytest.raises(ValueError, match=r"gave no sample of at least 16 tokens"):
