@@ -137,10 +137,10 @@ def load(info: TensorInfo) -> Tensor:
     dtype = DTYPES[info.dtype]
     if not info.nbytes:
         return torch.empty(info.shape, dtype=dtype)
-    buffer = bytearray(info.nbytes)
+    buffer = torch.empty(info.nbytes, dtype=torch.uint8)
     with info.file.open("rb", buffering=0) as file:
-        fill(memoryview(buffer), file, info.start)
-    return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(info.shape)
+        fill(buffer.numpy().data, file, info.start)
+    return buffer.view(dtype).reshape(info.shape)
 
 
 def fill(buffer: memoryview, file: FileIO, start: int) -> None:

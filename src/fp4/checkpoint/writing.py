@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
@@ -44,8 +45,8 @@ def spec_of(tensor: Tensor) -> Spec:
 class ShardWriter:
     """Writes one safetensors file whose tensors are known beforehand, in any order, each as soon as it is there.
 
-    A context manager: the file is written under a temporary name and, complete at the end, made durable and given its
-    own. Where anything fails, nothing of it stays.
+    Several threads may write at once. A context manager: the file is written under a temporary name and, complete at
+    the end, made durable and given its own. Where anything fails, nothing of it stays.
 
     Raises:
         RuntimeError: at the end, some tensors were not written.
@@ -58,7 +59,7 @@ class ShardWriter:
         self._specs = dict(specs)
         self._left = set(specs)
         self._file = self._temporary.open("wb", buffering=0)
-        self._buffer = memoryview(bytearray(_PIECE))
+        self._writing = threading.Lock()
         self._put(header, 0)
         self._file.truncate(len(header) + sum(spec.nbytes for spec in specs.values()))
 
@@ -74,17 +75,19 @@ class ShardWriter:
     def copy(self, name: str, info: TensorInfo) -> None:
         """Put the bytes of a tensor of another file in its place."""
         position, left = self._offsets[name], info.nbytes
+        buffer = memoryview(bytearray(_PIECE))
         with info.file.open("rb", buffering=0) as source:
             while left:
-                piece = self._buffer[: min(left, _PIECE - position % _PIECE)]
+                piece = buffer[: min(left, _PIECE - position % _PIECE)]
                 fill(piece, source, info.end - left)
                 self._put(piece, position)
                 position, left = position + len(piece), left - len(piece)
         self._left.discard(name)
 
     def _put(self, data: bytes | memoryview, position: int) -> None:
-        self._file.seek(position)
-        write_all(self._file, data)
+        with self._writing:
+            self._file.seek(position)
+            write_all(self._file, data)
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -16,8 +16,13 @@ from fp4.scheme import Scheme
 from fp4.tool_rules import TOOL_RULES, tool_global_scale, tool_quantize
 
 
-def global_scale_of(weight: Tensor, scheme: Scheme, rotation: Tensor | None = None) -> Tensor | None:
-    """The global scale that :func:`rtn` takes for ``weight`` ``[..., N, K]``: float64 ``[...]``, None for none."""
+def global_scale_of(
+    weight: Tensor, scheme: Scheme, rotation: Tensor | None = None, largest: Tensor | None = None
+) -> Tensor | None:
+    """The global scale that :func:`rtn` takes for ``weight`` ``[..., N, K]``: float64 ``[...]``, None for none.
+
+    ``largest`` is the largest magnitude ``[...]`` of what is rounded, where it is known.
+    """
     if scheme.global_scale is not None:
         return torch.full(weight.shape[:-2], scheme.global_scale, dtype=torch.float64, device=weight.device)
     if not scheme.format.needs_global_scale:
@@ -26,7 +31,8 @@ def global_scale_of(weight: Tensor, scheme: Scheme, rotation: Tensor | None = No
         weight = rotate(weight, rotation)
     if scheme.weight_rule in TOOL_RULES:
         return tool_global_scale(weight, scheme.format, scheme.weight_rule)
-    largest = backends.for_device(weight.device).largest_magnitude(weight)
+    if largest is None:
+        largest = backends.for_device(weight.device).largest_magnitude(weight)
     return weight_scale(largest, scheme)
 
 
@@ -46,12 +52,13 @@ def rtn(
         ValueError: ``weight`` holds NaN or infinity; the message names it ``name``.
     """
     backend = backends.for_device(weight.device)
-    if not bool(torch.isfinite(backend.largest_magnitude(weight)).all()):
+    largest = backend.largest_magnitude(weight)
+    if not bool(torch.isfinite(largest).all()):
         require_finite(weight, name)
     if rotation is not None:
         weight = rotate(weight, rotation)
     if global_scale is None:
-        global_scale = global_scale_of(weight, scheme)
+        global_scale = global_scale_of(weight, scheme, largest=largest if rotation is None else None)
     if scheme.weight_rule in TOOL_RULES:
         return tool_quantize(weight, scheme.format, scheme.weight_rule, global_scale)
     if scheme.block_size in (0, scheme.format.block_size):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,22 +43,59 @@ class _Unit:
     nbytes: int
 
 
+class _Room:
+    """Bytes that the workers may hold together; one of them may hold more where it is alone."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes, self.held = nbytes, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, nbytes: int) -> Iterator[None]:
+        """Waits for so much room, and has it within the context."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self.held or self.held + nbytes <= self.nbytes)
+            self.held += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.held -= nbytes
+                self._changed.notify_all()
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that read, round and write at once, one more than there are cores because one is likely to wait.
+
+    Each computes by itself: threads of its own would only take the cores from the others, while they wait for work too.
+    """
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads + 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+
+
 class StreamedRounding:
     """Rounds the planned layers of a checkpoint shard by shard, each output file named as its source.
 
-    Weights that share a global scale are read together, and the next ones while these are rounded, as long as no more
-    than twice the largest tensor of the checkpoint is held. What was rounded is written while the next layer is.
+    Several units are worked on at once, each by one thread from reading to writing, as long as no more than twice the
+    largest tensor of the checkpoint is held; units of the next shard while what was written of one reaches the disk.
     """
 
     def __init__(self, skeleton: Skeleton, plan: LayerPlan, codec: Codec, staging: Staging, progress: Progress) -> None:
         self.skeleton, self.plan, self.codec, self.staging, self.progress = skeleton, plan, codec, staging, progress
         self.tensors = skeleton.checkpoint.tensors
         self.experts = ExpertReader(skeleton)
-        self.limit = 2 * max(info.nbytes for info in self.tensors.values())
+        self.room = _Room(2 * max(info.nbytes for info in self.tensors.values()))
         #: Of each stack, a stored tensor of the first matrix.
         self.first_keys = {layer.stack: layer.keys[0] for layer in reversed(plan.layers.values()) if layer.stack}
         self.done = 0
         self.total = sum(info.nbytes for info in self.tensors.values())
+        self._counting, self._filling = threading.Lock(), threading.Lock()
 
     def run(self) -> list[dict[str, object]]:
         """Write every shard that is not there yet; returns the report's rows of all layers.
@@ -63,21 +103,30 @@ class StreamedRounding:
         Raises:
             ValueError: a weight holds NaN or infinity; the message names it.
         """
-        rows: list[dict[str, object]] = []
-        for number, shard in enumerate(self.skeleton.checkpoint.shards):
-            note = f"shard-{number:05}.json"
-            found = self.staging.read(note)
-            if found is None or not (self.staging.folder / shard.name).is_file():
-                found = {"layers": self._write(shard)}
-                self.staging.note(note, found)
-            else:
-                self.done += sum(info.nbytes for info in self.tensors.values() if info.file == shard)
-            rows += found["layers"]
-            self.progress("rounding", self.done, self.total)
+        with _workers() as pool, ThreadPoolExecutor(2) as shards:
+            try:
+                numbered = enumerate(self.skeleton.checkpoint.shards)
+                each = [shards.submit(self._shard, pool, number, shard) for number, shard in numbered]
+                rows = [row for future in each for row in future.result()]
+            except BaseException:
+                shards.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         order = {name: number for number, name in enumerate(self.plan.layers)}
         return sorted(rows, key=lambda row: order[str(row["name"])])
 
-    def _write(self, shard: Path) -> list[dict[str, object]]:
+    def _shard(self, pool: ThreadPoolExecutor, number: int, shard: Path) -> list[dict[str, object]]:
+        note = f"shard-{number:05}.json"
+        found = self.staging.read(note)
+        if found is None or not (self.staging.folder / shard.name).is_file():
+            found = {"layers": self._write(pool, shard)}
+            self.staging.note(note, found)
+        else:
+            self._advance(sum(info.nbytes for info in self.tensors.values() if info.file == shard))
+        rows: list[dict[str, object]] = found["layers"]
+        return rows
+
+    def _write(self, pool: ThreadPoolExecutor, shard: Path) -> list[dict[str, object]]:
         layers = {layer.name: layer for layer in self.plan.layers.values() if self._home(layer) == shard}
         used = {key for layer in self.plan.layers.values() for key in layer.keys}
         copied = [name for name, info in self.tensors.items() if info.file == shard and name not in used]
@@ -85,24 +134,23 @@ class StreamedRounding:
         for layer in layers.values():
             specs |= planned_specs(self.codec, layer, self._dtype(layer))
         metadata = self.skeleton.checkpoint.metadata[shard] or {"format": "pt"}
-        rows: list[dict[str, object]] = []
         complete = StoredTensors(self.codec)
-        # The thread ends before the file does, in whatever way.
-        with ShardWriter(self.staging.folder / shard.name, specs, metadata) as file, ThreadPoolExecutor(1) as writer:
-            for name in copied:
-                file.copy(name, self.tensors[name])
-                self._advance(self.tensors[name].nbytes)
-            behind: Future[None] | None = None
-            for unit, weights in self._read_ahead(self._units(layers)):
-                for layer, stored, row in self._round(unit, weights, set(layers)):
-                    if behind is not None:
-                        behind.result()  # one layer waits to be written, no more
-                    behind = writer.submit(_write_all, file, complete.of(layer, stored))
-                    rows.append(row)
-                    self._advance(self._nbytes(layer))
-            if behind is not None:
-                behind.result()
-        return rows
+        with ShardWriter(self.staging.folder / shard.name, specs, metadata) as file:
+            copies = [pool.submit(self._copy, file, name) for name in copied]
+            units = [pool.submit(self._round, file, complete, unit, set(layers)) for unit in self._units(layers)]
+            try:
+                for copy in copies:
+                    copy.result()
+                return [row for unit in units for row in unit.result()]
+            except BaseException:
+                # The file may not be closed while it is written.
+                everything: list[Future[Any]] = [*copies, *units]
+                wait([future for future in everything if not future.cancel()])
+                raise
+
+    def _copy(self, file: ShardWriter, name: str) -> None:
+        file.copy(name, self.tensors[name])
+        self._advance(self.tensors[name].nbytes)
 
     def _nbytes(self, layer: PlannedLayer) -> int:
         """What is read of the checkpoint for one layer."""
@@ -127,69 +175,54 @@ class StreamedRounding:
             units[names] = _Unit(members, size)
         return list(units.values())
 
-    def _read_ahead(self, units: Sequence[_Unit]) -> Iterator[tuple[_Unit, list[Tensor] | None]]:
-        """Each unit with its weights, or None where they do not fit into memory together."""
-        with ThreadPoolExecutor(1) as reader:
-            ahead: Future[list[Tensor]] | None = None
-            for number, unit in enumerate(units):
-                weights = None
-                if ahead is not None:
-                    weights = ahead.result()
-                elif unit.nbytes <= self.limit:
-                    weights = [self._weight(layer) for layer in unit.layers]
-                following = units[number + 1] if number + 1 < len(units) else None
-                fits = following is not None and following.nbytes + unit.nbytes <= self.limit and self._plain(following)
-                ahead = None
-                if fits and following is not None:
-                    ahead = reader.submit(lambda layers: [self._weight(layer) for layer in layers], following.layers)
-                yield unit, weights
-                del weights
-
-    def _plain(self, unit: _Unit) -> bool:
-        return all(layer.key is not None for layer in unit.layers)
-
     def _weight(self, layer: PlannedLayer) -> Tensor:
         if layer.key is not None:
             return load(self.tensors[layer.key])
-        if layer.expert is not None:
-            return self.experts.read(layer.expert)
-        # Made out of other tensors, by Transformers.
-        self.skeleton.fill(list(layer.keys), torch.device("cpu"))
-        module = self.skeleton.model.get_submodule(layer.name)
-        weight: Tensor = module.get_parameter("weight").data
-        module.to_empty(device="meta")
-        return weight
+        with self._filling:
+            if layer.expert is not None:
+                return self.experts.read(layer.expert)
+            # Made out of other tensors, by Transformers.
+            self.skeleton.fill(list(layer.keys), torch.device("cpu"))
+            module = self.skeleton.model.get_submodule(layer.name)
+            weight: Tensor = module.get_parameter("weight").data
+            module.to_empty(device="meta")
+            return weight
 
     def _round(
-        self, unit: _Unit, weights: list[Tensor] | None, here: set[str]
-    ) -> Iterator[tuple[PlannedLayer, StoredLinear, dict[str, object]]]:
-        """Each layer of the unit that is stored in this shard, quantized, with its row of the report."""
-        shared = None
-        if len(unit.layers) > 1:
-            each = (self._weight(layer) for layer in unit.layers) if weights is None else weights
-            own = [_global_scale(weight, layer) for weight, layer in zip(each, unit.layers, strict=True)]
-            shared = torch.stack([scale for scale in own if scale is not None]).amax()
-        for number, layer in enumerate(unit.layers):
-            if layer.name not in here:
-                continue  # fused with this one, but stored in another file
-            started = time.perf_counter()
-            weight = self._weight(layer) if weights is None else weights[number]
-            try:
-                quantized = quantize_weight(weight, layer, shared)
-            except ValueError as error:
-                raise ValueError(f"{layer.name}: {error}") from error
-            statistics = sampled_statistics(weight, quantized, rotation_of(layer))
-            row = layer_row(layer, statistics, layer.scheme.weight_rule, None, time.perf_counter() - started)
-            yield layer, StoredLinear(quantized, None, rotation_of(layer)), row
+        self, file: ShardWriter, complete: StoredTensors, unit: _Unit, here: set[str]
+    ) -> list[dict[str, object]]:
+        """Round and write the layers of the unit that are stored in this shard; returns their rows of the report."""
+        rows = []
+        with self.room.taken(unit.nbytes):
+            # Weights that do not fit into memory together are read once more.
+            fits = unit.nbytes <= self.room.nbytes
+            weights = {layer.name: self._weight(layer) for layer in unit.layers} if fits else {}
+            shared = None
+            if len(unit.layers) > 1:
+                each = (weights[layer.name] if fits else self._weight(layer) for layer in unit.layers)
+                own = [_global_scale(weight, layer) for weight, layer in zip(each, unit.layers, strict=True)]
+                shared = torch.stack([scale for scale in own if scale is not None]).amax()
+            for layer in unit.layers:
+                if layer.name not in here:
+                    continue  # fused with these, but stored in another file
+                started = time.perf_counter()
+                weight = weights.pop(layer.name) if fits else self._weight(layer)
+                try:
+                    quantized = quantize_weight(weight, layer, shared)
+                except ValueError as error:
+                    raise ValueError(f"{layer.name}: {error}") from error
+                for name, tensor in complete.of(layer, StoredLinear(quantized, None, rotation_of(layer))).items():
+                    file.write(name, tensor)
+                statistics = sampled_statistics(weight, quantized, rotation_of(layer))
+                taken = time.perf_counter() - started
+                rows.append(layer_row(layer, statistics, layer.scheme.weight_rule, None, taken))
+                self._advance(self._nbytes(layer))
+        return rows
 
     def _advance(self, nbytes: int) -> None:
-        self.done += nbytes
-        self.progress("rounding", self.done, self.total)
-
-
-def _write_all(file: ShardWriter, tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        file.write(name, tensor)
+        with self._counting:
+            self.done += nbytes
+            self.progress("rounding", self.done, self.total)
 
 
 def _tiles(weight: Tensor) -> list[slice]:
