@@ -29,8 +29,8 @@ from fp4.report.layer_stats import LayerStatistics, layer_statistics
 
 Progress = Callable[[str, int, int], None]
 
-# A rotated weight is float32; that many elements of it are in memory at a time.
-_TILE_ELEMENTS = 1 << 24
+# A rotated weight is float32; each thread holds that many elements of it at a time.
+_TILE_ELEMENTS = 1 << 22
 # Statistics of the report are taken of about this many elements of a weight, since all would take longer than rounding.
 _SAMPLED_ELEMENTS = 1 << 15
 
