@@ -15,7 +15,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear
+from fp4.checkpoint import CODECS, LayerScheme, StoredLinear
 from fp4.checkpoint.codec import name_rotation
 from fp4.checkpoint.files import TensorInfo
 from fp4.checkpoint.fp_quant import FPQuantCodec
@@ -26,8 +26,9 @@ from fp4.nn import FP4Experts, FP4Linear, PackedWeight, swap_experts, swap_linea
 from fp4.nn.layout import ExpertsLayout
 from fp4.quantizer import parallel_plan, stacking
 from fp4.quantizer.checkpoint_config import CheckpointConfig
-from fp4.quantizer.coverage import Coverage, coverage_of
-from fp4.quantizer.loading import ReadLayer, RoundToNearest, SharedScale, reads_layers
+from fp4.quantizer.coverage import coverage_of
+from fp4.quantizer.loading import ReadLayer, RoundToNearest, reads_layers
+from fp4.quantizer.packing import Packing, SharedScale
 from fp4.quantizer.saving import save_atomically
 from fp4.quantizer.weight_files import read_headers, require_inside
 from fp4.scheme import Scheme
@@ -38,11 +39,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fp4")
 
 
-class FPQuantHfQuantizer(HfQuantizer):
+class FPQuantHfQuantizer(Packing, HfQuantizer):
     """Runs models in packed FP4 on any device: quantizes while loading, or reads and writes fp_quant checkpoints."""
 
     requires_calibration = False
-    quantization_config: FPQuantConfig | CheckpointConfig
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         if not isinstance(quantization_config, FPQuantConfig):
@@ -54,36 +54,6 @@ class FPQuantHfQuantizer(HfQuantizer):
         if quantization_config.store_master_weights:
             self.pre_quantized = False  # such a checkpoint holds the unquantized weights
         self._reset(FPQuantCodec(quantization_config.to_dict()))
-
-    def _reset(self, codec: Codec) -> None:
-        #: Reads and writes the stored tensors.
-        self.codec = codec
-        #: What went wrong with which layer while loading; reported together, after the last one.
-        self.problems: dict[str, str] = {}
-        self.loaded: set[str] = set()
-        #: Groups of layers that share a global scale, by each of their names.
-        self.sharing: dict[str, SharedScale] = {}
-        #: Experts modules, and what checkpoints call the matrices of an expert of each.
-        self.experts: dict[str, FP4Experts] = {}
-        self.expert_names: dict[str, dict[str, str]] = {}
-        #: What checkpoints call the layers of stacks, by projection, for families that have such.
-        self.stack_names: dict[str, dict[str, str]] = {}
-        #: Projections of experts that the checkpoint stores as stacks, though its format can store single matrices.
-        self.stacked: set[str] = set()
-        #: What the checkpoint holds packed of experts, and the module of each.
-        self.packed_experts: dict[str, str] = {}
-        #: Which share of the model's parameters is quantized, to what, and why the others are not.
-        self.report: Coverage | None = None
-
-    def stored_scheme(self, layer: str, runs: Scheme) -> LayerScheme:
-        """How the tensors of ``layer`` are stored, which runs by scheme ``runs``."""
-        if isinstance(self.quantization_config, CheckpointConfig):
-            scheme = self.codec.scheme(layer)
-            if scheme is None:
-                raise ValueError("it is packed, but the configuration says that it is not quantized")
-            return scheme
-        fp8 = runs.input_format is FP8
-        return LayerScheme(runs.format, "model" if runs.activations == "model" else "fp8" if fp8 else "fp4")
 
     # --- before the weights are read
 

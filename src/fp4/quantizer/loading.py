@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,28 +12,18 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from fp4.methods.rtn import global_scale_of
 from fp4.nn import FP4Experts, FP4Linear, PackedWeight
+from fp4.quantizer.packing import Packing
 from fp4.rotation import share
-
-if TYPE_CHECKING:
-    from fp4.quantizer.fp_quant import FPQuantHfQuantizer
 
 
 class LoadOp(ConversionOps):
     """Makes the canonical parameters of one layer; what goes wrong is noted with the quantizer, by layer."""
 
-    def __init__(self, quantizer: FPQuantHfQuantizer) -> None:
+    def __init__(self, quantizer: Packing) -> None:
         self.hf_quantizer = quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadOp:
         return self  # Transformers copies a converter for every layer; all of them report to the one quantizer
-
-
-@dataclass
-class SharedScale:
-    """Layers that are to have one global scale, and the dense weights of those that have been read."""
-
-    layers: list[str]
-    waiting: dict[str, Tensor] = field(default_factory=dict)
 
 
 class RoundToNearest(LoadOp):

@@ -22,12 +22,11 @@ from fp4.formats import QuantizedTensor
 from fp4.nn import FP4Experts, FP4GroupedLinear
 from fp4.nn.layout import GATE_UP, ExpertsLayout
 from fp4.quantizer.loading import LoadOp, expect
+from fp4.quantizer.packing import Packing
 from fp4.rotation import share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from fp4.quantizer.fp_quant import FPQuantHfQuantizer
 
 # From the end of the name of an experts module on: an expert's number and matrix, or a stack of all of them.
 _EXPERT = re.compile(r"(?<=\.experts)\.(\d+\.)?\w+$")
@@ -177,7 +176,7 @@ class ReadExperts(LoadOp):
         return stack([codec.read(own, scheme, (rows, columns)) for own in each])
 
 
-def scheme_of_stack(quantizer: FPQuantHfQuantizer, module: str, projection: str, experts: FP4Experts) -> LayerScheme:
+def scheme_of_stack(quantizer: Packing, module: str, projection: str, experts: FP4Experts) -> LayerScheme:
     """How a stack is stored; a configuration may name it as the model or the checkpoint does, or its matrices."""
     matrix = quantizer.expert_names[module][experts.layout.parts(projection)[0]]
     own = quantizer.stack_names[module].get(projection, f"{module}.{projection}")
@@ -286,7 +285,7 @@ class ExpertsConverter(WeightConverter):
         self.layer_targets[target_key].add(source_key)
 
 
-def layers_of(quantizer: FPQuantHfQuantizer, name: str) -> Iterator[tuple[str, FP4GroupedLinear]]:
+def layers_of(quantizer: Packing, name: str) -> Iterator[tuple[str, FP4GroupedLinear]]:
     """Every matrix of every expert of the module ``name``, as checkpoints call it, and the projection it is part of.
 
     So do loaders (vLLM's) ask for them even where a stack of them is stored, whose own name is given as well.
@@ -300,7 +299,7 @@ def layers_of(quantizer: FPQuantHfQuantizer, name: str) -> Iterator[tuple[str, F
             yield quantizer.stack_names[name][child], projection
 
 
-def write(quantizer: FPQuantHfQuantizer, name: str) -> dict[str, Tensor]:
+def write(quantizer: Packing, name: str) -> dict[str, Tensor]:
     """The tensors to store for one packed projection: expert by expert, or stacks where these were read."""
     module, _, child = name.rpartition(".")
     experts, names = quantizer.experts[module], quantizer.expert_names[module]
