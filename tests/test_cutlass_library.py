@@ -230,7 +230,7 @@ def test_registers_do_not_spill() -> None:
         used = re.search(r"REG:\d+ STACK:(\d+)", line)
         if used:
             frames[int(used[1])] += 1
-            # Two kernels do, a little: splitting K on sm_120a, and the rotation by 32 of 16-bit NVFP4 activations.
-            known = 8 if "StreamK" in name else 24 if re.search("rotate_blocks.*Li16ELi32ELb0", name) else 0
+            # CUTLASS's own kernel that splits K does on sm_120a, by two registers: 384 threads leave 168 to each.
+            known = 8 if "StreamK" in name else 0
             assert int(used[1]) <= known, name
     assert sum(frames.values()) > 20

@@ -108,7 +108,7 @@ def compile_quantize(capability: int, mx: bool, rule: str, mode: int, group: int
         "BR": rows, "BC": columns,
     }  # fmt: skip
     codes = mode in (CANONICAL.value, INTERLEAVED.value)
-    types = dict.fromkeys(_quantize.arg_names, "i32") | {"x": "*bf16", "codes": "*u8" if codes else "*bf16"}
+    types = dict.fromkeys(_quantize.arg_names, "i32") | {"x": "*bf16", "codes": "*u32" if codes else "*bf16"}
     types |= {"rotation": "*fp32", "unit": "*fp64", "partial": "*i32", "taken_unit": "*fp64", "scales": "*u8"}
     absent = {"rotation": not group, "unit": mx or dynamic, "partial": not dynamic, "taken_unit": not dynamic}
     constants |= dict.fromkeys([name for name, missing in (absent | {"scales": not codes}).items() if missing])

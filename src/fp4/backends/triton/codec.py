@@ -34,19 +34,17 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def e2m1_code(quotient):
-    """Nearest code, ties to even, saturating: float32 -> int32 in 0..15; 0 for NaN.
+def _e2m1_magnitude(quotient):
+    """Nearest code, ties to even, saturating: float32 >= 0 -> int32 whose lowest three bits it is. NaN gives any.
 
     Adding 2**(e + 22) to a number of exponent e leaves its multiple of 2**(e - 1), rounded to nearest even, in the
-    lowest bits; codes count exactly those multiples, with e = 0 below 2.
+    lowest bits; codes count exactly those multiples, with e = 0 below 2, from 2 e on. The exponent of the sum, e + 149,
+    shifted to count twice, brings those along.
     """
-    magnitude = tl.minimum(tl.abs(quotient), 6.0)
-    exponent = tl.maximum(magnitude, 1.0).to(tl.int32, bitcast=True) & 0x7F800000
-    magic = (exponent + (22 << 23)).to(tl.float32, bitcast=True)
-    multiple = (magnitude + magic).to(tl.int32, bitcast=True) & 7
-    sign = (quotient.to(tl.int32, bitcast=True) >> 28) & 8
-    code = (multiple + (exponent >> 22) - 254) | sign
-    return tl.where(quotient == quotient, code, 0)
+    magnitude = tl.minimum(quotient, 6.0)
+    power = (tl.maximum(magnitude, 1.0).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    bits = tl.fma(power, 4194304.0, magnitude).to(tl.int32, bitcast=True)
+    return (bits >> 22) + bits - 298
 
 
 @triton.jit
@@ -97,10 +95,44 @@ def effective_scale(byte, unit, MX: tl.constexpr):
 
 
 @triton.jit
-def encode(blocks, effective):
-    """Codes int32 ``[R, C, B]`` of float32 blocks under effective scales ``[R, C]``: IEEE quotients, rounded."""
-    divisor = tl.where(effective == 0.0, float("inf"), effective)
-    return e2m1_code(tl.div_rn(blocks, divisor[:, :, None]))
+def _quotients(blocks, effective, POWER: tl.constexpr):
+    """``|blocks| / effective`` ``[R, C, B]`` under positive, finite scales ``[R, C]``, rounded as IEEE division does.
+
+    POWER: scales are powers of two. Otherwise the quotient from the rounded reciprocal is corrected twice by its exact
+    remainder (Markstein, IBM J. Res. Dev. 34 (1990), theorem 8.1), as in csrc/cuda/numerics.h, which says more; where
+    E2M1 saturates, so may the quotient.
+    """
+    magnitude = tl.abs(blocks)
+    if INTERPRETED:  # it rounds a fused multiply-add twice
+        return tl.div_rn(magnitude, effective[:, :, None])
+    elif POWER:
+        bits = effective.to(tl.int32, bitcast=True)
+        reciprocal = tl.where(bits == 0x00400000, 0x7F000000, 0x7F000000 - bits).to(tl.float32, bitcast=True)
+        return magnitude * reciprocal[:, :, None]
+    else:
+        # Remainders must not underflow, nor reciprocals overflow.
+        factor = tl.where(effective < 2.0**-80, 2.0**96, tl.where(effective > 2.0**80, 2.0**-96, 1.0))
+        scale = effective * factor
+        reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, :, None]
+        top = tl.minimum(magnitude * factor[:, :, None], (scale * 8.0)[:, :, None])
+        scale = tl.broadcast_to(scale[:, :, None], top.shape)
+        reciprocal = tl.broadcast_to(reciprocal, top.shape)
+        quotient = top * reciprocal
+        quotient = tl.fma(tl.fma(-quotient, scale, top), reciprocal, quotient)
+        return tl.fma(tl.fma(-quotient, scale, top), reciprocal, quotient)
+
+
+@triton.jit
+def encode(blocks, effective, POWER: tl.constexpr):
+    """Codes int32 ``[R, C, B]`` of float32 blocks under effective scales ``[R, C]``: IEEE quotients, rounded.
+
+    A scale that underflowed or overflowed leaves only signs, one that is NaN nothing.
+    """
+    usable = (effective > 0.0) & (effective < float("inf"))
+    quotient = _quotients(blocks, tl.where(usable, effective, 1.0), POWER)
+    kept = tl.where(usable, 7, 0)[:, :, None]
+    sign = tl.where(effective == effective, 8, 0)[:, :, None]
+    return (_e2m1_magnitude(quotient) & kept) | ((blocks.to(tl.int32, bitcast=True) >> 28) & sign)
 
 
 @triton.jit
@@ -120,7 +152,7 @@ def sum_by_halving(x):
 def squared_error(blocks, byte, unit, MX: tl.constexpr):
     """float32 ``[R, C]``: the squared rounding error of blocks under a scale."""
     effective = effective_scale(byte, unit, MX)
-    error = e2m1_value(encode(blocks, effective)) * effective[:, :, None] - blocks
+    error = e2m1_value(encode(blocks, effective, MX and unit is None)) * effective[:, :, None] - blocks
     return sum_by_halving(error * error)
 
 

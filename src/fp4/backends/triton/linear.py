@@ -12,7 +12,7 @@ from torch import Tensor
 from fp4.backends.base import expert_of_rows
 from fp4.backends.triton import layout
 from fp4.backends.triton.matmul import add_partial_sums, multiply
-from fp4.backends.triton.quantize import INTERLEAVED, VALUES, quantize_activation, rotate
+from fp4.backends.triton.quantize import INTERLEAVED, VALUES, processors, quantize_activation, rotate
 from fp4.backends.triton.scaled import CAPABILITIES, multiply_scaled
 from fp4.formats import MXFP4, format_of
 
@@ -85,16 +85,11 @@ def shuffles(device: torch.device, tiling: Tiling) -> bool:
     return _capability(device)[0] == 9 and tiling.SLICES == 1
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _split(programs: int, chunks: int, tiling: Tiling, device: torch.device) -> int:
     """How many programs share one tile's K: a power of two that gives every processor work, if K is long enough."""
     split = 1
     # The largest tiles fill a processor's registers alone; smaller ones hide each other's waiting for memory.
-    wanted = _processors(device) * (2 if tiling.SLICES == 1 and tiling.BM < 128 else 1)
+    wanted = processors(device) * (2 if tiling.SLICES == 1 and tiling.BM < 128 else 1)
     while programs * split * 2 <= wanted and chunks >= split * 2 * tiling.SLICES * tiling.CHUNKS * 2:
         split *= 2
     return split

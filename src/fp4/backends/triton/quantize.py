@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -31,8 +33,25 @@ ROTATED = tl.constexpr(3)  # x @ rotation, rounded to the output's dtype, not qu
 
 
 @triton.jit
-def _load_rotated(x, rotation, row, column, rows, K, H: tl.constexpr):
-    """A float32 tile of x ``[rows, K]``, its groups of H columns (0: none) multiplied by the rotation; 0 outside."""
+def _load_rotation(rotation, H: tl.constexpr):
+    """``unit, signs, is_plain``: whether the rotation ``[H, H]`` is bfloat16 signs (or any numbers) times one unit.
+
+    So are Hadamard's and the identity. Then a product with bfloat16 x takes one pass of the tensor cores, not three.
+    """
+    i = tl.arange(0, H)
+    matrix = tl.load(rotation + i[:, None] * H + i[None, :])
+    unit = tl.max(tl.max(tl.abs(matrix), 1), 0)
+    signs = narrow(matrix * (1.0 / unit), tl.bfloat16)
+    is_plain = tl.min(tl.min((widen(signs) * unit == matrix).to(tl.int32), 1), 0)
+    return unit, signs, is_plain
+
+
+@triton.jit
+def _load_rotated(x, rotation, parts, row, column, rows, K, H: tl.constexpr):
+    """A float32 tile of x ``[rows, K]``, its groups of H columns (0: none) multiplied by the rotation; 0 outside.
+
+    ``parts`` are what _load_rotation returned, for bfloat16 x.
+    """
     inside = (row < rows)[:, None] & (column < K)[None, :]
     tile = tl.load(x + row.to(tl.int64)[:, None] * K + column[None, :], mask=inside, other=0.0)
     if H == 0:
@@ -41,12 +60,16 @@ def _load_rotated(x, rotation, row, column, rows, K, H: tl.constexpr):
         BR: tl.constexpr = row.shape[0]
         BC: tl.constexpr = column.shape[0]
         i = tl.arange(0, H)
-        matrix = tl.load(rotation + i[:, None] * H + i[None, :])
         groups = tl.reshape(tile, (BR * BC // H, H))
         acc = tl.zeros((BR * BC // H, H), tl.float32)
         if x.dtype.element_ty == tl.bfloat16:
-            acc = dot_split(groups, matrix, acc, 3)
+            unit, signs, is_plain = parts
+            if is_plain != 0:
+                acc = dot(groups, signs, acc) * unit
+            else:
+                acc = dot_split(groups, tl.load(rotation + i[:, None] * H + i[None, :]), acc, 3)
         else:
+            matrix = tl.load(rotation + i[:, None] * H + i[None, :])
             # Products of the leading terms last, so that small terms are not lost beside them.
             rest = widen(groups)
             first = narrow(rest, tl.bfloat16)
@@ -85,11 +108,14 @@ def _magnitudes(
     if offsets is not None:
         rows = tl.minimum(rows, tl.load(offsets + experts))
     across = tl.cdiv(K, BC)
+    parts = None
+    if H > 0 and x.dtype.element_ty == tl.bfloat16:
+        parts = _load_rotation(rotation, H)
     top = tl.zeros((BR, BC), tl.int32)
     for tile in range(tl.program_id(1), tl.cdiv(rows, BR) * across, tl.num_programs(1)):
         row = tile // across * BR + tl.arange(0, BR)
         column = tile % across * BC + tl.arange(0, BC)
-        value = _load_rotated(x, rotation, row, column, rows, K, H)
+        value = _load_rotated(x, rotation, parts, row, column, rows, K, H)
         top = tl.maximum(top, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     tl.store(partial + matrix * tl.num_programs(1) + tl.program_id(1), tl.max(tl.max(top, 1), 0))
 
@@ -117,49 +143,53 @@ def _quantize(
     MX: tl.constexpr, RULE: tl.constexpr, MODE: tl.constexpr, SHUFFLED: tl.constexpr, H: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """One tile of x ``[rows, K]`` under ``unit[row // rows_per_unit]``, or under the amax in ``partial`` [P].
+    """Tiles of x ``[rows, K]`` under ``unit[row // rows_per_unit]``, or under the amax in ``partial`` [P].
 
     Values, rather than codes, are written in rows of ``width``, zeros beyond K.
     """
     across = tl.cdiv(K, BC)
-    row = (tl.program_id(0) // across) * BR + tl.arange(0, BR)
-    column = (tl.program_id(0) % across) * BC + tl.arange(0, BC)
-    value = _load_rotated(x, rotation, row, column, rows, K, H)
-    if MODE == ROTATED:
-        _store_values(value, codes, row, column, rows, width, SHUFFLED)
-    else:
-        B: tl.constexpr = 32 if MX else 16
-        C: tl.constexpr = BC // B
-        if partial is not None:
-            limit: tl.constexpr = 1536.0 if RULE == "four_over_six" else 2688.0
-            taken = tl.div_rn(_largest(partial, P, 256), limit)
-            taken = tl.where(taken == 0.0, 1.0, taken).to(tl.float64)
-            if tl.program_id(0) == 0:
-                tl.store(taken_unit, taken)
-            by_row = tl.full((BR, 1), 1.0, tl.float64) * taken
-        elif unit is not None:
-            by_row = tl.load(unit + row // rows_per_unit, mask=row < rows, other=1.0)[:, None]
+    parts = None
+    if H > 0 and x.dtype.element_ty == tl.bfloat16:
+        parts = _load_rotation(rotation, H)
+    taken = None
+    if partial is not None:
+        limit: tl.constexpr = 1536.0 if RULE == "four_over_six" else 2688.0
+        taken = tl.div_rn(_largest(partial, P, 256), limit)
+        taken = tl.where(taken == 0.0, 1.0, taken).to(tl.float64)
+        if tl.program_id(0) == 0:
+            tl.store(taken_unit, taken)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BR) * across, tl.num_programs(0)):
+        row = tile // across * BR + tl.arange(0, BR)
+        column = tile % across * BC + tl.arange(0, BC)
+        value = _load_rotated(x, rotation, parts, row, column, rows, K, H)
+        if MODE == ROTATED:
+            _store_values(value, codes, row, column, rows, width, SHUFFLED)
         else:
-            by_row = None
-        blocks = tl.reshape(value, (BR, C, B))
-        byte = block_scale(blocks, by_row, MX, RULE)
-        code = encode(blocks, effective_scale(byte, by_row, MX))
-        if MODE == VALUES:
-            product = e2m1_value(code) * scale_value(byte, MX)[:, :, None]
-            _store_values(tl.reshape(product, (BR, BC)), codes, row, column, rows, width, SHUFFLED)
-        else:
-            block = (tl.program_id(0) % across) * C + tl.arange(0, C)
-            at = row.to(tl.int64)[:, None] * (K // B) + block[None, :]
-            tl.store(scales + at, byte.to(tl.uint8), mask=(row < rows)[:, None] & (block < K // B)[None, :])
-            if MODE == INTERLEAVED:
-                # Even codes of a word before its odd ones.
-                words = tl.reshape(code, (BR, BC // 8, 4, 2))
-                code = tl.reshape(tl.permute(words, (0, 1, 3, 2)), (BR, BC))
-            low, high = tl.split(tl.reshape(code, (BR, BC // 2, 2)))
-            byte_column = (tl.program_id(0) % across) * (BC // 2) + tl.arange(0, BC // 2)
-            at = row.to(tl.int64)[:, None] * (K // 2) + byte_column[None, :]
-            packed = (low | (high << 4)).to(tl.uint8)
-            tl.store(codes + at, packed, mask=(row < rows)[:, None] & (byte_column < K // 2)[None, :])
+            B: tl.constexpr = 32 if MX else 16
+            C: tl.constexpr = BC // B
+            if partial is not None:
+                by_row = tl.full((BR, 1), 1.0, tl.float64) * taken
+            elif unit is not None:
+                by_row = tl.load(unit + row // rows_per_unit, mask=row < rows, other=1.0)[:, None]
+            else:
+                by_row = None
+            blocks = tl.reshape(value, (BR, C, B))
+            byte = block_scale(blocks, by_row, MX, RULE)
+            code = encode(blocks, effective_scale(byte, by_row, MX), MX and by_row is None)
+            if MODE == VALUES:
+                product = e2m1_value(code) * scale_value(byte, MX)[:, :, None]
+                _store_values(tl.reshape(product, (BR, BC)), codes, row, column, rows, width, SHUFFLED)
+            else:
+                block = tile % across * C + tl.arange(0, C)
+                at = row.to(tl.int64)[:, None] * (K // B) + block[None, :]
+                tl.store(scales + at, byte.to(tl.uint8), mask=(row < rows)[:, None] & (block < K // B)[None, :])
+                # Eight codes a word, the first in the lowest nibble, or even ones before odd ones.
+                i = tl.arange(0, 8)
+                nibble = i % 2 * 4 + i // 2 if MODE == INTERLEAVED else i
+                eights = tl.reshape(code.to(tl.uint32), (BR, BC // 8, 8)) << (nibble * 4).to(tl.uint32)[None, None, :]
+                word = tile % across * (BC // 8) + tl.arange(0, BC // 8)
+                at = row.to(tl.int64)[:, None] * (K // 8) + word[None, :]
+                tl.store(codes + at, tl.sum(eights, 2), mask=(row < rows)[:, None] & (word < K // 8)[None, :])
 
 
 @triton.jit
@@ -196,8 +226,18 @@ def _tile(k: int, group: int) -> tuple[int, int]:
     return 2048 // columns, columns
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def _grid(rows: int, k: int, tile: tuple[int, int]) -> tuple[int]:
     return (triton.cdiv(rows, tile[0]) * triton.cdiv(k, tile[1]),)
+
+
+def _shared_grid(x: Tensor, rows: int, k: int, tile: tuple[int, int]) -> tuple[int]:
+    """Programs that share the tiles: what they do before their first one is then done a few times a multiprocessor."""
+    return (min(16 * processors(x.device), *_grid(rows, k, tile)),)
 
 
 def _partial_magnitudes(
@@ -237,8 +277,8 @@ def quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> 
     unit, rows_per_unit = _units(global_scale, rows)
     tile = _tile(k, 0)
     if rows and k:
-        _quantize[_grid(rows, k, tile)](
-            x.contiguous(), None, unit, None, None, codes, scales, rows, k, k, rows_per_unit, 0,
+        _quantize[_shared_grid(x, rows, k, tile)](
+            x.contiguous(), None, unit, None, None, codes.view(torch.uint32), scales, rows, k, k, rows_per_unit, 0,
             fmt is MXFP4, rule, CANONICAL.value, False, 0, *tile, **_EXACT,
         )  # fmt: skip
     return codes, scales.view(fmt.scale_dtype)
@@ -281,7 +321,7 @@ def rotate(x: Tensor, rotation: Tensor | None, shuffled: bool = False) -> Tensor
     out = torch.empty(rows, _width(k, shuffled), dtype=x.dtype, device=x.device)
     if out.numel():
         tile = _tile(k, group)
-        _quantize[_grid(rows, k, tile)](
+        _quantize[_shared_grid(x, rows, k, tile)](
             x, rotation, None, None, None, out, None, rows, k, out.shape[1], 1, 0,
             False, "", ROTATED.value, shuffled, group, *tile, **_EXACT,
         )  # fmt: skip
@@ -324,8 +364,9 @@ def quantize_activation(
         partial = _partial_magnitudes(x, 1, rows, k, rotation, offsets)
         taken = torch.empty(1, dtype=torch.float64, device=x.device)
     tile = _tile(k, group)
-    _quantize[_grid(rows, k, tile)](
-        x, rotation, global_scale, partial, None if partial is None else taken, codes, scales,
+    _quantize[_shared_grid(x, rows, k, tile)](
+        x, rotation, global_scale, partial, None if partial is None else taken,
+        codes if values else codes.view(torch.uint32), scales,
         rows, k, width, 1 if global_scale is not None and global_scale.numel() == rows > 1 else rows,
         0 if partial is None else partial.shape[1],
         fmt is MXFP4, rule, mode, shuffled, group, *tile, **_EXACT,
