@@ -7,6 +7,7 @@ a size is believed only when the file is that long.
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import FileIO
@@ -18,6 +19,7 @@ from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20  # the limit of safetensors itself
+_LARGE = 1 << 20  # bytes of a tensor from which on its memory is asked of the system
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt", "consolidated.00.pth")
 
 DTYPES: dict[str, torch.dtype] = {
@@ -137,10 +139,20 @@ def load(info: TensorInfo) -> Tensor:
     dtype = DTYPES[info.dtype]
     if not info.nbytes:
         return torch.empty(info.shape, dtype=dtype)
-    buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+    buffer = _memory(info.nbytes)
     with info.file.open("rb", buffering=0) as file:
-        fill(buffer.numpy().data, file, info.start)
-    return buffer.view(dtype).reshape(info.shape)
+        fill(memoryview(buffer), file, info.start)
+    return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(info.shape)
+
+
+def _memory(nbytes: int) -> bytearray | mmap.mmap:
+    """Memory that, where it is large, goes back to the system when it is freed.
+
+    The C library would keep what several threads read at once, for each of them.
+    """
+    if nbytes < _LARGE or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return bytearray(nbytes)
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def fill(buffer: memoryview, file: FileIO, start: int) -> None:
