@@ -23,20 +23,20 @@ def test_every_tensor_of_a_packed_weight_is_in_both_plans(family: str, tmp_path:
         found: str | None = parallel_utils._get_parameter_plan(name, plan)
         return found
 
-    for name, module in model.named_modules():
-        if not isinstance(module, PackedWeight) or not isinstance(
-            model.get_submodule(name.rpartition(".")[0]), FP4Experts
-        ):
-            continue
-        matrix = {"gate_up_proj": "packed_colwise", "down_proj": "rowwise"}[name.rpartition(".")[2]]
-        for key, parameter in module.named_parameters():
-            expected = matrix if key in ("weight", "weight_scale") else "replicate"
-            assert style(f"{name}.{key}", model.tp_plan) == expected
-            assert style(f"{name}.{key}", model.ep_plan) == "grouped_gemm"
-            assert parameter.shape[0] == 8  # which is what expert parallelism splits
-    linear = "model.layers.1.self_attn.o_proj"
-    assert style(f"{linear}.weight_scale", model.tp_plan) == "rowwise"
-    assert style(f"{linear}.global_scale", model.tp_plan) == "replicate"
-    first = "model.layers.1.mlp.experts.gate_proj"
-    assert style(f"{first}.weight", model.tp_plan) == "colwise"
-    assert style(f"{first}.global_scale", model.ep_plan) == "grouped_gemm"
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
+    experts = {name for name in packed if isinstance(model.get_submodule(name.rpartition(".")[0]), FP4Experts)}
+    for name in experts:
+        own = {"gate_up_proj": "fp4_rows_of_two", "down_proj": "fp4_columns"}[name.rpartition(".")[2]]
+        for key, parameter in packed[name].named_parameters():
+            assert style(f"{name}.{key}", model.tp_plan) == own
+            assert style(f"{name}.{key}", model.ep_plan) == "fp4_experts"
+            assert parameter.shape[0] == 8  # which is what expert parallelism shares out
+    for name in packed.keys() - experts:
+        own = "fp4_columns" if name.endswith("o_proj") else "fp4_rows"
+        for key, _ in packed[name].named_parameters():
+            assert style(f"{name}.{key}", model.tp_plan) == (own if key == "weight" else "replicate")
+    # Nothing is named that the model does not have: Transformers would warn of it.
+    names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    generic = {parallel_utils.replace_layer_number_by_wildcard(name) for name in names}
+    dense = type(model)._from_config(model.config).tp_plan
+    assert {name for name in model.tp_plan if name not in generic} <= dense.keys()

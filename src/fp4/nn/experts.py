@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from fp4.formats import QuantizedTensor
 from fp4.nn.layout import GATE_UP, ExpertsLayout, layout_of
 from fp4.nn.packed import PackedWeight, Values, frozen
+from fp4.nn.split import Split
 from fp4.scheme import Scheme
 
 
@@ -127,6 +129,8 @@ class FP4Experts(nn.Module):
             self.register_buffer(name, buffer, name not in experts._non_persistent_buffers_set)
         self.layout: ExpertsLayout = layout
         self.schemes = schemes
+        #: What this process holds of each projection, where several hold them together.
+        self.splits: dict[str, Split] = {}
         self.replaced: type = type(experts)
         self.train(experts.training)
 
@@ -148,15 +152,24 @@ class FP4Experts(nn.Module):
         """A projection's dense parameter as ``[E, N, K]``; a view."""
         return weight.transpose(-1, -2) if self.layout.is_transposed else weight
 
-    def place(self, projection: str, num_experts: int | None = None) -> FP4GroupedLinear:
-        """Put an empty packed projection (meta) where the dense parameter, or one to be split, was."""
+    def split_of(self, projection: str) -> Split | None:
+        """What this process holds of a projection, or of a part of one; None for all of it."""
+        split = self.splits.get(projection)
+        if split is None and projection in self.layout.parts(GATE_UP) and GATE_UP in self.splits:
+            split = replace(self.splits[GATE_UP], parts=1)
+        return split
+
+    def place(self, projection: str) -> FP4GroupedLinear:
+        """Put an empty packed projection (meta), what this process holds of it, where the dense parameter was."""
         existing = self._parameters.get(projection)
         dtype = None if existing is None else existing.dtype
-        out_features, in_features = self.layout.projections.get(projection) or self.layout.shape(projection)
+        rows, columns = self.layout.projections.get(projection) or self.layout.shape(projection)
+        num_experts = self.layout.num_experts
         scheme, backend = self.schemes.get(projection) or self.schemes[GATE_UP]
-        packed = FP4GroupedLinear(
-            num_experts or self.layout.num_experts, in_features, out_features, scheme, backend, dtype, "meta"
-        )
+        split = self.split_of(projection)
+        if split is not None:
+            num_experts, rows, columns = split.shape((num_experts, rows, columns), scheme.k_multiple, projection)
+        packed = FP4GroupedLinear(num_experts, columns, rows, scheme, backend, dtype, "meta")
         if existing is not None:
             delattr(self, projection)
         setattr(self, projection, packed)
@@ -193,7 +206,7 @@ class FP4Experts(nn.Module):
         dense: nn.Module = nn.Module.__new__(self.replaced)
         nn.Module.__init__(dense)
         packed = self.packed()
-        own = {*nn.Module().__dict__, "layout", "schemes", "replaced"}
+        own = {*nn.Module().__dict__, "layout", "schemes", "splits", "replaced"}
         dense.__dict__.update({key: value for key, value in self.__dict__.items() if key not in own})
         for name, child in self.named_children():
             if name not in packed:

@@ -51,7 +51,7 @@ class FP4Linear(PackedWeight):
                 self.weight_scale,
                 self.global_scale,
                 self.bias,
-                self.out_features,
+                self.shape[-2],
                 self.rotation,
                 self.input_global_scale,
             )
@@ -63,14 +63,14 @@ class FP4Linear(PackedWeight):
                 self.weight_scale,
                 self.global_scale,
                 self.bias,
-                self.out_features,
+                self.shape[-2],
                 self.rotation,
                 self.input_global_scale,
                 self.scheme.activation_rule,
             )
             return out
         out = self.backend.linear(
-            x, self.weight, self.weight_scale, self.global_scale, self.bias, self.out_features, self.rotation
+            x, self.weight, self.weight_scale, self.global_scale, self.bias, self.shape[-2], self.rotation
         )
         return out  # noqa: RET504  (names the type)
 

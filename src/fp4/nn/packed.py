@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fp4 import backends
 from fp4.formats import FP8, QuantizedTensor
 from fp4.methods.rtn import rtn
+from fp4.nn.split import Split
 from fp4.rotation import rotate, rotation_for, share
 from fp4.scheme import Scheme
 
@@ -48,6 +49,10 @@ class PackedWeight(nn.Module):
     weight_scale: nn.Parameter
     global_scale: nn.Parameter | None
     input_global_scale: nn.Parameter | None
+    #: The share of the weight that this process holds, where several hold it together; None for all of it.
+    split: Split | None = None
+    #: Says to Transformers that the module computes with plain tensors, not with those of torch's DTensor.
+    _hf_quantized_needs_local_tp = True
 
     def __init__(
         self,
@@ -79,6 +84,21 @@ class PackedWeight(nn.Module):
         self.input_global_scale = frozen(unit.clone()) if fixed_input else None
         self.rotation = rotation_for(scheme.rotation, scheme.group_size, dtype)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(..., N, K)`` of what this process holds."""
+        whole = (*self.lead, self.out_features, self.in_features)
+        return whole if self.split is None else self.split.shape(whole, self.scheme.k_multiple, "weight")
+
+    def share(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this process holds of canonical ``parameters``, which it makes room for."""
+        if self.split is None:
+            return parameters
+        own = self.split.of(parameters)
+        for key, tensor in own.items():
+            setattr(self, key, frozen(torch.empty_like(tensor, device="meta")))
+        return own
+
     def round(self, weight: Tensor, name: str = "weight", global_scale: Tensor | None = None) -> dict[str, Tensor]:
         """Canonical parameters for a dense weight ``[..., N, K]``, on its device. Raises ValueError on NaN or infinity.
 
@@ -98,7 +118,7 @@ class PackedWeight(nn.Module):
 
     def canonical(self) -> QuantizedTensor:
         """The weight in canonical form; copies only where the backend's layout differs from it."""
-        codes, scales = self.backend.unpack(self.weight, self.weight_scale, self.out_features)
+        codes, scales = self.backend.unpack(self.weight, self.weight_scale, self.shape[-2])
         return QuantizedTensor(codes, scales, self.global_scale)
 
     def load_canonical(self, weight: QuantizedTensor) -> None:
@@ -132,8 +152,7 @@ class PackedWeight(nn.Module):
         device = device or self.weight.device
         if device.type == "meta":
             return
-        shape = (*self.lead, self.out_features, self.in_features)
-        chosen, self.quantizes_input = backends.select(self.scheme, device, shape, self.backend_preference)
+        chosen, self.quantizes_input = backends.select(self.scheme, device, self.shape, self.backend_preference)
         if self.rotation is not None:
             self.rotation = share(self.rotation.to(device))
         if offloaded and not chosen.keeps_layout:

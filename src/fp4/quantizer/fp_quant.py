@@ -261,6 +261,11 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         for name, module in model.named_modules():
             if not isinstance(module, PackedWeight):
                 continue
+            if module.split is not None or getattr(model.get_submodule(name.rpartition(".")[0]), "splits", None):
+                raise ValueError(
+                    f"this process holds only a share of {name}; load the model in one process to save it, or convert "
+                    "its checkpoint"
+                )
             prefix = f"{name}." if name else ""
             for key in ("weight", "weight_scale", "global_scale", "input_global_scale"):
                 state_dict.pop(prefix + key, None)

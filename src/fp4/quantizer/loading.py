@@ -52,11 +52,13 @@ class RoundToNearest(LoadOp):
     def _round_experts(
         self, experts: FP4Experts, name: str, weight: Tensor, missing_keys: set[str] | None
     ) -> dict[str, Tensor]:
-        packed = experts.place(name.rpartition(".")[2], weight.shape[0])
+        projection = name.rpartition(".")[2]
         if missing_keys is not None:
             missing_keys.discard(name)
         try:
+            packed, split = experts.place(projection), experts.split_of(projection)
             parameters = packed.round(experts.dense_rows(weight), name)
+            parameters = parameters if split is None else split.of(parameters)
         except ValueError as error:
             self.hf_quantizer.problems[name] = str(error)
             return {}
@@ -74,7 +76,7 @@ class RoundToNearest(LoadOp):
         found: dict[str, Tensor] = {}
         for layer, weight in weights.items():
             try:
-                parameters = modules[layer].round(weight, f"{layer}.weight", shared)
+                parameters = modules[layer].share(modules[layer].round(weight, f"{layer}.weight", shared))
             except ValueError as error:
                 self.hf_quantizer.problems[layer] = str(error)
                 continue
@@ -119,6 +121,7 @@ class ReadLayer(LoadOp):
         static = self.hf_quantizer.quantization_config.uses_static_scales or module.input_global_scale is not None
         if stored.input_global_scale is not None and static:
             loaded["input_global_scale"] = stored.input_global_scale
+        loaded = module.share(loaded)
         expect(module, layer, loaded, missing_keys)
         return {f"{layer}.{name}": tensor for name, tensor in loaded.items()}
 

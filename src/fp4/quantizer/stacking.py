@@ -110,13 +110,13 @@ class ReadExperts(LoadOp):
             missing_keys.discard(full_layer_name)
         try:
             parts = self._parts(layer, experts, projection, tensors)
+            if len(parts) == 1:
+                placed = {projection: experts.place(projection)}
+            else:
+                placed = dict(zip(parts, experts.place_parts(), strict=True))
         except ValueError as error:
             quantizer.problems[full_layer_name] = str(error)
             return {}
-        if len(parts) == 1:
-            placed = {projection: experts.place(projection)}
-        else:
-            placed = dict(zip(parts, experts.place_parts(), strict=True))
         loaded: dict[str, Tensor] = {}
         for name, packed in placed.items():
             stored = parts[name]
@@ -125,6 +125,8 @@ class ReadExperts(LoadOp):
             own.pop("input_global_scale", None)
             if stored.input_global_scale is not None and quantizer.quantization_config.uses_static_scales:
                 own["input_global_scale"] = stored.input_global_scale
+            split = experts.split_of(name)
+            own = own if split is None else split.of(own)
             expect(packed, f"{layer}.{name}", own, missing_keys)
             loaded |= {f"{layer}.{name}.{key}": tensor for key, tensor in own.items()}
             quantizer.loaded.add(f"{layer}.{name}")
