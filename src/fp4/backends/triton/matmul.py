@@ -127,6 +127,20 @@ def near_tiles(SPAN: tl.constexpr):
 
 
 @triton.jit
+def tiles_of_program(offsets, rows, experts, BM: tl.constexpr, BE: tl.constexpr):
+    """A program's tile of weight rows, the expert it is of, and the first row of its tile of x and the end of its rows.
+
+    Programs beyond the last expert's tiles get the number of experts, and nothing to do.
+    """
+    if offsets is None:
+        tile, x_tile = near_tiles(SPAN)
+        return tile, 0, x_tile * BM, rows
+    else:
+        expert, first_row, end_row = rows_of_tile(offsets, tl.program_id(1), experts, BM, BE)
+        return tl.program_id(0), expert, first_row, end_row
+
+
+@triton.jit
 def finish(
     total, unit, x_unit, bias, out, expert, tile, row, rows, here, N, UNIT_BY_ROW: tl.constexpr, SPLIT: tl.constexpr
 ):  # fmt: skip
@@ -172,12 +186,8 @@ def multiply(
     BK: tl.constexpr = CHUNKS * 128
 
     panels = tl.cdiv(N, 16)
-    if offsets is None:
-        tile, x_tile = near_tiles(SPAN)
-        expert, first_row, end_row = 0, x_tile * BM, rows
-    else:
-        tile = tl.program_id(0)
-        expert, first_row, end_row = rows_of_tile(offsets, tl.program_id(1), experts, BM, BE)
+    tile, expert, first_row, end_row = tiles_of_program(offsets, rows, experts, BM, BE)
+    if offsets is not None:
         if expert >= experts:
             return
         weight += expert.to(tl.int64) * panels * chunks * 256

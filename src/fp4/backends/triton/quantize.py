@@ -36,7 +36,8 @@ ROTATED = tl.constexpr(3)  # x @ rotation, rounded to the output's dtype, not qu
 def _load_rotation(rotation, H: tl.constexpr):
     """``unit, signs, is_plain``: whether the rotation ``[H, H]`` is bfloat16 signs (or any numbers) times one unit.
 
-    So are Hadamard's and the identity. Then a product with bfloat16 x takes one pass of the tensor cores, not three.
+    So are Hadamard's and the identity. Then a product with bfloat16 x takes one pass of the tensor cores, not three. At
+    H = 128 the registers of a program do not hold both ways.
     """
     i = tl.arange(0, H)
     matrix = tl.load(rotation + i[:, None] * H + i[None, :])
@@ -50,7 +51,7 @@ def _load_rotation(rotation, H: tl.constexpr):
 def _load_rotated(x, rotation, parts, row, column, rows, K, H: tl.constexpr):
     """A float32 tile of x ``[rows, K]``, its groups of H columns (0: none) multiplied by the rotation; 0 outside.
 
-    ``parts`` are what _load_rotation returned, for bfloat16 x.
+    ``parts`` are what _load_rotation returned, or None.
     """
     inside = (row < rows)[:, None] & (column < K)[None, :]
     tile = tl.load(x + row.to(tl.int64)[:, None] * K + column[None, :], mask=inside, other=0.0)
@@ -62,12 +63,14 @@ def _load_rotated(x, rotation, parts, row, column, rows, K, H: tl.constexpr):
         i = tl.arange(0, H)
         groups = tl.reshape(tile, (BR * BC // H, H))
         acc = tl.zeros((BR * BC // H, H), tl.float32)
-        if x.dtype.element_ty == tl.bfloat16:
+        if parts is not None:
             unit, signs, is_plain = parts
             if is_plain != 0:
                 acc = dot(groups, signs, acc) * unit
             else:
                 acc = dot_split(groups, tl.load(rotation + i[:, None] * H + i[None, :]), acc, 3)
+        elif x.dtype.element_ty == tl.bfloat16:
+            acc = dot_split(groups, tl.load(rotation + i[:, None] * H + i[None, :]), acc, 3)
         else:
             matrix = tl.load(rotation + i[:, None] * H + i[None, :])
             # Products of the leading terms last, so that small terms are not lost beside them.
@@ -109,7 +112,7 @@ def _magnitudes(
         rows = tl.minimum(rows, tl.load(offsets + experts))
     across = tl.cdiv(K, BC)
     parts = None
-    if H > 0 and x.dtype.element_ty == tl.bfloat16:
+    if H > 0 and H < 128 and x.dtype.element_ty == tl.bfloat16:
         parts = _load_rotation(rotation, H)
     top = tl.zeros((BR, BC), tl.int32)
     for tile in range(tl.program_id(1), tl.cdiv(rows, BR) * across, tl.num_programs(1)):
@@ -137,19 +140,63 @@ def _finish_magnitudes(partial, out, P, BP: tl.constexpr):
 
 
 @triton.jit
+def _quantize_tile(
+    x, rotation, parts, unit, taken, codes, scales, tile,
+    rows, K, width, rows_per_unit, across,
+    MX: tl.constexpr, RULE: tl.constexpr, MODE: tl.constexpr, SHUFFLED: tl.constexpr, H: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Tile number ``tile`` of _quantize."""
+    row = tile // across * BR + tl.arange(0, BR)
+    column = tile % across * BC + tl.arange(0, BC)
+    value = _load_rotated(x, rotation, parts, row, column, rows, K, H)
+    if MODE == ROTATED:
+        _store_values(value, codes, row, column, rows, width, SHUFFLED)
+    else:
+        B: tl.constexpr = 32 if MX else 16
+        C: tl.constexpr = BC // B
+        if taken is not None:
+            by_row = tl.full((BR, 1), 1.0, tl.float64) * taken
+        elif unit is not None:
+            by_row = tl.load(unit + row // rows_per_unit, mask=row < rows, other=1.0)[:, None]
+        else:
+            by_row = None
+        blocks = tl.reshape(value, (BR, C, B))
+        byte = block_scale(blocks, by_row, MX, RULE)
+        code = encode(blocks, effective_scale(byte, by_row, MX), MX and by_row is None)
+        if MODE == VALUES:
+            product = e2m1_value(code) * scale_value(byte, MX)[:, :, None]
+            _store_values(tl.reshape(product, (BR, BC)), codes, row, column, rows, width, SHUFFLED)
+        else:
+            block = tile % across * C + tl.arange(0, C)
+            at = row.to(tl.int64)[:, None] * (K // B) + block[None, :]
+            tl.store(scales + at, byte.to(tl.uint8), mask=(row < rows)[:, None] & (block < K // B)[None, :])
+            # Eight codes a word, the first in the lowest nibble, or even ones before odd ones.
+            i = tl.arange(0, 8)
+            nibble = i % 2 * 4 + i // 2 if MODE == INTERLEAVED else i
+            eights = tl.reshape(code.to(tl.uint32), (BR, BC // 8, 8)) << (nibble * 4).to(tl.uint32)[None, None, :]
+            word = tile % across * (BC // 8) + tl.arange(0, BC // 8)
+            at = row.to(tl.int64)[:, None] * (K // 8) + word[None, :]
+            tl.store(codes + at, tl.sum(eights, 2), mask=(row < rows)[:, None] & (word < K // 8)[None, :])
+
+
+@triton.jit
 def _quantize(
     x, rotation, unit, partial, taken_unit, codes, scales,
     rows, K, width, rows_per_unit, P,
     MX: tl.constexpr, RULE: tl.constexpr, MODE: tl.constexpr, SHUFFLED: tl.constexpr, H: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of x ``[rows, K]`` under ``unit[row // rows_per_unit]``, or under the amax in ``partial`` [P].
+    """x ``[rows, K]`` under ``unit[row // rows_per_unit]``, or under the amax in ``partial`` [P].
+
+    Programs share the tiles, but with the largest rotation, whose parts would be held through the loop: one each.
 
     Values, rather than codes, are written in rows of ``width``, zeros beyond K.
     """
+    ONE_EACH: tl.constexpr = H == 128
     across = tl.cdiv(K, BC)
     parts = None
-    if H > 0 and x.dtype.element_ty == tl.bfloat16:
+    if H > 0 and H < 128 and x.dtype.element_ty == tl.bfloat16:
         parts = _load_rotation(rotation, H)
     taken = None
     if partial is not None:
@@ -158,38 +205,17 @@ def _quantize(
         taken = tl.where(taken == 0.0, 1.0, taken).to(tl.float64)
         if tl.program_id(0) == 0:
             tl.store(taken_unit, taken)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BR) * across, tl.num_programs(0)):
-        row = tile // across * BR + tl.arange(0, BR)
-        column = tile % across * BC + tl.arange(0, BC)
-        value = _load_rotated(x, rotation, parts, row, column, rows, K, H)
-        if MODE == ROTATED:
-            _store_values(value, codes, row, column, rows, width, SHUFFLED)
-        else:
-            B: tl.constexpr = 32 if MX else 16
-            C: tl.constexpr = BC // B
-            if partial is not None:
-                by_row = tl.full((BR, 1), 1.0, tl.float64) * taken
-            elif unit is not None:
-                by_row = tl.load(unit + row // rows_per_unit, mask=row < rows, other=1.0)[:, None]
-            else:
-                by_row = None
-            blocks = tl.reshape(value, (BR, C, B))
-            byte = block_scale(blocks, by_row, MX, RULE)
-            code = encode(blocks, effective_scale(byte, by_row, MX), MX and by_row is None)
-            if MODE == VALUES:
-                product = e2m1_value(code) * scale_value(byte, MX)[:, :, None]
-                _store_values(tl.reshape(product, (BR, BC)), codes, row, column, rows, width, SHUFFLED)
-            else:
-                block = tile % across * C + tl.arange(0, C)
-                at = row.to(tl.int64)[:, None] * (K // B) + block[None, :]
-                tl.store(scales + at, byte.to(tl.uint8), mask=(row < rows)[:, None] & (block < K // B)[None, :])
-                # Eight codes a word, the first in the lowest nibble, or even ones before odd ones.
-                i = tl.arange(0, 8)
-                nibble = i % 2 * 4 + i // 2 if MODE == INTERLEAVED else i
-                eights = tl.reshape(code.to(tl.uint32), (BR, BC // 8, 8)) << (nibble * 4).to(tl.uint32)[None, None, :]
-                word = tile % across * (BC // 8) + tl.arange(0, BC // 8)
-                at = row.to(tl.int64)[:, None] * (K // 8) + word[None, :]
-                tl.store(codes + at, tl.sum(eights, 2), mask=(row < rows)[:, None] & (word < K // 8)[None, :])
+    if ONE_EACH:
+        _quantize_tile(
+            x, rotation, parts, unit, taken, codes, scales, tl.program_id(0), rows, K, width, rows_per_unit, across,
+            MX, RULE, MODE, SHUFFLED, H, BR, BC,
+        )  # fmt: skip
+    else:
+        for tile in range(tl.program_id(0), tl.cdiv(rows, BR) * across, tl.num_programs(0)):
+            _quantize_tile(
+                x, rotation, parts, unit, taken, codes, scales, tile, rows, K, width, rows_per_unit, across,
+                MX, RULE, MODE, SHUFFLED, H, BR, BC,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -235,9 +261,10 @@ def _grid(rows: int, k: int, tile: tuple[int, int]) -> tuple[int]:
     return (triton.cdiv(rows, tile[0]) * triton.cdiv(k, tile[1]),)
 
 
-def _shared_grid(x: Tensor, rows: int, k: int, tile: tuple[int, int]) -> tuple[int]:
+def _shared_grid(x: Tensor, rows: int, k: int, tile: tuple[int, int], group: int = 0) -> tuple[int]:
     """Programs that share the tiles: what they do before their first one is then done a few times a multiprocessor."""
-    return (min(16 * processors(x.device), *_grid(rows, k, tile)),)
+    grid = _grid(rows, k, tile)
+    return grid if group == 128 else (min(16 * processors(x.device), *grid),)
 
 
 def _partial_magnitudes(
@@ -321,7 +348,7 @@ def rotate(x: Tensor, rotation: Tensor | None, shuffled: bool = False) -> Tensor
     out = torch.empty(rows, _width(k, shuffled), dtype=x.dtype, device=x.device)
     if out.numel():
         tile = _tile(k, group)
-        _quantize[_shared_grid(x, rows, k, tile)](
+        _quantize[_shared_grid(x, rows, k, tile, group)](
             x, rotation, None, None, None, out, None, rows, k, out.shape[1], 1, 0,
             False, "", ROTATED.value, shuffled, group, *tile, **_EXACT,
         )  # fmt: skip
@@ -364,7 +391,7 @@ def quantize_activation(
         partial = _partial_magnitudes(x, 1, rows, k, rotation, offsets)
         taken = torch.empty(1, dtype=torch.float64, device=x.device)
     tile = _tile(k, group)
-    _quantize[_shared_grid(x, rows, k, tile)](
+    _quantize[_shared_grid(x, rows, k, tile, group)](
         x, rotation, global_scale, partial, None if partial is None else taken,
         codes if values else codes.view(torch.uint32), scales,
         rows, k, width, 1 if global_scale is not None and global_scale.numel() == rows > 1 else rows,

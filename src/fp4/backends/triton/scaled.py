@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fp4.backends.triton.codec import INTERPRETED, e2m1_value, scale_value
-from fp4.backends.triton.matmul import SPAN, finish, near_tiles, rows_of_tile
+from fp4.backends.triton.matmul import finish, tiles_of_program
 
 #: Compute capabilities for which Triton turns ``tl.dot_scaled`` into block-scaled instructions.
 CAPABILITIES = ((10, 0), (10, 3), (11, 0), (12, 0))
@@ -57,12 +57,8 @@ def multiply_scaled(
     BK: tl.constexpr = CHUNKS * 128
 
     panels = tl.cdiv(N, 16)
-    if offsets is None:
-        tile, x_tile = near_tiles(SPAN)
-        expert, first_row, end_row = 0, x_tile * BM, rows
-    else:
-        tile = tl.program_id(0)
-        expert, first_row, end_row = rows_of_tile(offsets, tl.program_id(1), experts, BM, BE)
+    tile, expert, first_row, end_row = tiles_of_program(offsets, rows, experts, BM, BE)
+    if offsets is not None:
         if expert >= experts:
             return
         weight += expert.to(tl.int64) * panels * chunks * 1024
