@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,6 +77,9 @@ WEIGHT_ONLY = {"nvfp4": Scheme(NVFP4, activations="model"), "mxfp4": Scheme(MXFP
 @pytest.mark.parametrize("fmt", WEIGHT_ONLY)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_equals_the_dense_module(layout: str, fmt: str) -> None:
+    known = inspect.signature(use_experts_implementation).parameters
+    if not LAYOUTS[layout].keys() <= known.keys():
+        pytest.skip("this release of Transformers has no such experts")
     packed = pack(make_experts(**LAYOUTS[layout]), WEIGHT_ONLY[fmt])
     dense = packed.dequantize()
     assert type(dense) is packed.replaced

@@ -160,6 +160,25 @@ def test_stacks_load_as_single_matrices_do_and_are_saved_as_stacks(
     assert all(same_bytes(saved[key], tensor) for key, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_converted_there_and_back(
+    family: str, dense: Callable[[str], Path], token_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    model = load_moe(dense(family), FPQuantConfig(checkpoint_format="compressed-tensors", **PLAIN))
+    previous = tmp_path / "compressed-tensors"
+    model.save_pretrained(previous)
+    with torch.no_grad():
+        logits = model(token_ids).logits
+        for to in ("modelopt", "fp_quant", "auto-round", "compressed-tensors"):
+            folder = tmp_path / f"to-{to}"
+            convert(previous, folder, to)
+            assert torch.equal(load_moe(folder)(token_ids).logits, logits), to
+            previous = folder
+    first, last = (load_file(folder / "model.safetensors") for folder in (tmp_path / "compressed-tensors", previous))
+    assert first.keys() == last.keys()
+    assert all(same_bytes(first[key], last[key]) for key in first)
+
+
 # --- gpt-oss's own MXFP4
 
 

@@ -27,7 +27,7 @@ from fp4.nn.layout import ExpertsLayout
 from fp4.quantizer import parallel_plan, stacking
 from fp4.quantizer.checkpoint_config import CheckpointConfig
 from fp4.quantizer.coverage import coverage_of
-from fp4.quantizer.loading import ReadLayer, RoundToNearest, reads_layers
+from fp4.quantizer.loading import ReadLayer, RoundToNearest, dtypes_of, reads_layers, restore_dtypes
 from fp4.quantizer.packing import Packing, SharedScale
 from fp4.quantizer.saving import save_atomically
 from fp4.quantizer.weight_files import read_headers, require_inside
@@ -98,6 +98,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         report = swap_linears(model, choose, master_weights=config.store_master_weights)
         report.update(swap_experts(model, choose_experts, master_weights=config.store_master_weights))
         self._base_model_prefix = model.base_model_prefix
+        self._dtypes = dtypes_of(model) if self.pre_quantized else {}
         self.experts = {name: module for name, module in model.named_modules() if isinstance(module, FP4Experts)}
         if not self.pre_quantized:
             for name in report.quantized:
@@ -242,6 +243,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             listed = "\n".join(f"  {name}: {problem}" for name, problem in sorted(self.problems.items()))
             raise ValueError(f"{len(self.problems)} layers could not be loaded:\n{listed}")
         self.loaded.clear()
+        restore_dtypes(model, self._dtypes)
         if self.converts:
             self._adopt_format(model)
         for _, module in layers:

@@ -139,6 +139,24 @@ def expect(module: PackedWeight, name: str, loaded: Mapping[str, Tensor], missin
             setattr(module, key, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
 
 
+def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
+    """Of the floating-point parameters, by name."""
+    return {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+
+
+def restore_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give unquantized parameters the dtypes that they had before loading (:func:`dtypes_of`).
+
+    Transformers below 5.20 leaves those that a checkpoint calls by another name in the dtype of the checkpoint.
+    """
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            wanted = dtypes.get(f"{name}.{key}" if name else key, parameter.dtype)
+            packed = isinstance(module, PackedWeight) and key != "bias"
+            if not packed and parameter.is_floating_point() and parameter.dtype != wanted and not parameter.is_meta:
+                parameter.data = parameter.data.to(wanted)
+
+
 def reads_layers(conversion: Any) -> bool:
     """Whether a converter of Transformers is one of this package's, for reading only."""
     return any(isinstance(op, LoadOp) for op in getattr(conversion, "operations", ()))
