@@ -1,9 +1,9 @@
 """Speed and memory of `fp4 convert` against a plain copy of the same files.
 
-    python benchmarks/convert.py [--layers 4 54] [--hidden 2048] [--save NAME]
+    python benchmarks/convert.py [--layers 4 54] [--hidden 2048] [--turns 5] [--save NAME]
 
-Makes checkpoints of random NVFP4 layers (0.11 and 1.5 GB), converts them to three formats, and copies them; medians of
-five, in turns, the page cache warm for all, every byte on the disk in the end. Prints the ratio of bytes per second
+Makes checkpoints of random NVFP4 layers (0.11 and 1.5 GB), converts them to three formats, and copies them; medians,
+in turns, the page cache warm for all, every byte on the disk in the end. Prints the ratio of bytes per second
 (the aim is at least 0.5) and the memory that converting took.
 """
 
@@ -44,7 +44,8 @@ def make_checkpoint(folder: Path, layers: int, hidden: int) -> int:
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         for layer in range(shard * 4, min(layers, shard * 4 + 4)):
             for name in ("q_proj", "gate_proj", "up_proj"):
-                codes = torch.randint(0, 256, (4 * hidden, hidden // 2), dtype=torch.uint8, generator=generator)
+                words = torch.randint(1 << 62, (4 * hidden, hidden // 16), generator=generator)
+                codes = words.view(torch.uint8)
                 scales = torch.randint(8, 120, (4 * hidden, hidden // 16), dtype=torch.uint8, generator=generator)
                 scale = torch.tensor(2.0**-9, dtype=torch.float64)
                 weight = QuantizedTensor(codes, scales.view(torch.float8_e4m3fn), scale)
@@ -70,10 +71,12 @@ def copy(source: Path, target: Path) -> None:
             os.fsync(file.fileno())
 
 
-def seconds_of(contenders: dict[str, Callable[[Path, Path], object]], source: Path, target: Path) -> dict[str, float]:
-    """Median seconds of five runs; all take turns, so that a change of the disk's speed meets each of them alike."""
+def seconds_of(
+    contenders: dict[str, Callable[[Path, Path], object]], source: Path, target: Path, turns: int
+) -> dict[str, float]:
+    """Median seconds; all take turns, so that a change of the disk's speed meets each of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(5):
+    for _ in range(turns):
         for name, function in contenders.items():
             shutil.rmtree(target, ignore_errors=True)
             start = time.perf_counter()
@@ -100,7 +103,7 @@ def peak_growth(source: Path, target: Path) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) * 1024
 
 
-def measure(layers: int, hidden: int) -> dict[str, Any]:
+def measure(layers: int, hidden: int, turns: int) -> dict[str, Any]:
     """Seconds by contender, and memory, for a checkpoint of 3 matrices a layer."""
     with tempfile.TemporaryDirectory(prefix="fp4-convert-") as name:
         folder = Path(name)
@@ -109,7 +112,7 @@ def measure(layers: int, hidden: int) -> dict[str, Any]:
         size = make_checkpoint(source, layers, hidden)
         contenders: dict[str, Callable[[Path, Path], object]] = {"plain copy": copy}
         contenders |= {f"to {to}": functools.partial(convert, to=to) for to in ("modelopt", "auto-round", "fp_quant")}
-        seconds = seconds_of(contenders, source, folder / "out")
+        seconds = seconds_of(contenders, source, folder / "out", turns)
         grown = peak_growth(source, folder / "out")
     ratios = {name: seconds["plain copy"] / taken for name, taken in seconds.items() if name != "plain copy"}
     return {"layers": 3 * layers, "bytes": size, "seconds": seconds, "ratios": ratios, "peak_growth_bytes": grown}
@@ -119,9 +122,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 54])
     parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.md and results/NAME.json")
     options = parser.parse_args()
-    found = [measure(layers, options.hidden) for layers in options.layers]
+    found = [measure(layers, options.hidden, options.turns) for layers in options.layers]
     rows, memory = [], []
     for result in found:
         for name, taken in result["seconds"].items():
@@ -133,13 +137,9 @@ def main() -> None:
     result = table(["checkpoint", "", "MB/s", "of the copy"], rows)
     print(f"{result}\n\nPeak memory: {grown}")
     if options.save:
-        title = "fp4 convert: NVFP4 layers, from compressed-tensors"
-        save(
-            options.save,
-            title,
-            {"Speed": result, "Peak memory": grown},
-            {"checkpoints": found, "largest_layer": largest},
-        )
+        title = f"fp4 convert: NVFP4 layers, from compressed-tensors; medians of {options.turns} turns"
+        sections, data = {"Speed": result, "Peak memory": grown}, {"checkpoints": found, "largest_layer": largest}
+        save(options.save, title, sections, data)
 
 
 if __name__ == "__main__":

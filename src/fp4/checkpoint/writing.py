@@ -21,7 +21,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # kernel's own copying (copy_file_range, sendfile) passes pages on 16 at a time, and takes up to twice as long where a
 # tensor does not lie alike in the 64 KiB of either file, as it hardly ever does. Much more at once is no faster, and
 # where memory is not free yet much slower: the kernel caches what is written in pieces as large as they come.
-_PIECE = 1 << 18
+_PIECE = 1 << 17
 
 
 class Spec(NamedTuple):
