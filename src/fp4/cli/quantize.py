@@ -311,7 +311,7 @@ def show_plan(job: Job) -> None:
         highlight=False,
     )
     console.print(
-        f"needs about {needs.memory / 1e9:.1f} GB of memory and {needs.disk / 1e9:.1f} GB of disk; "
+        f"needs about {needs.memory / 1e9:.2g} GB of memory besides its libraries, {needs.disk / 1e9:.2g} GB of disk; "
         f"{'forward passes' if job.calibrates else 'streaming'} about {_duration(needs.seconds)}",
         highlight=False,
     )

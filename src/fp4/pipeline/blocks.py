@@ -117,9 +117,7 @@ class BlockCalibration:
         states = HiddenStates(
             self.staging.folder / f"hidden-{number:05}-{kind}", shapes, self.skeleton.dtype, self.device, False
         )
-        # Two generations of two kinds; half of the memory is for the block.
-        room = self.memory.cpu if self.device.type == "cpu" else self.memory.gpu
-        states.keep = 4 * states.nbytes <= room // 2
+        states.keep = self.memory.keeps(states.nbytes)
         return states
 
     def _first_hidden(self, start: int) -> tuple[HiddenStates, HiddenStates]:

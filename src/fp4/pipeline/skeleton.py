@@ -108,6 +108,15 @@ class Skeleton:
         ]
         return [key for source in outside for key in source.keys]
 
+    def table(self) -> tuple[nn.Embedding, str] | None:
+        """The token embedding and the stored tensor of its rows, where they can be read one by one."""
+        embedding = self.model.get_input_embeddings()
+        path = next((name for name, module in self.decoder.named_modules() if module is embedding), None)
+        source = self.sources.get(".".join(filter(None, (self.decoder_name, path, "weight"))))
+        if path is None or source is None or source.converter is not None or not isinstance(embedding, nn.Embedding):
+            return None
+        return (embedding, source.keys[0]) if reads_rows(embedding, self.checkpoint.tensors[source.keys[0]]) else None
+
     def fill(self, keys: list[str], device: torch.device) -> None:
         """Load the parameters that ``keys`` make up, and the buffers of their modules, onto ``device``.
 
@@ -155,16 +164,15 @@ class Skeleton:
             if (_below(name, self.decoder_name) or not self.decoder_name)
             and not any(_below(f"{name}.", block) for block in self.blocks)
         ]
-        keys, embedding = self.keys_outside(), self.model.get_input_embeddings()
-        source = next((self.sources.get(f"{path}.weight") for path, module in parts if module is embedding), None)
+        keys, table = self.keys_outside(), self.table()
         with contextlib.ExitStack() as stack:
             for _, module in parts:
                 stack.callback(module.to_empty, device="meta", recurse=False)
-            if source is not None and source.converter is None:
-                info = self.checkpoint.tensors[source.keys[0]]
-                if isinstance(embedding, nn.Embedding) and reads_rows(embedding, info):
-                    keys = [key for key in keys if key not in source.keys]
-                    stack.enter_context(rows_filled(embedding, info, batches, self.dtype, device))
+            if table is not None:
+                embedding, stored = table
+                keys.remove(stored)
+                info = self.checkpoint.tensors[stored]
+                stack.enter_context(rows_filled(embedding, info, batches, self.dtype, device))
             self.fill(keys, device)
             for path, module in parts:
                 self.settle(module, device, path, recurse=False)
