@@ -1,7 +1,7 @@
 """Speed and memory of `fp4 quantize`: rounding against a plain copy of the file, GPTQ against the memory it is allowed.
 
     python benchmarks/quantize_memory.py stream [--gigabytes 8] [--rule abs_max]
-    python benchmarks/quantize_memory.py blocks [--hidden 1024] [--layers 24]
+    python benchmarks/quantize_memory.py blocks [--hidden 1024] [--layers 20]
 
 ``stream`` claims: rtn reads its input at no less than half the speed of copying it, and its memory grows by at most
 three times the largest tensor. ``blocks`` claims: GPTQ needs at most 2.5 times one block plus the hidden states it is
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--rule", nargs="+", default=["abs_max", "mse"])
     parser.add_argument("--turns", type=int, default=2, help="of a copy and each rule")
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--folder", type=Path, help="work here and keep the checkpoint, which a second run takes again")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
