@@ -18,8 +18,8 @@ from fp4.pipeline.skeleton import Skeleton
 
 # Bytes of bfloat16 that are read, rounded and written a second, from page cache to page cache on two cores.
 _STREAMED_A_SECOND = 1.0e9
-# What a batch of tokens leaves behind in a block, and the libraries' own buffers: measured on small models.
-_BATCH_BYTES = 1 << 27
+# What passes through a block with a batch of tokens, in the measure of the block's own bytes: as found on small models.
+_BATCH_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def estimate(
         sum(parameter.numel() for parameter in skeleton.model.get_submodule(name).parameters())
         for name in skeleton.blocks
     ]
-    block = int(method.memory * max(blocks)) * torch.float32.itemsize
+    block = int(method.memory * (max(blocks) * torch.float32.itemsize + _BATCH_BYTES))
     kept = 4 * hidden if memory.keeps(hidden) else 0
-    peak = max(block + _BATCH_BYTES + kept, _outside(skeleton, tokens))
+    peak = max(block + kept, _outside(skeleton, tokens))
     # Dense and quantized once each over all tokens, and once for what the method looks at.
     seconds = 3 * 2 * tokens * weights / _flops(memory.device)
     return Estimate(peak, 2 * written + 4 * hidden, seconds, bits / weights)
