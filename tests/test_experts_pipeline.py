@@ -169,8 +169,9 @@ def test_methods_quantize_experts(
         assert errors[method] < errors["rtn"]
 
 
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4a16"])
 def test_an_expert_without_tokens_falls_back_to_its_weight_and_the_report_says_so(
-    dense: Callable[[str], Path], text: Path, tmp_path: Path
+    scheme: str, dense: Callable[[str], Path], text: Path, tmp_path: Path
 ) -> None:
     model = make_moe("qwen3_moe")
     model.model.layers[1].mlp.gate.weight.data[5] = 0  # never above an expert that a token likes
@@ -179,7 +180,7 @@ def test_an_expert_without_tokens_falls_back_to_its_weight_and_the_report_says_s
     tokenizer().save_pretrained(tmp_path / "model")
     options = {"samples": 1, "seq_len": 8, "device": "cpu"}
     for experts in ("all", "routed"):
-        report = fp4.quantize(tmp_path / "model", tmp_path / experts, "nvfp4", "gptq", text, experts=experts, **options)
+        report = fp4.quantize(tmp_path / "model", tmp_path / experts, scheme, "gptq", text, experts=experts, **options)
         noted = [row for row in report["layers"] if "note" in row]
         assert bool(noted) == (experts == "routed")
         assert all("no calibration token" in row["note"] and row["scale_rule"] != "gptq" for row in noted)

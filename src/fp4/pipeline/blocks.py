@@ -31,7 +31,8 @@ from fp4.pipeline.samples import batches_of, stored_samples
 from fp4.pipeline.skeleton import Skeleton
 from fp4.pipeline.staging import Staging
 
-_UNSEEN = "no calibration token reached it: rounded to nearest, its input scale from the range of its weight"
+_UNSEEN = "no calibration token reached it: rounded to nearest"
+_UNSEEN_INPUT = f"{_UNSEEN}, its input scale from the range of its weight"
 # Output errors for the report are measured on so many tokens.
 _MEASURED_TOKENS = 512
 
@@ -194,7 +195,13 @@ class BlockCalibration:
                 if layer.scheme.format is FP8:
                     block.layers[short] = layer.scheme
                     results[short] = self._to_fp8(layer, block.linear(short).weight.data)
-            unseen = _fill_input_scales(block, results)
+            solved = any(result.rule == self.method.name for result in results.values())
+            missed = [
+                short
+                for short, result in results.items()
+                if solved and result.rule != self.method.name and block.layers[short].format is not FP8
+            ]
+            notes = dict.fromkeys(missed, _UNSEEN) | dict.fromkeys(_fill_input_scales(block, results), _UNSEEN_INPUT)
             errors = self._output_errors(block, results)
             inputs_after = self._states(number + 1, "inputs", inputs.shapes[0][-1])
             if not last:
@@ -206,7 +213,7 @@ class BlockCalibration:
                 result = results[short]
                 statistics = sampled_statistics(block.linear(short).weight.data, result.weight, result.rotation)
                 row = layer_row(layer, statistics, result.rule, errors.get(short), each)
-                rows.append(row | ({"note": _UNSEEN} if short in unseen else {}))
+                rows.append(row | ({"note": notes[short]} if short in notes else {}))
         note = {
             "file": self._write(number, module, planned, results),
             "layers": rows,
