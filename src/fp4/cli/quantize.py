@@ -109,7 +109,7 @@ def quantize(
         str | None,
         typer.Option(
             help=f"Checkpoint format: {', '.join(CODECS)}. Default: compressed-tensors where it holds the "
-            "scheme, fp_quant for rotations.",
+            "scheme, fp_quant for rotations. mxfp4, gpt-oss' own, holds experts alone.",
             envvar="FP4_FORMAT",
             rich_help_panel=_HOW,
         ),
