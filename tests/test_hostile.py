@@ -246,6 +246,7 @@ def _set(**changes: object) -> Callable[[dict[str, object]], object]:
         (_set(dtype="F4X"), "dtype 'F4X'"),
         (_set(shape=[1 << 61, 1 << 61]), "needs .* bytes, but has 8192"),
         (_set(shape=[-128, -64]), "expected whole numbers"),
+        (_set(shape=[1 << 60] * 100_000), "at most 64 axes"),
         (_set(shape=[64, 128]), "weight_scale"),
         (_set(shape=[8192]), "expected a matrix"),
         (_set(data_offsets=[0, 8192]), "gap or overlap"),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20  # the limit of safetensors itself
+_MAX_AXES = 64
 _LARGE = 1 << 20  # bytes of a tensor from which on its memory is asked of the system
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt", "consolidated.00.pth")
 
@@ -118,8 +119,9 @@ def _entry(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
         raise ValueError(
             f"{path.name}: entry of {name} is {str(entry)[:100]}; expected dtype, shape, offsets"
         ) from error
-    if not isinstance(shape, list) or not all(_is_size(number) for number in [*shape, start, end]):
-        raise ValueError(f"{path.name}: {name} has shape {shape!r}, offsets {start!r}, {end!r}; expected whole numbers")
+    if not isinstance(shape, list) or len(shape) > _MAX_AXES or not all(map(_is_size, [*shape, start, end])):
+        found = f"shape {str(shape)[:100]}, offsets {str(start)[:100]}, {str(end)[:100]}"
+        raise ValueError(f"{path.name}: {name} has {found}; expected whole numbers, and at most {_MAX_AXES} axes")
     if dtype not in DTYPES:
         raise ValueError(f"{path.name}: {name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
     expected = DTYPES[dtype].itemsize
