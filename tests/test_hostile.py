@@ -388,3 +388,19 @@ def test_configurations_of_junk_are_understood_or_refused(name: str, shared: Cal
         else:
             refusals += obstacle is not None
     assert refusals > 30
+
+
+def test_configurations_of_fp4s_own_format_are_checked_whole(shared: Callable[[str], Path]) -> None:
+    """FPQuantConfig is what a user passes as well, and what a checkpoint in FP-Quant's format brings."""
+    config = Checkpoint.open(shared("fixtures/fpquant-nvfp")).quantization_config() or {}
+    config |= {"overrides": [["*.mlp.*", None], ["a", {"forward_dtype": "mxfp4"}]], "scale_rule": "mse"}
+    rng = random.Random(1)
+    refusals = 0
+    for _ in range(2000):
+        changed = with_junk(config, rng)
+        try:
+            if isinstance(changed, dict):
+                FPQuantConfig.from_dict(changed | {"quant_method": "fp_quant"})
+        except ValueError:
+            refusals += 1
+    assert refusals > 1000

@@ -341,7 +341,7 @@ class FPQuantConfig(QuantizationConfigMixin):
             own["forward_dtype"] = self.forward_dtype
         elif self.scale_rule == "fp_quant" and forward_dtype != FP8.name:
             own |= {"scale_rule": "fp_quant", "transform_init": self.transform_init}
-        elif WEIGHT_FORMATS.get(forward_dtype) in TOOL_RULES.get(str(self.scale_rule), ()):
+        elif WEIGHT_FORMATS.get(str(forward_dtype)) in TOOL_RULES.get(str(self.scale_rule), ()):
             own["scale_rule"] = self.scale_rule
         return FPQuantConfig(**(own | options))
 
