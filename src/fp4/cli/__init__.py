@@ -34,7 +34,7 @@ for command in (quantize, evaluate, report, inspect, convert, schemes, env):
     app.command()(command)
 
 # The machine's fault rather than the caller's: the same command may succeed later.
-_FAILED = (errno.ENOSPC, errno.ENOMEM, errno.EIO, errno.EDQUOT)
+_FAILED = (errno.ENOSPC, errno.ENOMEM, errno.EIO, errno.EDQUOT, errno.EFBIG)
 
 
 def main() -> None:
