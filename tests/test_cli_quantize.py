@@ -121,7 +121,7 @@ def test_mistakes_are_named(
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOMEM, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOMEM, errno.EIO, errno.EFBIG])
 def test_failures_of_the_machine_exit_with_3(
     number: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
