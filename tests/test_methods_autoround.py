@@ -1,13 +1,14 @@
-"""AutoRound: nothing without steps, never worse than where it starts, the same on every run."""
+"""AutoRound: gradients as by hand, nothing without steps, never worse than where it starts, the same on every run."""
 
 import pytest
 import torch
 from test_methods_block import SCHEMES, make_block, scheme_id
+from torch import Tensor, nn
 
 from fp4 import elements
-from fp4.formats import MXFP4, NVFP4
+from fp4.formats import MXFP4, NVFP4, Format, effective_scales
 from fp4.methods import METHODS, Block, LayerResult
-from fp4.methods.autoround import AutoRoundOptions, autoround_block, into_cells, output_error
+from fp4.methods.autoround import AutoRoundOptions, autoround_block, into_cells, learn, output_error
 from fp4.methods.grid import nearest
 from fp4.methods.rtn import RTNOptions, rtn_block
 from fp4.scheme import Scheme
@@ -66,3 +67,51 @@ def test_cells_are_the_numbers_that_round_to_a_value() -> None:
         assert torch.equal(nearest(moved), value.expand_as(x) + 0.0)
         stay = nearest(x) == value
         torch.testing.assert_close(moved[stay], x[stay], atol=2e-4, rtol=0)
+
+
+def naive_autoround(
+    weight: Tensor, start: LayerResult, x: Tensor, target: Tensor, iters: int, lr: float
+) -> tuple[Tensor, Tensor]:
+    """Values on the E2M1 grid and block scales of one layer, its gradients worked out by hand, in float64."""
+    grid = torch.tensor([*elements.E2M1_VALUES, *(-value for value in elements.E2M1_VALUES[1:])], dtype=torch.float64)
+    size = weight.shape[1] // start.weight.scales.shape[1]
+    unit = start.weight.global_scale
+    first = effective_scales(start.weight.scales, unit).double()
+    offset, factor = torch.zeros_like(weight), torch.ones_like(first)
+    for step in range(iters + 1):
+        scales = start.weight.scales
+        if unit is not None:
+            scales = (first * factor / unit).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
+        scale = effective_scales(scales, unit).double().repeat_interleave(size, dim=1)
+        plain = weight / scale
+        spacing = torch.where(plain.abs() < 2, 0.5, torch.where(plain.abs() < 4, 1.0, 2.0))
+        moved = plain + offset * spacing
+        value = grid[(moved.clamp(-6, 6)[..., None] - grid).abs().argmin(dim=-1)]
+        if step == iters:
+            break
+        gradient = (x @ (value * scale).T - target).T @ x  # of the mean squared error, up to a positive factor
+        inside = (moved.abs() <= 6).double()
+        rate = lr * (1 - step / iters)
+        of_factor = (gradient * (value - plain * inside)).unflatten(1, (-1, size)).sum(-1)
+        offset = (offset - rate * (gradient * inside).sign()).clamp(-0.5, 0.5)
+        factor = (factor - rate * of_factor.sign()).clamp(0.5, 1.5)
+    return value, scales
+
+
+@pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=lambda fmt: fmt.name)
+def test_learning_is_what_gradients_by_hand_give(fmt: Format) -> None:
+    torch.manual_seed(1)
+    module = nn.Module()
+    module.proj = nn.Linear(64, 24, bias=False)
+    x = torch.randn(1, 200, 64) * torch.linspace(0.2, 3, 64) + 2 * torch.randn(1, 200, 1)
+    block = Block(
+        "block", module, {"proj": Scheme(fmt, "mse", "model")}, [], [x], [x], lambda hidden, i: module.proj(hidden), 0
+    )
+    weight, start = module.proj.weight.data, rtn_block(block, RTNOptions())
+    learned = learn(block, start, {"proj": weight}, 12, 0.0071, "learned")["proj"]
+    assert learned.rule == "learned"  # and not where it started
+    target = x[0].double() @ weight.double().T
+    value, scales = naive_autoround(weight.double(), start["proj"], x[0].double(), target, 12, 0.0071)
+    assert torch.equal(elements.decode_e2m1(elements.unpack_codes(learned.weight.codes)).double(), value)
+    assert torch.equal(learned.weight.scales.view(torch.uint8), scales.view(torch.uint8))
+    assert not torch.equal(learned.weight.codes, start["proj"].weight.codes)
