@@ -22,7 +22,7 @@ from fp4.pipeline.assemble import assemble
 from fp4.pipeline.capture import Call, capture, output_of, result_form, same
 from fp4.pipeline.experts import separate_experts
 from fp4.pipeline.hidden import HiddenStates
-from fp4.pipeline.memory import Memory, return_freed_pages
+from fp4.pipeline.memory import Memory, return_freed_pages, return_freed_tensors
 from fp4.pipeline.output import StoredTensors, scheme_in_file
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.report import layer_row
@@ -99,6 +99,7 @@ class BlockCalibration:
 
     def _calibrate(self, start: int) -> None:
         names = self.skeleton.blocks
+        return_freed_tensors()
         inputs, originals = self._first_hidden(start)
         for number in range(start, len(names)):
             self.progress("calibrating", number, len(names))
