@@ -90,6 +90,43 @@ def test_quantize_is_equal_to_the_bit(fmt: Format, rule: str, dtype: torch.dtype
     check_bits(torch.randn(3, 5, 64).to(dtype), fmt, rule)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU divides this way in every test")
+@FORMAT
+def test_division_as_gpus_do_it(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quotient from a reciprocal, which the interpreter leaves out because it rounds multiply-adds twice."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    from fp4.backends.triton import codec
+
+    calls = 0
+
+    def fused(self: Any, x: Any, y: Any, z: Any) -> Any:
+        # Exact products; sums are rounded to float64 first, which shows in float32 once in 2**29 times.
+        nonlocal calls
+        calls += 1
+        total = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return TensorHandle(total.astype(np.float32), z.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", fused)
+    monkeypatch.setattr(codec, "INTERPRETED", tl.constexpr(False))
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randn(8, 64, generator=generator)
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]).repeat(8)
+    for unit in (1.0, 0.7123, 3.1e-30, 1.7e30, None):
+        scale = None if unit is None else torch.tensor(unit, dtype=torch.float64)
+        near = blocks * (1 if unit is None else unit)
+        near[0] = 0
+        # Quotients at the thresholds and a step of float32 beside them, for the scale that 6 times its own value has.
+        for row, step in ((1, 0), (2, 1), (3, -1)):
+            exact = ties * (1.5 * (1 if unit is None else torch.tensor(unit, dtype=torch.float32)))
+            near[row] = (exact.view(torch.int32) + step).view(torch.float32)
+        for rule in ("abs_max", "mse"):
+            check_bits(near, fmt, rule, scale)
+    assert calls
+
+
 @DTYPE
 def test_largest_magnitude(dtype: torch.dtype) -> None:
     for shape in [(1, 1), (3, 7), (2, 40, 64), (0, 16), (2, 0, 16)]:
