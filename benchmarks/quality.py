@@ -141,6 +141,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.models and not (options.calibrate and options.text):
         parser.error("--calibrate and --text are needed to measure")
+    options.work.mkdir(parents=True, exist_ok=True)
     for scheme in options.schemes if options.models else []:
         for method in options.methods:
             for name, source in zip(options.names, options.models, strict=False):

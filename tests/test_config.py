@@ -6,6 +6,7 @@ import copy
 import inspect
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,27 @@ def test_layers_may_have_another_scheme(base: str, name: str) -> None:
         assert chosen[0] == scheme(FPQuantConfig(scheme=name))
         assert scheme(again) == scheme(FPQuantConfig(scheme=base))
         assert again.scheme_for("model.gate") is None
+
+
+def test_weights_alone_have_another_best_than_w4a4() -> None:
+    for config in (FPQuantConfig(scheme="mxfp4a16"), FPQuantConfig("mxfp4", activation_dtype="model")):
+        assert (scheme(config).rotation, scheme(config).weight_rule) == ("identity", "even")
+    assert (scheme(FPQuantConfig("mxfp4")).rotation, scheme(FPQuantConfig("mxfp4")).weight_rule) == ("hadamard", "mse")
+    overrides = {"a": {"scheme": "mxfp4a16"}, "b": {"activation_dtype": "model"}}
+    left_open, chosen = (
+        FPQuantConfig("mxfp4", overrides=overrides),
+        FPQuantConfig("mxfp4", scale_rule="ceil", overrides=overrides),
+    )
+    for config in (left_open, chosen):
+        # The choice is made when the checkpoint is written, not by whoever loads it for other activations.
+        again = FPQuantConfig.from_dict(config.to_dict() | {"activation_dtype": "model"})
+        for name in ("a", "b", "c"):
+            assert replace(scheme(again, name), activations="model") == replace(
+                scheme(config, name), activations="model"
+            )
+    assert (scheme(left_open, "a").rotation, scheme(left_open, "a").weight_rule) == ("identity", "even")
+    assert (scheme(chosen, "a").rotation, scheme(chosen, "a").weight_rule) == ("hadamard", "ceil")
+    assert scheme(left_open, "b").rotation == scheme(chosen, "b").rotation == "hadamard"
 
 
 def test_pseudoquantization_emulates_the_scheme() -> None:

@@ -157,7 +157,7 @@ def test_fused_layers_share_their_global_scale(scheme: str, method: str, tmp_pat
 def test_every_scheme_loads_in_its_default_format(scheme: str, tmp_path: Path, text: Path) -> None:
     model = save_small("llama", tmp_path / "model")
     report = fp4.quantize(model, tmp_path / "out", scheme, "rtn", text, samples=2, seq_len=32)
-    expected = {"mxfp4": "fp_quant", "mxfp4a16": "fp_quant", "nvfp4a8": "modelopt"}
+    expected = {"mxfp4": "fp_quant", "nvfp4a8": "modelopt"}
     assert report["format"] == expected.get(scheme, "compressed-tensors")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)

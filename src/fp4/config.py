@@ -11,19 +11,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from fp4.formats import FP8, MXFP4, NVFP4, WEIGHT_FORMATS, Format
 from fp4.ops import BACKENDS
 from fp4.rotation import ROTATIONS
-from fp4.scheme import SCHEMES, Scheme
+from fp4.scheme import SCHEMES, Scheme, preset_of
 from fp4.tool_rules import TOOL_RULES
 
 # FP-Quant quantizes under a fixed global scale: blocks are multiplied by 3 before their scale is taken (not for QuEST).
 _FP_QUANT_GLOBAL_SCALE = 1 / 3
-
-# What measurement shows best without calibration data (benchmarks/default_scheme.py): rotation, its size, scale rule of
-# the weights, scale rule of the activations.
-_BEST = {
-    "nvfp4": ("identity", 16, "mse", "abs_max"),
-    "mxfp4": ("hadamard", 64, "mse", "even"),
-    "fp8": ("identity", 1, "abs_max", "abs_max"),
-}
 
 #: What on-the-fly quantization can be saved as (gpt-oss's ``mxfp4`` holds experts only).
 WRITABLE_FORMATS = ("fp_quant", "compressed-tensors", "modelopt", "auto-round")
@@ -53,18 +45,6 @@ def _options_of(scheme: object) -> dict[str, str]:
     # Activations in the weight's own format are what the hardware may or may not multiply.
     native = preset.activations == preset.format.kind.lower()
     return {"forward_dtype": preset.format.name, "activation_dtype": "auto" if native else preset.activations}
-
-
-def _without_scheme(pattern: str, options: dict[str, Any]) -> dict[str, Any]:
-    """``options`` of an override with ``scheme`` replaced by what it stands for."""
-    if "scheme" not in options:
-        return options
-    rest = {name: value for name, value in options.items() if name != "scheme"}
-    meant = _options_of(options["scheme"])
-    both = sorted(set(rest) & set(meant))
-    if both:
-        raise ValueError(f"overrides[{pattern!r}] sets both scheme and {', '.join(both)}; the scheme says it already")
-    return meant | rest
 
 
 class FPQuantConfig(QuantizationConfigMixin):
@@ -213,7 +193,9 @@ class FPQuantConfig(QuantizationConfigMixin):
     def _fill_in(self) -> None:
         """Choose what is None: as measured best, as FP-Quant does where it is asked for, or as another tool does."""
         fmt = self._format
-        rotation, group_size, weight_rule, activation_rule = _BEST[fmt.name]
+        preset = preset_of(fmt, self.activation_dtype)  # type: ignore[arg-type]
+        rotation, group_size = preset.rotation or ("identity", fmt.k_multiple)
+        weight_rule, activation_rule = preset.scheme.weight_rule, preset.scheme.activation_rule
         if self.scale_rule in self._tools:
             rotation, group_size = "identity", fmt.k_multiple
             activation_rule = "ceil" if fmt is MXFP4 and self.scale_rule == "modelopt" else activation_rule
@@ -299,7 +281,7 @@ class FPQuantConfig(QuantizationConfigMixin):
                     f"overrides[{pattern!r}] sets {', '.join(sorted(unknown))}; "
                     f"a layer can override {', '.join(_OVERRIDABLE)}"
                 )
-            item[1] = _without_scheme(pattern, options)
+            item[1] = self._without_scheme(pattern, options)
             self._overridden(item[1])
         fp8 = self._fp8_inputs or any(FP8.name in (options or {}).values() for _, options in self.overrides)
         if self.store_master_weights and fp8:
@@ -330,15 +312,35 @@ class FPQuantConfig(QuantizationConfigMixin):
         chosen = {"activation_dtype": self.activation_dtype, "backend": self.backend}
         return {name: value for name, value in chosen.items() if value != "auto"}
 
+    def _numerics(self) -> dict[str, Any]:
+        names = ("forward_method", "hadamard_group_size", "transform_init", "scale_rule", "activation_rule")
+        return {name: getattr(self, name) for name in names}
+
+    def _without_scheme(self, pattern: str, options: dict[str, Any]) -> dict[str, Any]:
+        """``options`` of an override with ``scheme`` replaced by what it stands for."""
+        if "scheme" not in options:
+            return options
+        rest = {name: value for name, value in options.items() if name != "scheme"}
+        meant: dict[str, Any] = dict(_options_of(options["scheme"]))
+        both = sorted(set(rest) & set(meant))
+        if both:
+            raise ValueError(
+                f"overrides[{pattern!r}] sets both scheme and {', '.join(both)}; the scheme says it already"
+            )
+        # Rotation and rules that are chosen here hold there too; the best of this scheme need not be that one's.
+        best = FPQuantConfig(self.forward_dtype, activation_dtype=self.activation_dtype)
+        if meant["forward_dtype"] == self.forward_dtype and self._numerics() == best._numerics():
+            meant |= FPQuantConfig(scheme=options["scheme"])._numerics()
+        return meant | rest
+
     def _overridden(self, options: dict[str, Any]) -> FPQuantConfig:
         own = {name: getattr(self, name) for name in ("activation_dtype", "backend", "pseudoquantization")}
         forward_dtype = options.get("forward_dtype", self.forward_dtype)
         if own["activation_dtype"] == "fp4" and forward_dtype == FP8.name:
             own["activation_dtype"] = "fp8"
         if forward_dtype == self.forward_dtype:
-            names = ("forward_method", "hadamard_group_size", "transform_init", "scale_rule", "activation_rule")
-            own |= {name: getattr(self, name) for name in names}
             own["forward_dtype"] = self.forward_dtype
+            own |= self._numerics()
         elif self.scale_rule == "fp_quant" and forward_dtype != FP8.name:
             own |= {"scale_rule": "fp_quant", "transform_init": self.transform_init}
         elif WEIGHT_FORMATS.get(str(forward_dtype)) in TOOL_RULES.get(str(self.scale_rule), ()):

@@ -53,17 +53,21 @@ class Scheme:
 class Preset:
     """A scheme under the name that users know it by.
 
+    Rules and rotation are what measurement shows best without calibration data (``benchmarks/default_scheme.py``).
+
     Attributes:
-        scheme: without a rotation, which is a method's choice.
+        scheme: without the rotation, which not every method wants and not every checkpoint format holds.
         summary: one sentence.
         runs_on: one phrase, what multiplies it natively and what happens elsewhere.
         checkpoint_formats: names of ``checkpoint.CODECS`` that can hold it, the one to prefer first.
+        rotation: name and size of a block rotation of weights and inputs; None is none.
     """
 
     scheme: Scheme
     summary: str
     runs_on: str
     checkpoint_formats: tuple[str, ...]
+    rotation: tuple[str, int] | None = None
 
 
 _FP4_HOLDERS = ("compressed-tensors", "fp_quant", "modelopt", "auto-round")
@@ -94,9 +98,10 @@ SCHEMES: dict[str, Preset] = {
         "W4A4: FP4 weights and activations in blocks of 32 under power-of-two scales.",
         f"Blackwell tensor cores; {_ANYWHERE}, or emulated",
         _FP4_HOLDERS,
+        ("hadamard", 64),
     ),
     "mxfp4a16": Preset(
-        Scheme(MXFP4, "mse", "model", "even"),
+        Scheme(MXFP4, "even", "model", "even"),
         "W4A16: MXFP4 weights, activations in the model's dtype.",
         _ANYWHERE,
         (*_FP4_HOLDERS, "mxfp4"),
@@ -108,3 +113,9 @@ SCHEMES: dict[str, Preset] = {
         ("compressed-tensors", "fp_quant", "modelopt"),
     ),
 }
+
+
+def preset_of(format: Format, activations: Activations) -> Preset:
+    """The preset of a format for these activations, or for any where it has none of its own for them."""
+    presets = [preset for preset in SCHEMES.values() if preset.scheme.format is format]
+    return next((preset for preset in presets if preset.scheme.activations == activations), presets[0])

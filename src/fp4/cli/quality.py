@@ -50,10 +50,13 @@ def evaluate(
 
         fp4 evaluate out --against Qwen/Qwen3-8B --data wikitext.txt --activations fp4 --save
     """
+    from transformers.utils import logging as transformers_logging
+
     from fp4.evaluate import evaluate as measure
 
     if save and not Path(model).is_dir():
         raise ValueError(f"--save keeps the numbers beside the model, but {model} is no folder")
+    transformers_logging.disable_progress_bar()  # two bars would write over each other
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("loading", total=None)

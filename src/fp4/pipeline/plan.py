@@ -293,11 +293,12 @@ def rotated(plan: LayerPlan, rotation: str) -> LayerPlan:
         )
     layers = {}
     for name, layer in plan.layers.items():
-        kind, size = (named[1], int(named[2])) if named else _AUTO[rotation].get(layer.scheme.format.name, _NONE)
-        if kind == "identity" or layer.shape[1] % size or layer.scheme.format.name not in FORMATS:
+        best = SCHEMES[layer.preset].rotation if rotation == "auto" else None
+        chosen = (named[1], int(named[2])) if named and layer.scheme.format.name in FORMATS else best
+        if chosen is None or chosen[0] == "identity" or layer.shape[1] % chosen[1]:
             layers[name] = layer  # a layer whose columns do not divide is quantized as it is
         else:
-            layers[name] = replace(layer, scheme=replace(layer.scheme, rotation=kind, group_size=size))
+            layers[name] = replace(layer, scheme=replace(layer.scheme, rotation=chosen[0], group_size=chosen[1]))
     return replace(plan, layers=layers)
 
 
@@ -320,11 +321,6 @@ def stored_as(plan: LayerPlan, codec: type[Codec]) -> LayerPlan:
         raise ValueError(f"format {codec.name} holds only stacks of experts, and no expert is to be quantized")
     groups = [group for group in plan.groups if group[0] in layers]
     return replace(plan, layers=layers, kept=kept, groups=groups)
-
-
-_NONE = ("identity", 0)
-# Measured without calibration data: benchmarks/default_scheme.py.
-_AUTO = {"none": dict[str, tuple[str, int]](), "auto": {"mxfp4": ("hadamard", 64)}}
 
 
 def _is_size(size: int) -> bool:
