@@ -41,11 +41,11 @@ class BestOptions:
 
 
 def best(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | None, sweeps: int = 2) -> QuantizedTensor:
-    """Round ``weight`` ``[..., N, K]`` (float32) against ``goal``, as :func:`.gptq` takes them.
+    """Round ``weight`` ``[..., N, K]`` against ``goal``, as :func:`.gptq` takes them.
 
     ``goal`` keeps the Hessian and, for a format with a global scale, blocks together in its order.
     """
-    return in_parts(lambda rows: _best_rows(rows, goal, fmt, global_scale, sweeps), weight)
+    return in_parts(lambda rows: _best_rows(rows.float(), goal, fmt, global_scale, sweeps), weight)
 
 
 def _best_rows(

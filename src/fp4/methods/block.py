@@ -42,16 +42,18 @@ class Block:
 
     Attributes:
         name: of the block in the model, such as ``model.layers.3``; errors name layers with it.
-        module: dense, in its compute dtype (float32 on CPU), on the compute device. A method may turn it into an
-            equivalent one in place (channels rescaled between a norm and the layers that read it), so whoever writes
-            the block writes its other parameters as they are afterwards, rounded to the dtype of the checkpoint, and
-            compares quantized weights with those that the module has then.
+        module: dense, in its compute dtype (float32 on CPU), on the compute device; weights of ``layers`` may be in the
+            dtype of the checkpoint, if that is half of it. A method may turn it into an equivalent one in place
+            (channels rescaled between a norm and the layers that read it), so whoever writes the block writes its other
+            parameters as they are afterwards, rounded to the dtype of the checkpoint, and compares quantized weights
+            with those that the module has then.
         layers: name within ``module`` -> scheme; all are ``nn.Linear``.
         fused: groups of ``layers`` that share one global scale (and one input).
         inputs: hidden states ``[batch, tokens, hidden]``, one entry a batch, from the quantized prefix of the model.
         originals: the same from the original prefix. The block's target for batch i is ``run(originals[i], i)``.
         run: ``run(hidden, i)`` is the block's output for batch i, with that batch's mask and positions.
         seed: of everything random.
+        dtype: what the module computes in.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Block:
     originals: Sequence[Tensor]
     run: Callable[[Tensor, int], Tensor]
     seed: int = 0
+    dtype: torch.dtype = torch.float32
 
     def linear(self, layer: str) -> nn.Linear:
         """The dense module of ``layer``."""
@@ -146,7 +149,7 @@ def emulated(block: Block, results: Mapping[str, LayerResult]) -> Iterator[None]
                 backend: Backend = backend,
             ) -> Tensor:
                 values = quantized_input(x, scheme, result.rotation, result.input_global_scale).to(x.dtype)
-                return linear_function(values, backend.dequantize(result.weight, linear.weight.dtype), linear.bias)
+                return linear_function(values, backend.dequantize(result.weight, x.dtype), linear.bias)
 
             stack.callback(linear.__dict__.pop, "forward")
             linear.__dict__["forward"] = forward

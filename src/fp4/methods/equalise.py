@@ -26,13 +26,17 @@ _SAME_OUTPUT = 1e-3  # largest change of the output, relative to its norm, that 
 
 @dataclass
 class _Fold:
-    """A producer and the layers that alone read it; ``width`` neighbouring channels are repeated ``repeats`` times."""
+    """A producer and the layers that alone read it; ``width`` neighbouring channels are repeated ``repeats`` times.
+
+    ``dtype`` is what the block computes in.
+    """
 
     producer: nn.Module
     consumers: list[nn.Linear]
     layers: list[str]
     width: int
     repeats: int
+    dtype: torch.dtype
     saved: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def scales(self, energy: Tensor, alpha: float) -> Tensor:
@@ -71,7 +75,7 @@ class _Fold:
 
     def _set(self, parameter: Tensor, value: Tensor) -> None:
         self.saved.append((parameter, parameter.data))
-        parameter.data = value.to(parameter.dtype)
+        parameter.data = value.to(torch.promote_types(parameter.dtype, self.dtype))
 
     def undo(self) -> None:
         while self.saved:
@@ -121,9 +125,10 @@ def _find_folds(block: Block) -> dict[str, _Fold]:
         assert isinstance(gain, nn.Parameter)
         width = gain.shape[0]
         if width == columns:
-            folds[layers[0]] = _Fold(producer, consumers, layers, width, 1)
+            folds[layers[0]] = _Fold(producer, consumers, layers, width, 1, block.dtype)
         elif isinstance(producer, nn.Linear) and head and columns % width == 0 and width % head == 0:
-            folds[layers[0]] = _Fold(producer, consumers, layers, head, columns // width)  # heads that share a value
+            # Heads that share a value.
+            folds[layers[0]] = _Fold(producer, consumers, layers, head, columns // width, block.dtype)
     return folds
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fp4.elements import encode_e2m1, pack_codes
 from fp4.formats import Format, QuantizedTensor
 from fp4.methods.block import Block, LayerResult
-from fp4.methods.grid import OFFSETS, assemble, effective, in_parts, nearest, neighbours, reordered, scale_to_six
+from fp4.methods.grid import OFFSETS, effective, in_parts, nearest, neighbours, reordered, scale_to_six
 from fp4.methods.hessian import Objective
 from fp4.methods.layerwise import quantize_in_order
 
@@ -26,7 +27,7 @@ def search_scales(weight: Tensor, importance: Tensor, fmt: Format, global_scale:
     """Per block the scale of least squared rounding error weighted with ``importance``.
 
     Args:
-        weight: float32 ``[..., N, K]``.
+        weight: ``[..., N, K]``, computed with in float32.
         importance: of each column, such as the Hessian diagonal: float32 ``[..., K]``.
         global_scale: float64 ``[...]`` or ``[]``, None for a format without.
 
@@ -36,7 +37,7 @@ def search_scales(weight: Tensor, importance: Tensor, fmt: Format, global_scale:
     rows = max(1, _TILE // (weight.numel() // weight.shape[-2]))
     cost = importance.unflatten(-1, (-1, fmt.block_size)).movedim(-1, 0)[..., None, :]
     unit = None if global_scale is None else global_scale[..., None, None]
-    tiles = [_search_tile(tile, cost, fmt, unit) for tile in weight.split(rows, dim=-2)]
+    tiles = [_search_tile(tile.float(), cost, fmt, unit) for tile in weight.split(rows, dim=-2)]
     return torch.cat(tiles, dim=-2).view(fmt.scale_dtype)
 
 
@@ -63,7 +64,7 @@ def gptq(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | No
     """Round ``weight`` so that ``tr((V - W) H (V - W)^T)`` is small.
 
     Args:
-        weight: float32 ``[..., N, K]``; leading axes (experts) are handled at once.
+        weight: ``[..., N, K]``, computed with in float32; leading axes (experts) are handled at once.
         goal: of the same leading axes, ``[..., K, K]``; or of axes of length one, where experts have it in common.
         global_scale: float64 ``[...]`` or ``[]``, None for a format without.
     """
@@ -74,33 +75,42 @@ def _gptq_rows(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tenso
     scales = search_scales(weight, goal.diagonal, fmt, global_scale)
     unit = None if global_scale is None else global_scale[..., None, None]
     # Transposed, so that a column of the weight is a row of contiguous memory.
-    left = reordered(weight, goal.order, -1).transpose(-1, -2).contiguous()
-    per_column = reordered(effective(scales, unit), goal.order // fmt.block_size, -1).transpose(-1, -2).contiguous()
-    values = feed_errors(left, per_column, goal.factor).transpose(-1, -2)
-    del left, per_column
-    return assemble(reordered(values, goal.order.argsort(dim=-1), -1), scales, global_scale)
+    left = reordered(weight.transpose(-1, -2).contiguous(), goal.order, -2).float()
+    per_block = effective(scales, unit).transpose(-1, -2).contiguous()
+    codes = feed_errors(left, per_block, goal.order // fmt.block_size, goal.factor)
+    del left
+    codes = reordered(codes, goal.order.argsort(dim=-1), -2).transpose(-1, -2).contiguous()
+    return QuantizedTensor(pack_codes(codes), scales, global_scale)
 
 
-def feed_errors(left: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
-    """Rounds ``left`` ``[..., K, N]`` (overwritten) with the scales of its elements and V ``[..., K, K]``.
+def feed_errors(left: Tensor, scale: Tensor, block: Tensor, factor: Tensor) -> Tensor:
+    """Rounds ``left`` ``[..., K, N]`` (overwritten) to E2M1 codes, uint8 of the same shape.
 
     Every column takes in what earlier errors leave to it when its turn comes: errors are read often, but written once.
+
+    Args:
+        scale: of blocks, ``[..., K/B, N]``.
+        block: that each column belongs to, int64 ``[..., K]``.
+        factor: V of the objective, ``[..., K, K]``.
     """
-    values = torch.empty_like(left)
+    codes = torch.empty_like(left, dtype=torch.uint8)
     diagonal = factor.diagonal(dim1=-2, dim2=-1)[..., None].unbind(-2)
-    columns = list(zip(left.unbind(-2), values.unbind(-2), scale.unbind(-2), strict=True))
+    columns = left.unbind(-2)
     for start in range(0, len(columns), _LAZY_COLUMNS):
         stop = min(start + _LAZY_COLUMNS, len(columns))
         if start:
             left[..., start:stop, :] -= factor[..., start:stop, :start] @ left[..., :start, :]
-        reciprocal = scale[..., start:stop, :].reciprocal().unbind(-2)
-        for j in range(start, stop):
-            column, value, step = columns[j]
+        own = reordered(scale, block[..., start:stop], -2)
+        values = torch.empty_like(own)
+        each = zip(values.unbind(-2), own.unbind(-2), own.reciprocal().unbind(-2), strict=True)
+        for j, (value, step, reciprocal) in enumerate(each, start):
+            column = columns[j]
             if j > start:
                 column -= (factor[..., j, None, start:j] @ left[..., start:j, :])[..., 0, :]
-            value.copy_(nearest(column * reciprocal[j - start]))
+            value.copy_(nearest(column * reciprocal))
             column.addcmul_(value, step, value=-1).div_(diagonal[j])
-    return values
+        codes[..., start:stop, :] = encode_e2m1(values)
+    return codes
 
 
 @dataclass(frozen=True)

@@ -137,12 +137,13 @@ def invert_lower_(matrix: Tensor) -> bool:
 
 
 def shifted(weight: Tensor, moments: SecondMoments, goal: Objective, share: float) -> Tensor:
-    """``W + share (W' - W)`` with the damped Hessian: weight ``[..., N, K]`` float32 -> the same shape.
+    """``W + share (W' - W)`` with the damped Hessian: weight ``[..., N, K]`` -> the same shape, float32 if shifted.
 
     ``moments`` are those that ``goal`` was made of and kept.
     """
     if moments.cross is None or share == 0:
         return weight
+    weight = weight.float()
     difference = (moments.cross - moments.hessian).float() / max(moments.count, 1)
     ordered = reordered(weight @ difference, goal.order, -1)
     correction = ordered @ goal.factor @ goal.factor.transpose(-1, -2)

@@ -21,7 +21,7 @@ from fp4.methods.walk import observe, stages
 from fp4.rotation import rotate
 from fp4.scheme import Scheme
 
-# weight [..., N, K] float32, its objective, the format and the global scale -> canonical triple
+# weight [..., N, K], its objective, the format and the global scale -> canonical triple
 Solve = Callable[[Tensor, Objective, Format, "Tensor | None"], QuantizedTensor]
 
 _TOGETHER = 2**24  # elements of fused layers that are put together to be solved at once; larger ones are not copied
@@ -31,7 +31,7 @@ class _Matrix(NamedTuple):
     """Layers that are solved as one matrix, since they share what they read and their global scale.
 
     Attributes:
-        weight: of all of them, rotated and shifted: float32 ``[N, K]``.
+        weight: of all of them, rotated and shifted: ``[N, K]``.
         global_scale: float64 ``[]``, None for a format without.
     """
 
@@ -79,22 +79,27 @@ def quantize_in_order(
             round_to_nearest(layer)
     for stage in stages(block):
         observed = observe(block, stage, dict(results), input_scales, cross=shift > 0)
-        for matrices in _at_once(block, _matrices(block, observed, damping, shift, by_block, keep)):
-            scheme = block.layers[matrices[0].layers[0]]
-            fmt = _worked_in(scheme)
-            for matrix, solved in zip(matrices, _solve_all(solve, matrices, fmt), strict=True):
-                stored = solved.scales.view(torch.uint8)
-                stored = stored.repeat_interleave(fmt.block_size // scheme.format.block_size, dim=-1)
-                stored = stored.view(solved.scales.dtype)
-                lengths = [block.linear(layer).out_features for layer in matrix.layers]
-                rows = zip(matrix.layers, solved.codes.split(lengths), stored.split(lengths), strict=True)
-                for layer, codes, scales in rows:
-                    own = QuantizedTensor(codes, scales, matrix.global_scale)
-                    results[layer] = LayerResult(own, block.rotation(layer), input_scales.get(layer), rule)
+        for layer, weight in _solved(block, solve, _matrices(block, observed, damping, shift, by_block, keep)):
+            results[layer] = LayerResult(weight, block.rotation(layer), input_scales.get(layer), rule)
     for layer in block.layers:
         if layer not in results:
             round_to_nearest(layer)
     return {layer: results[layer] for layer in block.layers}
+
+
+def _solved(block: Block, solve: Solve, matrices: Iterable[_Matrix]) -> Iterator[tuple[str, QuantizedTensor]]:
+    """Each layer of ``matrices`` with its weight."""
+    for batch in _at_once(block, matrices):
+        scheme = block.layers[batch[0].layers[0]]
+        fmt = _worked_in(scheme)
+        for matrix, solved in zip(batch, _solve_all(solve, batch, fmt), strict=True):
+            stored = solved.scales.view(torch.uint8)
+            stored = stored.repeat_interleave(fmt.block_size // scheme.format.block_size, dim=-1)
+            stored = stored.view(solved.scales.dtype)
+            lengths = [block.linear(layer).out_features for layer in matrix.layers]
+            rows = zip(matrix.layers, solved.codes.split(lengths), stored.split(lengths), strict=True)
+            for layer, codes, scales in rows:
+                yield layer, QuantizedTensor(codes, scales, matrix.global_scale)
 
 
 def _worked_in(scheme: Scheme) -> Format:
@@ -126,7 +131,7 @@ def _matrices(
                 continue
             parts = []
             for layer in members:
-                weight = block.linear(layer).weight.data.float()
+                weight = block.linear(layer).weight.data
                 parts.append(shifted(weight if rotation is None else rotate(weight, rotation), moments, goal, shift))
             shared = shared_global_scale(parts, scheme)
             if len(members) > 1 and sum(part.numel() for part in parts) <= _TOGETHER:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fp4 import backends
 from fp4.calibration.observers import Amax
 from fp4.elements import E2M1_MAX, E4M3_MAX
 from fp4.formats import FP8, portable_global_scale_for
@@ -24,7 +25,7 @@ def shared_global_scale(weights: Iterable[Tensor], scheme: Scheme) -> Tensor | N
     if scheme.weight_rule in TOOL_RULES and scheme.global_scale is None:
         own = [tool_global_scale(weight, scheme.format, scheme.weight_rule) for weight in weights]
         return torch.stack([scale for scale in own if scale is not None]).amax()
-    largest = torch.stack([weight.abs().amax().float() for weight in weights]).amax()
+    largest = torch.stack([backends.for_device(weight.device).largest_magnitude(weight) for weight in weights]).amax()
     if scheme.global_scale is not None:
         return torch.full((), scheme.global_scale, dtype=torch.float64, device=largest.device)
     return weight_scale(largest, scheme)

@@ -13,6 +13,7 @@ from contextlib import nullcontext, suppress
 import torch
 from torch import Tensor
 
+from fp4.allocator import return_freed_pages
 from fp4.calibration.observers import SecondMoments
 from fp4.methods.block import Block, LayerResult, capture_inputs, emulated, quantized_input, siblings
 from fp4.rotation import rotate
@@ -83,22 +84,38 @@ def observe(
     for part in _passes(block, stage):
         leaders = [layers[0] for layers in part]
         moments: dict[str, SecondMoments] = {}
-        for index, hidden in enumerate(block.inputs):
-            meant = _inputs_of(block, leaders, block.originals[index], index) if cross else {}
-            with emulated(block, done) if done else nullcontext():
-                used = _inputs_of(block, leaders, hidden, index)
-            for layer, x in used.items():
-                rotation = block.rotation(layer)
-                if layer not in moments:
-                    moments[layer] = SecondMoments.empty(x.shape[-1], x.device, cross=cross)
-                values = quantized_input(x, block.layers[layer], rotation, input_scales.get(layer))
-                wanted = meant.get(layer)
-                if wanted is not None and rotation is not None:
-                    wanted = rotate(wanted, rotation)
-                moments[layer].update(values, wanted)
+        for index in range(len(block.inputs)):
+            return_freed_pages()
+            _add_batch(block, leaders, index, done, input_scales, cross, moments)
+        return_freed_pages()
         for layers in part:
             if layers[0] in moments:
                 yield layers, moments.pop(layers[0])
+
+
+def _add_batch(
+    block: Block,
+    layers: list[str],
+    index: int,
+    done: Mapping[str, LayerResult],
+    input_scales: Mapping[str, Tensor],
+    cross: bool,
+    moments: dict[str, SecondMoments],
+) -> None:
+    """Adds what ``layers`` read in one batch to their ``moments``; nothing else is kept of it."""
+    meant = _inputs_of(block, layers, block.originals[index], index) if cross else {}
+    with emulated(block, done) if done else nullcontext():
+        used = _inputs_of(block, layers, block.inputs[index], index)
+    for layer in list(used):
+        x, rotation = used.pop(layer), block.rotation(layer)
+        values = quantized_input(x, block.layers[layer], rotation, input_scales.get(layer))
+        del x
+        wanted = meant.pop(layer, None)
+        if wanted is not None and rotation is not None:
+            wanted = rotate(wanted, rotation)
+        if layer not in moments:
+            moments[layer] = SecondMoments.empty(values.shape[-1], values.device, cross=cross)
+        moments[layer].update(values, wanted)
 
 
 def _room(block: Block) -> int:

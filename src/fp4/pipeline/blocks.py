@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fp4 import backends
+from fp4.allocator import return_freed_pages, return_freed_tensors
 from fp4.calibration.data import load_samples
 from fp4.checkpoint import Codec, LayerScheme, StoredLinear
 from fp4.checkpoint.files import DTYPES, load
@@ -21,8 +23,9 @@ from fp4.methods.scales import has_static_input_scale, input_scale
 from fp4.pipeline.assemble import assemble
 from fp4.pipeline.capture import Call, capture, output_of, result_form, same
 from fp4.pipeline.experts import separate_experts
+from fp4.pipeline.half import computed_wide, halve
 from fp4.pipeline.hidden import HiddenStates
-from fp4.pipeline.memory import Memory, return_freed_pages, return_freed_tensors
+from fp4.pipeline.memory import Memory
 from fp4.pipeline.output import StoredTensors, scheme_in_file
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.report import layer_row
@@ -166,7 +169,12 @@ class BlockCalibration:
         }
 
         experts = {layer.expert.module.name: layer.expert.module for layer in planned.values() if layer.expert}
-        with separate_experts(module, name, list(experts.values()), self.experts == "all"):
+        self._halve(planned.values())
+        return_freed_pages()
+        with ExitStack() as stack:
+            stack.enter_context(separate_experts(module, name, list(experts.values()), self.experts == "all"))
+            linears = [child for short in planned if isinstance(child := module.get_submodule(short), nn.Linear)]
+            stack.enter_context(computed_wide(linears))
 
             def run(hidden: Tensor, batch: int) -> Tensor:
                 args, kwargs = self.calls[batch][number]
@@ -185,6 +193,7 @@ class BlockCalibration:
                 originals,
                 run,
                 (self.seed or 0) + number,
+                self.skeleton.dtype,
             )
             # The dense block goes first, since a method may change its norms.
             originals_after = self._states(number + 1, "originals", inputs.shapes[0][-1])
@@ -203,6 +212,7 @@ class BlockCalibration:
                 if solved and result.rule != self.method.name and block.layers[short].format is not FP8
             ]
             notes = dict.fromkeys(missed, _UNSEEN) | dict.fromkeys(_fill_input_scales(block, results), _UNSEEN_INPUT)
+            return_freed_pages()
             errors = self._output_errors(block, results)
             inputs_after = self._states(number + 1, "inputs", inputs.shapes[0][-1])
             if not last:
@@ -222,6 +232,13 @@ class BlockCalibration:
         }
         self.staging.note(_note(number), note)
         return inputs_after, originals_after if follows else inputs_after
+
+    def _halve(self, planned: Iterable[PlannedLayer]) -> None:
+        """Keep weights that will be quantized in the dtype of the checkpoint, where blocks are computed in float32."""
+        for layer in planned:
+            name = f"{layer.name}.weight" if layer.expert is None else layer.expert.stack
+            stored = DTYPES[self.skeleton.checkpoint.tensors[layer.keys[0]].dtype]
+            halve(self.skeleton.model.get_parameter(name), stored)
 
     def _to_fp8(self, layer: PlannedLayer, weight: Tensor) -> LayerResult:
         """FP8 has nothing to calibrate; its scales have the dtype of the checkpoint."""
@@ -243,11 +260,10 @@ class BlockCalibration:
             if layer in errors:
                 return
             x = x.reshape(-1, x.shape[-1])[:_MEASURED_TOKENS]
-            result, weight = results[layer], block.linear(layer).weight
-            rounded = backends.for_device(weight.device).dequantize(result.weight, weight.dtype)
-            exact = x @ weight.T
+            result = results[layer]
+            exact = x @ block.linear(layer).weight.to(x.dtype).T
             values = quantized_input(x, block.layers[layer], result.rotation, result.input_global_scale)
-            error = values.to(weight.dtype) @ rounded.T - exact
+            error = values.to(x.dtype) @ backends.for_device(x.device).dequantize(result.weight, x.dtype).T - exact
             errors[layer] = float(error.norm() / exact.norm().clamp_min(1e-30))
 
         with torch.no_grad(), capture_inputs(block, results, see):

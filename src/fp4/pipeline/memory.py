@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,8 +10,6 @@ from accelerate.utils import convert_file_size_to_int, get_max_memory
 
 # Of what is free; the rest is for the operating system's page cache and for what was not counted.
 _SHARE = 0.8
-# malloc.h's names of glibc.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
@@ -58,27 +55,6 @@ class Memory:
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         """What blocks are computed in: float32 on CPUs, where half precision is slower, the checkpoint's on a GPU."""
         return torch.float32 if self.device.type == "cpu" else stored
-
-
-def return_freed_tensors() -> None:
-    """From now on let the C library (glibc) give the memory of tensors of 1 MiB and more back as they are freed.
-
-    By itself it comes to keep up to 32 MiB of each, and a block's temporaries then take twice the memory.
-    """
-    adjust = getattr(ctypes.pythonapi, "mallopt", None)
-    if adjust is not None:
-        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            adjust(option, 1 << 20)
-
-
-def return_freed_pages() -> None:
-    """Give the memory of freed tensors back to the system, where the C library (glibc) keeps it for itself.
-
-    What is freed between tensors that live on stays with the process, some of it after every block.
-    """
-    trim = getattr(ctypes.pythonapi, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _parse(asked: str | Mapping[str, str | int] | None) -> dict[str, int]:
