@@ -26,9 +26,11 @@ BACKENDS = ("reference", "cpu", "triton", "cutlass", "scaled_mm")
 # grouped: x [T, K] sorted by expert, offsets int32 [E+1] their row ranges, a leading expert axis on all of the weight
 # and, where it has one, on input_global_scale. Rows from offsets[E] on are nobody's: they are not looked at, and what
 # comes out for them is unspecified.
+# input_gradient: gradient [..., N] of what linear gives -> [..., K], of its x; grouped as above.
 # largest_magnitude: x [..., N, K] -> float32 [...].
 # quantize and dequantize: canonical form; the global scale is the caller's.
 _WEIGHT = "Tensor x, Tensor weight, Tensor weight_scale, Tensor? global_scale, Tensor? bias"
+_GRADIENT = "Tensor gradient, Tensor weight, Tensor weight_scale, Tensor? global_scale"
 _ROTATION = "Tensor? rotation=None"
 _ACTIVATION = "Tensor? rotation, Tensor? input_global_scale, str rule"
 _SCHEMAS = {
@@ -36,6 +38,8 @@ _SCHEMAS = {
     "linear_w4a4": f"({_WEIGHT}, SymInt out_features, {_ACTIVATION}) -> Tensor",
     "grouped_linear": f"({_WEIGHT}, Tensor offsets, SymInt out_features, {_ROTATION}) -> Tensor",
     "grouped_linear_w4a4": f"({_WEIGHT}, Tensor offsets, SymInt out_features, {_ACTIVATION}) -> Tensor",
+    "input_gradient": f"({_GRADIENT}, SymInt in_features, Tensor? rotation) -> Tensor",
+    "grouped_input_gradient": f"({_GRADIENT}, Tensor offsets, SymInt in_features, Tensor? rotation) -> Tensor",
     "largest_magnitude": "(Tensor x) -> Tensor",
     "quantize": "(Tensor x, Tensor? global_scale, str format, str rule) -> (Tensor, Tensor)",
     "dequantize": "(Tensor codes, Tensor scales, Tensor? global_scale, ScalarType dtype) -> Tensor",
@@ -46,6 +50,12 @@ def _fake_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, global_scale: 
     # `rest` begins with out_features, after the expert offsets where the form is grouped.
     out_features = rest[1] if isinstance(rest[0], Tensor) else rest[0]
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _fake_input_gradient(
+    gradient: Tensor, weight: Tensor, weight_scale: Tensor, global_scale: Any, *rest: Any
+) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], rest[-2])
 
 
 def _fake_largest_magnitude(x: Tensor) -> Tensor:
@@ -65,6 +75,8 @@ def _fake_dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor | None,
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
+    "input_gradient": _fake_input_gradient,
+    "grouped_input_gradient": _fake_input_gradient,
     "largest_magnitude": _fake_largest_magnitude,
     "quantize": _fake_quantize,
     "dequantize": _fake_dequantize,

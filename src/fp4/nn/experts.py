@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4.formats import QuantizedTensor
+from fp4.gradient import packed_matmul
 from fp4.nn.layout import GATE_UP, ExpertsLayout, layout_of
 from fp4.nn.packed import PackedWeight, Values, frozen
 from fp4.nn.split import Split
@@ -50,39 +52,24 @@ class FP4GroupedLinear(PackedWeight):
     def forward(self, x: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
         """x ``[T, K]``, of which rows ``offsets[e]:offsets[e+1]`` (int32 ``[E+1]``) meet expert e -> ``[T, N]``.
 
-        ``bias`` is ``[E, N]``.
+        ``bias`` is ``[E, N]``. It and x get gradients, the packed weights do not.
         """
-        if self.quantizes_input and self.scheme.input_format is not self.scheme.format:
-            w4a8: Tensor = self.backend.grouped_linear_w4a8(
-                x,
-                self.weight,
-                self.weight_scale,
-                self.global_scale,
-                bias,
-                offsets,
-                self.out_features,
-                self.rotation,
-                self.input_global_scale,
-            )
-            return w4a8
-        if self.quantizes_input:
-            out: Tensor = self.backend.grouped_linear_w4a4(
-                x,
-                self.weight,
-                self.weight_scale,
-                self.global_scale,
-                bias,
-                offsets,
-                self.out_features,
-                self.rotation,
-                self.input_global_scale,
-                self.scheme.activation_rule,
-            )
-            return out
-        out = self.backend.grouped_linear(
-            x, self.weight, self.weight_scale, self.global_scale, bias, offsets, self.out_features, self.rotation
-        )
-        return out  # noqa: RET504  (names the type)
+        weight = (self.weight, self.weight_scale, self.global_scale)
+        run = functools.partial(self._multiply, offsets)
+        return packed_matmul(x, bias, run, self.backend, weight, self.rotation, offsets)
+
+    def _multiply(self, offsets: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor
+        weight, rows = (self.weight, self.weight_scale, self.global_scale), (offsets, self.out_features)
+        backend, own_scale = self.backend, self.input_global_scale
+        if not self.quantizes_input:
+            out = backend.grouped_linear(x, *weight, bias, *rows, self.rotation)
+        elif self.scheme.input_format is not self.scheme.format:
+            out = backend.grouped_linear_w4a8(x, *weight, bias, *rows, self.rotation, own_scale)
+        else:
+            rule = self.scheme.activation_rule
+            out = backend.grouped_linear_w4a4(x, *weight, bias, *rows, self.rotation, own_scale, rule)
+        return out
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, {super().extra_repr()}"

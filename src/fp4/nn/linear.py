@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fp4.gradient import packed_matmul
 from fp4.nn.packed import PackedWeight, frozen
 from fp4.scheme import Scheme
 
@@ -43,36 +44,24 @@ class FP4Linear(PackedWeight):
         return module
 
     def forward(self, x: Tensor) -> Tensor:
-        """x ``[..., K]`` float32, bfloat16 or float16 -> ``[..., N]`` in the same dtype."""
-        if self.quantizes_input and self.scheme.input_format is not self.scheme.format:
-            w4a8: Tensor = self.backend.linear_w4a8(
-                x,
-                self.weight,
-                self.weight_scale,
-                self.global_scale,
-                self.bias,
-                self.shape[-2],
-                self.rotation,
-                self.input_global_scale,
-            )
-            return w4a8
-        if self.quantizes_input:
-            out: Tensor = self.backend.linear_w4a4(
-                x,
-                self.weight,
-                self.weight_scale,
-                self.global_scale,
-                self.bias,
-                self.shape[-2],
-                self.rotation,
-                self.input_global_scale,
-                self.scheme.activation_rule,
-            )
-            return out
-        out = self.backend.linear(
-            x, self.weight, self.weight_scale, self.global_scale, self.bias, self.shape[-2], self.rotation
-        )
-        return out  # noqa: RET504  (names the type)
+        """x ``[..., K]`` float32, bfloat16 or float16 -> ``[..., N]`` in the same dtype.
+
+        x and bias get gradients, the packed weight does not.
+        """
+        weight = (self.weight, self.weight_scale, self.global_scale)
+        return packed_matmul(x, self.bias, self._multiply, self.backend, weight, self.rotation)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor
+        weight, rows = (self.weight, self.weight_scale, self.global_scale), self.shape[-2]
+        if not self.quantizes_input:
+            out = self.backend.linear(x, *weight, bias, rows, self.rotation)
+        elif self.scheme.input_format is not self.scheme.format:
+            out = self.backend.linear_w4a8(x, *weight, bias, rows, self.rotation, self.input_global_scale)
+        else:
+            rule = self.scheme.activation_rule
+            out = self.backend.linear_w4a4(x, *weight, bias, rows, self.rotation, self.input_global_scale, rule)
+        return out
 
     def expect_dense_weight(self, dtype: torch.dtype) -> None:
         """Let ``weight`` stand for the dense ``[N, K]`` that a checkpoint holds, until its rounded form replaces it."""

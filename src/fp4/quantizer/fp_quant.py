@@ -295,7 +295,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return self.quantization_config.store_master_weights
+        return True  # by adapters: gradients pass through packed layers
 
     @property
     def is_qat_trainable(self) -> bool:
