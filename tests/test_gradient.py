@@ -83,3 +83,38 @@ def test_gradients_reach_the_embeddings_of_a_model(compiled: bool, llama: Path, 
     dense.zero_grad()
     dense(token_ids, labels=token_ids).loss.backward()
     torch.testing.assert_close(found, dense.get_input_embeddings().weight.grad, rtol=1e-3, atol=1e-6)
+
+
+class _Adapted(nn.Module):
+    """What PEFT's LoRA puts in the place of an ``nn.Linear``."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 4, bias=False)
+        self.up = nn.Linear(4, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + self.up(self.down(x))
+        return out
+
+
+def test_adapters_on_packed_layers_are_trained(llama: Path, token_ids: Tensor) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=FPQuantConfig(), dtype=torch.float32)
+    model.requires_grad_(False)
+    torch.manual_seed(0)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    assert len(linears) == 14
+    for name in linears:
+        model.set_submodule(name, _Adapted(model.get_submodule(name)))
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(adapters, lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(token_ids, labels=token_ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5

@@ -10,14 +10,18 @@ from fp4.nn.packed import PackedWeight, frozen
 from fp4.scheme import Scheme
 
 
-class FP4Linear(PackedWeight):
+class FP4Linear(PackedWeight, nn.Linear):  # type: ignore[misc]
     """``y = x W^T + bias`` with W a :class:`PackedWeight` ``[N, K]``; ``bias`` ``[N]`` in the model's dtype, or None.
+
+    An ``nn.Linear`` so that libraries of adapters (PEFT) take it for one; only the shape of ``weight`` is another.
 
     Args: as for :class:`PackedWeight`, and
         bias: whether there is one.
     """
 
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
+    #: Says to Transformers that there is nothing to initialize: packed weights are read or rounded, never drawn.
+    _is_hf_initialized = True
 
     def __init__(
         self,

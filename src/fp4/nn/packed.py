@@ -64,7 +64,7 @@ class PackedWeight(nn.Module):
         device: torch.device | str | None = None,
         lead: tuple[int, ...] = (),
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         if in_features % scheme.k_multiple:
             raise ValueError(f"in_features is {in_features}; this scheme needs a multiple of {scheme.k_multiple}")
         self.in_features, self.out_features, self.lead = in_features, out_features, lead
