@@ -63,7 +63,8 @@ def random_weight(fmt: Format, *shape: int, seed: int = 0) -> QuantizedTensor:
     """Every code and a wide range of scales, rather than what quantizing a Gaussian would give."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8, generator=generator)
-    low, high = (0, 127) if fmt is NVFP4 else (100, 140)  # E4M3 from subnormal to 448
+    # E4M3 from subnormal to 448, or from 2^-3, as those of trained weights: kernels tell the two apart.
+    low, high = (32 * (seed // 2 % 2), 127) if fmt is NVFP4 else (100, 140)
     scales = torch.randint(low, high, (*shape[:-1], shape[-1] // fmt.block_size), generator=generator)
     unit = torch.rand(shape[:-2], dtype=torch.float64, generator=generator) * 0.01 + 1e-4
     has_unit = fmt.needs_global_scale or seed % 2 == 1  # MXFP4 may have one
@@ -233,6 +234,31 @@ def test_every_code_and_scale(fmt: Format) -> None:
         assert torch.equal(rounded, values[:, :m].T.bfloat16())
 
 
+@pytest.mark.parametrize("smallest", [2.0**-9, 2.0**-4, 9 * 2.0**-7, 2.0**-3, 448.0])
+def test_one_small_scale_among_large_ones(smallest: float) -> None:
+    """Scales that are whole numbers of 2^-6 are multiplied as such; one that is not sends its chunk another way."""
+    n, k = 33, 2080
+    weight = random_weight(NVFP4, n, k)
+    weight.scales.view(torch.uint8).clamp_(min=0x68)  # from 64
+    weight.scales[5, 70] = smallest
+    weight.codes[5] = 0
+    weight.codes[5, 70 * 8 : 71 * 8] = torch.arange(8, dtype=torch.uint8) * 0x21
+    x = torch.randn(4, k).bfloat16()
+    seen = reference.quantize_activation(x, NVFP4, None, None, "abs_max")
+    out = ops.cpu_linear_w4a4(x, *packed(weight), None, n, None, None, "abs_max")
+    assert_product(out, seen, formats.dequantize(*weight), None)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("m", [8, 9, 23, 24, 145, 290])
+def test_residuals_of_many_rows(fmt: Format, m: int) -> None:
+    """More than 2048 columns, one exponent a column: most of what bfloat16 holds is left over by words of its block."""
+    n, k = 37, 4096 + fmt.block_size
+    weight = random_weight(fmt, n, k)
+    x = (torch.randn(m, k) * torch.randint(-20, 1, (k,)).exp2()).bfloat16()
+    assert_product(ops.cpu_linear(x, *packed(weight), None, n), x, formats.dequantize(*weight), None)
+
+
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("shape", [(1, 32), (16, 64), (37, 96), (3, 5, 64), (2, 2, 17, 32), (2048, 8192)])
 def test_pack_is_exact_and_padding_is_dropped(fmt: Format, shape: tuple[int, ...]) -> None:
@@ -261,10 +287,11 @@ def test_leading_axes_and_strides() -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("m", [1, 7, 200])
-def test_results_do_not_depend_on_the_number_of_threads(fmt: Format, m: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(fmt: Format, m: int, dtype: torch.dtype) -> None:
     n, k = 530, 1056
     weight = random_weight(fmt, n, k)
-    x = torch.randn(m, k)
+    x = torch.randn(m, k, dtype=dtype)
     rotate = rotation.hadamard(32).float()
     before, results = torch.get_num_threads(), []
     try:

@@ -29,7 +29,7 @@ constexpr int64_t fixed_point_block_bytes(Format format, int64_t rows) { return 
 
 struct Residual {
   int32_t column;
-  float half_x;  // codes are doubled
+  float x;
 };
 
 // Columns of a panel that are decoded at a time where there are many rows of x: 16 KB, half of a first-level cache.
@@ -37,6 +37,7 @@ constexpr int64_t kFixedPointChunk = 512;
 
 struct FixedPointKernels {
   int rows;           // most rows that `multiply` takes
+  int decoded_rows;   // most rows that `multiply_decoded` takes
   float unit[2];      // by Format: what the sums of the kernels below are to be multiplied by, beside the global scale
 
   // One row of x, as row m (`to` is moved there) of a tile of `rows`. Appends what is left over; returns its number.
@@ -48,17 +49,19 @@ struct FixedPointKernels {
   void (*multiply[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, const uint8_t* x, int rows,
                       float* sum);
 
+  // For more rows: the codes of some blocks as int16 (16 for each column) and their scales (16 for each block), and the
+  // same on these.
+  void (*decode[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, int16_t* out, float* out_scales);
+  void (*multiply_decoded[2])(const int16_t* w, const float* w_scales, int64_t blocks, const uint8_t* x, int rows,
+                              float* sum);
+
   // sum[16] += sum over residuals. codes and scales are those of the panel's first block.
   void (*add_residuals[2])(const uint8_t* codes, const uint8_t* scales, const Residual* residuals, int64_t count,
                            float* sum);
 
-  // For more rows: the codes of some blocks as int16 (16 for each column) and their scales (16 for each block), and the
-  // two above on these. The first of the blocks begins a chunk of kFixedPointChunk columns.
-  void (*decode[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, int16_t* out, float* out_scales);
-  void (*multiply_decoded[2])(const int16_t* w, const float* w_scales, int64_t blocks, const uint8_t* x, int rows,
-                              float* sum);
-  void (*add_residuals_decoded[2])(const int16_t* w, const float* w_scales, const Residual* residuals, int64_t count,
-                                   float* sum);
+  // The same on the weights' values over `unit`: 16 for each column, from `first_column` on.
+  void (*add_residuals_to_values)(const float* values, int32_t first_column, const Residual* residuals, int64_t count,
+                                  float* sum);
 };
 
 }  // namespace fp4::cpu

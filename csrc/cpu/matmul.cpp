@@ -8,16 +8,13 @@ namespace fp4::cpu {
 
 namespace {
 
-// Most tiles of x that are multiplied with a panel while it is decoded: many, so that decoding costs little beside
+// Most rows of x that are multiplied with a panel while it is decoded: many, so that decoding costs little beside
 // them, but few enough for their chunk of x to stay in the second-level cache.
-constexpr int64_t kTilesPerTask = 32;
-
-// Tiles are shared out evenly, so that all tasks take the same time.
-Tiling batches_of(int64_t tiles) { return Tiling(tiles, kTilesPerTask); }
+constexpr int64_t kRowsPerTask = 144;
 
 }  // namespace
 
-Matmul::Matmul(const Product& product, int tile, int64_t chunk)
+Matmul::Matmul(const Product& product, TileSize tile, int64_t chunk)
     : product_(product),
       kernels_(matmul_kernels()),
       tile_(tile),
@@ -26,17 +23,21 @@ Matmul::Matmul(const Product& product, int tile, int64_t chunk)
       starts_{0},
       prepare_starts_{0} {
   for (const Segment& segment : product.segments) {
-    const int64_t tiles = tiling(segment).count;
-    starts_.push_back(starts_.back() + batches_of(tiles).count * panels_);
-    prepare_starts_.push_back(prepare_starts_.back() + tiles);
+    starts_.push_back(starts_.back() + batches(segment).count * panels_);
+    prepare_starts_.push_back(prepare_starts_.back() + tiling(segment).count);
   }
+}
+
+// Tiles are shared out evenly, so that all tasks take the same time.
+Tiling Matmul::batches(const Segment& segment) const {
+  return Tiling(tiling(segment).count, kRowsPerTask / tile_.of(segment.rows));
 }
 
 Matmul::Piece Matmul::piece_at(int64_t task, int64_t end) const {
   const size_t index = std::upper_bound(starts_.begin(), starts_.end(), task) - starts_.begin() - 1;
   const Segment& segment = product_.segments[index];
   const int64_t within = task - starts_[index], batch = within / panels_, panel = within % panels_;
-  const Tiling batches = batches_of(tiling(segment).count);
+  const Tiling batches = this->batches(segment);
   return {&segment, batches.start(batch), batches.start(batch + 1), panel, std::min(panels_, panel + end - task)};
 }
 

@@ -49,6 +49,14 @@ struct Tiling {
   int64_t rows;
 };
 
+// Most rows of a tile: `few` of a segment with at most few_rows rows, `many` of others.
+struct TileSize {
+  int of(int64_t rows) const { return rows <= few_rows ? few : many; }
+  int few;
+  int64_t few_rows;
+  int many;
+};
+
 // x, contiguous. With a rotation [h, h], groups of h columns are multiplied by it in float32 and rounded to dtype again.
 struct Input {
   const void* x;
@@ -62,7 +70,8 @@ class Matmul {
  public:
   // `k` rows of a tile are stored chunk after chunk of K (`chunk` columns), so that what the inner loop reads is
   // contiguous: chunk c of a segment starts at element c * chunk * rows, and a tile within it at start * chunk length.
-  Matmul(const Product& product, int tile, int64_t chunk);
+  Matmul(const Product& product, TileSize tile, int64_t chunk);
+  Matmul(const Product& product, int tile, int64_t chunk) : Matmul(product, TileSize{tile, 0, tile}, chunk) {}
 
   int64_t prepare_tasks() const { return prepare_starts_.back(); }
   int64_t tasks() const { return starts_.back(); }
@@ -82,7 +91,7 @@ class Matmul {
 
   Piece piece_at(int64_t task, int64_t end) const;
   Tile tile_at(int64_t task) const;
-  Tiling tiling(const Segment& segment) const { return Tiling(segment.rows, tile_); }
+  Tiling tiling(const Segment& segment) const { return Tiling(segment.rows, tile_.of(segment.rows)); }
 
   // Row `row` of x, k values.
   void load_row(const Input& input, int64_t row, float* to) const;
@@ -93,11 +102,14 @@ class Matmul {
 
   const Product& product_;
   const MatmulKernels& kernels_;
-  const int tile_;
+  const TileSize tile_;
   const int64_t chunk_;
   const int64_t panels_;
 
  private:
+  // Runs of tiles that are multiplied with a panel while it is decoded.
+  Tiling batches(const Segment& segment) const;
+
   std::vector<int64_t> starts_;          // first task of each segment, then their number
   std::vector<int64_t> prepare_starts_;  // the same of tiles
 };
@@ -137,14 +149,15 @@ class FixedPoint : public Matmul {
   void run(int64_t begin, int64_t end) const;
 
  private:
-  void run_few_tiles(const Piece& piece) const;
+  void run_few_rows(const Piece& piece) const;
   void run_tiles(const Piece& piece) const;
-  int64_t chunks() const { return (product_.k + chunk_ - 1) / chunk_; }
+  void add_residuals(const Segment& segment, int64_t panel, int64_t first_row, int64_t rows, float* sums) const;
+  static int64_t residual_chunks(int64_t k);
   const uint8_t* codes(const Segment& segment, int64_t panel, int64_t column) const;
   const uint8_t* scales(const Segment& segment, int64_t panel, int64_t column) const;
   Residual* residuals(int64_t row) const { return residuals_ + row * product_.k; }
-  // Where the residuals of each chunk of a row begin, then their number.
-  int32_t* residual_starts(int64_t row) const { return residual_starts_ + row * (chunks() + 1); }
+  // Where the residuals of each chunk (of its own size) of a row begin, then their number.
+  int32_t* residual_starts(int64_t row) const { return residual_starts_ + row * (residual_chunks(product_.k) + 1); }
   float unit(const Segment& segment) const;
 
   const Input& input_;

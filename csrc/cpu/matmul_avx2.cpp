@@ -10,6 +10,31 @@ using namespace avx2;
 
 namespace {
 
+// `kept` are the bits of a correction that are stored.
+template <Format F, uint32_t kept>
+AVX2_INLINE void lay_out(const int8_t* codes, const float* scales, int64_t blocks, int rows, int m, uint8_t* to) {
+  constexpr int size = block_size(F);
+  const __m128i columns = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);  // kIntegerColumn
+  for (int64_t b = 0; b < blocks; ++b, codes += size, to += integer_block_bytes(F, rows)) {
+    __m128i correction = _mm_setzero_si128();
+    for (int i = 0; i < size; i += 16) {
+      const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
+      const __m128i pairs = _mm_maddubs_epi16(_mm_set1_epi8(1), values);
+      correction = _mm_add_epi32(correction, _mm_madd_epi16(pairs, _mm_set1_epi16(-kCodeBias)));
+      const __m128i fours = _mm_shuffle_epi8(values, columns);
+      uint8_t* four = to + (i / 4 * rows + m) * 4;
+      _mm_storeu_si32(four, fours);
+      _mm_storeu_si32(four + rows * 4, _mm_shuffle_epi32(fours, 0x55));
+      _mm_storeu_si32(four + rows * 8, _mm_shuffle_epi32(fours, 0xAA));
+      _mm_storeu_si32(four + rows * 12, _mm_shuffle_epi32(fours, 0xFF));
+    }
+    correction = _mm_add_epi32(correction, _mm_shuffle_epi32(correction, 0x4E));
+    correction = _mm_add_epi32(correction, _mm_shuffle_epi32(correction, 0xB1));
+    _mm_storeu_si32(to + rows * size + m * 4, _mm_and_si128(correction, _mm_set1_epi32(static_cast<int>(kept))));
+    std::memcpy(to + rows * (size + 4) + m * 4, &scales[b], 4);
+  }
+}
+
 template <Format F, int M>
 AVX2 void gemv_rows(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const float* x,
                     float* y) {
@@ -115,25 +140,7 @@ AVX2 void multiply_float(const float* x, int rows, const float* w, int64_t k, fl
 
 template <Format F>
 AVX2 void lay_out_integer(const int8_t* codes, const float* scales, int64_t blocks, int rows, int m, uint8_t* to) {
-  constexpr int size = block_size(F);
-  const __m128i columns = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);  // kIntegerColumn
-  for (int64_t b = 0; b < blocks; ++b, codes += size, to += integer_block_bytes(F, rows)) {
-    __m128i correction = _mm_setzero_si128();
-    for (int i = 0; i < size; i += 16) {
-      const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
-      const __m128i pairs = _mm_maddubs_epi16(_mm_set1_epi8(1), values);
-      correction = _mm_add_epi32(correction, _mm_madd_epi16(pairs, _mm_set1_epi16(-kCodeBias)));
-      const __m128i fours = _mm_shuffle_epi8(values, columns);
-      uint8_t* four = to + (i / 4 * rows + m) * 4;
-      _mm_storeu_si32(four, fours);
-      _mm_storeu_si32(four + rows * 4, _mm_shuffle_epi32(fours, 0x55));
-      _mm_storeu_si32(four + rows * 8, _mm_shuffle_epi32(fours, 0xAA));
-      _mm_storeu_si32(four + rows * 12, _mm_shuffle_epi32(fours, 0xFF));
-    }
-    correction = _mm_add_epi32(correction, _mm_shuffle_epi32(correction, 0x4E));
-    _mm_storeu_si32(to + rows * size + m * 4, _mm_add_epi32(correction, _mm_shuffle_epi32(correction, 0xB1)));
-    std::memcpy(to + rows * (size + 4) + m * 4, &scales[b], 4);
-  }
+  lay_out<F, 0x0000FFFF>(codes, scales, blocks, rows, m, to);
 }
 
 template <Format F>
@@ -159,11 +166,13 @@ AVX2 void decode_integer(const uint8_t* codes, const uint8_t* scales, int64_t bl
   }
 }
 
-template <Format F, int M>
+alignas(32) constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+// `whole`: w_scales are those of WholeScales, or else float32.
+template <Format F, int M, bool whole>
 AVX2 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const float* w_scales, int64_t blocks,
                                 float* sum) {
   constexpr int size = block_size(F);
-  alignas(32) static const int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
   __m256 low[M], high[M];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
@@ -171,7 +180,8 @@ AVX2 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const float*
     high[m] = _mm256_loadu_ps(sum + m * kPanelRows + 8);
   }
   for (int64_t b = 0; b < blocks; ++b, x += integer_block_bytes(F, M), w_scales += kPanelRows) {
-    // A product is at most 24 * 12, so that a lane stays below 2 * 8 * 288 = 4608 through a block: no saturation.
+    // A product is at most 24 * 12, so that a lane stays below 2 * 8 * 288 = 4608 through a block, and below twice that
+    // with the correction: no saturation.
     __m256i low16[M], high16[M];
 #pragma GCC unroll 8
     for (int q = 0; q < size / 4; ++q, w += 4 * kPanelRows) {
@@ -179,9 +189,7 @@ AVX2 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const float*
       const __m256i w_high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32));
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
-        int32_t four;
-        std::memcpy(&four, x + (q * M + m) * 4, 4);
-        const __m256i codes = _mm256_set1_epi32(four);
+        const __m256i codes = broadcast(x + (q * M + m) * 4);
         const __m256i l = _mm256_maddubs_epi16(w_low, codes), h = _mm256_maddubs_epi16(w_high, codes);
         low16[m] = q == 0 ? l : _mm256_add_epi16(low16[m], l);
         high16[m] = q == 0 ? h : _mm256_add_epi16(high16[m], h);
@@ -189,22 +197,25 @@ AVX2 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const float*
         FP4_KEEP_ORDER(high16[m]);
       }
     }
-    const __m256 s_low = _mm256_loadu_ps(w_scales), s_high = _mm256_loadu_ps(w_scales + 8);
-    const int16_t* ones = kOnes;
-    asm("" : "+r"(ones));  // stays in memory: there is a register too few
+    const __m256* s = reinterpret_cast<const __m256*>(w_scales);
+    const __m256i* times_low = reinterpret_cast<const __m256i*>(kOnes);
+    if constexpr (whole) times_low = reinterpret_cast<const __m256i*>(w_scales);
+    const __m256i* times_high = whole ? times_low + 1 : times_low;
+    asm("" : "+r"(times_low), "+r"(times_high));  // they stay in memory: there are registers too few
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      int32_t correction;
-      float scale;
-      std::memcpy(&correction, x + M * size + 4 * m, 4);
-      std::memcpy(&scale, x + M * (size + 4) + 4 * m, 4);
-      const __m256i c = _mm256_set1_epi32(correction);
-      const __m256 s = _mm256_set1_ps(scale);
-      const __m256i l = _mm256_add_epi32(_mm256_madd_epi16(low16[m], *reinterpret_cast<const __m256i*>(ones)), c);
-      const __m256i h = _mm256_add_epi32(_mm256_madd_epi16(high16[m], *reinterpret_cast<const __m256i*>(ones)), c);
-      // Not dot * (s * s_low): the product of two scales can overflow where that of the values does not.
-      low[m] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(l), s), s_low, low[m]);
-      high[m] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(h), s), s_high, high[m]);
+      const __m256i c = broadcast(x + M * size + 4 * m);
+      const __m256 scale = _mm256_castsi256_ps(broadcast(x + M * (size + 4) + 4 * m));
+      const __m256i l = _mm256_madd_epi16(_mm256_add_epi16(low16[m], c), *times_low);
+      const __m256i h = _mm256_madd_epi16(_mm256_add_epi16(high16[m], c), *times_high);
+      if constexpr (whole) {
+        low[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(l), scale, low[m]);
+        high[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(h), scale, high[m]);
+      } else {
+        // Not dot * (scale * s): the product of two scales can overflow where that of the values does not.
+        low[m] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(l), scale), s[0], low[m]);
+        high[m] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(h), scale), s[1], high[m]);
+      }
     }
   }
 #pragma GCC unroll 4
@@ -214,15 +225,38 @@ AVX2 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const float*
   }
 }
 
-template <Format F>
+template <Format F, bool whole>
 AVX2 void multiply_integer(const uint8_t* x, int rows, const uint8_t* w, const float* w_scales, int64_t blocks,
                            float* sum) {
   switch (rows) {
-    case 1: return multiply_integer_rows<F, 1>(x, w, w_scales, blocks, sum);
-    case 2: return multiply_integer_rows<F, 2>(x, w, w_scales, blocks, sum);
-    default: return multiply_integer_rows<F, 3>(x, w, w_scales, blocks, sum);
+    case 1: return multiply_integer_rows<F, 1, whole>(x, w, w_scales, blocks, sum);
+    case 2: return multiply_integer_rows<F, 2, whole>(x, w, w_scales, blocks, sum);
+    default: return multiply_integer_rows<F, 3, whole>(x, w, w_scales, blocks, sum);
   }
 }
+
+// E4M3 scales from 2^-3 on are whole numbers of 2^-6, of which 448 fits into 16 bits. Smaller ones are rare: those of
+// blocks whose largest weight is below a thousandth of its tensor's.
+constexpr float kScaleUnit = 0x1p-6f;
+
+AVX2 bool convert_scales(float* scales, int64_t blocks) {
+  const __m256 per_unit = _mm256_set1_ps(1 / kScaleUnit);
+  __m256 equal = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
+  for (int64_t i = 0; i < blocks * kPanelRows; i += 8) {
+    const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(scales + i), per_unit);
+    _mm256_storeu_ps(scales + i, scaled);
+    equal = _mm256_and_ps(equal, _mm256_cmp_ps(scaled, _mm256_cvtepi32_ps(_mm256_cvtps_epi32(scaled)), _CMP_EQ_OQ));
+  }
+  if (_mm256_movemask_ps(equal) != 0xFF) return false;
+  for (int64_t i = 0; i < blocks * kPanelRows; i += 8) {
+    const __m256i whole = _mm256_cvtps_epi32(_mm256_loadu_ps(scales + i));
+    const __m256i pairs = _mm256_blend_epi16(whole, _mm256_slli_epi32(whole, 16), 0xAA);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(scales + i), pairs);
+  }
+  return true;
+}
+
+constexpr WholeScales kWholeScales = {kScaleUnit, convert_scales, multiply_integer<Format::nvfp4, true>};
 
 template <int N>
 AVX2_INLINE void rotate_columns(const float* x, const float* rotation, int64_t h, float* out) {
@@ -293,8 +327,21 @@ AVX2 void store(const float* from, Dtype dtype, int64_t n, void* to) {
 
 }  // namespace
 
+namespace avx2 {
+
+template <Format F>
+AVX2 void lay_out_integer_32(const int8_t* codes, const float* scales, int64_t blocks, int rows, int m, uint8_t* to) {
+  lay_out<F, 0xFFFFFFFF>(codes, scales, blocks, rows, m, to);
+}
+
+template AVX2 void lay_out_integer_32<Format::nvfp4>(const int8_t*, const float*, int64_t, int, int, uint8_t*);
+template AVX2 void lay_out_integer_32<Format::mxfp4>(const int8_t*, const float*, int64_t, int, int, uint8_t*);
+
+}  // namespace avx2
+
 const MatmulKernels kAvx2Matmul = {
     &kFixedPointKernels,
+    {&kWholeScales, nullptr},
     2,
     6,
     3,
@@ -303,7 +350,7 @@ const MatmulKernels kAvx2Matmul = {
     multiply_float,
     {lay_out_integer<Format::nvfp4>, lay_out_integer<Format::mxfp4>},
     {decode_integer<Format::nvfp4>, decode_integer<Format::mxfp4>},
-    {multiply_integer<Format::nvfp4>, multiply_integer<Format::mxfp4>},
+    {multiply_integer<Format::nvfp4, false>, multiply_integer<Format::mxfp4, false>},
     rotate,
     load,
     store,

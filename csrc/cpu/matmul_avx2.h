@@ -2,6 +2,8 @@
 // are compiled with the default flags and their code runs only where isa.h found the instructions.
 #pragma once
 
+#include <cstring>
+
 #include "matmul_kernels.h"
 
 #ifdef FP4_X86
@@ -13,6 +15,9 @@
 
 // Stops the compiler from regrouping a chain of additions: it would hold many terms at once and spill them.
 #define FP4_KEEP_ORDER(vector) asm("" : "+x"(vector))
+
+// Stops the compiler from keeping copies of what lies behind a pointer.
+#define FP4_FORGET(pointer) asm("" : "+r"(pointer) : : "memory")
 
 namespace fp4::cpu::avx2 {
 
@@ -92,6 +97,13 @@ AVX2_INLINE Columns load_columns(const uint8_t* codes) {
           _mm256_unpacklo_epi8(odd_low, odd_high), _mm256_unpackhi_epi8(odd_low, odd_high)};
 }
 
+// Four bytes to all lanes.
+AVX2_INLINE __m256i broadcast(const uint8_t* from) {
+  int32_t four;
+  std::memcpy(&four, from, 4);
+  return _mm256_set1_epi32(four);
+}
+
 AVX2_INLINE __m256 first(__m256i pair) { return _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)); }
 
 AVX2_INLINE __m256 second(__m256i pair) {
@@ -99,6 +111,10 @@ AVX2_INLINE __m256 second(__m256i pair) {
 }
 
 extern const FixedPointKernels kFixedPointKernels;
+
+// lay_out_integer with corrections of 32 bits.
+template <Format F>
+AVX2 void lay_out_integer_32(const int8_t* codes, const float* scales, int64_t blocks, int rows, int m, uint8_t* to);
 
 }  // namespace fp4::cpu::avx2
 

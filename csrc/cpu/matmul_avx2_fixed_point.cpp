@@ -58,7 +58,7 @@ AVX2 int64_t split(const float* x, int64_t blocks, int rows, uint8_t* to, int m,
       _mm256_store_ps(residual, rest);
       for (; left != 0; left &= left - 1) {
         const int lane = __builtin_ctz(static_cast<unsigned>(left));
-        *residuals++ = {first_column + i + lane, 0.5f * residual[lane]};
+        *residuals++ = {first_column + i + lane, residual[lane]};
       }
     }
     const int32_t correction = -kCodeBias * sum(total);
@@ -67,12 +67,6 @@ AVX2 int64_t split(const float* x, int64_t blocks, int rows, uint8_t* to, int m,
     std::memcpy(to + rows * (2 * size + 4) + m * 4, &half_unit, 4);
   }
   return residuals - first;
-}
-
-AVX2_INLINE __m256i broadcast(const uint8_t* from) {
-  int32_t four;
-  std::memcpy(&four, from, 4);
-  return _mm256_set1_epi32(four);
 }
 
 template <Format F, int M>
@@ -142,7 +136,7 @@ AVX2 void multiply(const uint8_t* codes, const uint8_t* scales, int64_t blocks, 
 template <Format F>
 AVX2 void add_residuals(const uint8_t* codes, const uint8_t* scales, const Residual* residuals, int64_t count,
                         float* sum) {
-  const __m256 magnitudes = _mm256_setr_ps(0, 1, 2, 3, 4, 6, 8, 12);
+  const __m256 magnitudes = _mm256_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6);
   const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x80000000u)), zero = _mm256_setzero_si256();
   __m256 low = _mm256_loadu_ps(sum), high = _mm256_loadu_ps(sum + 8);
   for (int64_t i = 0; i < count; ++i) {
@@ -154,7 +148,7 @@ AVX2 void add_residuals(const uint8_t* codes, const uint8_t* scales, const Resid
       return _mm256_xor_ps(magnitude, _mm256_castsi256_ps(_mm256_and_si256(_mm256_sll_epi32(rows, up), sign)));
     };
     const Scales s = raw_scales<F>(scales + column / block_size(F) * kPanelRows);
-    const __m256 x = _mm256_set1_ps(residuals[i].half_x);
+    const __m256 x = _mm256_set1_ps(residuals[i].x);
     low = _mm256_fmadd_ps(_mm256_mul_ps(value(_mm256_unpacklo_epi16(words, zero)), x), s.low, low);
     high = _mm256_fmadd_ps(_mm256_mul_ps(value(_mm256_unpackhi_epi16(words, zero)), x), s.high, high);
   }
@@ -196,22 +190,20 @@ AVX2 void multiply_decoded_rows(const int16_t* w, const float* w_scales, int64_t
     for (int h = 0; h < size / 2; ++h, w += 2 * kPanelRows) {
       const __m256i w_low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
       const __m256i w_high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + kPanelRows));
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int m = 0; m < M; ++m) {
         const __m256i words = broadcast(x + (h / 2 * M + m) * 8 + h % 2 * 4);
-        // Both products before both sums: in this order the processor shares them out best among its units.
-        __m256i l = _mm256_madd_epi16(w_low, words), u = _mm256_madd_epi16(w_high, words);
-        FP4_KEEP_ORDER(l);
-        FP4_KEEP_ORDER(u);
+        const __m256i l = _mm256_madd_epi16(w_low, words);
         low32[m] = h == 0 ? l : _mm256_add_epi32(low32[m], l);
-        high32[m] = h == 0 ? u : _mm256_add_epi32(high32[m], u);
         FP4_KEEP_ORDER(low32[m]);
+        const __m256i u = _mm256_madd_epi16(w_high, words);
+        high32[m] = h == 0 ? u : _mm256_add_epi32(high32[m], u);
         FP4_KEEP_ORDER(high32[m]);
       }
     }
     // The sums of all rows do not fit into registers beside these.
     const __m256 s_low = _mm256_loadu_ps(w_scales), s_high = _mm256_loadu_ps(w_scales + 8);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
       float* to = sum + m * kPanelRows;
       const __m256 unit = _mm256_castsi256_ps(broadcast(x + M * (2 * size + 4) + 4 * m));
@@ -220,6 +212,7 @@ AVX2 void multiply_decoded_rows(const int16_t* w, const float* w_scales, int64_t
       _mm256_storeu_ps(to, _mm256_fmadd_ps(l, s_low, _mm256_loadu_ps(to)));
       _mm256_storeu_ps(to + 8, _mm256_fmadd_ps(u, s_high, _mm256_loadu_ps(to + 8)));
     }
+    FP4_FORGET(sum);  // or the compiler keeps the sums on the stack besides
     x += fixed_point_block_bytes(F, M);
   }
 }
@@ -231,41 +224,45 @@ AVX2 void multiply_decoded(const int16_t* w, const float* w_scales, int64_t bloc
     case 1: return multiply_decoded_rows<F, 1>(w, w_scales, blocks, x, sum);
     case 2: return multiply_decoded_rows<F, 2>(w, w_scales, blocks, x, sum);
     case 3: return multiply_decoded_rows<F, 3>(w, w_scales, blocks, x, sum);
-    default: return multiply_decoded_rows<F, 4>(w, w_scales, blocks, x, sum);
+    case 4: return multiply_decoded_rows<F, 4>(w, w_scales, blocks, x, sum);
+    case 5: return multiply_decoded_rows<F, 5>(w, w_scales, blocks, x, sum);
+    default: return multiply_decoded_rows<F, 6>(w, w_scales, blocks, x, sum);
   }
 }
 
-template <Format F>
-AVX2 void add_residuals_decoded(const int16_t* w, const float* w_scales, const Residual* residuals, int64_t count,
-                                float* sum) {
-  static constexpr int32_t kOneOfPair[2] = {1, 1 << 16};
-  __m256 low = _mm256_loadu_ps(sum), high = _mm256_loadu_ps(sum + 8);
-  for (const Residual* r = residuals; r != residuals + count; ++r) {
-    const uint32_t column = static_cast<uint32_t>(r->column) % kFixedPointChunk;
-    const __m256i* pairs = reinterpret_cast<const __m256i*>(w + (column / 4 * 4 + column % 2 * 2) * kPanelRows);
-    const float* scales = w_scales + column / block_size(F) * kPanelRows;
-    const __m256i which = _mm256_set1_epi32(kOneOfPair[column / 2 % 2]);
-    const __m256 x = _mm256_set1_ps(r->half_x);
-    const __m256 l = _mm256_cvtepi32_ps(_mm256_madd_epi16(which, _mm256_loadu_si256(pairs)));
-    const __m256 h = _mm256_cvtepi32_ps(_mm256_madd_epi16(which, _mm256_loadu_si256(pairs + 1)));
-    low = _mm256_fmadd_ps(_mm256_mul_ps(l, x), _mm256_loadu_ps(scales), low);
-    high = _mm256_fmadd_ps(_mm256_mul_ps(h, x), _mm256_loadu_ps(scales + 8), high);
+AVX2 void add_residuals_to_values(const float* values, int32_t first_column, const Residual* residuals, int64_t count,
+                                  float* sum) {
+  // Two sums of each half take turns, to hide the latency of the FMAs.
+  __m256 low[2] = {_mm256_loadu_ps(sum), _mm256_setzero_ps()};
+  __m256 high[2] = {_mm256_loadu_ps(sum + 8), _mm256_setzero_ps()};
+  const auto add = [&](const Residual& residual, int turn) FP4_TARGET_AVX2_FMA {
+    const float* weights = values + (residual.column - first_column) * kPanelRows;
+    const __m256 x = _mm256_set1_ps(residual.x);
+    low[turn] = _mm256_fmadd_ps(x, _mm256_loadu_ps(weights), low[turn]);
+    high[turn] = _mm256_fmadd_ps(x, _mm256_loadu_ps(weights + 8), high[turn]);
+  };
+  int64_t i = 0;
+  for (; i + 2 <= count; i += 2) {
+    add(residuals[i], 0);
+    add(residuals[i + 1], 1);
   }
-  _mm256_storeu_ps(sum, low);
-  _mm256_storeu_ps(sum + 8, high);
+  if (i < count) add(residuals[i], 0);
+  _mm256_storeu_ps(sum, _mm256_add_ps(low[0], low[1]));
+  _mm256_storeu_ps(sum + 8, _mm256_add_ps(high[0], high[1]));
 }
 
 }  // namespace
 
 const FixedPointKernels kFixedPointKernels = {
     4,
+    6,
     {kRawScaleUnit<Format::nvfp4>, kRawScaleUnit<Format::mxfp4>},
     {split<Format::nvfp4>, split<Format::mxfp4>},
     {multiply<Format::nvfp4>, multiply<Format::mxfp4>},
-    {add_residuals<Format::nvfp4>, add_residuals<Format::mxfp4>},
     {decode<Format::nvfp4>, decode<Format::mxfp4>},
     {multiply_decoded<Format::nvfp4>, multiply_decoded<Format::mxfp4>},
-    {add_residuals_decoded<Format::nvfp4>, add_residuals_decoded<Format::mxfp4>},
+    {add_residuals<Format::nvfp4>, add_residuals<Format::mxfp4>},
+    add_residuals_to_values,
 };
 
 }  // namespace fp4::cpu::avx2

@@ -1,5 +1,5 @@
 // AVX-512 kernels (F, BW, VL, DQ, VNNI): sixteen rows of a panel are one vector. What is not the inner loop is AVX2's.
-#include "matmul_kernels.h"
+#include "matmul_avx2.h"
 
 #ifdef FP4_X86
 
@@ -190,13 +190,14 @@ AVX512 void multiply_integer(const uint8_t* x, int rows, const uint8_t* w, const
 
 const MatmulKernels kAvx512Matmul = {
     nullptr,
+    {nullptr, nullptr},
     4,
     12,
     6,
     {gemv<Format::nvfp4>, gemv<Format::mxfp4>},
     {decode_float<Format::nvfp4>, decode_float<Format::mxfp4>},
     multiply_float,
-    {kAvx2Matmul.lay_out_integer[0], kAvx2Matmul.lay_out_integer[1]},
+    {avx2::lay_out_integer_32<Format::nvfp4>, avx2::lay_out_integer_32<Format::mxfp4>},
     {kAvx2Matmul.decode_integer[0], kAvx2Matmul.decode_integer[1]},
     {multiply_integer<Format::nvfp4>, multiply_integer<Format::mxfp4>},
     kAvx2Matmul.rotate,

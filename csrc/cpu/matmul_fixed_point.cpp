@@ -7,8 +7,15 @@ namespace fp4::cpu {
 
 namespace {
 
-// Tiles that decode a panel each for itself: storing decoded weights and loading them again costs as much.
-constexpr int64_t kFewTiles = 2;
+// Rows up to which each tile decodes a panel for itself: storing decoded weights and loading them again costs as much.
+constexpr int64_t kFewRows = 8;
+
+// Rows from which on all values of a panel are decoded for the residuals, which few rows look up code by code.
+constexpr int64_t kManyResidualRows = 24;
+
+// Columns whose values are decoded at a time: 128 KB, a part of a second-level cache.
+constexpr int64_t kResidualChunk = 2048;
+static_assert(kResidualChunk % kFixedPointChunk == 0);
 
 // Panels that share a pass over x.
 constexpr int64_t kPanelGroup = 8;
@@ -20,16 +27,20 @@ int64_t words_bytes(const Product& product) {
 }  // namespace
 
 FixedPoint::FixedPoint(const Product& product, const Input& input, int64_t rows, uint8_t* memory)
-    : Matmul(product, matmul_kernels().fixed_point->rows, kFixedPointChunk),
+    : Matmul(product,
+             {matmul_kernels().fixed_point->rows, kFewRows, matmul_kernels().fixed_point->decoded_rows},
+             kFixedPointChunk),
       input_(input),
       tiles_(memory),
       residuals_(reinterpret_cast<Residual*>(memory + rows * words_bytes(product))),
       residual_starts_(reinterpret_cast<int32_t*>(residuals_ + rows * product.k)) {}
 
 int64_t FixedPoint::memory_bytes(const Product& product, int64_t rows) {
-  const int64_t starts = (product.k + kFixedPointChunk - 1) / kFixedPointChunk + 1;
+  const int64_t starts = residual_chunks(product.k) + 1;
   return rows * (words_bytes(product) + static_cast<int64_t>(product.k * sizeof(Residual) + starts * sizeof(int32_t)));
 }
+
+int64_t FixedPoint::residual_chunks(int64_t k) { return (k + kResidualChunk - 1) / kResidualChunk; }
 
 const uint8_t* FixedPoint::codes(const Segment& segment, int64_t panel, int64_t column) const {
   const int block = block_size(product_.format);
@@ -57,16 +68,18 @@ void FixedPoint::prepare(int64_t begin, int64_t end) const {
       const int64_t row = segment.first_row + start + m;
       load_row(input_, row, values.get());
       int32_t* starts = residual_starts(row);
-      *starts = 0;
-      for (int64_t c = 0; c < k; c += chunk_, ++starts) {
+      int32_t left = 0;
+      for (int64_t c = 0; c < k; c += chunk_) {
+        if (c % kResidualChunk == 0) *starts++ = left;
         const int64_t blocks = std::min(chunk_, k - c) / block;
         uint8_t* to = tiles_ + segment.first_row * words_bytes(product_) +
                       fixed_point_block_bytes(product_.format, c / block * segment.rows + blocks * start);
-        const int64_t left = kernels_.fixed_point->split[f](values.get() + c, blocks, static_cast<int>(rows), to,
-                                                            static_cast<int>(m), static_cast<int32_t>(c),
-                                                            residuals(row) + *starts);
-        starts[1] = *starts + static_cast<int32_t>(left);
+        const int64_t count = kernels_.fixed_point->split[f](values.get() + c, blocks, static_cast<int>(rows), to,
+                                                             static_cast<int>(m), static_cast<int32_t>(c),
+                                                             residuals(row) + left);
+        left += static_cast<int32_t>(count);
       }
+      *starts = left;
     }
   }
 }
@@ -75,8 +88,8 @@ void FixedPoint::run(int64_t begin, int64_t end) const {
   while (begin < end) {
     const Piece piece = piece_at(begin, end);
     begin += piece.last_panel - piece.first_panel;
-    if (tiling(*piece.segment).count <= kFewTiles) {
-      run_few_tiles(piece);
+    if (piece.segment->rows <= kFewRows) {
+      run_few_rows(piece);
     } else {
       run_tiles(piece);
     }
@@ -84,7 +97,7 @@ void FixedPoint::run(int64_t begin, int64_t end) const {
 }
 
 // Few rows: weights are decoded in registers, and for a lone tile read in one go.
-void FixedPoint::run_few_tiles(const Piece& piece) const {
+void FixedPoint::run_few_rows(const Piece& piece) const {
   const Segment& segment = *piece.segment;
   const FixedPointKernels& kernels = *kernels_.fixed_point;
   const int f = static_cast<int>(product_.format), block = block_size(product_.format);
@@ -103,12 +116,7 @@ void FixedPoint::run_few_tiles(const Piece& piece) const {
                             static_cast<int>(tiles.start(t + 1) - start), sums.get() + start * kPanelRows);
       }
     }
-    for (int64_t m = 0; m < rows; ++m) {
-      const int64_t row = segment.first_row + m, count = residual_starts(row)[chunks()];
-      if (count == 0) continue;
-      kernels.add_residuals[f](codes(segment, p, 0), scales(segment, p, 0), residuals(row), count,
-                               sums.get() + m * kPanelRows);
-    }
+    add_residuals(segment, p, 0, rows, sums.get());
     finish(segment, 0, rows, p, sums.get(), unit(segment));
   }
 }
@@ -135,24 +143,46 @@ void FixedPoint::run_tiles(const Piece& piece) const {
         kernels.decode[f](codes(segment, group + p, c), scales(segment, group + p, c), blocks, weights.get(),
                           weight_scales.get());
         for (int64_t t = piece.first_tile; t < piece.last_tile; ++t) {
-          const int64_t start = tiles.start(t), tile_rows = tiles.start(t + 1) - start;
-          float* tile_sums = panel_sums + (start - first_row) * kPanelRows;
+          const int64_t start = tiles.start(t);
           kernels.multiply_decoded[f](
               weights.get(), weight_scales.get(), blocks,
               x + fixed_point_block_bytes(product_.format, at * segment.rows + blocks * start),
-              static_cast<int>(tile_rows), tile_sums);
-          for (int64_t m = 0; m < tile_rows; ++m) {
-            const int64_t row = segment.first_row + start + m;
-            const int32_t* starts = residual_starts(row) + c / chunk_;
-            if (starts[0] == starts[1]) continue;
-            kernels.add_residuals_decoded[f](weights.get(), weight_scales.get(), residuals(row) + starts[0],
-                                             starts[1] - starts[0], tile_sums + m * kPanelRows);
-          }
+              static_cast<int>(tiles.start(t + 1) - start), panel_sums + (start - first_row) * kPanelRows);
         }
       }
     }
     for (int64_t p = 0; p < panels; ++p) {
-      finish(segment, first_row, rows, group + p, sums.get() + p * rows * kPanelRows, unit(segment));
+      float* panel_sums = sums.get() + p * rows * kPanelRows;
+      add_residuals(segment, group + p, first_row, rows, panel_sums);
+      finish(segment, first_row, rows, group + p, panel_sums, unit(segment));
+    }
+  }
+}
+
+// Adds the products of the residuals of `rows` rows (from `first_row` on) with a panel to its sums.
+void FixedPoint::add_residuals(const Segment& segment, int64_t panel, int64_t first_row, int64_t rows,
+                               float* sums) const {
+  const FixedPointKernels& kernels = *kernels_.fixed_point;
+  const int f = static_cast<int>(product_.format), block = block_size(product_.format);
+  const int64_t k = product_.k, row = segment.first_row + first_row;
+  if (rows < kManyResidualRows) {
+    for (int64_t m = 0; m < rows; ++m) {
+      const int32_t count = residual_starts(row + m)[residual_chunks(k)];
+      if (count == 0) continue;
+      kernels.add_residuals[f](codes(segment, panel, 0), scales(segment, panel, 0), residuals(row + m), count,
+                               sums + m * kPanelRows);
+    }
+    return;
+  }
+  auto values = scratch<float>(std::min(kResidualChunk, k) * kPanelRows);
+  for (int64_t c = 0; c < k; c += kResidualChunk) {
+    const int64_t blocks = std::min(kResidualChunk, k - c) / block;
+    kernels_.decode_float[f](codes(segment, panel, c), scales(segment, panel, c), blocks, 1 / kernels.unit[f],
+                             values.get());
+    for (int64_t m = 0; m < rows; ++m) {
+      const int32_t* starts = residual_starts(row + m) + c / kResidualChunk;
+      kernels.add_residuals_to_values(values.get(), static_cast<int32_t>(c), residuals(row + m) + starts[0],
+                                      starts[1] - starts[0], sums + m * kPanelRows);
     }
   }
 }

@@ -45,6 +45,7 @@ void IntegerProduct::run(int64_t begin, int64_t end) const {
   const int block = block_size(product_.format);
   const int f = static_cast<int>(product_.format);
   const int64_t panel_codes = k / block * block_bytes(product_.format), panel_scales = k / block * kPanelRows;
+  const WholeScales* const whole = kernels_.whole_scales[f];
   auto weights = scratch<uint8_t>(std::min(chunk_, k) * kPanelRows);
   auto weight_scales = scratch<float>(std::min(chunk_, k) / block * kPanelRows);
   while (begin < end) {
@@ -66,16 +67,17 @@ void IntegerProduct::run(int64_t begin, int64_t end) const {
           kernels_.decode_integer[f](segment.codes + (group + p) * panel_codes + at * block_bytes(product_.format),
                                      segment.scales + (group + p) * panel_scales + at * kPanelRows, blocks,
                                      weights.get(), weight_scales.get());
+          const bool is_whole = whole != nullptr && whole->convert(weight_scales.get(), blocks);
+          const auto multiply = is_whole ? whole->multiply : kernels_.multiply_integer[f];
           for (int64_t t = piece.first_tile; t < piece.last_tile; ++t) {
             const int64_t start = tiles.start(t);
-            kernels_.multiply_integer[f](chunk + start * per_row, static_cast<int>(tiles.start(t + 1) - start),
-                                         weights.get(), weight_scales.get(), blocks,
-                                         sums.get() + (p * rows + start - first_row) * kPanelRows);
+            multiply(chunk + start * per_row, static_cast<int>(tiles.start(t + 1) - start), weights.get(),
+                     weight_scales.get(), blocks, sums.get() + (p * rows + start - first_row) * kPanelRows);
           }
         }
       }
       // Both factors were doubled, and only the activations' scales include their global scale.
-      const float unit = static_cast<float>(0.25 * segment.global_scale);
+      const float unit = static_cast<float>(0.25 * (whole == nullptr ? 1.0 : whole->unit) * segment.global_scale);
       for (int64_t p = 0; p < panels; ++p) {
         finish(segment, first_row, rows, group + p, sums.get() + p * rows * kPanelRows, unit);
       }

@@ -14,13 +14,27 @@ namespace fp4::cpu {
 //   int8  codes[block_size / 4][rows][4]   doubled E2M1 values, columns in kIntegerColumn order
 //   int32 correction[rows]                 -12 * sum of the row's codes: decoded weights are stored kCodeBias too large
 //   float scale[rows]
+// where an instruction set that sums in 16 bits holds a correction in the low half of its 32, and 0 in the other.
 constexpr int64_t integer_block_bytes(Format format, int64_t rows) { return rows * (block_size(format) + 8); }
 
 // `codes` and `scales` point at a block of a panel (layout.h) and `blocks` blocks are read from there. Indexed by
 // Format.
 
+// Block scales of weights as whole numbers of a unit, so that the same multiply-add applies them that sums pairs.
+struct WholeScales {
+  float unit;
+
+  // scales[block][16] of decode_integer, in place: over the unit, as int16 in both halves of 32 bits if all of them are
+  // whole numbers of 16 bits (true), or else as float32, for multiply_integer (false).
+  bool (*convert)(float* scales, int64_t blocks);
+
+  // multiply_integer on converted scales.
+  void (*multiply)(const uint8_t* x, int rows, const uint8_t* w, const float* w_scales, int64_t blocks, float* sum);
+};
+
 struct MatmulKernels {
   const FixedPointKernels* fixed_point;  // null where float32 is as fast
+  const WholeScales* whole_scales[2];    // null where multiply_integer is as fast
   int gemv_rows;     // most rows of x that `gemv` takes
   int float_tile;    // most rows of x that `multiply_float` takes
   int integer_tile;  // most rows of x that `multiply_integer` takes

@@ -182,6 +182,7 @@ void store(const float* from, Dtype dtype, int64_t n, void* to) {
 
 const MatmulKernels kScalarMatmul = {
     nullptr,
+    {nullptr, nullptr},
     1,
     4,
     4,

@@ -41,7 +41,8 @@ void run(Format format, Dtype dtype, int64_t m, int64_t n, int64_t k, bool integ
   const int block = block_size(format);
   const int64_t panels = panels_of(n), rows = m + (m + 1) / 2;
   const auto codes = random_bytes(2 * panels * kPanelRows * k / 2, 0, 256);
-  const auto scales = random_bytes(2 * panels * kPanelRows * k / block, format == Format::nvfp4 ? 0 : 110, 127);
+  const uint32_t lowest = format == Format::mxfp4 ? 110 : n == 16 ? 32 : 0;  // from 2^-3 on whole numbers of 2^-6
+  const auto scales = random_bytes(2 * panels * kPanelRows * k / block, lowest, 127);
   const auto x = exactly<uint8_t>(rows * k * element_size(dtype));
   const auto values = exactly<float>(rows * k);
   for (int64_t i = 0; i < rows * k; ++i) values[i] = static_cast<float>(next() % 2001) / 1000 - 1;
@@ -128,6 +129,8 @@ int main() {
   int cases = 0;
   for (const Format format : {Format::nvfp4, Format::mxfp4}) {
     for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16}) {
+      run(format, dtype, 49, 33, 2080, false);
+      ++cases;
       for (const int64_t m : {1, 2, 3, 5, 7, 13, 200}) {
         for (const int64_t n : {1, 15, 16, 33}) {
           for (const int64_t k : {32, 96, 288, 1056}) {
