@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fp4 import FPQuantConfig
@@ -76,3 +79,44 @@ def test_what_cannot_be_put_back_is_kept_and_named(model: PreTrainedModel, tmp_p
             model.save_pretrained(out)
     kept = Path(str(caught.value).rpartition("it is in ")[2])
     assert before == content(out) | content(kept)
+
+
+def test_disk_full_while_saving_changes_nothing(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(tmp_path / "out")
+    before = content(tmp_path / "out")
+
+    def half_written(tensors: object, filename: str, **kwargs: object) -> None:
+        Path(filename).write_bytes(b"half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", half_written)
+    for target in ("out", "new"):
+        with pytest.raises(OSError, match="No space left on device; nothing there was changed"):
+            model.save_pretrained(tmp_path / target)
+    assert content(tmp_path / "out") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_variant_replaces_itself_and_nothing_else(model: PreTrainedModel, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    model.save_pretrained(out)
+    model.save_pretrained(out, variant="small", max_shard_size="100KB")
+    model.save_pretrained(out, variant="small")
+    weights = {path.name for path in out.iterdir()} - {"config.json", "generation_config.json"}
+    assert weights == {"model.safetensors", "model.small.safetensors"}
+    AutoModelForCausalLM.from_pretrained(out, variant="small")
+
+
+def test_torch_save_keeps_a_model_that_runs_and_saves(
+    model: PreTrainedModel, token_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert loaded.model.layers[0].mlp.up_proj.backend is model.model.layers[0].mlp.up_proj.backend
+    with torch.no_grad():
+        assert torch.equal(loaded(token_ids).logits, model(token_ids).logits)
+    model.save_pretrained(tmp_path / "one")
+    loaded.save_pretrained(tmp_path / "other")
+    assert content(tmp_path / "one") == content(tmp_path / "other")

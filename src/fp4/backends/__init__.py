@@ -31,6 +31,11 @@ def _log_once(message: str) -> None:
     logger.info(message)
 
 
+def named(name: str) -> Backend:
+    """The one instance of the backend called ``name``."""
+    return BACKENDS[name]
+
+
 def _reason_against(backend: Backend, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
     if scheme.format.name not in backend.formats:
         return f"it has no kernels for {scheme.format.name}"

@@ -43,6 +43,12 @@ class Backend:
         self.grouped_linear: Callable[..., Any] = ops.operator(self.name, "grouped_linear")
         self.grouped_linear_w4a4: Callable[..., Any] = ops.operator(self.name, "grouped_linear_w4a4")
 
+    def __reduce__(self) -> tuple[Callable[[str], Backend], tuple[str]]:
+        # Operators cannot be pickled, and a model that is (torch.save, another process) wants the one instance there.
+        from fp4 import backends
+
+        return backends.named, (self.name,)
+
     def unavailable(self) -> str | None:
         """Why this backend cannot run in this process at all, or None if it can."""
         return None

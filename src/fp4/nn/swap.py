@@ -34,7 +34,10 @@ class SwapReport:
         return {name: reason for name, reason in self.kept.items() if reason != NOT_ASKED}
 
     def describe_unsupported(self) -> str:
-        return "; ".join(f"{name}: {reason}" for name, reason in self.unsupported().items())
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.unsupported().items():
+            by_reason.setdefault(reason, []).append(name)
+        return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
 
 
 NOT_ASKED = "kept by configuration"
@@ -64,6 +67,8 @@ def swap_linears(
     """
     report = SwapReport()
     for name, module in list(model.named_modules()):
+        if type(module).__name__ == "Conv1D" and choose(name) is not None:
+            report.kept[name] = "Conv1D (GPT-2's) holds its weight transposed; fp4 quantizes nn.Linear"
         if not isinstance(module, nn.Linear):
             continue
         choice = choose(name)

@@ -15,7 +15,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
-from fp4.checkpoint import CODECS, LayerScheme, StoredLinear
+from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear
 from fp4.checkpoint.codec import name_rotation
 from fp4.checkpoint.files import TensorInfo
 from fp4.checkpoint.fp_quant import FPQuantCodec
@@ -28,6 +28,7 @@ from fp4.quantizer import parallel_plan, stacking
 from fp4.quantizer.checkpoint_config import CheckpointConfig
 from fp4.quantizer.coverage import coverage_of
 from fp4.quantizer.loading import ReadLayer, RoundToNearest, dtypes_of, reads_layers, restore_dtypes
+from fp4.quantizer.new_layers import initialize, may_lack_layers
 from fp4.quantizer.packing import Packing, SharedScale
 from fp4.quantizer.saving import save_atomically
 from fp4.quantizer.weight_files import read_headers, require_inside
@@ -169,16 +170,23 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
 
     def _adopt_format(self, model: PreTrainedModel) -> None:
         """From here on the model is as if it had been loaded from a checkpoint in ``checkpoint_format``."""
-        asked = self.quantization_config
-        modules, codec = dict(model.named_modules()), CODECS[asked.checkpoint_format]
-        schemes = {name: self._written_scheme(m) for name, m in modules.items() if isinstance(m, FP4Linear)}
+        codec = CODECS[self.quantization_config.checkpoint_format]
         for name, experts in self.experts.items():
             self.stacked |= {
                 f"{name}.{projection}"
                 for projection, packed in experts.packed().items()
                 if packed.scheme.format.name in codec.stacked_formats and projection in self.stack_names[name]
             }
-            schemes |= {layer: self._written_scheme(projection) for layer, projection in stacking.layers_of(self, name)}
+        self._describe(model, codec, lambda _, weight: self._written_scheme(weight))
+
+    def _describe(
+        self, model: PreTrainedModel, codec: type[Codec], scheme_of: Callable[[str, PackedWeight], LayerScheme]
+    ) -> None:
+        """Give ``model`` the configuration of a checkpoint in the format of ``codec``, whose layers are stored so."""
+        config, modules = self.quantization_config, dict(model.named_modules())
+        schemes = {name: scheme_of(name, module) for name, module in modules.items() if isinstance(module, FP4Linear)}
+        for name in self.experts:
+            schemes |= {layer: scheme_of(layer, weight) for layer, weight in stacking.layers_of(self, name)}
         matrices = (
             name
             for name, module in modules.items()
@@ -186,8 +194,9 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             and weight.ndim == 2
             and not isinstance(module, (PackedWeight, nn.Embedding))
         )
-        stored = codec.configuration(schemes, sorted(matrices), {})
-        self.quantization_config = CheckpointConfig(stored, asked.activation_dtype, asked.backend)  # type: ignore[arg-type]
+        source = config.stored if isinstance(config, CheckpointConfig) else {}
+        stored = codec.configuration(schemes, sorted(matrices), source)
+        self.quantization_config = CheckpointConfig(stored, config.activation_dtype, config.backend)  # type: ignore[arg-type]
         self.codec = self.quantization_config.codec
         model.config.quantization_config = self.quantization_config
 
@@ -229,6 +238,8 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
     # --- after that
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if may_lack_layers(model):
+            self._initialize_new_layers(model)
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedWeight)]
         dense = [
             f"{name}.{projection}"
@@ -239,12 +250,19 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         for name in [*dense, *(name for name, _ in layers)]:
             if name not in self.loaded:
                 self.problems.setdefault(name, "the checkpoint has no weight for this layer")
+        for name, module in layers:
+            if module.weight.dtype != module.scheme.format.code_dtype:
+                self.problems.setdefault(
+                    name,
+                    "a weight that is quantized while it loads cannot be offloaded to disk; "
+                    "save the quantized model first, then load that with this device_map",
+                )
         if self.problems:
             listed = "\n".join(f"  {name}: {problem}" for name, problem in sorted(self.problems.items()))
             raise ValueError(f"{len(self.problems)} layers could not be loaded:\n{listed}")
         self.loaded.clear()
         restore_dtypes(model, self._dtypes)
-        if self.converts:
+        if self.converts and layers:
             self._adopt_format(model)
         for _, module in layers:
             hook: Any = getattr(module, "_hf_hook", None)
@@ -254,6 +272,18 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         model._weight_conversions = [c for c in conversions if not reads_layers(c)]
         save_atomically(model, self.codec.side_files(self.quantization_config.to_dict()))
         return model
+
+    def _initialize_new_layers(self, model: PreTrainedModel) -> None:
+        """Of layers that the checkpoint lacks, make dense ones, which are kept from now on."""
+        linears = [name for name, module in model.named_modules() if isinstance(module, FP4Linear)]
+        new = [name for name in linears if name not in self.loaded and name not in self.problems]
+        if not new:
+            return
+        initialize(model, new)
+        config = self.quantization_config
+        config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *new]
+        if isinstance(config, CheckpointConfig):
+            self._describe(model, type(self.codec), lambda name, weight: self.stored_scheme(name, weight.scheme))
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         from accelerate.utils import align_module_device

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from fp4.checkpoint.writing import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def save_atomically(model: PreTrainedModel, side_files: Mapping[str, Any] | None = None) -> None:
@@ -28,40 +25,46 @@ def save_atomically(model: PreTrainedModel, side_files: Mapping[str, Any] | None
     Transformers writes shard by shard into the target, so that a full disk leaves a folder that looks like a model and
     is not one. The method is replaced on this instance alone.
     """
-    model.save_pretrained = MethodType(functools.partial(_save_pretrained, dict(side_files or {})), model)
+    model.save_pretrained = _AtomicSaving(model, dict(side_files or {}))
 
 
-def _save_pretrained(
-    side_files: dict[str, Any],
-    model: PreTrainedModel,
-    save_directory: str | os.PathLike[str],
-    *args: Any,
-    **kwargs: Any,
-) -> None:
-    target = Path(save_directory)
-    if target.is_file():
-        raise ValueError(f"cannot save to {target}: it is a file; name a folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if kwargs.get("push_to_hub"):
-        kwargs.setdefault("repo_id", target.name)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        type(model).save_pretrained(model, staging, *args, **kwargs)
-        for name, content in side_files.items():
-            write_json(staging / name, content)
-        written = sorted(path.name for path in staging.iterdir())
-        stale: list[str] = []
-        if target.is_dir() and any(_WEIGHT_FILE.fullmatch(name) for name in written):
-            # Shards or an index of a model that was saved here before.
-            present = (path.name for path in target.iterdir())
-            stale = [name for name in present if _WEIGHT_FILE.fullmatch(name) and name not in written]
-        _exchange(staging, target, written, stale)
-    except _HalfDoneError:
-        raise
-    except OSError as error:
-        raise OSError(f"could not save the model to {target}: {error}; nothing there was changed") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+@dataclass
+class _AtomicSaving:
+    """``save_pretrained`` of one model; of a class, so that the model can be pickled."""
+
+    model: PreTrainedModel
+    side_files: dict[str, Any]
+
+    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        target = Path(save_directory)
+        if target.is_file():
+            raise ValueError(f"cannot save to {target}: it is a file; name a folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", target.name)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            type(self.model).save_pretrained(self.model, staging, *args, **kwargs)
+            for name, content in self.side_files.items():
+                write_json(staging / name, content)
+            written = sorted(path.name for path in staging.iterdir())
+            _exchange(staging, target, written, _stale(target, written, kwargs.get("variant")))
+        except _HalfDoneError:
+            raise
+        except OSError as error:
+            raise OSError(f"could not save the model to {target}: {error}; nothing there was changed") from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _stale(target: Path, written: list[str], variant: str | None) -> list[str]:
+    """Shards or an index of a model of the same variant that was saved in ``target`` before."""
+    suffix = f"\\.{re.escape(variant)}" if variant else ""
+    weights = re.compile(rf"model{suffix}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{suffix}\.json")
+    if not target.is_dir() or not any(weights.fullmatch(name) for name in written):
+        return []
+    present = (path.name for path in target.iterdir())
+    return [name for name in present if weights.fullmatch(name) and name not in written]
 
 
 class _HalfDoneError(OSError):

@@ -1,0 +1,72 @@
+"""Models of another class than their checkpoint, and layers that stay dense: what is kept, and what is said of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
+
+from fp4 import FP4Linear, FPQuantConfig
+
+FORMATS = ["fp_quant", "compressed-tensors", "modelopt", "auto-round"]
+
+
+def classifier(path: Path, **options: object) -> PreTrainedModel:
+    return AutoModelForSequenceClassification.from_pretrained(path, pad_token_id=0, **options).eval()
+
+
+@pytest.mark.parametrize("reloads", [False, True])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_head_that_the_checkpoint_lacks_is_new_and_dense(
+    fmt: str, reloads: bool, llama: Path, token_ids: Tensor, tmp_path: Path
+) -> None:
+    config = FPQuantConfig(checkpoint_format=fmt)
+    if reloads:
+        language_model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
+        language_model.save_pretrained(tmp_path / "packed")
+        model = classifier(tmp_path / "packed", num_labels=3)
+    else:
+        model = classifier(llama, num_labels=3, quantization_config=config)
+    assert type(model.score) is nn.Linear
+    assert 0.01 < model.score.weight.std() < 0.03  # as Transformers initializes it
+    assert isinstance(model.model.layers[0].mlp.up_proj, FP4Linear)
+    model.save_pretrained(tmp_path / "classifier")
+    reloaded = classifier(tmp_path / "classifier")
+    with torch.no_grad():
+        assert torch.equal(reloaded(token_ids).logits, model(token_ids).logits)
+
+
+def test_weights_that_are_rounded_while_they_load_cannot_go_to_disk(llama: Path, tmp_path: Path) -> None:
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    device_map |= {"model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
+    options = {"device_map": device_map, "offload_folder": tmp_path / "offload"}
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj: .* cannot be offloaded to disk; save the quantized"):
+        AutoModelForCausalLM.from_pretrained(llama, quantization_config=FPQuantConfig(), **options)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_model_without_linear_layers_is_kept_whole_and_reloads(
+    fmt: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "dense")
+    with caplog.at_level("WARNING", logger="fp4"):
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", quantization_config=FPQuantConfig(checkpoint_format=fmt)
+        )
+    assert "no layer of GPT2LMHeadModel was quantized" in caplog.text
+    assert "transformer.h.0.mlp.c_fc, transformer.h.0.mlp.c_proj: Conv1D (GPT-2's) holds its weight transposed" in (
+        caplog.text
+    )
+    model.save_pretrained(tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(reloaded.transformer.h[0].mlp.c_fc.weight, model.transformer.h[0].mlp.c_fc.weight)
