@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import re
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
@@ -265,6 +266,14 @@ class FPQuantConfig(QuantizationConfigMixin):
         keep = self.modules_to_not_convert
         if keep is not None and not (isinstance(keep, list) and all(isinstance(name, str) for name in keep)):
             raise ValueError(f"modules_to_not_convert is {keep!r}; expected a list of names, or None")
+        for name in keep or []:
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError(
+                    f"modules_to_not_convert has {name!r}, which is no regular expression ({error}); patterns with * in "
+                    "the manner of file names belong in overrides, as {pattern: None}"
+                ) from error
         if not isinstance(self.overrides, list) or not all(
             isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) for item in self.overrides
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -76,7 +77,8 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
 
     def _prepare(self, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
         """Swap modules for packed ones; ``stored`` is what a packed checkpoint holds, by name."""
-        config = self.quantization_config
+        config, asked = self.quantization_config, list[str]()
+        kept_by_user = config.modules_to_not_convert or []
         if config.modules_to_not_convert is None:
             head = model.get_output_embeddings()
             config.modules_to_not_convert = [name for name, module in model.named_modules() if module is head]
@@ -84,9 +86,11 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         patterns = [*config.modules_to_not_convert, *(model._keep_in_fp32_modules or [])]
 
         def choose(name: str) -> tuple[Scheme, str] | None:
+            asked.append(name)
             return config.scheme_for(name) if name not in tied and should_convert_module(name, patterns) else None
 
         def choose_experts(name: str, layout: ExpertsLayout) -> dict[str, tuple[Scheme, str]] | None:
+            asked.append(name)
             if not should_convert_module(name, patterns):
                 return None
             self.expert_names[name] = stacking.names_on_disk(name, layout, conversions)
@@ -98,6 +102,14 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             self.packed_experts = stacking.packed_experts(self.codec, model, stored)
         report = swap_linears(model, choose, master_weights=config.store_master_weights)
         report.update(swap_experts(model, choose_experts, master_weights=config.store_master_weights))
+        if not self.pre_quantized:
+            idle = [
+                pattern for pattern in kept_by_user if all(should_convert_module(name, [pattern]) for name in asked)
+            ]
+            idle += [pattern for pattern, _ in config.overrides if not fnmatch.filter(asked, pattern)]
+            if idle:
+                layer = next(iter(asked), "nothing")
+                logger.warning("%s fit no layer of %s, where one is called %s", idle, type(model).__name__, layer)
         self._base_model_prefix = model.base_model_prefix
         self._dtypes = dtypes_of(model) if self.pre_quantized else {}
         self.experts = {name: module for name, module in model.named_modules() if isinstance(module, FP4Experts)}
