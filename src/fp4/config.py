@@ -271,8 +271,8 @@ class FPQuantConfig(QuantizationConfigMixin):
                 re.compile(name)
             except re.error as error:
                 raise ValueError(
-                    f"modules_to_not_convert has {name!r}, which is no regular expression ({error}); patterns with * in "
-                    "the manner of file names belong in overrides, as {pattern: None}"
+                    f"modules_to_not_convert has {name!r}, which is no regular expression ({error}); patterns with * "
+                    "in the manner of file names belong in overrides, as {pattern: None}"
                 ) from error
         if not isinstance(self.overrides, list) or not all(
             isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) for item in self.overrides

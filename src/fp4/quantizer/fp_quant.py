@@ -78,7 +78,8 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
     def _prepare(self, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
         """Swap modules for packed ones; ``stored`` is what a packed checkpoint holds, by name."""
         config, asked = self.quantization_config, list[str]()
-        kept_by_user = config.modules_to_not_convert or []
+        # "lm_head" is what Transformers' own configuration names, whether there is one or not.
+        kept_by_user = [name for name in config.modules_to_not_convert or [] if name != "lm_head"]
         if config.modules_to_not_convert is None:
             head = model.get_output_embeddings()
             config.modules_to_not_convert = [name for name, module in model.named_modules() if module is head]
@@ -103,9 +104,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         report = swap_linears(model, choose, master_weights=config.store_master_weights)
         report.update(swap_experts(model, choose_experts, master_weights=config.store_master_weights))
         if not self.pre_quantized:
-            idle = [
-                pattern for pattern in kept_by_user if all(should_convert_module(name, [pattern]) for name in asked)
-            ]
+            idle = [keep for keep in kept_by_user if all(should_convert_module(name, [keep]) for name in asked)]
             idle += [pattern for pattern, _ in config.overrides if not fnmatch.filter(asked, pattern)]
             if idle:
                 layer = next(iter(asked), "nothing")
