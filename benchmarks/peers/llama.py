@@ -16,8 +16,11 @@ from transformers import LlamaConfig
 _QUANTIZED = {"mxfp4": gguf.GGMLQuantizationType.MXFP4, "nvfp4": gguf.GGMLQuantizationType.NVFP4}
 
 
-def write_random_llama(path: Path, config: LlamaConfig, kind: str) -> None:
-    """A GGUF with ``config``'s shapes: projections random in ``kind``, embedding and head float16, no vocabulary."""
+def write_random_llama(path: Path, config: LlamaConfig, kind: str, head: bool = False) -> None:
+    """A GGUF with ``config``'s shapes and no vocabulary.
+
+    Projections are random in ``kind``, as is the output ``head`` if asked for; it and the embedding are float16 if not.
+    """
     hidden, inter = config.hidden_size, config.intermediate_size
     kv = hidden // config.num_attention_heads * config.num_key_value_heads
     writer = gguf.GGUFWriter(path, "llama")
@@ -34,7 +37,11 @@ def write_random_llama(path: Path, config: LlamaConfig, kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(config.vocab_size, hidden, generator=generator).mul_(0.02).half().numpy()
     writer.add_tensor("token_embd.weight", table)
-    writer.add_tensor("output.weight", table)
+    if head:
+        packed_table = quantize(torch.from_numpy(table), kind).numpy()
+        writer.add_tensor("output.weight", packed_table, raw_dtype=_QUANTIZED[kind])
+    else:
+        writer.add_tensor("output.weight", table)
     writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
     shapes = {
         "attn_q": (hidden, hidden),
