@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +152,24 @@ def test_fused_layers_share_their_global_scale(scheme: str, method: str, tmp_pat
     for names in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
         for what in ("weight_global_scale", *(["input_global_scale"] if scheme == "nvfp4" else [])):
             assert len({float(tensors[f"model.layers.1.{name}.{what}"]) for name in names}) == 1
+
+
+def test_rotations_are_those_that_measured_best(tmp_path: Path) -> None:
+    model = save_small("llama", tmp_path / "model")
+
+    def schemes(scheme: str, method: str, **options: Any) -> set[tuple[str, str]]:
+        layers = Job(model, scheme, method, **options).plan.layers.values()
+        return {(layer.scheme.rotation, layer.scheme.weight_rule) for layer in layers}
+
+    for method in ("rtn", "gptq"):
+        assert schemes("nvfp4", method) == schemes("nvfp4a16", method) == {("identity", "mse")}
+        assert schemes("mxfp4", method) == {("hadamard", "mse")}
+    assert schemes("mxfp4a16", "gptq") == {("hadamard", "mse")}
+    # Rounded to nearest a rotation does not pay for itself where activations stay as they are.
+    assert schemes("mxfp4a16", "rtn") == schemes("mxfp4a16", "rtn", rotation="none") == {("identity", "even")}
+    assert schemes("mxfp4a16", "rtn", rotation="hadamard32") == {("hadamard", "mse")}
+    assert schemes("mxfp4a16", "rtn", rule="ceil") == {("identity", "ceil")}
+    assert schemes("mxfp4", "gptq", format="modelopt") == {("identity", "mse")}, "it has no place for rotations"
 
 
 @pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp4a16", "fp8_dynamic", "nvfp4a8"])

@@ -195,8 +195,11 @@ class FPQuantConfig(QuantizationConfigMixin):
         """Choose what is None: as measured best, as FP-Quant does where it is asked for, or as another tool does."""
         fmt = self._format
         preset = preset_of(fmt, self.activation_dtype)  # type: ignore[arg-type]
-        rotation, group_size = preset.rotation or ("identity", fmt.k_multiple)
-        weight_rule, activation_rule = preset.scheme.weight_rule, preset.scheme.activation_rule
+        rotation, group_size = "identity", fmt.k_multiple
+        weight_rule, activation_rule = preset.unrotated_rule, preset.scheme.activation_rule
+        if weight_rule is None:
+            rotation, group_size = preset.rotation or (rotation, group_size)
+            weight_rule = preset.scheme.weight_rule
         if self.scale_rule in self._tools:
             rotation, group_size = "identity", fmt.k_multiple
             activation_rule = "ceil" if fmt is MXFP4 and self.scale_rule == "modelopt" else activation_rule

@@ -53,7 +53,7 @@ class Scheme:
 class Preset:
     """A scheme under the name that users know it by.
 
-    Rules and rotation are what measurement shows best without calibration data (``benchmarks/default_scheme.py``).
+    Rules and rotation are what measurement shows best (``benchmarks/default_scheme.py``, ``benchmarks/quality.py``).
 
     Attributes:
         scheme: without the rotation, which not every method wants and not every checkpoint format holds.
@@ -61,6 +61,8 @@ class Preset:
         runs_on: one phrase, what multiplies it natively and what happens elsewhere.
         checkpoint_formats: names of ``checkpoint.CODECS`` that can hold it, the one to prefer first.
         rotation: name and size of a block rotation of weights and inputs; None is none.
+        unrotated_rule: rule of block scales with which weights that are only rounded to nearest do better without the
+            rotation; None where they do not.
     """
 
     scheme: Scheme
@@ -68,6 +70,7 @@ class Preset:
     runs_on: str
     checkpoint_formats: tuple[str, ...]
     rotation: tuple[str, int] | None = None
+    unrotated_rule: str | None = None
 
 
 _FP4_HOLDERS = ("compressed-tensors", "fp_quant", "modelopt", "auto-round")
@@ -101,10 +104,12 @@ SCHEMES: dict[str, Preset] = {
         ("hadamard", 64),
     ),
     "mxfp4a16": Preset(
-        Scheme(MXFP4, "even", "model", "even"),
+        Scheme(MXFP4, "mse", "model", "even"),
         "W4A16: MXFP4 weights, activations in the model's dtype.",
         _ANYWHERE,
         (*_FP4_HOLDERS, "mxfp4"),
+        ("hadamard", 64),
+        "even",
     ),
     "fp8_dynamic": Preset(
         Scheme(FP8, "abs_max", "fp8"),

@@ -105,9 +105,10 @@ class Job:
         plan = plan_layers(self.skeleton, self.choice)
         if format in CODECS:
             plan = stored_as(plan, CODECS[format])
-        self.plan = ruled(rotated(plan, rotation), rule)
+        nearest = not self.method.needs_data
+        self.plan = ruled(rotated(plan, rotation, nearest), rule)
         if rotation == "auto" and format in CODECS and not holds(format, self.plan.layers.values()):
-            self.plan = ruled(plan, rule)
+            self.plan = ruled(rotated(plan, "none", nearest), rule)
         self.rotation, self.rule = rotation, rule
         layers = list(self.plan.layers.values())
         self.format = choose_format(format, layers)

@@ -276,12 +276,13 @@ def _groups(layers: Mapping[str, PlannedLayer]) -> list[list[str]]:
     return groups
 
 
-def rotated(plan: LayerPlan, rotation: str) -> LayerPlan:
+def rotated(plan: LayerPlan, rotation: str, nearest: bool) -> LayerPlan:
     """The plan with a block rotation of weights and inputs.
 
     Args:
         rotation: ``"none"``, a name of ``rotation.ROTATIONS`` with its size (``"hadamard64"``), or ``"auto"``: what
-            measurement shows best without calibration data.
+            measurement shows best.
+        nearest: whether weights are only rounded to nearest, which has another best in some schemes.
 
     Raises:
         ValueError: there is no such rotation.
@@ -293,12 +294,18 @@ def rotated(plan: LayerPlan, rotation: str) -> LayerPlan:
         )
     layers = {}
     for name, layer in plan.layers.items():
-        best = SCHEMES[layer.preset].rotation if rotation == "auto" else None
-        chosen = (named[1], int(named[2])) if named and layer.scheme.format.name in FORMATS else best
+        preset, chosen = SCHEMES[layer.preset], None
+        unrotated_rule = preset.unrotated_rule if nearest else None
+        if named and layer.scheme.format.name in FORMATS:
+            chosen = named[1], int(named[2])
+        elif rotation == "auto" and unrotated_rule is None:
+            chosen = preset.rotation
         if chosen is None or chosen[0] == "identity" or layer.shape[1] % chosen[1]:
-            layers[name] = layer  # a layer whose columns do not divide is quantized as it is
+            # As is a layer whose columns do not divide.
+            scheme = replace(layer.scheme, weight_rule=unrotated_rule or layer.scheme.weight_rule)
         else:
-            layers[name] = replace(layer, scheme=replace(layer.scheme, rotation=chosen[0], group_size=chosen[1]))
+            scheme = replace(layer.scheme, rotation=chosen[0], group_size=chosen[1])
+        layers[name] = replace(layer, scheme=scheme)
     return replace(plan, layers=layers)
 
 
