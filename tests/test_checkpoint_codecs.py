@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from fp4.checkpoint import CODECS, LayerScheme, codec_for
 from fp4.checkpoint.codec import StoredLinear, as_stored, name_rotation, store_multiplied, store_reciprocal
-from fp4.checkpoint.compressed_tensors import CompressedTensorsCodec
 from fp4.checkpoint.files import Checkpoint, load
 from fp4.checkpoint.layers import packed_layers, peek
-from fp4.checkpoint.modelopt import ModelOptCodec, excluded
+from fp4.checkpoint.modelopt import ModelOptCodec
 from fp4.formats import MXFP4, NVFP4, QuantizedTensor, dequantize, quantize
 from fp4.rotation import hadamard
 
@@ -128,127 +127,6 @@ def test_hf_quant_config_is_what_modelopt_writes(shared: Callable[[str], Path]) 
         assert ModelOptCodec(theirs).scheme("model.layers.0.mlp.up_proj") == schemes["model.layers.0.mlp.up_proj"]
 
 
-# --- configurations --------------------------------------------------------------------------------------------------
-
-
-def test_compressed_tensors_targets_and_ignore() -> None:
-    nvfp4 = {"num_bits": 4, "type": "float", "group_size": 16}
-    mxfp4 = {"num_bits": 4, "type": "float", "group_size": 32}
-    int4 = {"num_bits": 4, "type": "int", "group_size": 128}
-    codec = CompressedTensorsCodec(
-        {
-            "config_groups": {
-                "a": {"targets": ["Linear"], "weights": nvfp4, "input_activations": nvfp4},
-                "b": {"targets": ["re:.*down_proj$"], "weights": mxfp4},
-                "c": {"targets": ["model.layers.0.down_proj"], "weights": int4},
-            },
-            "ignore": ["lm_head", "re:.*router.*"],
-        }
-    )
-    assert str(codec.scheme("model.layers.3.q_proj")) == "nvfp4"
-    assert str(codec.scheme("model.layers.3.down_proj")) == "mxfp4a16"
-    assert codec.scheme("lm_head") is None
-    assert codec.scheme("model.layers.1.router.layer") is None
-    with pytest.raises(ValueError, match="4-bit int in groups of 128"):
-        codec.scheme("model.layers.0.down_proj")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"type": "random-hadamard"}, "deterministic"),
-        ({"randomize": True}, "deterministic"),
-        ({"head_dim": None}, "head_dim"),
-        ({"apply": [{"targets": ["Linear"], "location": "output"}]}, "'output'"),
-    ],
-)
-def test_compressed_tensors_transforms_that_are_refused(change: dict[str, object], message: str) -> None:
-    transform = {
-        "type": "hadamard",
-        "randomize": False,
-        "head_dim": 32,
-        "apply": [
-            {"targets": ["Linear"], "location": "input", "ignore": ["lm_head"]},
-            {"targets": ["Linear"], "location": "weight_input", "inverse": True},
-        ],
-    }
-    groups = {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "group_size": 32}}}
-    config = {"config_groups": groups, "transform_config": {"config_groups": {"r": transform}}}
-    assert str(CompressedTensorsCodec(config).scheme("q_proj")) == "mxfp4a16 hadamard32"
-    config["transform_config"] = {"config_groups": {"r": transform | change}}
-    with pytest.raises(ValueError, match=message):
-        CompressedTensorsCodec(config).scheme("q_proj")
-
-
-def test_modelopt_excludes_and_mixed_precision() -> None:
-    assert excluded("model.layers.0.mlp.gate", ["*.mlp.gate"])
-    assert excluded("model.layers.0.self_attn.q_proj", ["model.layers.0.self_attn*"])
-    assert excluded("model.layers.0.self_attn.q_proj", ["model.layers.0"])
-    assert not excluded("model.layers.01.q_proj", ["model.layers.0"])
-    codec = ModelOptCodec(
-        {
-            "quant_algo": "MIXED_PRECISION",
-            "quantized_layers": {
-                "a.q_proj": {"quant_algo": "NVFP4", "group_size": 16},
-                "a.k_proj": {"quant_algo": "FP8"},
-            },
-        }
-    )
-    assert str(codec.scheme("a.q_proj")) == "nvfp4"
-    assert codec.scheme("a.v_proj") is None
-    with pytest.raises(ValueError, match="'FP8'"):
-        codec.scheme("a.k_proj")
-    mixed = {"a": LayerScheme(NVFP4, "fp4"), "b": LayerScheme(MXFP4, "fp4")}
-    again = ModelOptCodec(ModelOptCodec.configuration(mixed, ["c"], {}))
-    assert [str(again.scheme(layer)) for layer in ("a", "b", "c")] == ["nvfp4", "mxfp4", "None"]
-
-
-def test_auto_round_blocks_and_extra_config() -> None:
-    codec = codec_for(
-        {
-            "quant_method": "auto-round",
-            "bits": 4,
-            "data_type": "nv_fp",
-            "group_size": 16,
-            "act_bits": 16,
-            "block_name_to_quantize": "model.layers",
-            "extra_config": {
-                "model.layers.0.q": {"bits": 16},
-                r".*\.k$": {"data_type": "mx_fp", "group_size": 32, "act_bits": 4},
-                "lm_head": {"bits": 4, "data_type": "int", "group_size": 128},
-            },
-        }
-    )
-    assert str(codec.scheme("model.layers.1.q")) == "nvfp4a16"
-    assert codec.scheme("model.layers.0.q") is None
-    assert str(codec.scheme("model.layers.1.k")) == "mxfp4"
-    assert codec.scheme("other") is None
-    with pytest.raises(ValueError, match="4-bit 'int'"):
-        codec.scheme("lm_head")
-
-
-def test_auto_round_multiplies_in_its_own_order() -> None:
-    stored = stored_linear(global_scale=1 / 3000)
-    codec = codec_for({"quant_method": "auto-round"})
-    values = codec.values(stored.weight)
-    assert values is not None
-    codes, scales = stored.weight.codes[0, :8], stored.weight.scales[0, 0].float().item()
-    grid = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    for column, byte in enumerate(codes.tolist()):
-        for half, nibble in enumerate((byte & 15, byte >> 4)):
-            product = torch.tensor(grid[nibble & 7]) * torch.tensor(1 / 3000)
-            expected = (product * scales).item() * (-1 if nibble & 8 else 1)
-            assert values[0, 2 * column + half].item() == expected
-    assert codec.values(stored_linear(MXFP4).weight) is None
-    assert not torch.equal(values, dequantize(*stored.weight))
-    torch.testing.assert_close(values, dequantize(*stored.weight), rtol=2**-22, atol=0)
-
-
-def test_unknown_method_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'awq'; fp4 reads fp_quant, compressed-tensors"):
-        codec_for({"quant_method": "awq"})
-
-
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +219,23 @@ def test_damaged_tensors(name: str, suffix: str, tensor: torch.Tensor | None, me
         tensors[suffix] = tensor
     with pytest.raises(ValueError, match=message):
         codec.read(tensors, scheme)
+
+
+def test_auto_round_multiplies_in_its_own_order() -> None:
+    stored = stored_linear(global_scale=1 / 3000)
+    codec = codec_for({"quant_method": "auto-round"})
+    values = codec.values(stored.weight)
+    assert values is not None
+    codes, scales = stored.weight.codes[0, :8], stored.weight.scales[0, 0].float().item()
+    grid = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    for column, byte in enumerate(codes.tolist()):
+        for half, nibble in enumerate((byte & 15, byte >> 4)):
+            product = torch.tensor(grid[nibble & 7]) * torch.tensor(1 / 3000)
+            expected = (product * scales).item() * (-1 if nibble & 8 else 1)
+            assert values[0, 2 * column + half].item() == expected
+    assert codec.values(stored_linear(MXFP4).weight) is None
+    assert not torch.equal(values, dequantize(*stored.weight))
+    torch.testing.assert_close(values, dequantize(*stored.weight), rtol=2**-22, atol=0)
 
 
 # --- global scales ---------------------------------------------------------------------------------------------------
