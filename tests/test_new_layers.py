@@ -78,3 +78,13 @@ def test_patterns_that_fit_no_layer_are_named(llama: Path, caplog: pytest.LogCap
     with caplog.at_level("WARNING", logger="fp4"):
         AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
     assert "['mlp', 'layers.1.*'] fit no layer of LlamaForCausalLM, where one is called model.layers.0." in caplog.text
+
+
+@pytest.mark.parametrize(("scheme", "warns"), [("nvfp4a8", True), ("nvfp4", False)])
+def test_activations_that_will_not_be_saved_are_mentioned(
+    scheme: str, warns: bool, llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = FPQuantConfig(scheme=scheme, checkpoint_format="modelopt")
+    with caplog.at_level("WARNING", logger="fp4"):
+        AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
+    assert ("14 layers quantize their activations here and will be saved as weight-only" in caplog.text) is warns

@@ -165,7 +165,10 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
                 problems[name] = str(error)
         if problems:
             name, problem = next(iter(problems.items()))
-            raise ValueError(f"{len(problems)} layers cannot be saved as {name_of_format}, {name} first: {problem}")
+            raise ValueError(
+                f"{len(problems)} layers cannot be saved as {name_of_format}, {name} first: {problem}; "
+                "choose other options (transform_init='identity' rotates nothing) or another checkpoint_format"
+            )
         free = [n for n, m in modules.items() if m.scheme.format.needs_global_scale and m.scheme.global_scale is None]
         for group in fused_groups(free):
             self.sharing |= dict.fromkeys(group, SharedScale(group))
@@ -182,6 +185,16 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
     def _adopt_format(self, model: PreTrainedModel) -> None:
         """From here on the model is as if it had been loaded from a checkpoint in ``checkpoint_format``."""
         codec = CODECS[self.quantization_config.checkpoint_format]
+        weights = [module for module in model.modules() if isinstance(module, PackedWeight)]
+        quantizing = [weight for weight in weights if weight.scheme.activations in ("fp4", "fp8")]
+        lost = [weight for weight in quantizing if self._written_scheme(weight).activations == "model"]
+        if lost:
+            logger.warning(
+                "%d layers quantize their activations here and will be saved as weight-only: %s wants a calibrated "
+                "scale of activations, which `fp4 quantize` measures",
+                len(lost),
+                codec.name,
+            )
         for name, experts in self.experts.items():
             self.stacked |= {
                 f"{name}.{projection}"
