@@ -15,18 +15,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fp4.backends.triton.blocks import quantize_blocks
 from fp4.backends.triton.linear import HOPPER_TILINGS, SCALED_TILINGS, SMALL_SCALED_TILINGS, TILINGS, Tiling
+from fp4.backends.triton.magnitude import _magnitudes, tile_of
 from fp4.backends.triton.matmul import add_partial_sums, multiply
-from fp4.backends.triton.quantize import (
-    CANONICAL,
-    INTERLEAVED,
-    ROTATED,
-    VALUES,
-    _dequantize,
-    _magnitudes,
-    _quantize,
-    _tile,
-)
+from fp4.backends.triton.quantize import CANONICAL, INTERLEAVED, ROTATED, VALUES, _dequantize, _quantize
 from fp4.backends.triton.scaled import multiply_scaled
 
 CONSTANTS = ("MX", "PARTS", "SHUFFLED", "UNIT_BY_ROW", "BE", "BM", "SLICES", "PANELS", "CHUNKS", "SPLIT")
@@ -102,7 +95,7 @@ ANY = Tiling(0, 0, 0, 0, 4, 3)  # the quantization kernels have four warps
 
 
 def compile_quantize(capability: int, mx: bool, rule: str, mode: int, group: int, dynamic: bool) -> None:
-    rows, columns = _tile(4096, group)
+    rows, columns = tile_of(4096, group)
     constants = {
         "MX": mx, "RULE": rule, "MODE": mode, "SHUFFLED": mode in (ROTATED.value, VALUES.value), "H": group,
         "BR": rows, "BC": columns,
@@ -128,6 +121,65 @@ def compile_quantize(capability: int, mx: bool, rule: str, mode: int, group: int
 )
 def test_quantization_compiles(capability: int, mx: bool, rule: str, mode: int, group: int, dynamic: bool) -> None:
     compile_quantize(capability, mx, rule, mode, group, dynamic)
+
+
+def compile_blocks(capability: int, mx: bool, group: int, dynamic: bool) -> tuple[Any, int]:
+    """quantize_blocks, as blocks.run launches it, and how many elements of a tile a thread has."""
+    block = 32 if mx else 16
+    columns = max(group, 4 * block) if group else block
+    warps = 8 if columns == 128 else 4
+    lines = 16 * warps if group else 4096 // columns
+    constants = {"MX": mx, "H": group, "INTERLEAVE": True, "FP8": capability >= 89, "LINES": lines}
+    types = dict.fromkeys(quantize_blocks.arg_names, "i32") | {"x": "*bf16", "codes": "*u32", "scales": "*u8"}
+    types |= {"rotation": "*fp32", "unit": "*fp64", "partial": "*i32", "taken_unit": "*fp64"}
+    absent = {"rotation": not group, "unit": mx or dynamic, "partial": not dynamic, "taken_unit": not dynamic}
+    constants |= dict.fromkeys(name for name, missing in absent.items() if missing)
+    types |= dict.fromkeys(constants, "constexpr")
+    tiling = Tiling(0, 0, 0, 0, warps, 2)
+    return compiled(quantize_blocks, capability, types, constants, tiling), lines * columns // (32 * warps)
+
+
+def fast_loop(code: str) -> int:
+    """Instructions of the smaller of the outermost loops, the other being the one for unusual scales and rotations."""
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    count = 0
+    for line in code.splitlines():
+        if line.startswith("LBB"):
+            labels[line.strip().rstrip(":")] = count
+        elif "\t" in line:
+            count += 1
+            target = line.split("BRA")[-1].strip(" `();").split("(")[-1].strip("`") if "BRA" in line else ""
+            if target in labels:
+                loops.append((labels[target], count))
+    outer = [a for a in loops if not any(b != a and b[0] <= a[0] and a[1] <= b[1] for b in loops)]
+    return min(end - start for start, end in outer if end - start > 200)
+
+
+@pytest.mark.parametrize("capability", [80, 120])
+@pytest.mark.parametrize(("mx", "group"), [(False, 0), (True, 0), (False, 16), (False, 128), (True, 32)])
+def test_quantizing_blocks_compiles(capability: int, mx: bool, group: int) -> None:
+    compile_blocks(capability, mx, group, not mx)
+
+
+@pytest.mark.parametrize(
+    ("mx", "group", "most"),
+    [
+        (False, 0, 18),
+        (False, 16, 20),
+        (False, 64, 20),
+        (False, 128, 18),
+        (True, 0, 15),
+        (True, 32, 15),
+        (True, 128, 15),
+    ],
+)
+def test_quantizing_blocks_takes_few_instructions(mx: bool, group: int, most: int) -> None:
+    """An element's share of a turn of the loop; 23 would keep an H200 busy for the time that its memory takes."""
+    result, elements = compile_blocks(90, mx, group, False)
+    assert fast_loop(result.asm["sass"]) / elements <= most
+    if group:
+        assert "HGMMA" in result.asm["sass"]
 
 
 def test_the_other_kernels_compile() -> None:

@@ -11,6 +11,7 @@ import triton.language as tl
 
 #: Kernels run on the CPU, by Triton's interpreter, which lacks inline assembly and bfloat16 arithmetic.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+ASSEMBLY = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -34,17 +35,17 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _e2m1_magnitude(quotient):
-    """Nearest code, ties to even, saturating: float32 >= 0 -> int32 whose lowest three bits it is. NaN gives any.
+def round_to_codes(quotient):
+    """Nearest E2M1 code, ties to even: float32 in [0, 6.5] -> int32, 2**23 as a float32 plus the code.
 
-    Adding 2**(e + 22) to a number of exponent e leaves its multiple of 2**(e - 1), rounded to nearest even, in the
-    lowest bits; codes count exactly those multiples, with e = 0 below 2, from 2 e on. The exponent of the sum, e + 149,
-    shifted to count twice, brings those along.
+    The value of code c grows by 0.5 to code 4, by 1 to code 6 and then by 2, so c is the least of 2 q, q + 2 and
+    q / 2 + 4 for the value q. Adding 2**23 rounds each to whole numbers, once, ties to even, and keeps their order.
     """
-    magnitude = tl.minimum(quotient, 6.0)
-    power = (tl.maximum(magnitude, 1.0).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    bits = tl.fma(power, 4194304.0, magnitude).to(tl.int32, bitcast=True)
-    return (bits >> 22) + bits - 298
+    fine = tl.fma(quotient, 2.0, 8388608.0).to(tl.int32, bitcast=True)
+    middle = (quotient + 8388610.0).to(tl.int32, bitcast=True)
+    coarse = tl.fma(quotient, 0.5, 8388612.0).to(tl.int32, bitcast=True)
+    # As integers they order alike, and Hopper takes the least of three at once.
+    return tl.minimum(tl.minimum(fine, middle), coarse)
 
 
 @triton.jit
@@ -95,31 +96,54 @@ def effective_scale(byte, unit, MX: tl.constexpr):
 
 
 @triton.jit
-def _quotients(blocks, effective, POWER: tl.constexpr):
-    """``|blocks| / effective`` ``[R, C, B]`` under positive, finite scales ``[R, C]``, rounded as IEEE division does.
+def reciprocal(x):
+    """float32 in [2**-100, 2**76] -> ``high, low``: 1 / x rounded to float32, and what is missing, rounded."""
+    if ASSEMBLY:
+        rough = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        rough = 1.0 / x
+    high = tl.fma(tl.fma(-x, rough, 1.0), rough, rough)
+    # A step of Newton's rounds rightly but where the mantissa of x is all ones, and 1 / x the least of a power of two.
+    least = (0x7E800001 - (x.to(tl.int32, bitcast=True) & 0x7F800000)).to(tl.float32, bitcast=True)
+    high = tl.maximum(high, least)
+    rest = tl.fma(-x, high, 1.0)
+    low = rest * high
+    return high, tl.fma(rest, low, low)
 
-    POWER: scales are powers of two. Otherwise the quotient from the rounded reciprocal is corrected twice by its exact
-    remainder (Markstein, IBM J. Res. Dev. 34 (1990), theorem 8.1), as in csrc/cuda/numerics.h, which says more; where
-    E2M1 saturates, so may the quotient.
+
+@triton.jit
+def quotient_by(x, divisor, high, low):
+    """``x / divisor`` for x >= 0, from the divisor's reciprocal ``high + low``: all of shapes that broadcast to x's.
+
+    What E2M1 and E4M3 make of it is what they make of the IEEE quotient, ties included: csrc/cuda/numerics.h and the
+    test of it say how that is known.
+    """
+    if INTERPRETED:  # it rounds a fused multiply-add twice
+        return tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
+    else:
+        return tl.fma(x, tl.broadcast_to(high, x.shape), x * low)
+
+
+@triton.jit
+def _quotients(blocks, effective, POWER: tl.constexpr):
+    """``|blocks| / effective`` ``[R, C, B]`` under positive, finite scales ``[R, C]``, at most 6: see quotient_by.
+
+    POWER: scales are powers of two.
     """
     magnitude = tl.abs(blocks)
-    if INTERPRETED:  # it rounds a fused multiply-add twice
-        return tl.div_rn(magnitude, effective[:, :, None])
-    elif POWER:
+    if POWER:
         bits = effective.to(tl.int32, bitcast=True)
-        reciprocal = tl.where(bits == 0x00400000, 0x7F000000, 0x7F000000 - bits).to(tl.float32, bitcast=True)
-        return magnitude * reciprocal[:, :, None]
+        inverse = tl.where(bits == 0x00400000, 0x7F000000, 0x7F000000 - bits).to(tl.float32, bitcast=True)
+        return tl.minimum(magnitude * inverse[:, :, None], 6.0)
     else:
         # Remainders must not underflow, nor reciprocals overflow.
         factor = tl.where(effective < 2.0**-80, 2.0**96, tl.where(effective > 2.0**80, 2.0**-96, 1.0))
         scale = effective * factor
-        reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, :, None]
-        top = tl.minimum(magnitude * factor[:, :, None], (scale * 8.0)[:, :, None])
-        scale = tl.broadcast_to(scale[:, :, None], top.shape)
-        reciprocal = tl.broadcast_to(reciprocal, top.shape)
-        quotient = top * reciprocal
-        quotient = tl.fma(tl.fma(-quotient, scale, top), reciprocal, quotient)
-        return tl.fma(tl.fma(-quotient, scale, top), reciprocal, quotient)
+        high, low = reciprocal(scale)
+        top = tl.minimum(magnitude * factor[:, :, None], (scale * 6.0)[:, :, None])
+        return quotient_by(top, scale[:, :, None], high[:, :, None], low[:, :, None])
 
 
 @triton.jit
@@ -132,7 +156,60 @@ def encode(blocks, effective, POWER: tl.constexpr):
     quotient = _quotients(blocks, tl.where(usable, effective, 1.0), POWER)
     kept = tl.where(usable, 7, 0)[:, :, None]
     sign = tl.where(effective == effective, 8, 0)[:, :, None]
-    return (_e2m1_magnitude(quotient) & kept) | ((blocks.to(tl.int32, bitcast=True) >> 28) & sign)
+    return (round_to_codes(quotient) & kept) | ((blocks.to(tl.int32, bitcast=True) >> 28) & sign)
+
+
+@triton.jit
+def _eighths(x):
+    """``[C, 8 W]`` -> eight of ``[C, W]``: every eighth column of x, as words."""
+    C: tl.constexpr = x.shape[0]
+    even, odd = tl.split(tl.reshape(x.to(tl.uint32, bitcast=True), (C, x.shape[1] // 8, 2, 2, 2)))
+    even_low, even_high = tl.split(even)
+    odd_low, odd_high = tl.split(odd)
+    x0, x4 = tl.split(even_low)
+    x2, x6 = tl.split(even_high)
+    x1, x5 = tl.split(odd_low)
+    x3, x7 = tl.split(odd_high)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _sum_of_nibbles(a, b, c, d, e, f, g, h):
+    low = a + (b << 4) + (c << 8) + (d << 12)
+    return low + ((e + (f << 4) + (g << 8) + (h << 12)) << 16)
+
+
+@triton.jit
+def _sign_bits(a, b, c, d, e, f, g, h):
+    """The signs of eight float32 as the highest bits of a word's nibbles, the first in the lowest."""
+    if ASSEMBLY:
+        # The highest bytes of every other value into one word, and of the rest into another.
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 p, q, r, s;
+            prmt.b32 p, $1, $3, 0x0073; prmt.b32 q, $5, $7, 0x7300; prmt.b32 p, p, q, 0x7610;
+            prmt.b32 r, $2, $4, 0x0073; prmt.b32 s, $6, $8, 0x7300; prmt.b32 r, r, s, 0x7610;
+            shr.u32 p, p, 4; and.b32 p, p, 0x08080808; and.b32 r, r, 0x80808080; or.b32 $0, p, r; }""",
+            "=r,r,r,r,r,r,r,r,r", [a, b, c, d, e, f, g, h], dtype=tl.uint32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return _sum_of_nibbles(a >> 31, b >> 31, c >> 31, d >> 31, e >> 31, f >> 31, g >> 31, h >> 31) << 3
+
+
+@triton.jit
+def pack_codes(rounded, values, INTERLEAVE: tl.constexpr):
+    """uint32 ``[C, B / 8]`` of what round_to_codes made of the magnitudes of ``values`` ``[C, B]``, and their signs.
+
+    Eight codes a word, the first in the lowest nibble, or even ones before odd ones (layout.py).
+    """
+    c0, c1, c2, c3, c4, c5, c6, c7 = _eighths(rounded)
+    v0, v1, v2, v3, v4, v5, v6, v7 = _eighths(values)
+    if INTERLEAVE:
+        sums = _sum_of_nibbles(c0, c2, c4, c6, c1, c3, c5, c7)
+        signs = _sign_bits(v0, v2, v4, v6, v1, v3, v5, v7)
+    else:
+        sums = _sum_of_nibbles(c0, c1, c2, c3, c4, c5, c6, c7)
+        signs = _sign_bits(v0, v1, v2, v3, v4, v5, v6, v7)
+    return sums + signs + 0x05000000  # 2**23 was 0x4B000000, which in the two lowest places sums to 0xFB000000
 
 
 @triton.jit

@@ -1,8 +1,6 @@
-"""Quantize, dequantize, the largest magnitude, and what W4A4 does to activations: rotate and quantize in one pass."""
+"""Quantize, dequantize, and what W4A4 does to activations: rotate and quantize in one pass, by any rule."""
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import triton
@@ -10,17 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fp4 import formats
-from fp4.backends.triton import layout
-from fp4.backends.triton.codec import (
-    block_scale,
-    dot,
-    dot_split,
-    e2m1_value,
-    effective_scale,
-    encode,
-    narrow,
-    scale_value,
-    widen,
+from fp4.backends.triton import blocks, layout
+from fp4.backends.triton.codec import block_scale, e2m1_value, effective_scale, encode, narrow, scale_value
+from fp4.backends.triton.magnitude import (
+    EXACT,
+    grid_of,
+    largest,
+    load_rotated,
+    load_rotation,
+    partial_magnitudes,
+    shared_grid,
+    tile_of,
 )
 from fp4.formats import FORMATS, MXFP4
 from fp4.rotation import rotate as rotation_by_torch
@@ -30,59 +28,6 @@ CANONICAL = tl.constexpr(0)  # codes and scales
 INTERLEAVED = tl.constexpr(1)  # the same, eight codes a word in the order of layout.py
 VALUES = tl.constexpr(2)  # E2M1 x block scale as bfloat16, which holds every such product exactly
 ROTATED = tl.constexpr(3)  # x @ rotation, rounded to the output's dtype, not quantized
-
-
-@triton.jit
-def _load_rotation(rotation, H: tl.constexpr):
-    """``unit, signs, is_plain``: whether the rotation ``[H, H]`` is bfloat16 signs (or any numbers) times one unit.
-
-    So are Hadamard's and the identity. Then a product with bfloat16 x takes one pass of the tensor cores, not three. At
-    H = 128 the registers of a program do not hold both ways.
-    """
-    i = tl.arange(0, H)
-    matrix = tl.load(rotation + i[:, None] * H + i[None, :])
-    unit = tl.max(tl.max(tl.abs(matrix), 1), 0)
-    signs = narrow(matrix * (1.0 / unit), tl.bfloat16)
-    is_plain = tl.min(tl.min((widen(signs) * unit == matrix).to(tl.int32), 1), 0)
-    return unit, signs, is_plain
-
-
-@triton.jit
-def _load_rotated(x, rotation, parts, row, column, rows, K, H: tl.constexpr):
-    """A float32 tile of x ``[rows, K]``, its groups of H columns (0: none) multiplied by the rotation; 0 outside.
-
-    ``parts`` are what _load_rotation returned, or None.
-    """
-    inside = (row < rows)[:, None] & (column < K)[None, :]
-    tile = tl.load(x + row.to(tl.int64)[:, None] * K + column[None, :], mask=inside, other=0.0)
-    if H == 0:
-        return widen(tile)
-    else:
-        BR: tl.constexpr = row.shape[0]
-        BC: tl.constexpr = column.shape[0]
-        i = tl.arange(0, H)
-        groups = tl.reshape(tile, (BR * BC // H, H))
-        acc = tl.zeros((BR * BC // H, H), tl.float32)
-        if parts is not None:
-            unit, signs, is_plain = parts
-            if is_plain != 0:
-                acc = dot(groups, signs, acc) * unit
-            else:
-                acc = dot_split(groups, tl.load(rotation + i[:, None] * H + i[None, :]), acc, 3)
-        elif x.dtype.element_ty == tl.bfloat16:
-            acc = dot_split(groups, tl.load(rotation + i[:, None] * H + i[None, :]), acc, 3)
-        else:
-            matrix = tl.load(rotation + i[:, None] * H + i[None, :])
-            # Products of the leading terms last, so that small terms are not lost beside them.
-            rest = widen(groups)
-            first = narrow(rest, tl.bfloat16)
-            rest -= widen(first)
-            second = narrow(rest, tl.bfloat16)
-            third = narrow(rest - widen(second), tl.bfloat16)
-            acc = dot(third, narrow(matrix, tl.bfloat16), acc)
-            acc = dot_split(second, matrix, acc, 2)
-            acc = dot_split(first, matrix, acc, 3)
-        return tl.reshape(acc, (BR, BC))
 
 
 @triton.jit
@@ -98,48 +43,6 @@ def _store_values(value, out, row, column, rows, width, SHUFFLED: tl.constexpr):
 
 
 @triton.jit
-def _magnitudes(
-    x, rotation, offsets, partial, rows, K, experts, H: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
-    """partial ``[matrices, P]``: the largest magnitude that each of P programs saw of a matrix ``[rows, K]``.
-
-    As the bits of a float32, whose integer order is that of the magnitudes, with NaN above infinity. With ``offsets``
-    rows from the last expert's end on do not count.
-    """
-    matrix = tl.program_id(0)
-    x += matrix.to(tl.int64) * rows * K
-    if offsets is not None:
-        rows = tl.minimum(rows, tl.load(offsets + experts))
-    across = tl.cdiv(K, BC)
-    parts = None
-    if H > 0 and H < 128 and x.dtype.element_ty == tl.bfloat16:
-        parts = _load_rotation(rotation, H)
-    top = tl.zeros((BR, BC), tl.int32)
-    for tile in range(tl.program_id(1), tl.cdiv(rows, BR) * across, tl.num_programs(1)):
-        row = tile // across * BR + tl.arange(0, BR)
-        column = tile % across * BC + tl.arange(0, BC)
-        value = _load_rotated(x, rotation, parts, row, column, rows, K, H)
-        top = tl.maximum(top, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    tl.store(partial + matrix * tl.num_programs(1) + tl.program_id(1), tl.max(tl.max(top, 1), 0))
-
-
-@triton.jit
-def _largest(partial, P, BP: tl.constexpr):
-    """The largest of P partial magnitudes, float32."""
-    i = tl.arange(0, BP)
-    top = tl.zeros((BP,), tl.int32)
-    for start in range(0, P, BP):
-        top = tl.maximum(top, tl.load(partial + start + i, mask=start + i < P, other=0))
-    return tl.max(top, 0).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _finish_magnitudes(partial, out, P, BP: tl.constexpr):
-    matrix = tl.program_id(0)
-    tl.store(out + matrix, _largest(partial + matrix * P, P, BP))
-
-
-@triton.jit
 def _quantize_tile(
     x, rotation, parts, unit, taken, codes, scales, tile,
     rows, K, width, rows_per_unit, across,
@@ -149,7 +52,7 @@ def _quantize_tile(
     """Tile number ``tile`` of _quantize."""
     row = tile // across * BR + tl.arange(0, BR)
     column = tile % across * BC + tl.arange(0, BC)
-    value = _load_rotated(x, rotation, parts, row, column, rows, K, H)
+    value = load_rotated(x, rotation, parts, row, column, rows, K, H)
     if MODE == ROTATED:
         _store_values(value, codes, row, column, rows, width, SHUFFLED)
     else:
@@ -197,11 +100,11 @@ def _quantize(
     across = tl.cdiv(K, BC)
     parts = None
     if H > 0 and H < 128 and x.dtype.element_ty == tl.bfloat16:
-        parts = _load_rotation(rotation, H)
+        parts = load_rotation(rotation, H)
     taken = None
     if partial is not None:
         limit: tl.constexpr = 1536.0 if RULE == "four_over_six" else 2688.0
-        taken = tl.div_rn(_largest(partial, P, 256), limit)
+        taken = tl.div_rn(largest(partial, P, 256), limit)
         taken = tl.where(taken == 0.0, 1.0, taken).to(tl.float64)
         if tl.program_id(0) == 0:
             tl.store(taken_unit, taken)
@@ -241,53 +144,6 @@ def _dequantize(codes, scales, unit, out, rows, K, rows_per_unit, MX: tl.constex
     tl.store(out + row64 * K + column[None, :], narrow(tl.reshape(value, (BR, BC)), out.dtype.element_ty), mask=inside)
 
 
-# Squares and quotients must round on their own, as the reference does: no fused multiply-add but those written out.
-_EXACT = {"num_warps": 4, "enable_fp_fusion": False}
-_PROGRAMS = 512  # that look for the largest magnitude of one matrix
-
-
-def _tile(k: int, group: int) -> tuple[int, int]:
-    """Rows and columns of a tile of 2048 elements, whole groups and blocks of at most 256 columns."""
-    columns = min(256, triton.next_power_of_2(max(k, group, 32)))
-    return 2048 // columns, columns
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _grid(rows: int, k: int, tile: tuple[int, int]) -> tuple[int]:
-    return (triton.cdiv(rows, tile[0]) * triton.cdiv(k, tile[1]),)
-
-
-def _shared_grid(x: Tensor, rows: int, k: int, tile: tuple[int, int], group: int = 0) -> tuple[int]:
-    """Programs that share the tiles: what they do before their first one is then done a few times a multiprocessor."""
-    grid = _grid(rows, k, tile)
-    return grid if group == 128 else (min(16 * processors(x.device), *grid),)
-
-
-def _partial_magnitudes(
-    x: Tensor, matrices: int, rows: int, k: int, rotation: Tensor | None = None, offsets: Tensor | None = None
-) -> Tensor:
-    group = 0 if rotation is None else rotation.shape[0]
-    tile = _tile(k, group)
-    programs = min(_PROGRAMS, *_grid(rows, k, tile))
-    partial = torch.empty(matrices, programs, dtype=torch.int32, device=x.device)
-    experts = 0 if offsets is None else offsets.numel() - 1
-    _magnitudes[(matrices, programs)](x, rotation, offsets, partial, rows, k, experts, group, *tile, num_warps=4)
-    return partial
-
-
-def largest_magnitude(x: Tensor) -> Tensor:
-    """``formats.largest_magnitude``: x ``[..., N, K]`` -> float32 ``[...]``."""
-    out = torch.zeros(x.shape[:-2], dtype=torch.float32, device=x.device)
-    if x.numel():
-        partial = _partial_magnitudes(x.contiguous(), out.numel(), x.shape[-2], x.shape[-1])
-        _finish_magnitudes[(out.numel(),)](partial, out, partial.shape[1], 256)
-    return out
-
-
 def _units(global_scale: Tensor | None, rows: int) -> tuple[Tensor | None, int]:
     """Global scales, one a matrix, as the kernels read them, and how many rows share one."""
     if global_scale is None:
@@ -302,11 +158,13 @@ def quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> 
     codes = torch.empty(*x.shape[:-1], k // 2, dtype=torch.uint8, device=x.device)
     scales = torch.empty(*x.shape[:-1], k // fmt.block_size, dtype=torch.uint8, device=x.device)
     unit, rows_per_unit = _units(global_scale, rows)
-    tile = _tile(k, 0)
-    if rows and k:
-        _quantize[_shared_grid(x, rows, k, tile)](
+    tile = tile_of(k, 0)
+    if rows and k and blocks.takes(x, fmt, None, global_scale, rule):
+        blocks.run(x.contiguous(), fmt, None, unit, None, None, codes, scales, interleave=False)
+    elif rows and k:
+        _quantize[shared_grid(x, rows, k, tile)](
             x.contiguous(), None, unit, None, None, codes.view(torch.uint32), scales, rows, k, k, rows_per_unit, 0,
-            fmt is MXFP4, rule, CANONICAL.value, False, 0, *tile, **_EXACT,
+            fmt is MXFP4, rule, CANONICAL.value, False, 0, *tile, **EXACT,
         )  # fmt: skip
     return codes, scales.view(fmt.scale_dtype)
 
@@ -317,11 +175,11 @@ def dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor | None, dtype
     k, rows = codes.shape[-1] * 2, codes.shape[:-1].numel()
     out = torch.empty(*codes.shape[:-1], k, dtype=dtype, device=codes.device)
     unit, rows_per_unit = _units(global_scale, rows)
-    tile = _tile(k, 0)
+    tile = tile_of(k, 0)
     if rows and k:
-        _dequantize[_grid(rows, k, tile)](
+        _dequantize[grid_of(rows, k, tile)](
             codes.contiguous(), scales.contiguous().view(torch.uint8), unit, out, rows, k, rows_per_unit,
-            fmt is MXFP4, *tile, **_EXACT,
+            fmt is MXFP4, *tile, **EXACT,
         )  # fmt: skip
     return out
 
@@ -347,10 +205,10 @@ def rotate(x: Tensor, rotation: Tensor | None, shuffled: bool = False) -> Tensor
     group = 0 if rotation is None else rotation.shape[0]
     out = torch.empty(rows, _width(k, shuffled), dtype=x.dtype, device=x.device)
     if out.numel():
-        tile = _tile(k, group)
-        _quantize[_shared_grid(x, rows, k, tile, group)](
+        tile = tile_of(k, group)
+        _quantize[shared_grid(x, rows, k, tile, group)](
             x, rotation, None, None, None, out, None, rows, k, out.shape[1], 1, 0,
-            False, "", ROTATED.value, shuffled, group, *tile, **_EXACT,
+            False, "", ROTATED.value, shuffled, group, *tile, **EXACT,
         )  # fmt: skip
     return out
 
@@ -388,14 +246,19 @@ def quantize_activation(
     scales = None if values else torch.empty(rows, k // fmt.block_size, dtype=torch.uint8, device=x.device)
     partial, taken = None, global_scale
     if global_scale is None and fmt.needs_global_scale:
-        partial = _partial_magnitudes(x, 1, rows, k, rotation, offsets)
+        partial = partial_magnitudes(x, 1, rows, k, rotation, offsets)
         taken = torch.empty(1, dtype=torch.float64, device=x.device)
-    tile = _tile(k, group)
-    _quantize[_shared_grid(x, rows, k, tile, group)](
+    if scales is not None and blocks.takes(x, fmt, rotation, global_scale, rule):
+        blocks.run(
+            x, fmt, rotation, global_scale, partial, None if partial is None else taken, codes, scales, interleave=True
+        )
+        return codes, scales, taken
+    tile = tile_of(k, group)
+    _quantize[shared_grid(x, rows, k, tile, group)](
         x, rotation, global_scale, partial, None if partial is None else taken,
         codes if values else codes.view(torch.uint32), scales,
         rows, k, width, 1 if global_scale is not None and global_scale.numel() == rows > 1 else rows,
         0 if partial is None else partial.shape[1],
-        fmt is MXFP4, rule, mode, shuffled, group, *tile, **_EXACT,
+        fmt is MXFP4, rule, mode, shuffled, group, *tile, **EXACT,
     )  # fmt: skip
     return codes, scales, taken
