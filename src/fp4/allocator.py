@@ -1,8 +1,9 @@
-"""Memory of freed tensors, given back to the system instead of kept by the C library (glibc) for later."""
+"""Memory: freed tensors are given back to the system instead of kept by the C library (glibc), and its end is told."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 
 # malloc.h's names of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -27,3 +28,17 @@ def return_freed_pages() -> None:
     trim = getattr(ctypes.pythonapi, "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that main memory or a GPU's is full, in the words of Python, the system, C++ or torch."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and tells_out_of_memory(str(error)))
+
+
+def tells_out_of_memory(message: str) -> bool:
+    """The same of an error's message."""
+    # A thread that cannot start has no room for its stack.
+    words = ("out of memory", "can't allocate memory", "bad_alloc", "MemoryError", "can't start new thread")
+    return any(each in message for each in words)

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from fp4.allocator import is_out_of_memory
 from fp4.cli.checkpoints import convert, inspect
 from fp4.cli.env import env
 from fp4.cli.quality import evaluate, report
@@ -48,6 +49,10 @@ def main() -> None:
             # huggingface_hub read them when it was imported, before this function could run.
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         app()
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(3 if isinstance(error, OSError) and error.errno in _FAILED else 2)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        full = is_out_of_memory(error)
+        if isinstance(error, RuntimeError) and not full:
+            raise
+        said = str(error) if isinstance(error, (ValueError, OSError)) else f"out of memory ({error})"
+        Console(stderr=True).print(f"[red]error:[/red] {escape(said)}", highlight=False, soft_wrap=True)
+        sys.exit(3 if full or (isinstance(error, OSError) and error.errno in _FAILED) else 2)

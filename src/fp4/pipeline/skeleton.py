@@ -7,6 +7,7 @@ conversion, so a checkpoint loads here exactly as ``from_pretrained`` loads it, 
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from fp4.allocator import tells_out_of_memory
 from fp4.checkpoint.files import Checkpoint, TensorInfo, load
 from fp4.pipeline.embedding import reads_rows, rows_filled
 
@@ -42,7 +44,7 @@ class _Lazy:
         try:
             return load(self.info)[index]
         except OSError as error:
-            raise OSError(f"{self.info.file} could not be read: {error}") from error
+            raise OSError(error.errno or errno.EIO, f"{self.info.file} could not be read: {error}") from error
 
 
 @dataclass
@@ -123,12 +125,16 @@ class Skeleton:
         Raises:
             ValueError: a tensor cannot be converted, or does not fit the model.
             OSError: a file cannot be read.
+            MemoryError: there was no room for what a tensor is made of.
         """
         state = {key: _Lazy(self.checkpoint.tensors[key]) for key in keys}
         options = LoadStateDictConfig(device_map={"": device}, dtype=self.dtype, weight_mapping=self.conversions)
         with _quiet():
             found, _ = convert_and_load_state_dict_in_model(self.model, state, options)
         if found.conversion_errors or found.mismatched_keys:
+            full = next((error for error in found.conversion_errors.values() if tells_out_of_memory(error)), None)
+            if full is not None:
+                raise MemoryError(full.splitlines()[-1])
             problems = [f"{name}: {error.splitlines()[-1]}" for name, error in found.conversion_errors.items()]
             problems += [
                 f"{name}: stored as {tuple(has)}, the model has {tuple(wants)}"

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from fp4.allocator import is_out_of_memory
 from fp4.checkpoint.files import Checkpoint, read_json
 from fp4.checkpoint.writing import write_json
 
@@ -136,20 +137,15 @@ def plain_errors(staging: Staging) -> Iterator[None]:
     kept = f"what is finished is kept in {staging.folder}; the same command goes on from there"
     try:
         yield
-    except MemoryError as error:
-        raise OSError(
-            errno.ENOMEM, f"out of memory ({error}); allow less with max_memory or fewer samples; {kept}"
-        ) from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OSError(errno.ENOSPC, f"the disk of {staging.folder} is full; make room; {kept}") from error
+    except (MemoryError, OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            first = next(iter(str(error).splitlines()), "no more is to be had")
+            advice = "free some, or allow less with max_memory or fewer samples"
+            raise OSError(errno.ENOMEM, f"out of memory ({first}); {advice}; {kept}") from error
+        if not isinstance(error, OSError):
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, f"the disk of {staging.folder} is full; make room; {kept}") from error
         raise OSError(error.errno or errno.EIO, f"{error}; {kept}") from error
-    except RuntimeError as error:
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            first = str(error).splitlines()[0]
-            raise OSError(
-                errno.ENOMEM, f"out of memory ({first}); allow less with max_memory or fewer samples; {kept}"
-            ) from error
-        raise
     finally:
         staging.release()
