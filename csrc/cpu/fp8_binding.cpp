@@ -1,6 +1,7 @@
 #include "fp8_binding.h"
 
 #include "fp8.h"
+#include "scratch.h"
 #include "tensors.h"
 
 namespace fp4::cpu {
@@ -16,7 +17,7 @@ Tensor fake_quantized(const Tensor& x, const std::optional<Tensor>& scale) {
     const Tensor value = torch::stable::to(*scale, ScalarType::Float);
     static_scale = *static_cast<const float*>(value.const_data_ptr());
   }
-  const Tensor from = torch::stable::contiguous(x);
+  const Tensor from = dense(x);
   const Dtype dtype = dtype_of(from, "x");
   Tensor out = torch::stable::new_empty(x, {rows, k}, ScalarType::Float);
   const auto* source = static_cast<const uint8_t*>(from.const_data_ptr());
@@ -60,11 +61,11 @@ Tensor multiply_fp8(const Tensor& x, const Tensor& weight, const Tensor& weight_
 
   Product product{Format::nvfp4, n, k, Dtype::float32, dtype, out.mutable_data_ptr(), {}};
   add_segments(product, ranges, weight, weight_scale, std::vector<double>(experts, 1.0), bias_values);
-  Tensor source = torch::stable::contiguous(x);
+  Tensor source = dense(x);
   std::optional<Tensor> matrix;
   if (rotation.has_value()) {
     check_rotation(*rotation, x);
-    matrix = torch::stable::contiguous(torch::stable::to(*rotation, ScalarType::Float));
+    matrix = dense(torch::stable::to(*rotation, ScalarType::Float));
   }
   Input input{nullptr, dtype, nullptr, 0};
   if (activation.quantizes) {
@@ -77,8 +78,8 @@ Tensor multiply_fp8(const Tensor& x, const Tensor& weight, const Tensor& weight_
     input.h = rotation->size(0);
   }
   input.x = source.const_data_ptr();
-  Tensor memory = torch::stable::new_empty(x, {WeightOnly::memory_bytes(product, rows)}, ScalarType::Byte);
-  execute(Fp8WeightOnly(product, scale_dtype, input, static_cast<uint8_t*>(memory.mutable_data_ptr())), product, rows);
+  const auto memory = scratch<uint8_t>(WeightOnly::memory_bytes(product, rows));
+  execute(Fp8WeightOnly(product, scale_dtype, input, memory.get()), product, rows);
   return out;
 }
 

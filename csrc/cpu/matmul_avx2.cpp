@@ -148,20 +148,16 @@ AVX2 void decode_integer(const uint8_t* codes, const uint8_t* scales, int64_t bl
                          float* out_scales) {
   constexpr int size = block_size(F);
   const __m256 unit = scale_unit<F>(1.0f);
-  const __m256i table =
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-  const __m256i nibble = _mm256_set1_epi8(0x0F);
+  const __m256i table = biased_table();
   for (int64_t b = 0; b < blocks; ++b, scales += kPanelRows, out_scales += kPanelRows) {
     prefetch_block<F>(codes, scales);
     const Scales s = load_scales<F>(scales, unit);
     _mm256_storeu_ps(out_scales, s.low);
     _mm256_storeu_ps(out_scales + 8, s.high);
     for (int k = 0; k < size; k += 4, codes += 32, out += 4 * kPanelRows) {
-      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-      const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, nibble));
-      const __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi16(even, odd));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32), _mm256_unpackhi_epi16(even, odd));
+      const LookedUp w = look_up(table, codes);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi16(w.even, w.odd));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32), _mm256_unpackhi_epi16(w.even, w.odd));
     }
   }
 }

@@ -97,6 +97,23 @@ AVX2_INLINE Columns load_columns(const uint8_t* codes) {
           _mm256_unpacklo_epi8(odd_low, odd_high), _mm256_unpackhi_epi8(odd_low, odd_high)};
 }
 
+// What a table of sixteen bytes, in both of its halves, holds for the codes of four columns (layout.h).
+struct LookedUp {
+  __m256i even, odd;  // columns 0 and 2, 1 and 3
+};
+
+AVX2_INLINE LookedUp look_up(__m256i table, const uint8_t* codes) {
+  const __m256i nibble = _mm256_set1_epi8(0x0F);
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+  return {_mm256_shuffle_epi8(table, _mm256_and_si256(bytes, nibble)),
+          _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble))};
+}
+
+// The table of doubled E2M1 values, kCodeBias too large.
+AVX2_INLINE __m256i biased_table() {
+  return _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+}
+
 // Four bytes to all lanes.
 AVX2_INLINE __m256i broadcast(const uint8_t* from) {
   int32_t four;

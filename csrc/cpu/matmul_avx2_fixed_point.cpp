@@ -69,12 +69,17 @@ AVX2 int64_t split(const float* x, int64_t blocks, int rows, uint8_t* to, int m,
   return residuals - first;
 }
 
+// A block's sums of row m of a tile of M rows, times the unit of its words.
+template <Format F, int M>
+AVX2_INLINE __m256 in_units(__m256i sums, const uint8_t* x, int m) {
+  const __m256 unit = _mm256_castsi256_ps(broadcast(x + M * (2 * block_size(F) + 4) + 4 * m));
+  return _mm256_mul_ps(_mm256_cvtepi32_ps(sums), unit);
+}
+
 template <Format F, int M>
 AVX2 void multiply_rows(const uint8_t* codes, const uint8_t* scales, int64_t blocks, const uint8_t* x, float* sum) {
   constexpr int size = block_size(F);
-  const __m256i table =
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-  const __m256i nibble = _mm256_set1_epi8(0x0F), zero = _mm256_setzero_si256();
+  const __m256i table = biased_table(), zero = _mm256_setzero_si256();
   __m256 low[M], high[M];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
@@ -88,11 +93,9 @@ AVX2 void multiply_rows(const uint8_t* codes, const uint8_t* scales, int64_t blo
     for (int m = 0; m < M; ++m) low32[m] = high32[m] = broadcast(x + M * 2 * size + 4 * m);
 #pragma GCC unroll 8
     for (int g = 0; g < size / 4; ++g) {
-      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 32 * g));
-      const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, nibble));
-      const __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
-      const __m256i even_low = _mm256_unpacklo_epi8(even, zero), even_high = _mm256_unpackhi_epi8(even, zero);
-      const __m256i odd_low = _mm256_unpacklo_epi8(odd, zero), odd_high = _mm256_unpackhi_epi8(odd, zero);
+      const LookedUp w = look_up(table, codes + 32 * g);
+      const __m256i even_low = _mm256_unpacklo_epi8(w.even, zero), even_high = _mm256_unpackhi_epi8(w.even, zero);
+      const __m256i odd_low = _mm256_unpacklo_epi8(w.odd, zero), odd_high = _mm256_unpackhi_epi8(w.odd, zero);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         const __m256i x02 = broadcast(x + (g * M + m) * 8), x13 = broadcast(x + (g * M + m) * 8 + 4);
@@ -109,9 +112,8 @@ AVX2 void multiply_rows(const uint8_t* codes, const uint8_t* scales, int64_t blo
     const Scales s = raw_scales<F>(scales);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      const __m256 unit = _mm256_castsi256_ps(broadcast(x + M * (2 * size + 4) + 4 * m));
-      low[m] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(low32[m]), unit), s.low, low[m]);
-      high[m] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(high32[m]), unit), s.high, high[m]);
+      low[m] = _mm256_fmadd_ps(in_units<F, M>(low32[m], x, m), s.low, low[m]);
+      high[m] = _mm256_fmadd_ps(in_units<F, M>(high32[m], x, m), s.high, high[m]);
     }
     x += fixed_point_block_bytes(F, M);
   }
@@ -162,21 +164,19 @@ template <Format F>
 AVX2 void decode(const uint8_t* codes, const uint8_t* scales, int64_t blocks, int16_t* out, float* out_scales) {
   const __m256i table =
       _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
-  const __m256i nibble = _mm256_set1_epi8(0x0F), zero = _mm256_setzero_si256();
+  const __m256i zero = _mm256_setzero_si256();
   for (int64_t b = 0; b < blocks; ++b, scales += kPanelRows, out_scales += kPanelRows) {
     prefetch_block<F>(codes, scales);
     const Scales s = raw_scales<F>(scales);
     _mm256_storeu_ps(out_scales, s.low);
     _mm256_storeu_ps(out_scales + 8, s.high);
     for (int k = 0; k < block_size(F); k += 4, codes += 32, out += 4 * kPanelRows) {
-      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-      const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, nibble));
-      const __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble));
+      const LookedUp w = look_up(table, codes);
       __m256i* to = reinterpret_cast<__m256i*>(out);
-      _mm256_storeu_si256(to + 0, _mm256_srai_epi16(_mm256_unpacklo_epi8(zero, even), 8));
-      _mm256_storeu_si256(to + 1, _mm256_srai_epi16(_mm256_unpackhi_epi8(zero, even), 8));
-      _mm256_storeu_si256(to + 2, _mm256_srai_epi16(_mm256_unpacklo_epi8(zero, odd), 8));
-      _mm256_storeu_si256(to + 3, _mm256_srai_epi16(_mm256_unpackhi_epi8(zero, odd), 8));
+      _mm256_storeu_si256(to + 0, _mm256_srai_epi16(_mm256_unpacklo_epi8(zero, w.even), 8));
+      _mm256_storeu_si256(to + 1, _mm256_srai_epi16(_mm256_unpackhi_epi8(zero, w.even), 8));
+      _mm256_storeu_si256(to + 2, _mm256_srai_epi16(_mm256_unpacklo_epi8(zero, w.odd), 8));
+      _mm256_storeu_si256(to + 3, _mm256_srai_epi16(_mm256_unpackhi_epi8(zero, w.odd), 8));
     }
   }
 }
@@ -206,9 +206,7 @@ AVX2 void multiply_decoded_rows(const int16_t* w, const float* w_scales, int64_t
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
       float* to = sum + m * kPanelRows;
-      const __m256 unit = _mm256_castsi256_ps(broadcast(x + M * (2 * size + 4) + 4 * m));
-      const __m256 l = _mm256_mul_ps(_mm256_cvtepi32_ps(low32[m]), unit);
-      const __m256 u = _mm256_mul_ps(_mm256_cvtepi32_ps(high32[m]), unit);
+      const __m256 l = in_units<F, M>(low32[m], x, m), u = in_units<F, M>(high32[m], x, m);
       _mm256_storeu_ps(to, _mm256_fmadd_ps(l, s_low, _mm256_loadu_ps(to)));
       _mm256_storeu_ps(to + 8, _mm256_fmadd_ps(u, s_high, _mm256_loadu_ps(to + 8)));
     }

@@ -6,6 +6,7 @@
 
 #include "fp8_binding.h"
 #include "isa.h"
+#include "scratch.h"
 #include "tensors.h"
 
 namespace fp4::cpu {
@@ -66,7 +67,7 @@ std::vector<double> global_scales(const std::optional<Tensor>& given, const Pack
   STD_TORCH_CHECK(given->scalar_type() == ScalarType::Double, "the global scale must be float64");
   STD_TORCH_CHECK(given->numel() == weight.experts, "got ", given->numel(), " global scales for ", weight.experts,
                   " weights");
-  const Tensor values = torch::stable::contiguous(*given);
+  const Tensor values = dense(*given);
   const double* data = static_cast<const double*>(values.const_data_ptr());
   return std::vector<double>(data, data + weight.experts);
 }
@@ -106,7 +107,7 @@ Quantizers quantizers_for(const Activation& activation, const PackedWeight& weig
   const Rule rule = rule_of(weight.format, activation.rule);
   std::vector<double> scales = {1.0};
   if (activation.global_scale.has_value()) {
-    const Tensor given = torch::stable::contiguous(torch::stable::to(*activation.global_scale, ScalarType::Double));
+    const Tensor given = dense(torch::stable::to(*activation.global_scale, ScalarType::Double));
     STD_TORCH_CHECK(given.numel() == 1 || given.numel() == weight.experts, "input_global_scale must hold one element",
                     weight.experts > 1 ? " or one for each expert" : "", ", got ", shape_text(given));
     const double* data = static_cast<const double*>(given.const_data_ptr());
@@ -146,36 +147,32 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scal
   const std::vector<int64_t> experts = add_segments(product, ranges, weight, weight_scale, scales, bias_values);
 
   if (activation == nullptr) {
-    const Tensor contiguous = torch::stable::contiguous(x);
-    Input input{contiguous.const_data_ptr(), dtype, nullptr, 0};
+    const Tensor source = dense(x);
+    Input input{source.const_data_ptr(), dtype, nullptr, 0};
     std::optional<Tensor> matrix;
     if (rotation.has_value()) {
       check_rotation(*rotation, x);
-      matrix = torch::stable::contiguous(torch::stable::to(*rotation, ScalarType::Float));
+      matrix = dense(torch::stable::to(*rotation, ScalarType::Float));
       input.rotation = static_cast<const float*>(matrix->const_data_ptr());
       input.h = rotation->size(0);
     }
     const bool fixed = FixedPoint::runs(dtype);
     const int64_t bytes = fixed ? FixedPoint::memory_bytes(product, rows) : WeightOnly::memory_bytes(product, rows);
-    Tensor tensor = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-    auto* const memory = static_cast<uint8_t*>(tensor.mutable_data_ptr());
+    const auto memory = scratch<uint8_t>(bytes);
     if (fixed) {
-      execute(FixedPoint(product, input, rows, memory), product, rows);
+      execute(FixedPoint(product, input, rows, memory.get()), product, rows);
     } else {
-      execute(WeightOnly(product, input, memory), product, rows);
+      execute(WeightOnly(product, input, memory.get()), product, rows);
     }
     return out;
   }
   const bool rotates = rotation.has_value();
-  const Tensor input = rotates ? rotated(x, *rotation) : torch::stable::contiguous(x);
+  const Tensor input = rotates ? rotated(x, *rotation) : dense(x);
   const Dtype input_dtype = rotates ? Dtype::float32 : dtype;
   const Quantizers quantizers = quantizers_for(*activation, packed, ranges, input, input_dtype);
   for (size_t i = 0; i < experts.size(); ++i) product.segments[i].quantizer = quantizers.of(experts[i]);
-  Tensor tiles =
-      torch::stable::new_empty(x, {rows * IntegerProduct::tile_bytes(packed.format, packed.k)}, ScalarType::Byte);
-  execute(IntegerProduct(product, input.const_data_ptr(), input_dtype,
-                         static_cast<uint8_t*>(tiles.mutable_data_ptr())),
-          product, rows);
+  const auto tiles = scratch<uint8_t>(rows * IntegerProduct::tile_bytes(packed.format, packed.k));
+  execute(IntegerProduct(product, input.const_data_ptr(), input_dtype, tiles.get()), product, rows);
   return out;
 }
 

@@ -1,4 +1,4 @@
-// Uninitialised memory of one thread's task, aligned for vector loads.
+// Uninitialised memory of one call or of one thread's task, aligned for vector loads.
 #pragma once
 
 #include <cstddef>

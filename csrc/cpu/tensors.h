@@ -28,6 +28,11 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   return Dtype::float16;
 }
 
+// What is contiguous already is not sent through the dispatcher, which takes about as long as a small product.
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 inline std::string shape_text(const Tensor& tensor) {
   std::string text = "[";
   for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
@@ -40,7 +45,7 @@ inline std::vector<int64_t> row_ranges(const std::optional<Tensor>& offsets, int
   if (!offsets.has_value()) return {0, rows};
   STD_TORCH_CHECK(offsets->scalar_type() == ScalarType::Int && offsets->dim() == 1 && offsets->size(0) == experts + 1,
                   "offsets must be int32 [", experts + 1, "], got ", shape_text(*offsets));
-  const Tensor values = torch::stable::contiguous(*offsets);
+  const Tensor values = dense(*offsets);
   const int32_t* data = static_cast<const int32_t*>(values.const_data_ptr());
   std::vector<int64_t> ranges(data, data + experts + 1);
   STD_TORCH_CHECK(ranges.front() == 0 && ranges.back() <= rows && std::is_sorted(ranges.begin(), ranges.end()),
@@ -53,7 +58,7 @@ inline std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int
   if (!bias.has_value()) return std::nullopt;
   STD_TORCH_CHECK(bias->numel() == experts * n && bias->size(bias->dim() - 1) == n, "bias ", shape_text(*bias),
                   " does not fit ", experts, " weights with ", n, " rows");
-  return torch::stable::contiguous(*bias);
+  return dense(*bias);
 }
 
 // A segment for each expert with rows; `codes` and `scales` are those of all experts, one after the other. Returns the
@@ -98,7 +103,7 @@ inline void check_rotation(const Tensor& rotation, const Tensor& x) {
 inline Tensor rotated(const Tensor& x, const Tensor& rotation) {
   check_rotation(rotation, x);
   const Tensor groups = torch::stable::reshape(torch::stable::to(x, ScalarType::Float), {-1, rotation.size(0)});
-  return torch::stable::contiguous(torch::stable::matmul(groups, torch::stable::to(rotation, ScalarType::Float)));
+  return dense(torch::stable::matmul(groups, torch::stable::to(rotation, ScalarType::Float)));
 }
 
 }  // namespace fp4::cpu
