@@ -104,11 +104,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         report = swap_linears(model, choose, master_weights=config.store_master_weights)
         report.update(swap_experts(model, choose_experts, master_weights=config.store_master_weights))
         if not self.pre_quantized:
-            idle = [keep for keep in kept_by_user if all(should_convert_module(name, [keep]) for name in asked)]
-            idle += [pattern for pattern, _ in config.overrides if not fnmatch.filter(asked, pattern)]
-            if idle:
-                layer = next(iter(asked), "nothing")
-                logger.warning("%s fit no layer of %s, where one is called %s", idle, type(model).__name__, layer)
+            self._warn_of_idle_patterns(kept_by_user, asked, model)
         self._base_model_prefix = model.base_model_prefix
         self._dtypes = dtypes_of(model) if self.pre_quantized else {}
         self.experts = {name: module for name, module in model.named_modules() if isinstance(module, FP4Experts)}
@@ -127,6 +123,14 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             if config.strict:
                 raise ValueError(f"strict=True, but these layers cannot be quantized: {report.describe_unsupported()}")
             logger.warning("kept unquantized: %s", report.describe_unsupported())
+
+    def _warn_of_idle_patterns(self, kept: list[str], layers: list[str], model: PreTrainedModel) -> None:
+        """Name what the user meant for some of the ``layers`` that could be quantized, and none is called so."""
+        idle = [name for name in kept if all(should_convert_module(layer, [name]) for layer in layers)]
+        idle += [pattern for pattern, _ in self.quantization_config.overrides if not fnmatch.filter(layers, pattern)]
+        if idle:
+            example = next(iter(layers), "nothing")
+            logger.warning("%s fit no layer of %s, where one is called %s", idle, type(model).__name__, example)
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Add the tensors of packed weights to ``model.tp_plan`` or ``model.ep_plan``, which name the dense ones."""
