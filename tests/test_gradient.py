@@ -118,3 +118,14 @@ def test_adapters_on_packed_layers_are_trained(llama: Path, token_ids: Tensor) -
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_adapters_are_trained_by_ddp(llama: Path, token_ids: Tensor, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=FPQuantConfig(), dtype=torch.float32)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        distributed = nn.parallel.DistributedDataParallel(model)
+        distributed(token_ids, labels=token_ids).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert model.get_input_embeddings().weight.grad.any()

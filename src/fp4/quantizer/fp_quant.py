@@ -298,6 +298,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         # The converters above are for reading; `get_state_dict_and_metadata` writes.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not reads_layers(c)]
+        model._ddp_params_and_buffers_to_ignore = parallel_plan.same_on_every_rank(model)
         save_atomically(model, self.codec.side_files(self.quantization_config.to_dict()))
         return model
 

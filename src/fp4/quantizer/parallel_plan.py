@@ -1,4 +1,4 @@
-"""Packed weights in Transformers' tensor- and expert-parallel plans: which share of each a rank holds.
+"""Packed weights on several ranks: which share of each a rank holds in Transformers' tensor- and expert-parallel plans.
 
 A dense weight becomes a DTensor that is cut while it is read. A packed one is not: rounding takes the whole weight (it
 has one global scale, and a rotation spans columns), a checkpoint has scalars that belong to every rank, and names and
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fp4.nn import FP4Experts, FP4Linear
+from fp4.nn import FP4Experts, FP4Linear, PackedWeight
 from fp4.nn.layout import DOWN
 from fp4.nn.split import Split
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+# What stands before and after a layer's name: in the model itself; in PEFT's, without and with an adapter on the layer.
+_WRAPPERS = (("", ""), ("base_model.model.", ""), ("base_model.model.", ".base_layer"))
 _EVERY_RANK = "replicate"
 _BY_EXPERT = "grouped_gemm"
 # The axis that a style of Transformers cuts, for Linear layers.
@@ -72,6 +74,21 @@ def add_packed(model: nn.Module, plan: dict[str, str]) -> None:
                 stack = f"{generic}.{projection}"
                 if stack in plan:
                     plan[stack] = _style_of_stack(module, projection, plan[stack])
+
+
+def same_on_every_rank(model: nn.Module) -> list[str]:
+    """Packed parameters, which DistributedDataParallel is not to broadcast: nothing sends FP8 block scales.
+
+    Every rank has read them from the same checkpoint. DDP knows them by the names that they have in what it wraps: the
+    model, or what PEFT makes of it.
+    """
+    names = []
+    for module_name, module in model.named_modules():
+        if isinstance(module, PackedWeight):
+            for key, parameter in module.named_parameters(recurse=False):
+                if not parameter.requires_grad:
+                    names += [f"{prefix}{module_name}{place}.{key}" for prefix, place in _WRAPPERS]
+    return names
 
 
 def _add_linear(plan: dict[str, str], name: str, style: str, module: FP4Linear) -> None:
