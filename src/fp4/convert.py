@@ -71,6 +71,7 @@ class _Shard(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Of all tensors, without the header."""
         return sum(spec.nbytes for spec in self.specs.values())
 
 

@@ -64,6 +64,7 @@ class Evaluation:
     comparison: Comparison | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON, as ``fp4 evaluate --save`` leaves it."""
         return asdict(self)
 
 

@@ -64,6 +64,7 @@ class Inspection:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON, as ``fp4 inspect --json`` prints it."""
         return asdict(self)
 
 

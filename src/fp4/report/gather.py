@@ -69,6 +69,7 @@ class Report:
 
 
 def median_error(layers: Iterable[Mapping[str, Any]], measured: str) -> float:
+    """Median of one of the errors (``Report.measured``) over some of ``Report.layers``."""
     return float(statistics.median(layer[measured] for layer in layers))
 
 
