@@ -38,7 +38,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     for name in ("quantize", "dequantize", "largest_magnitude"):
         getattr(loaded, f"check_{name}").restype = ctypes.c_char_p
-    for name in ("codes", "divider", "swizzled_offset", "swizzled_bytes", "expert_scale_row", "grouped_scale_rows"):
+    counts = ("codes", "divider", "mantissas", "swizzled_offset", "swizzled_bytes", "expert_scale_row")
+    for name in (*counts, "grouped_scale_rows"):
         getattr(loaded, f"check_{name}").restype = ctypes.c_int64
     return loaded
 
@@ -129,6 +130,17 @@ def test_quotients_by_reciprocal_give_the_codes_of_divisions(kernels: ctypes.CDL
     thresholds = torch.tensor(elements.E2M1_THRESHOLDS)
     for some in (scales, edges[edges > 0]):
         assert kernels.check_divider(at(some), long(some.numel()), at(thresholds), 3) == 0
+
+
+@pytest.mark.parametrize("off", [-2, -1, 0, 1, 2])
+def test_quotients_of_every_mantissa(kernels: ctypes.CDLL, off: int) -> None:
+    """Whatever of two units in the last place a GPU's approximate reciprocal is off by; exponents shift all alike.
+
+    Every 64th here; with a stride of 1, which takes minutes, it is a proof, and was run.
+    """
+    thresholds = torch.tensor(elements.E2M1_THRESHOLDS)
+    for start, stride in ((off + 2, 64), ((1 << 23) - 64, 1), (0, 1 << 22), (1, 1 << 22)):  # the hard case is all ones
+        assert kernels.check_mantissas(start, stride, off, at(thresholds)) == 0
 
 
 def test_narrow(kernels: ctypes.CDLL) -> None:

@@ -90,6 +90,15 @@ def test_quantize_is_equal_to_the_bit(fmt: Format, rule: str, dtype: torch.dtype
     check_bits(torch.randn(3, 5, 64).to(dtype), fmt, rule)
 
 
+@FORMAT
+def test_views_from_the_middle(fmt: Format) -> None:
+    whole = torch.randn(4 * 96 + 1).bfloat16().to(DEVICE)
+    expected = formats.quantize(whole[1:].view(4, 96).cpu(), fmt, "abs_max")
+    unit = None if expected.global_scale is None else expected.global_scale.to(DEVICE)
+    codes, _ = torch.ops.fp4.triton_quantize(whole[1:].view(4, 96), unit, fmt.name, "abs_max")
+    assert torch.equal(codes.cpu(), expected.codes)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU divides this way in every test")
 @FORMAT
 def test_division_as_gpus_do_it(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:

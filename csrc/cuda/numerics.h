@@ -38,6 +38,7 @@ __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a
 __device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
 __device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ float square_root(float a) { return __fsqrt_rn(a); }
+__device__ __forceinline__ float smaller(float a, float b) { return fminf(a, b); }  // the number beside a NaN
 #else
 FP4_BOTH float add(float a, float b) { return a + b; }
 FP4_BOTH float subtract(float a, float b) { return a - b; }
@@ -45,6 +46,7 @@ FP4_BOTH float multiply(float a, float b) { return a * b; }
 FP4_BOTH float divide(float a, float b) { return a / b; }
 FP4_BOTH float fused(float a, float b, float c) { return fmaf(a, b, c); }
 FP4_BOTH float square_root(float a) { return sqrtf(a); }
+FP4_BOTH float smaller(float a, float b) { return a < b || b != b ? a : b; }
 #endif
 
 FP4_BOTH uint32_t bits_of(float value) {
@@ -123,6 +125,12 @@ FP4_BOTH Float16 narrow<Float16>(float value) {
 
 // formats.encode_e4m3: nearest, ties to even, in [2^-9, 448]; NaN stays NaN.
 FP4_BOTH uint8_t encode_e4m3(float scale) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %1;" : "=h"(pair) : "f"(scale));
+  const uint8_t byte = static_cast<uint8_t>(pair);
+  return byte == 0 ? 1 : byte;
+#else
   if (scale != scale) return 0x7f;
   if (!(scale > kE4m3Tiny)) return 1;
   if (scale >= kE4m3Max) return 126;
@@ -130,6 +138,7 @@ FP4_BOTH uint8_t encode_e4m3(float scale) {
   if (scale < 0x1p-6f) return static_cast<uint8_t>(bits_of(add(scale, 16384.0f)) - bits_of(16384.0f));
   const uint32_t bits = bits_of(scale);
   return static_cast<uint8_t>(((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3));
+#endif
 }
 
 FP4_BOTH float decode_e4m3(uint8_t byte) {
@@ -163,19 +172,38 @@ FP4_BOTH float decode_e2m1(uint32_t code) {
   return code & 8 ? -magnitude : magnitude;
 }
 
-// formats.encode_e2m1 in plain arithmetic, for |q| alone: nearest, ties to even, saturating at 6; 0 for NaN.
-FP4_BOTH uint32_t encode_magnitude(float q) {
-  if (!(q >= 1.0f)) {
-    // Below 1 the codes are multiples of 0.5, the unit in the last place of 2^22. (NaN compares false and is 0.)
-    return q > 0.0f ? bits_of(add(q, 4194304.0f)) - bits_of(4194304.0f) : 0;
-  }
-  if (q >= 5.5f) return 7;
-  const uint32_t bits = bits_of(q);
-  return ((bits + 0x1fffff + (bits >> 22 & 1)) >> 22) - 252;
+// formats.encode_e2m1 for |q| alone, at most 6.5: nearest, ties to even. The code in the lowest three bits, others above.
+//
+// The value of code c grows by 0.5 to code 4, by 1 to code 6 and then by 2, so c is the least of 2 q, q + 2 and q / 2 + 4
+// for the value q. Adding 2^23 rounds each to whole numbers, once, ties to even, and keeps their order.
+FP4_BOTH uint32_t round_magnitude(float q) {
+  const uint32_t fine = bits_of(fused(q, 2.0f, 0x1p23f)), middle = bits_of(add(q, 0x1p23f + 2));
+  const uint32_t coarse = bits_of(fused(q, 0.5f, 0x1p23f + 4));
+  // As integers they order alike, and Hopper takes the least of three at once.
+  const uint32_t least = middle < coarse ? middle : coarse;
+  return fine < least ? fine : least;
+}
+constexpr uint32_t kRounded = 0x4b000000u;  // what round_magnitude has above the code: the bits of 2^23
+
+// The same for any q >= 0, saturating at 6, and nothing but the code.
+FP4_BOTH uint32_t encode_magnitude(float q) { return round_magnitude(smaller(q, 6.0f)) - kRounded; }
+
+// The highest bits of eight words as those of the nibbles of one, the first in the lowest.
+FP4_BOTH uint32_t signs_of_eight(const float* x) {
+#if defined(__CUDA_ARCH__)
+  const auto high_bytes = [](float a, float b, float c, float d) {
+    return __byte_perm(__byte_perm(bits_of(a), bits_of(b), 0x0073), __byte_perm(bits_of(c), bits_of(d), 0x0073), 0x5410);
+  };
+  return (high_bytes(x[0], x[2], x[4], x[6]) >> 4 & 0x08080808u) | (high_bytes(x[1], x[3], x[5], x[7]) & 0x80808080u);
+#else
+  uint32_t signs = 0;
+  for (int i = 0; i < 8; ++i) signs |= bits_of(x[i]) >> 31 << (4 * i + 3);
+  return signs;
+#endif
 }
 
-// Codes of eight values, the first in the lowest nibble.
-FP4_BOTH uint32_t encode_eight(const float* q) {
+// Codes of eight quotients |q| <= 6.5 with the signs of x, the first in the lowest nibble.
+FP4_BOTH uint32_t encode_eight(const float* q, const float* x) {
 #if defined(FP4_HARDWARE_E2M1)
   uint32_t codes;
   asm("{\n"
@@ -188,58 +216,88 @@ FP4_BOTH uint32_t encode_eight(const float* q) {
       "}"
       : "=r"(codes)
       : "f"(q[0]), "f"(q[1]), "f"(q[2]), "f"(q[3]), "f"(q[4]), "f"(q[5]), "f"(q[6]), "f"(q[7]));
-  return codes;
+  return codes | signs_of_eight(x);
 #else
   uint32_t codes = 0;
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t bits = bits_of(q[i]);
-    codes |= (encode_magnitude(from_bits(bits & kMagnitude)) | (bits >> 31 << 3)) << (4 * i);
-  }
-  return codes;
+#pragma unroll
+  for (int i = 7; i >= 0; --i) codes = (codes << 4) + round_magnitude(q[i]);
+  // What is above each code shifts out of the word, but for the two lowest places.
+  return codes - (kRounded + (kRounded << 4)) + signs_of_eight(x);
 #endif
 }
 
-// The float32 quotient x / scale of one scale and many x, correctly rounded, without a division each: a quotient from
-// the rounded reciprocal is corrected twice by its exact remainder (Markstein, IBM J. Res. Dev. 34 (1990), theorem 8.1).
-// Only quotients that E2M1 tells apart matter, which lets x saturate at eight times the scale.
+// 1 / x of a float32 in [2^-100, 2^76] in two: correctly rounded, and what is then missing. `rough` is within two units
+// in the last place. A step of Newton's rounds correctly but where the mantissa of x is all ones; 1 / x is then next to
+// the least float of its exponent, below which none is.
+struct Reciprocal {
+  float high, low;
+
+  FP4_BOTH Reciprocal(float x, float rough) {
+    const float step = fused(fused(-x, rough, 1.0f), rough, rough);
+    const float least = from_bits(0x7e800001u - (bits_of(x) & 0x7f800000u));
+    high = step < least ? least : step;
+    const float rest = fused(-x, high, 1.0f), first = multiply(rest, high);
+    low = fused(rest, first, first);
+  }
+};
+
+FP4_BOTH float rough_reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float rough;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(rough) : "f"(x));
+  return rough;
+#else
+  return 1.0f / x;
+#endif
+}
+
+// |x| / scale of one scale and many x without a division each: x times a reciprocal of twice float32's precision, in one
+// rounding but for 2^-46 of the result. That E2M1 and E4M3 make of it what they make of the IEEE quotient is checked for
+// every mantissa of the scale and all x near each threshold (tests/test_cutlass_quantize.py); exponents only shift it.
 class Divider {
  public:
-  FP4_BOTH explicit Divider(float scale) {
+  FP4_BOTH explicit Divider(float scale) : Divider(scale, kUnknown) {}
+
+  // `rough` as for Reciprocal.
+  FP4_BOTH Divider(float scale, float rough) {
     // Both sides are multiplied by a power of two where remainders would underflow or the reciprocal overflow: without
     // loss, but of quotients far below the first threshold. An effective scale that underflowed to zero leaves nothing
     // to represent: all quotients are zero.
     const bool is_usable = scale > 0.0f && scale < from_bits(0x7f800000u);
     factor_ = !is_usable ? 0.0f : scale < 0x1p-80f ? 0x1p96f : scale > 0x1p80f ? 0x1p-96f : 1.0f;
-    scale_ = is_usable ? multiply(scale, factor_) : 1.0f;
-    reciprocal_ = divide(1.0f, scale_);
-    limit_ = multiply(8.0f, scale_);
+    const float divisor = is_usable ? multiply(scale, factor_) : 1.0f;
+    const Reciprocal reciprocal(divisor, rough == kUnknown ? rough_reciprocal(divisor) : rough);
+    high_ = reciprocal.high;
+    low_ = reciprocal.low;
+    limit_ = multiply(6.0f, divisor);
   }
 
+  // At most about 6: E2M1 saturates there, and infinity must not get further.
   FP4_BOTH float operator()(float x) const {
-    const uint32_t bits = bits_of(x);
-    float magnitude = multiply(from_bits(bits & kMagnitude), factor_);
-    magnitude = magnitude > limit_ ? limit_ : magnitude;
-    float q = multiply(magnitude, reciprocal_);
-    q = fused(fused(-q, scale_, magnitude), reciprocal_, q);
-    q = fused(fused(-q, scale_, magnitude), reciprocal_, q);
-    return from_bits(bits_of(q) | (bits & ~kMagnitude));
+    const float magnitude = smaller(multiply(from_bits(bits_of(x) & kMagnitude), factor_), limit_);
+    return fused(magnitude, high_, multiply(magnitude, low_));
   }
 
  private:
-  float factor_, scale_, reciprocal_, limit_;
+  static constexpr float kUnknown = 0.0f;
+  float factor_, high_, low_, limit_;
 };
 
 // --- blocks ----------------------------------------------------------------------------------------------------------
 
-// formats._sum_by_halving, destroying its input.
+// formats._sum_by_halving, destroying its input. (A loop over halves is not always unrolled, and arrays then leave
+// the registers.)
+template <int Half, int B>
+FP4_BOTH float sum_of_halves(float (&values)[B]) {
+#pragma unroll
+  for (int i = 0; i < Half; ++i) values[i] = add(values[i], values[i + Half]);
+  if constexpr (Half > 1) return sum_of_halves<Half / 2>(values);
+  return values[0];
+}
+
 template <int B>
 FP4_BOTH float sum_by_halving(float (&values)[B]) {
-#pragma unroll
-  for (int half = B / 2; half >= 1; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) values[i] = add(values[i], values[i + half]);
-  }
-  return values[0];
+  return sum_of_halves<B / 2>(values);
 }
 
 template <int B>
@@ -358,7 +416,7 @@ FP4_BOTH uint8_t quantize_block(const float (&values)[B], Rule rule, double glob
     float q[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) q[i] = quotient(values[word * 8 + i]);
-    codes[word] = largest > 0x7f800000u ? 0 : encode_eight(q);
+    codes[word] = largest > 0x7f800000u ? 0 : encode_eight(q, &values[word * 8]);
   }
   return scale;
 }

@@ -53,7 +53,25 @@ int64_t check_divider(const float* scales, int64_t count, const float* threshold
         if (static_cast<int64_t>(centre) + d < 0) continue;
         const float x = from_bits(centre + static_cast<uint32_t>(d));
         wrong += encode_magnitude(quotient(x)) != encode_magnitude(x / scales[i]);
-        wrong += bits_of(quotient(-x)) != (bits_of(quotient(x)) | 0x80000000u);
+      }
+    }
+  }
+  return wrong;
+}
+
+// The same for every stride-th mantissa of a scale from `first` on, where the GPU's rough reciprocal is `off` units in
+// the last place beside the rounded one; and for E4M3, whose thresholds are the odd numbers to 31 over powers of two.
+int64_t check_mantissas(uint32_t first, uint32_t stride, int off, const float* thresholds) {
+  int64_t wrong = 0;
+  for (uint32_t mantissa = first; mantissa < 1u << 23; mantissa += stride) {
+    const float scale = from_bits(0x3f800000u | mantissa);
+    const Reciprocal reciprocal(scale, from_bits(bits_of(1.0f / scale) + static_cast<uint32_t>(off)));
+    for (int j = 0; j < 7 + 16; ++j) {
+      const float threshold = j < 7 ? thresholds[j] : static_cast<float>(2 * (j - 7) + 1);
+      for (int d = -2; d <= 2; ++d) {
+        const float x = from_bits(bits_of(threshold * scale) + static_cast<uint32_t>(d));
+        const float exact = x / scale, mine = fused(x, reciprocal.high, multiply(x, reciprocal.low));
+        wrong += (mine < threshold) != (exact < threshold) || (mine > threshold) != (exact > threshold);
       }
     }
   }

@@ -259,6 +259,8 @@ def run(
 ) -> None:
     """x ``[..., K]`` contiguous and not empty, rotated, to ``codes`` and ``scales`` of the same leading shape."""
     group = 0 if rotation is None else rotation.shape[0]
+    if x.data_ptr() % 16:  # a view from the middle of something; pairs of values are read as words
+        x = x.clone()
     columns = max(group, 4 * fmt.block_size) if group else fmt.block_size
     warps = 8 if columns == 128 else 4
     lines = 16 * warps if group else 4096 // columns

@@ -70,16 +70,16 @@ def _decode(
     C: tl.constexpr = scale_bytes.shape[1]
     if MX:
         half = tl.where(scale_bytes == 0, 0x40, scale_bytes.to(tl.uint32) << 7)
-    else:
+        both = half | (half << 16)
+    elif dtype == tl.float16:
         # The bits of E4M3 in a float16 are its value times 2**-8.
-        shifted = (scale_bytes.to(tl.uint16) << 7).to(tl.float16, bitcast=True)
-        if dtype == tl.float16:
-            half = (shifted * 32768.0).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-        else:
-            # In float32 it has four significant bits: the upper half is a bfloat16.
-            scaled = shifted.to(tl.float32) * 85070591730234615865843651857942052864.0
-            half = scaled.to(tl.uint32, bitcast=True) >> 16
-    both = half | (half << 16)
+        both = scale_bytes.to(tl.uint32) * 0x00800080
+        both = _times_packed(both, tl.full(both.shape, 0x78007800, tl.uint32), dtype)  # 2**15
+    else:
+        # In a bfloat16 they are its value times 2**-120; 2**127 and 2**111 make that 2**118.
+        both = scale_bytes.to(tl.uint32) * 0x00100010
+        both = _times_packed(both, tl.full(both.shape, 0x7F007F00, tl.uint32), dtype)
+        both = _times_packed(both, tl.full(both.shape, 0x77007700, tl.uint32), dtype)
     # layout.py's order of words (half, g, t, c, r) and scales (g, t, half, c, r) -> rows (r, g), columns (half, c, t).
     both = tl.permute(tl.reshape(both, (L, C, 8, 4, 2, 2, 2)), (0, 6, 2, 1, 4, 5, 3))
     both = tl.reshape(both, (L, 16, C * 16))
