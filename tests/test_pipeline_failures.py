@@ -163,7 +163,12 @@ def test_a_missing_weight_is_named(model: Path, text: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_hidden_states_that_do_not_fit_stay_on_disk(
-    method: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     kept: list[bool] = []
     original = HiddenStates.append
@@ -179,6 +184,7 @@ def test_hidden_states_that_do_not_fit_stay_on_disk(
             model, tmp_path / name, "nvfp4", method, text, **SETTINGS, max_memory={"cpu": limit}
         )  # fmt: skip
         assert set(kept) == {name == "roomy"}
+        assert ("more than the" in caplog.text) == (name == "tight")
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("roomy", "tight")]
     assert files[0] == files[1]
     request = json.loads((tmp_path / "tight" / "report.json").read_text())

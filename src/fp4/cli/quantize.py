@@ -315,9 +315,9 @@ def show_plan(job: Job) -> None:
         f"{'forward passes' if job.calibrates else 'streaming'} about {_duration(needs.seconds)}",
         highlight=False,
     )
-    allowed = job.memory.cpu if job.memory.device.type == "cpu" else job.memory.gpu
-    if needs.memory > allowed:
-        console.print(f"note: that is more memory than the {allowed / 1e9:.1f} GB that may be used", highlight=False)
+    if needs.memory > job.memory.allowed:
+        allowed = f"{job.memory.allowed / 1e9:.2g} GB"
+        console.print(f"note: that is more memory than the {allowed} that may be used", highlight=False)
 
 
 def _duration(seconds: float) -> str:

@@ -21,7 +21,7 @@ METHODS: dict[str, Method] = {
             GPTQOptions,
             "one pass over the samples and a sweep over the columns of every layer",
             needs_data=True,
-            memory=2.0,
+            memory=1.7,
         ),
         Method(
             "autoround",

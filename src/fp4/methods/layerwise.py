@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fp4.allocator import return_freed_pages
 from fp4.calibration.observers import SecondMoments
 from fp4.formats import Format, QuantizedTensor, require_finite
 from fp4.methods.block import Block, LayerResult, siblings
@@ -90,6 +91,7 @@ def quantize_in_order(
 def _solved(block: Block, solve: Solve, matrices: Iterable[_Matrix]) -> Iterator[tuple[str, QuantizedTensor]]:
     """Each layer of ``matrices`` with its weight."""
     for batch in _at_once(block, matrices):
+        return_freed_pages()
         scheme = block.layers[batch[0].layers[0]]
         fmt = _worked_in(scheme)
         for matrix, solved in zip(batch, _solve_all(solve, batch, fmt), strict=True):

@@ -154,6 +154,14 @@ class Job:
         """Quantize into ``out``; see :func:`quantize`."""
         started = time.perf_counter()
         progress = progress or (lambda stage, done, total: None)
+        if self.calibrates and (needed := self.estimate().memory) > self.memory.allowed:
+            logger.warning(
+                "%s needs about %.2g GB of memory for a block, besides libraries: more than the %.2g GB that may be "
+                "used. Hidden states stay on disk, and the job goes on",
+                self.method.name,
+                needed / 1e9,
+                self.memory.allowed / 1e9,
+            )
         identity = identity_of(self.skeleton.checkpoint)
         staging = Staging(Path(out), self.request | {"checkpoint": identity}, overwrite)
         with plain_errors(staging):

@@ -48,9 +48,14 @@ class Memory:
         gpu = 0 if chosen.type == "cpu" else limits.get("gpu", int(free.get(number, 0) * _SHARE))
         return cls(chosen, gpu, limits.get("cpu", int(free["cpu"] * _SHARE)))
 
+    @property
+    def allowed(self) -> int:
+        """Where blocks are computed."""
+        return self.cpu if self.device.type == "cpu" else self.gpu
+
     def keeps(self, nbytes: int) -> bool:
         """Whether hidden states of so many bytes stay in memory: two generations of two kinds, in half of the room."""
-        return 4 * nbytes <= (self.cpu if self.device.type == "cpu" else self.gpu) // 2
+        return 4 * nbytes <= self.allowed // 2
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         """What blocks are computed in: float32 on CPUs, where half precision is slower, the checkpoint's on a GPU."""
