@@ -194,16 +194,15 @@ AVX2 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const float*
       }
     }
     const __m256* s = reinterpret_cast<const __m256*>(w_scales);
-    const __m256i* times_low = reinterpret_cast<const __m256i*>(kOnes);
-    if constexpr (whole) times_low = reinterpret_cast<const __m256i*>(w_scales);
-    const __m256i* times_high = whole ? times_low + 1 : times_low;
-    asm("" : "+r"(times_low), "+r"(times_high));  // they stay in memory: there are registers too few
+    const __m256i* times = reinterpret_cast<const __m256i*>(kOnes);
+    if constexpr (whole) times = reinterpret_cast<const __m256i*>(w_scales);
+    asm("" : "+r"(times));  // stays in memory: there is a register too few
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
       const __m256i c = broadcast(x + M * size + 4 * m);
       const __m256 scale = _mm256_castsi256_ps(broadcast(x + M * (size + 4) + 4 * m));
-      const __m256i l = _mm256_madd_epi16(_mm256_add_epi16(low16[m], c), *times_low);
-      const __m256i h = _mm256_madd_epi16(_mm256_add_epi16(high16[m], c), *times_high);
+      const __m256i l = _mm256_madd_epi16(_mm256_add_epi16(low16[m], c), times[0]);
+      const __m256i h = _mm256_madd_epi16(_mm256_add_epi16(high16[m], c), times[whole ? 1 : 0]);
       if constexpr (whole) {
         low[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(l), scale, low[m]);
         high[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(h), scale, high[m]);
