@@ -6,8 +6,9 @@ Each model is quantized by ``fp4 quantize`` and evaluated by ``fp4 evaluate`` on
 processes of their own; ``--evaluator`` names a program to use in place of the latter that takes ``--source --model
 --act --text --windows`` and prints ``{"ppl": ...}``, such as the one that measured the other tools. Those are recorded
 numbers: their tools run in environments of their own. A and B stand for SmolLM2-135M-Instruct and its continuous twin.
-A W4A4 checkpoint is also evaluated weight-only. Appends every measurement to ``--results`` (jsonl) and prints a table
-of all that it holds (and writes it beside them), so that a run can be cut.
+A W4A4 checkpoint is also evaluated weight-only, for where the weight-only scheme was not measured. Appends every
+measurement to ``--results`` (jsonl) and prints a table of all that it holds (and writes it beside them), so that a run
+can be cut.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| model | scheme | tool, method | samples | perplexity | increase | / best other's | user s | peak GB | |",
         "|" + "---|" * 10,
     ]
+    own_schemes = {(row["model"], row["scheme"], row["method"]) for row in rows}
     for (model, scheme), peers in RECORDED.items():
         base = UNQUANTIZED[model]
         best = min(peers.values()) - base
@@ -109,8 +111,12 @@ def table(rows: list[dict[str, Any]]) -> str:
                 "recorded |"
             )
         for row in rows:
-            # Other tools' weight-only numbers are of their W4A4 checkpoints: so are these, beside those of the scheme.
-            as_weight_only = f"{row['scheme']}a16" == scheme and row["weight_only"] is not None
+            # Other tools' weight-only numbers are of their W4A4 checkpoints: so are these, where the scheme has no own.
+            as_weight_only = (
+                f"{row['scheme']}a16" == scheme
+                and row["weight_only"] is not None
+                and (model, scheme, row["method"]) not in own_schemes
+            )
             if row["model"] == model and (row["scheme"] == scheme or as_weight_only):
                 perplexity = row["weight_only"] if as_weight_only else row["perplexity"]
                 increase = perplexity - base
