@@ -241,6 +241,7 @@ def main() -> None:
     if isa() is None:
         raise SystemExit(f"nothing to measure: {CpuBackend().unavailable()}")
     torch.set_num_threads(options.threads)
+    torch._dynamo.config.recompile_limit = 64  # of one code object, which all the models share
     sections, data = {}, {}
     if options.part != "smollm2":
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:

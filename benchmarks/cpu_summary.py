@@ -94,7 +94,9 @@ def ratios_of(results: list[dict[str, Any]]) -> list[Ratio]:
             found["experts", case["tokens"]] = list(experts_ratios(case))
         if "shaped" in result:
             seconds = result["shaped"]["seconds"]
-            found[("shaped", *sorted(seconds))] = list(decoding_ratios(seconds))
+            for fmt in {name.split()[1] for name in seconds if name.startswith("fp4")}:
+                own = {name: each for name, each in seconds.items() if fmt in name or name in ("bf16", "fp32")}
+                found["shaped", fmt] = list(decoding_ratios(own))
         if "smollm2" in result:
             seconds = result["smollm2"]["seconds"]
             found[("smollm2", *sorted(seconds))] = list(smollm2_ratios(seconds))
