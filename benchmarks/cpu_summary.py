@@ -18,7 +18,7 @@ from cpu_linear import best_ggml
 from measure import RESULTS, table
 
 FORMATS = ("nvfp4", "mxfp4")
-FILES = [RESULTS / f"{name}.json" for name in ("cpu_linear", "cpu_generate", "cpu_experts")]
+FILES = [RESULTS / f"{name}.json" for name in ("cpu_linear", "cpu_generate", "cpu_generate_mxfp4", "cpu_experts")]
 Ratio = tuple[str, str, float, float | None]  # case, against what, target, ratio
 
 
@@ -94,7 +94,7 @@ def ratios_of(results: list[dict[str, Any]]) -> list[Ratio]:
             found["experts", case["tokens"]] = list(experts_ratios(case))
         if "shaped" in result:
             seconds = result["shaped"]["seconds"]
-            for fmt in {name.split()[1] for name in seconds if name.startswith("fp4")}:
+            for fmt in {name.split()[1].rstrip(",") for name in seconds if name.startswith("fp4")}:
                 own = {name: each for name, each in seconds.items() if fmt in name or name in ("bf16", "fp32")}
                 found["shaped", fmt] = list(decoding_ratios(own))
         if "smollm2" in result:
