@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import train
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -110,13 +111,7 @@ def test_adapters_on_packed_layers_are_trained(llama: Path, token_ids: Tensor) -
         model.set_submodule(name, _Adapted(model.get_submodule(name)))
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(adapters, lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = model(token_ids, labels=token_ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, optimizer, token_ids)
     assert losses[-1] < losses[0] - 0.5
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import train
 from transformers import AutoModelForCausalLM
 
 from fp4 import MXFP4, NVFP4, FPQuantConfig, dequantize
@@ -54,13 +55,7 @@ def test_a_model_trains_saves_its_master_weights_and_is_then_packed(
     assert model.hf_quantizer.is_trainable
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     model.train()
-    losses = []
-    for _ in range(8):
-        loss = model(token_ids, labels=token_ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, optimizer, token_ids)
     assert losses[-1] < losses[0] - 0.5
     model.eval().save_pretrained(tmp_path / "out")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
