@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from moe import make_moe
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -16,8 +19,17 @@ from transformers import (
 )
 
 from fp4 import FP4Linear, FPQuantConfig
+from fp4.nn import FP4Experts
 
 FORMATS = ["fp_quant", "compressed-tensors", "modelopt", "auto-round"]
+LAST_LAYER_ON_DISK = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "cpu",
+    "lm_head": "cpu",
+    "model.rotary_emb": "cpu",
+}
 
 
 def classifier(path: Path, **options: object) -> PreTrainedModel:
@@ -45,10 +57,56 @@ def test_head_that_the_checkpoint_lacks_is_new_and_dense(
         assert torch.equal(reloaded(token_ids).logits, model(token_ids).logits)
 
 
+@pytest.fixture
+def memory_of_nan() -> Iterator[None]:
+    """Tensors that nothing was written to hold NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("memory_of_nan")
+@pytest.mark.parametrize("reloads", [False, True])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_biases_that_the_checkpoint_lacks_are_zero(
+    fmt: str, reloads: bool, llama: Path, token_ids: Tensor, tmp_path: Path
+) -> None:
+    config = FPQuantConfig(checkpoint_format=fmt)
+    without = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
+    if reloads:
+        without.save_pretrained(tmp_path)
+    path, options = (tmp_path, {}) if reloads else (llama, {"quantization_config": config})
+    model, report = AutoModelForCausalLM.from_pretrained(path, attention_bias=True, output_loading_info=True, **options)
+    assert len(report["missing_keys"]) == 8
+    assert isinstance(model.model.layers[1].self_attn.q_proj, FP4Linear)
+    with torch.no_grad():
+        assert torch.equal(model(token_ids).logits, without(token_ids).logits)
+
+
+@pytest.mark.usefixtures("memory_of_nan")
+def test_biases_of_experts_that_the_checkpoint_lacks_are_zero(tmp_path: Path) -> None:
+    make_moe("gpt_oss").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.gate_up_proj_bias"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=FPQuantConfig())
+    read, lacking = (layer.mlp.experts for layer in model.model.layers)
+    assert isinstance(lacking, FP4Experts)
+    assert lacking.gate_up_proj_bias.eq(0).all()
+    for name in ("gate_up_proj_bias", "down_proj_bias"):
+        assert torch.equal(getattr(read, name), tensors[f"model.layers.0.mlp.experts.{name}"])
+
+
+def test_biases_that_the_checkpoint_lacks_cannot_be_offloaded(llama: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(llama, quantization_config=FPQuantConfig()).save_pretrained(tmp_path)
+    options = {"device_map": LAST_LAYER_ON_DISK, "offload_folder": tmp_path / "offload"}
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj.bias: not in the checkpoint, and offloaded"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, attention_bias=True, **options)
+
+
 def test_weights_that_are_rounded_while_they_load_cannot_go_to_disk(llama: Path, tmp_path: Path) -> None:
-    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-    device_map |= {"model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
-    options = {"device_map": device_map, "offload_folder": tmp_path / "offload"}
+    options = {"device_map": LAST_LAYER_ON_DISK, "offload_folder": tmp_path / "offload"}
     with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj: .* cannot be offloaded to disk; save the quantized"):
         AutoModelForCausalLM.from_pretrained(llama, quantization_config=FPQuantConfig(), **options)
 

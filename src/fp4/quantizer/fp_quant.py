@@ -28,7 +28,7 @@ from fp4.nn.layout import ExpertsLayout
 from fp4.quantizer import parallel_plan, stacking
 from fp4.quantizer.checkpoint_config import CheckpointConfig
 from fp4.quantizer.coverage import coverage_of
-from fp4.quantizer.loading import ReadLayer, RoundToNearest, dtypes_of, reads_layers, restore_dtypes
+from fp4.quantizer.loading import ReadLayer, RoundToNearest, dtypes_of, reads_layers, restore_dtypes, zero_biases
 from fp4.quantizer.new_layers import initialize, may_lack_layers
 from fp4.quantizer.packing import Packing, SharedScale
 from fp4.quantizer.saving import save_atomically
@@ -285,10 +285,12 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
                     "a weight that is quantized while it loads cannot be offloaded to disk; "
                     "save the quantized model first, then load that with this device_map",
                 )
+        self.problems |= zero_biases(model, self.missing)
         if self.problems:
             listed = "\n".join(f"  {name}: {problem}" for name, problem in sorted(self.problems.items()))
             raise ValueError(f"{len(self.problems)} layers could not be loaded:\n{listed}")
         self.loaded.clear()
+        self.missing = set()
         restore_dtypes(model, self._dtypes)
         if self.converts and layers:
             self._adopt_format(model)

@@ -25,18 +25,33 @@ class LoadOp(ConversionOps):
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadOp:
         return self  # Transformers copies a converter for every layer; all of them report to the one quantizer
 
+    def convert(
+        self,
+        input_dict: dict[Any, Any],
+        *,
+        model: nn.Module | None = None,
+        full_layer_name: str = "",
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        if missing_keys is not None:
+            self.hf_quantizer.missing = missing_keys
+        return self.load(input_dict, model, full_layer_name)
+
+    def load(self, found: dict[Any, Any], model: nn.Module | None, target: str) -> dict[str, Tensor]:
+        """Parameters of ``model`` by name, from what was ``found`` in the checkpoint for the one called ``target``."""
+        raise NotImplementedError
+
 
 class RoundToNearest(LoadOp):
     """Rounds one dense weight as soon as it is read, so that no more are in memory than share a global scale."""
 
-    def convert(
-        self, input_dict: dict[str, Any], *, model: nn.Module | None = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        ((name, value),) = input_dict.items()
+    def load(self, found: dict[Any, Any], model: nn.Module | None, target: str) -> dict[str, Tensor]:
+        ((name, value),) = found.items()
         weight = value[0] if isinstance(value, list) else value
         module, _ = get_module_from_name(model, name)
         if isinstance(module, FP4Experts):
-            return self._round_experts(module, name, weight, kwargs.get("missing_keys"))
+            return self._round_experts(module, name, weight)
         layer = name.rpartition(".")[0]
         group = self.hf_quantizer.sharing.get(layer)
         if group is None:
@@ -49,12 +64,9 @@ class RoundToNearest(LoadOp):
         weights, group.waiting = group.waiting, {}
         return self._round(weights, modules)
 
-    def _round_experts(
-        self, experts: FP4Experts, name: str, weight: Tensor, missing_keys: set[str] | None
-    ) -> dict[str, Tensor]:
+    def _round_experts(self, experts: FP4Experts, name: str, weight: Tensor) -> dict[str, Tensor]:
         projection = name.rpartition(".")[2]
-        if missing_keys is not None:
-            missing_keys.discard(name)
+        self.hf_quantizer.missing.discard(name)
         try:
             packed, split = experts.place(projection), experts.split_of(projection)
             parameters = packed.round(experts.dense_rows(weight), name)
@@ -88,23 +100,15 @@ class RoundToNearest(LoadOp):
 class ReadLayer(LoadOp):
     """Gathers the stored tensors of one layer into its canonical parameters, as the checkpoint's codec reads them."""
 
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        *,
-        model: nn.Module | None = None,
-        full_layer_name: str = "",
-        missing_keys: set[str] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        layer = full_layer_name.rpartition(".")[0]
-        module, parameter = get_module_from_name(model, full_layer_name)
-        tensors = {pattern.replace("\\", ""): values[0] for pattern, values in input_dict.items()}
+    def load(self, found: dict[Any, Any], model: nn.Module | None, target: str) -> dict[str, Tensor]:
+        layer = target.rpartition(".")[0]
+        module, parameter = get_module_from_name(model, target)
+        tensors = {pattern.replace("\\", ""): values[0] for pattern, values in found.items()}
         dense = tensors.get(".weight")
         plain = dense is not None and dense.is_floating_point() and dense.element_size() > 1
         if not isinstance(module, FP4Linear) and plain and len(tensors) == 1:
             # ModelOpt calls packed weights as ordinary ones are called, and FP8 weights are called so everywhere.
-            return {full_layer_name: tensors[".weight"].to(getattr(module, parameter).dtype)}
+            return {target: tensors[".weight"].to(getattr(module, parameter).dtype)}
         try:
             if not isinstance(module, FP4Linear):
                 raise ValueError("the checkpoint holds a quantized weight, but the configuration keeps this layer")
@@ -122,21 +126,38 @@ class ReadLayer(LoadOp):
         if stored.input_global_scale is not None and static:
             loaded["input_global_scale"] = stored.input_global_scale
         loaded = module.share(loaded)
-        expect(module, layer, loaded, missing_keys)
+        expect(module, layer, loaded, self.hf_quantizer.missing)
         return {f"{layer}.{name}": tensor for name, tensor in loaded.items()}
 
 
-def expect(module: PackedWeight, name: str, loaded: Mapping[str, Tensor], missing_keys: set[str] | None) -> None:
+def expect(module: PackedWeight, name: str, loaded: Mapping[str, Tensor], missing: set[str]) -> None:
     """Let the module called ``name`` have the parameters that are ``loaded``: not all checkpoints have the same."""
     for key in ("weight", "weight_scale", "global_scale", "input_global_scale"):
         tensor = loaded.get(key)
         if tensor is None:
             # What stayed would be a parameter that nothing ever fills.
             setattr(module, key, None)
-            if missing_keys is not None:
-                missing_keys.discard(f"{name}.{key}")
+            missing.discard(f"{name}.{key}")
         elif getattr(module, key) is None:
             setattr(module, key, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
+
+
+def zero_biases(model: nn.Module, missing: set[str]) -> dict[str, str]:
+    """Zero the biases of packed modules that are ``missing``, as Transformers does with those of modules that it knows.
+
+    Returns:
+        Names of those that are offloaded, out of reach, and what is wrong with that.
+    """
+    problems = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if not isinstance(module, FP4Linear | FP4Experts) or f"{name}.{key}" not in missing or "bias" not in key:
+                continue
+            if parameter.is_meta:
+                problems[f"{name}.{key}"] = "not in the checkpoint, and offloaded; load and save it on one device first"
+            else:
+                parameter.data.zero_()
+    return problems
 
 
 def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:

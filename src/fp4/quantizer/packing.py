@@ -34,6 +34,8 @@ class Packing:
         #: What went wrong with which layer while loading; reported together, after the last one.
         self.problems: dict[str, str] = {}
         self.loaded: set[str] = set()
+        #: Parameters that the checkpoint lacks: Transformers' own set, which it strikes them out of as it reads them.
+        self.missing: set[str] = set()
         #: Groups of layers that share a global scale, by each of their names.
         self.sharing: dict[str, SharedScale] = {}
         #: Experts modules, and what checkpoints call the matrices of an expert of each.

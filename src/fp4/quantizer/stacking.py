@@ -92,22 +92,13 @@ def packed_experts(codec: Codec, model: PreTrainedModel, stored: Mapping[str, Te
 class ReadExperts(LoadOp):
     """Stacks the stored tensors of all experts of one projection into its canonical parameters."""
 
-    def convert(
-        self,
-        input_dict: dict[Any, Any],
-        *,
-        model: nn.Module | None = None,
-        full_layer_name: str = "",
-        missing_keys: set[str] | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        quantizer, layer = self.hf_quantizer, full_layer_name.rpartition(".")[0]
-        experts, projection = get_module_from_name(model, full_layer_name)
+    def load(self, found: dict[Any, Any], model: nn.Module | None, target: str) -> dict[str, Tensor]:
+        quantizer, layer = self.hf_quantizer, target.rpartition(".")[0]
+        experts, projection = get_module_from_name(model, target)
         tensors: dict[tuple[int | None, str], dict[str, Tensor]] = {}
-        for (expert, name, suffix), values in input_dict.items():
+        for (expert, name, suffix), values in found.items():
             tensors.setdefault((expert, name), {})[suffix] = values[0]
-        if missing_keys is not None:
-            missing_keys.discard(full_layer_name)
+        quantizer.missing.discard(target)
         try:
             parts = self._parts(layer, experts, projection, tensors)
             if len(parts) == 1:
@@ -115,7 +106,7 @@ class ReadExperts(LoadOp):
             else:
                 placed = dict(zip(parts, experts.place_parts(), strict=True))
         except ValueError as error:
-            quantizer.problems[full_layer_name] = str(error)
+            quantizer.problems[target] = str(error)
             return {}
         loaded: dict[str, Tensor] = {}
         for name, packed in placed.items():
@@ -127,7 +118,7 @@ class ReadExperts(LoadOp):
                 own["input_global_scale"] = stored.input_global_scale
             split = experts.split_of(name)
             own = own if split is None else split.of(own)
-            expect(packed, f"{layer}.{name}", own, missing_keys)
+            expect(packed, f"{layer}.{name}", own, quantizer.missing)
             loaded |= {f"{layer}.{name}.{key}": tensor for key, tensor in own.items()}
             quantizer.loaded.add(f"{layer}.{name}")
         return loaded
