@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fp4.checkpoint import LayerScheme, codec_for
+from fp4.checkpoint.auto_round import AutoRoundCodec
 from fp4.checkpoint.compressed_tensors import CompressedTensorsCodec
 from fp4.checkpoint.modelopt import ModelOptCodec, excluded
 from fp4.formats import MXFP4, NVFP4
@@ -104,6 +105,14 @@ def test_auto_round_blocks_and_extra_config() -> None:
     assert codec.scheme("other") is None
     with pytest.raises(ValueError, match="4-bit 'int'"):
         codec.scheme("lm_head")
+
+
+@pytest.mark.parametrize("head", ["lm_head", "embed_out"])
+def test_auto_round_says_that_the_output_embedding_is_packed(head: str) -> None:
+    layers = dict.fromkeys(["model.layers.0.q", "model.layers.1.q", head], LayerScheme(NVFP4, "model"))
+    codec = AutoRoundCodec(AutoRoundCodec.configuration(layers, ["model.layers.1.k", "model.router"], {}))
+    assert [str(codec.scheme(layer)) for layer in layers] == ["nvfp4a16"] * 3
+    assert codec.scheme("model.layers.1.k") is codec.scheme("model.router") is None
 
 
 def test_unknown_method_is_named() -> None:

@@ -31,7 +31,7 @@ class AutoRoundCodec(CompressedTensorsCodec):
         self.extra = fields.dictionaries(config, "extra_config")
         blocks = config.get("block_name_to_quantize")
         listed = blocks.split(",") if isinstance(blocks, str) else fields.names(config, "block_name_to_quantize")
-        self.blocks = [name.strip() for name in listed]
+        self.blocks = [name.strip() for name in listed if name.strip()]
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
@@ -104,9 +104,11 @@ class AutoRoundCodec(CompressedTensorsCodec):
     ) -> dict[str, Any]:
         options = {layer: _options(scheme) for layer, scheme in layers.items()}
         common = max(options.values(), key=list(options.values()).count)
-        blocks = _common_module(list(layers))
-        extra = {layer: dict(own) for layer, own in options.items() if own != common}
-        extra |= {layer: {"bits": 16, "act_bits": 16} for layer in kept if not blocks or layer.startswith(f"{blocks}.")}
+        # The output embedding is in no block: it is named by itself, as auto-round does.
+        blocks = _common_module([layer for layer in layers if layer.rpartition(".")[2] != "lm_head"])
+        inside = cls({"block_name_to_quantize": blocks})._in_blocks
+        extra = {layer: dict(own) for layer, own in options.items() if own != common or not inside(layer)}
+        extra |= {layer: {"bits": 16, "act_bits": 16} for layer in kept if inside(layer)}
         config = {
             "quant_method": cls.name,
             "packing_format": "auto_round:llm_compressor",

@@ -31,6 +31,7 @@ from fp4.quantizer.coverage import coverage_of
 from fp4.quantizer.loading import ReadLayer, RoundToNearest, dtypes_of, reads_layers, restore_dtypes, zero_biases
 from fp4.quantizer.new_layers import initialize, may_lack_layers
 from fp4.quantizer.packing import Packing, SharedScale
+from fp4.quantizer.resizing import resize_with_dense_head
 from fp4.quantizer.saving import save_atomically
 from fp4.quantizer.weight_files import read_headers, require_inside
 from fp4.scheme import Scheme
@@ -301,6 +302,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not reads_layers(c)]
         model._ddp_params_and_buffers_to_ignore = parallel_plan.same_on_every_rank(model)
+        resize_with_dense_head(model)
         save_atomically(model, self.codec.side_files(self.quantization_config.to_dict()))
         return model
 
@@ -311,8 +313,19 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         if not new:
             return
         initialize(model, new)
+        self._keep(model, new)
+
+    def make_dense(self, model: PreTrainedModel, name: str) -> None:
+        """Dequantize the packed layer called ``name``, which is kept and can be trained from now on."""
+        dense = self._dense(model.get_submodule(name), model.dtype)
+        model.set_submodule(name, dense.requires_grad_())
+        model._ddp_params_and_buffers_to_ignore = parallel_plan.same_on_every_rank(model)
+        self._keep(model, [name])
+
+    def _keep(self, model: PreTrainedModel, names: list[str]) -> None:
+        """Say in the configuration of ``model`` that layers that were to be packed are dense."""
         config = self.quantization_config
-        config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *new]
+        config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *names]
         if isinstance(config, CheckpointConfig):
             self._describe(model, type(self.codec), lambda name, weight: self.stored_scheme(name, weight.scheme))
 
@@ -348,11 +361,14 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             model.set_submodule(name, experts.dequantize(dtype, self.codec.values))
         for name, module in list(model.named_modules()):
             if isinstance(module, FP4Linear):
-                dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-                dense.weight = nn.Parameter(module.dequantize(dtype, self.codec.values), requires_grad=False)
-                dense.bias = module.bias  # type: ignore[assignment]
-                model.set_submodule(name, dense)
+                model.set_submodule(name, self._dense(module, dtype))
         return model
+
+    def _dense(self, module: FP4Linear, dtype: torch.dtype) -> nn.Linear:
+        dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(module.dequantize(dtype, self.codec.values), requires_grad=False)
+        dense.bias = module.bias  # type: ignore[assignment]
+        return dense
 
     @property
     def is_trainable(self) -> bool:
