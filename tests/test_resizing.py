@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,9 @@ def test_packed_head_becomes_dense_and_the_model_reloads(
         assert type(reloaded.lm_head) is nn.Linear
         assert isinstance(reloaded.model.layers[0].mlp.up_proj, FP4Linear)
         assert torch.equal(reloaded(ids).logits, logits)
+    if fmt == "modelopt":
+        described = json.loads((tmp_path / "hf_quant_config.json").read_text())
+        assert "lm_head" in described["quantization"]["exclude_modules"]
 
 
 def test_padding_alone_resizes_and_a_copy_is_resized_by_itself(llama: Path) -> None:

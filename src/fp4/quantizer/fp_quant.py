@@ -301,10 +301,14 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         # The converters above are for reading; `get_state_dict_and_metadata` writes.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not reads_layers(c)]
+        self._equip(model)
+        return model
+
+    def _equip(self, model: PreTrainedModel) -> None:
+        """Give ``model`` what depends on which of its layers are packed: how it is saved, resized and trained."""
         model._ddp_params_and_buffers_to_ignore = parallel_plan.same_on_every_rank(model)
         resize_with_dense_head(model)
         save_atomically(model, self.codec.side_files(self.quantization_config.to_dict()))
-        return model
 
     def _initialize_new_layers(self, model: PreTrainedModel) -> None:
         """Of layers that the checkpoint lacks, make dense ones, which are kept from now on."""
@@ -319,8 +323,8 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         """Dequantize the packed layer called ``name``, which is kept and can be trained from now on."""
         dense = self._dense(model.get_submodule(name), model.dtype)
         model.set_submodule(name, dense.requires_grad_())
-        model._ddp_params_and_buffers_to_ignore = parallel_plan.same_on_every_rank(model)
         self._keep(model, [name])
+        self._equip(model)
 
     def _keep(self, model: PreTrainedModel, names: list[str]) -> None:
         """Say in the configuration of ``model`` that layers that were to be packed are dense."""
