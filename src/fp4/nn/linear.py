@@ -67,6 +67,11 @@ class FP4Linear(PackedWeight, nn.Linear):  # type: ignore[misc]
             out = self.backend.linear_w4a4(x, *weight, bias, rows, self.rotation, self.input_global_scale, rule)
         return out
 
+    @property
+    def W_q(self) -> nn.Parameter:
+        """``weight`` by HQQ's name. PEFT calls ``dequantize()`` of modules that have one, for DoRA's norms of rows."""
+        return self.weight
+
     def expect_dense_weight(self, dtype: torch.dtype) -> None:
         """Let ``weight`` stand for the dense ``[N, K]`` that a checkpoint holds, until its rounded form replaces it."""
         self.weight = frozen(torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta"))
