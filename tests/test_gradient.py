@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fp4 import MXFP4, NVFP4, FPQuantConfig
 from fp4.formats import FP8
@@ -85,12 +89,47 @@ def test_gradients_reach_the_embeddings_of_a_model(compiled: bool, llama: Path, 
     torch.testing.assert_close(found, dense.get_input_embeddings().weight.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_ddp_runs_packed_layers(llama: Path, token_ids: Tensor, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=FPQuantConfig(), dtype=torch.float32)
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        distributed = nn.parallel.DistributedDataParallel(model)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def load(path: Path, config: FPQuantConfig) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_packed_parameter_of_a_loaded_model_asks_for_a_gradient(backend: str, llama: Path, tmp_path: Path) -> None:
+    rounded = load(llama, FPQuantConfig(backend=backend, activation_scaling="static", transform_init="hadamard"))
+    rounded.save_pretrained(tmp_path)
+    for model in (rounded, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        asking = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert asking == {"weight"}
+        packed = [module for module in model.modules() if isinstance(module, FP4Linear)]
+        assert not any(parameter.requires_grad for module in packed for parameter in module.parameters())
+
+
+@pytest.mark.usefixtures("one_process")
+def test_ddp_trains_what_is_not_packed(llama: Path, token_ids: Tensor) -> None:
+    model = load(llama, FPQuantConfig())
+    distributed = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
         distributed(token_ids, labels=token_ids).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
     assert model.get_input_embeddings().weight.grad.any()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_fsdp_shards_what_is_not_packed(llama: Path, token_ids: Tensor) -> None:
+    model = load(llama, FPQuantConfig())
+    with torch.no_grad():
+        expected = model(token_ids).logits
+    packed = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    mesh = init_device_mesh("cpu", (1,))
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, ignored_params=packed)
+    found = model(token_ids, labels=token_ids)
+    torch.testing.assert_close(found.logits, expected)
+    found.loss.backward()
+    assert isinstance(model.model.norm.weight.grad, DTensor)

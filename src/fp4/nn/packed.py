@@ -141,6 +141,12 @@ class PackedWeight(nn.Module):
             dense = rotate(dense, torch.linalg.inv(self.rotation.double()).float())
         return dense.to(dtype)
 
+    def freeze(self) -> None:
+        """Let no packed parameter ask for a gradient, as floating-point ones do that Transformers has read."""
+        for key, parameter in self.named_parameters(recurse=False):
+            if key != "bias":
+                parameter.requires_grad_(False)
+
     def settle(self, device: torch.device | None = None) -> None:
         """Choose the backend for the device the weights are on and lay them out for it. Idempotent.
 

@@ -296,6 +296,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         if self.converts and layers:
             self._adopt_format(model)
         for _, module in layers:
+            module.freeze()
             hook: Any = getattr(module, "_hf_hook", None)
             module.settle(torch.device(hook.execution_device) if getattr(hook, "offload", False) else None)
         # The converters above are for reading; `get_state_dict_and_metadata` writes.
