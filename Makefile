@@ -33,7 +33,7 @@ pytest-oldest: $(VENV)/oldest
 	PYTHONPATH=$(VENV)/oldest $(VENV)/bin/python -m pytest -n 2 -rs tests/test_quantizer.py tests/test_damaged.py \
 		tests/test_saving.py tests/test_new_layers.py tests/test_training.py tests/test_gradient.py tests/test_hostile.py \
 		tests/test_experts.py tests/test_experts_loading.py tests/test_fp8_experts.py tests/test_resizing.py \
-		tests/test_adapters.py
+		tests/test_adapters.py tests/test_copies.py
 
 # The Triton kernels on the CPU by Triton's interpreter, then their compilation for GPUs that need not be there.
 pytest-triton: $(VENV)/parity

@@ -63,6 +63,9 @@ class Format:
     rules: tuple[str, ...]
     code_dtype: torch.dtype = torch.uint8
 
+    def __reduce__(self) -> str:
+        return self.name.upper()  # of the constant below: formats are told apart by identity, in copies and pickles too
+
     @property
     def needs_global_scale(self) -> bool:
         """Whether the block scales alone lack the range of a weight, so that a global scale is taken from the data."""

@@ -198,6 +198,21 @@ class PackedWeight(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.settle()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The module as it is pickled: 8-bit floats as bytes, since pickle alone writes those and cannot read them."""
+        packed = {key: p for key, p in self._parameters.items() if p is not None and p.element_size() == 1}
+        state = self.__dict__ | {"_dtypes": {key: parameter.dtype for key, parameter in packed.items()}}
+        state["_parameters"] = self._parameters | {
+            key: frozen(p.detach().view(torch.uint8)) for key, p in packed.items()
+        }
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        dtypes = state.pop("_dtypes")
+        super().__setstate__(state)
+        for key, dtype in dtypes.items():
+            setattr(self, key, frozen(self._parameters[key].detach().view(dtype)))  # type: ignore[union-attr]
+
     def extra_repr(self) -> str:
         input_format = self.scheme.input_format
         rule = "" if input_format is FP8 else f" ({self.scheme.activation_rule})"
