@@ -58,6 +58,9 @@ def test_a_copy_is_a_model_of_its_own(
         own = copied.get_parameter(name)
         assert (own.dtype, own.shape, own.requires_grad) == (parameter.dtype, parameter.shape, parameter.requires_grad)
         assert own.data_ptr() != parameter.data_ptr()
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight):
+            assert copied.get_submodule(name).backend is module.backend
     packed = [module for module in copied.modules() if isinstance(module, PackedWeight)]
     assert packed
     with torch.no_grad():

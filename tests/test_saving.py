@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -107,16 +106,3 @@ def test_a_variant_replaces_itself_and_nothing_else(model: PreTrainedModel, tmp_
     weights = {path.name for path in out.iterdir()} - {"config.json", "generation_config.json"}
     assert weights == {"model.safetensors", "model.small.safetensors"}
     AutoModelForCausalLM.from_pretrained(out, variant="small")
-
-
-def test_torch_save_keeps_a_model_that_runs_and_saves(
-    model: PreTrainedModel, token_ids: torch.Tensor, tmp_path: Path
-) -> None:
-    torch.save(model, tmp_path / "model.pt")
-    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert loaded.model.layers[0].mlp.up_proj.backend is model.model.layers[0].mlp.up_proj.backend
-    with torch.no_grad():
-        assert torch.equal(loaded(token_ids).logits, model(token_ids).logits)
-    model.save_pretrained(tmp_path / "one")
-    loaded.save_pretrained(tmp_path / "other")
-    assert content(tmp_path / "one") == content(tmp_path / "other")

@@ -15,12 +15,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fp4.backends.triton.blocks import quantize_blocks
+from fp4.backends.triton.blocks import launch_of, quantize_blocks
 from fp4.backends.triton.linear import HOPPER_TILINGS, SCALED_TILINGS, SMALL_SCALED_TILINGS, TILINGS, Tiling
 from fp4.backends.triton.magnitude import _magnitudes, tile_of
 from fp4.backends.triton.matmul import add_partial_sums, multiply
 from fp4.backends.triton.quantize import CANONICAL, INTERLEAVED, ROTATED, VALUES, _dequantize, _quantize
 from fp4.backends.triton.scaled import multiply_scaled
+from fp4.formats import MXFP4, NVFP4
 
 CONSTANTS = ("MX", "PARTS", "SHUFFLED", "UNIT_BY_ROW", "BE", "BM", "SLICES", "PANELS", "CHUNKS", "SPLIT")
 ALIGNED = ("N", "K", "chunks", "scale_stride", "width")
@@ -125,10 +126,7 @@ def test_quantization_compiles(capability: int, mx: bool, rule: str, mode: int, 
 
 def compile_blocks(capability: int, mx: bool, group: int, dynamic: bool) -> tuple[Any, int]:
     """quantize_blocks, as blocks.run launches it, and how many elements of a tile a thread has."""
-    block = 32 if mx else 16
-    columns = max(group, 4 * block) if group else block
-    warps = 8 if columns == 128 else 4
-    lines = 16 * warps if group else 4096 // columns
+    columns, lines, warps = launch_of(MXFP4 if mx else NVFP4, group)
     constants = {"MX": mx, "H": group, "INTERLEAVE": True, "FP8": capability >= 89, "LINES": lines}
     types = dict.fromkeys(quantize_blocks.arg_names, "i32") | {"x": "*bf16", "codes": "*u32", "scales": "*u8"}
     types |= {"rotation": "*fp32", "unit": "*fp64", "partial": "*i32", "taken_unit": "*fp64"}

@@ -95,8 +95,9 @@ def test_views_from_the_middle(fmt: Format) -> None:
     whole = torch.randn(4 * 96 + 1).bfloat16().to(DEVICE)
     expected = formats.quantize(whole[1:].view(4, 96).cpu(), fmt, "abs_max")
     unit = None if expected.global_scale is None else expected.global_scale.to(DEVICE)
-    codes, _ = torch.ops.fp4.triton_quantize(whole[1:].view(4, 96), unit, fmt.name, "abs_max")
+    codes, scales = torch.ops.fp4.triton_quantize(whole[1:].view(4, 96), unit, fmt.name, "abs_max")
     assert torch.equal(codes.cpu(), expected.codes)
+    assert torch.equal(scales.cpu().view(torch.uint8), expected.scales.view(torch.uint8))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU divides this way in every test")

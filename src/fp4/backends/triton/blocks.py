@@ -246,6 +246,13 @@ def takes(x: Tensor, fmt: Format, rotation: Tensor | None, global_scale: Tensor 
     return group in ROTATIONS and x.dtype == torch.bfloat16 and x.numel() % max(group, 4 * fmt.block_size) == 0
 
 
+def launch_of(fmt: Format, group: int) -> tuple[int, int, int]:
+    """Columns of a line, lines of a tile and warps of a program, for rotations of ``group`` (0: none)."""
+    columns = max(group, 4 * fmt.block_size) if group else fmt.block_size
+    warps = 8 if columns == 128 else 4
+    return columns, 16 * warps if group else 4096 // columns, warps
+
+
 def run(
     x: Tensor,
     fmt: Format,
@@ -257,13 +264,18 @@ def run(
     scales: Tensor,
     interleave: bool,
 ) -> None:
-    """x ``[..., K]`` contiguous and not empty, rotated, to ``codes`` and ``scales`` of the same leading shape."""
+    """x ``[..., K]`` contiguous and not empty, rotated, to ``codes`` and ``scales`` of the same leading shape.
+
+    Args:
+        unit: global scale, float64, one number; None for MXFP4, and where it is taken from ``partial``.
+        partial: of x, rotated, as partial_magnitudes returns it.
+        taken_unit: float64, one number, where the global scale taken from ``partial`` is written.
+        interleave: order codes as layout.py does, not canonically.
+    """
     group = 0 if rotation is None else rotation.shape[0]
     if x.data_ptr() % 16:  # a view from the middle of something; pairs of values are read as words
         x = x.clone()
-    columns = max(group, 4 * fmt.block_size) if group else fmt.block_size
-    warps = 8 if columns == 128 else 4
-    lines = 16 * warps if group else 4096 // columns
+    columns, lines, warps = launch_of(fmt, group)
     fp8 = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 9)
     grid = (min(16 * processors(x.device), triton.cdiv(x.numel() // columns, lines)),)
     quantize_blocks[grid](

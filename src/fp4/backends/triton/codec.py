@@ -11,6 +11,7 @@ import triton.language as tl
 
 #: Kernels run on the CPU, by Triton's interpreter, which lacks inline assembly and bfloat16 arithmetic.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+#: Whether kernels can hold inline assembly: what a GPU computes with it, a test of its divisions interprets without.
 ASSEMBLY = tl.constexpr(not triton.knobs.runtime.interpret)
 
 

@@ -109,7 +109,7 @@ def _finish_magnitudes(partial, out, P, BP: tl.constexpr):
 
 # Squares and quotients must round on their own, as the reference does: no fused multiply-add but those written out.
 EXACT = {"num_warps": 4, "enable_fp_fusion": False}
-PROGRAMS = 512  # that look for the largest magnitude of one matrix
+_PROGRAMS = 512  # that look for the largest magnitude of one matrix
 
 
 def tile_of(k: int, group: int) -> tuple[int, int]:
@@ -120,10 +120,12 @@ def tile_of(k: int, group: int) -> tuple[int, int]:
 
 @functools.cache
 def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few for the interpreter, so that programs there share tiles too."""
     return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def grid_of(rows: int, k: int, tile: tuple[int, int]) -> tuple[int]:
+    """One program for each tile of a matrix ``[rows, k]``."""
     return (triton.cdiv(rows, tile[0]) * triton.cdiv(k, tile[1]),)
 
 
@@ -136,9 +138,15 @@ def shared_grid(x: Tensor, rows: int, k: int, tile: tuple[int, int], group: int 
 def partial_magnitudes(
     x: Tensor, matrices: int, rows: int, k: int, rotation: Tensor | None = None, offsets: Tensor | None = None
 ) -> Tensor:
+    """int32 ``[matrices, P]``: what :func:`largest` takes for each of the ``matrices`` ``[rows, k]`` of contiguous x.
+
+    Args:
+        rotation: float32 ``[h, h]`` that x is multiplied by first.
+        offsets: int32 ``[E + 1]``, the experts' rows in the one matrix; those after the last expert's do not count.
+    """
     group = 0 if rotation is None else rotation.shape[0]
     tile = tile_of(k, group)
-    programs = min(PROGRAMS, *grid_of(rows, k, tile))
+    programs = min(_PROGRAMS, *grid_of(rows, k, tile))
     partial = torch.empty(matrices, programs, dtype=torch.int32, device=x.device)
     experts = 0 if offsets is None else offsets.numel() - 1
     _magnitudes[(matrices, programs)](x, rotation, offsets, partial, rows, k, experts, group, *tile, num_warps=4)
