@@ -30,14 +30,15 @@ class SecondMoments:
     """Sums over tokens of what a layer multiplies its weight with (``used``) and of what it was meant to (``meant``).
 
     Attributes:
-        hessian: sum of ``used^T used``, ``[K, K]``.
+        upper: sum of ``used^T used``, ``[K, K]``; only on and above the diagonal where ``mirrored`` is False.
         cross: sum of ``meant^T used``, ``[K, K]``; None where no ``meant`` was given.
         count: tokens.
     """
 
-    hessian: Tensor
+    upper: Tensor
     cross: Tensor | None
     count: int = 0
+    mirrored: bool = True
 
     @classmethod
     def empty(
@@ -50,14 +51,23 @@ class SecondMoments:
 
         return cls(zeros(), zeros() if cross else None)
 
+    @property
+    def hessian(self) -> Tensor:
+        """The sum of ``used^T used``, ``[K, K]``: what is below the diagonal is written when it is asked for."""
+        if not self.mirrored:
+            for start in range(0, len(self.upper), _PANEL):
+                stop = start + _PANEL
+                self.upper[stop:, start:stop] = self.upper[start:stop, stop:].T
+            self.mirrored = True
+        return self.upper
+
     def update(self, used: Tensor, meant: Tensor | None = None) -> None:
         """Adds tokens ``[..., K]``; ``meant`` of the same shape, and given at every update or at none."""
-        rows = used.reshape(-1, used.shape[-1]).to(self.hessian.dtype)
-        for start in range(0, rows.shape[1], _PANEL):  # above the diagonal, and its mirror image
+        rows = used.reshape(-1, used.shape[-1]).to(self.upper.dtype)
+        for start in range(0, rows.shape[1], _PANEL):
             stop = start + _PANEL
-            panel = self.hessian[start:stop, start:]
-            panel.addmm_(rows[:, start:stop].T, rows[:, start:])
-            self.hessian[stop:, start:stop] = panel[:, _PANEL:].T
+            self.upper[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        self.mirrored = False
         if (meant is None) != (self.cross is None):
             raise ValueError("second moments were begun with and updated without the intended input, or the reverse")
         if meant is not None and self.cross is not None:
@@ -66,7 +76,8 @@ class SecondMoments:
 
     def merge(self, other: SecondMoments) -> None:
         """Adds what another observer of the same layer saw."""
-        self.hessian += other.hessian
+        self.upper += other.upper
+        self.mirrored = self.mirrored and other.mirrored
         if (self.cross is None) != (other.cross is None):
             raise ValueError("cannot merge second moments that were observed with and without the intended input")
         if self.cross is not None and other.cross is not None:
