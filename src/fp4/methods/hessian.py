@@ -124,15 +124,16 @@ def invert_lower_(matrix: Tensor) -> bool:
         if bool(info.any()) or not bool(torch.isfinite(flipped).all()):
             return False
         upper = flipped.flip(-1, -2)
-        matrix[..., panel, :start] = torch.linalg.solve_triangular(upper, left[..., :start], upper=True)
-        matrix[..., panel, panel] = matrix[..., panel, panel].triu(1) + upper.transpose(-1, -2)
+        inverse = torch.linalg.solve_triangular(upper, torch.eye(stop - start).to(upper), upper=True)
+        # What is left of a panel is multiplied with the inverse, faster than solved: V has it on its diagonal anyway.
+        matrix[..., panel, :start] = inverse @ left[..., :start]
+        matrix[..., panel, panel] = matrix[..., panel, panel].triu(1) + inverse.transpose(-1, -2)
     matrix.tril_()
-    for panel in panels:
-        own = matrix[..., panel, panel]
-        inverse = torch.linalg.solve_triangular(own, torch.eye(own.shape[-1]).to(own), upper=False)
-        before = matrix[..., : panel.start, : panel.start]
-        matrix[..., panel, : panel.start] = -inverse @ (matrix[..., panel, : panel.start] @ before)
-        matrix[..., panel, panel] = inverse
+    for number, panel in enumerate(panels):
+        before, own = matrix[..., : panel.start, : panel.start], matrix[..., panel, : panel.start]
+        for part in panels[:number]:  # above it ``before`` is zero
+            own[..., part] = own[..., part.start :] @ before[..., part.start :, part]
+        own.copy_(-matrix[..., panel, panel] @ own)
     return True
 
 
