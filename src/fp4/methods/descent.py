@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fp4.formats import Format
-from fp4.methods.grid import NEAR_OFFSETS, WIDE_OFFSETS, effective, nearest, neighbours, reordered, scale_to_six
+from fp4.methods.grid import NEAR_OFFSETS, WIDE_OFFSETS, effective, nearest_, neighbours, reordered, scale_to_six
 from fp4.methods.hessian import Objective, invert_lower_
 
 
@@ -45,7 +45,7 @@ def _round_block(target: Tensor, factor: Tensor, candidates: Tensor, unit: Tenso
         if j:  # what the columns before leave to this one, in one product over memory in its order
             fed = factor[..., j, None, :j] @ errors[..., :j, :, :].flatten(-2)
             left = left - fed.view_as(scale)
-        value = nearest(left * reciprocal)
+        value = nearest_(left * reciprocal)
         values[..., j, :, :] = value
         torch.addcmul(left, value, scale, value=-1, out=errors[..., j, :, :])
         errors[..., j, :, :] /= factor[..., j, j, None, None]
