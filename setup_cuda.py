@@ -40,6 +40,10 @@ TOOLCHAIN = (
 FAMILIES = {"sm100": ("100", "103", "110"), "sm120": ("120", "121")}
 CONFIGURATIONS = ("small", "large", "grouped")  # of the matmul: gemm_<family>_<configuration>.cu
 
+# ptxas, at -O3 unless told otherwise, spills in these; at these levels it does not, and main loops are about as long
+# (benchmarks/results/gpu_derived.md).
+PTXAS_LEVELS = {"gemm_sm120_small": "-O2", "gemm_sm120_large": "-O2", "gemm_sm120_grouped": "-O1"}
+
 
 @dataclass(frozen=True)
 class Toolkit:
@@ -202,6 +206,8 @@ def _job(source: Path, architectures: list[str], toolkit: Toolkit, includes: lis
         "-Xcompiler", "-fPIC,-fvisibility=hidden,-g0",
         *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures),
     ]  # fmt: skip
+    if source.stem in PTXAS_LEVELS:
+        flags += ["-Xptxas", PTXAS_LEVELS[source.stem]]
     key = hashlib.sha256(repr((flags, toolkit.version)).encode())
     files = _closure(source)
     for path in files:

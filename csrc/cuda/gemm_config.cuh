@@ -30,7 +30,15 @@ using ScaleAndBias = cutlass::epilogue::fusion::Sm90EVT<
     cutlass::epilogue::fusion::Sm90AccFetch,
     cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, float, float, cute::Stride<cute::_0, cute::_1, int64_t>>>;
 
-template <class ArchTag, class Element, class OutputType, class TileShape, class ClusterShape, class Scheduler>
+// How the epilogue stores a tile, by the type of the output; this leaves it to CUTLASS.
+template <class OutputType>
+struct AutoEpilogue {
+  using Tile = cutlass::epilogue::collective::EpilogueTileAuto;
+  using Schedule = cutlass::epilogue::collective::EpilogueScheduleAuto;
+};
+
+template <class ArchTag, class Element, class OutputType, class TileShape, class ClusterShape, class Scheduler,
+          class EpilogueChoice>
 struct GemmConfig {
   using Operator = cutlass::arch::OpClassBlockScaledTensorOp;
   using RowMajor = cutlass::layout::RowMajor;
@@ -45,8 +53,8 @@ struct GemmConfig {
   using StoredTile = decltype(cute::shape_div(TileShape{}, cute::Shape<cute::Int<kPerTile>, cute::_1, cute::_1>{}));
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      ArchTag, Operator, TileShape, ClusterShape, cutlass::epilogue::collective::EpilogueTileAuto, float, float, void,
-      RowMajor, kAlignOutput, OutputType, RowMajor, kAlignOutput, cutlass::epilogue::collective::EpilogueScheduleAuto,
+      ArchTag, Operator, TileShape, ClusterShape, typename EpilogueChoice::Tile, float, float, void, RowMajor,
+      kAlignOutput, OutputType, RowMajor, kAlignOutput, typename EpilogueChoice::Schedule,
       ScaleAndBias<StoredTile, OutputType>>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       ArchTag, Operator, Element, RowMajor, kAlignCodes, Element, ColumnMajor, kAlignCodes, float, TileShape,
@@ -100,16 +108,18 @@ struct GemmConfig {
 };
 
 // A configuration for both formats and all outputs: reading CUTLASS costs the compiler far more than another kernel.
-template <class ArchTag, class TileShape, class ClusterShape, class Scheduler>
+template <class ArchTag, class TileShape, class ClusterShape, class Scheduler,
+          template <class> class Choice = AutoEpilogue>
 constexpr Gemms gemms() {
   using cutlass::bfloat16_t;
   using cutlass::half_t;
-  return {{{GemmConfig<ArchTag, Nvfp4, bfloat16_t, TileShape, ClusterShape, Scheduler>::gemm(),
-            GemmConfig<ArchTag, Nvfp4, half_t, TileShape, ClusterShape, Scheduler>::gemm(),
-            GemmConfig<ArchTag, Nvfp4, float, TileShape, ClusterShape, Scheduler>::gemm()},
-           {GemmConfig<ArchTag, Mxfp4, bfloat16_t, TileShape, ClusterShape, Scheduler>::gemm(),
-            GemmConfig<ArchTag, Mxfp4, half_t, TileShape, ClusterShape, Scheduler>::gemm(),
-            GemmConfig<ArchTag, Mxfp4, float, TileShape, ClusterShape, Scheduler>::gemm()}}};
+  return {
+      {{GemmConfig<ArchTag, Nvfp4, bfloat16_t, TileShape, ClusterShape, Scheduler, Choice<bfloat16_t>>::gemm(),
+        GemmConfig<ArchTag, Nvfp4, half_t, TileShape, ClusterShape, Scheduler, Choice<half_t>>::gemm(),
+        GemmConfig<ArchTag, Nvfp4, float, TileShape, ClusterShape, Scheduler, Choice<float>>::gemm()},
+       {GemmConfig<ArchTag, Mxfp4, bfloat16_t, TileShape, ClusterShape, Scheduler, Choice<bfloat16_t>>::gemm(),
+        GemmConfig<ArchTag, Mxfp4, half_t, TileShape, ClusterShape, Scheduler, Choice<half_t>>::gemm(),
+        GemmConfig<ArchTag, Mxfp4, float, TileShape, ClusterShape, Scheduler, Choice<float>>::gemm()}}};
 }
 
 }  // namespace fp4::cuda
