@@ -46,8 +46,11 @@ def search_scales(weight: Tensor, importance: Tensor, fmt: Format, global_scale:
     rows = max(1, _TILE // (weight.numel() // weight.shape[-2]))
     cost = importance.unflatten(-1, (-1, fmt.block_size)).movedim(-1, 0)[:, None, ..., None, :].contiguous()
     unit = None if global_scale is None else global_scale[..., None, None]
-    tiles = [_search_tile(tile.float(), cost, fmt, unit) for tile in weight.split(rows, dim=-2)]
-    return torch.cat(tiles, dim=-2).view(fmt.scale_dtype)
+    # In place from the start: small results kept between large temporaries would hold the heap apart.
+    scales = weight.new_empty(*weight.shape[:-1], weight.shape[-1] // fmt.block_size, dtype=torch.uint8)
+    for tile, found in zip(weight.split(rows, dim=-2), scales.split(rows, dim=-2), strict=True):
+        found.copy_(_search_tile(tile.float(), cost, fmt, unit))
+    return scales.view(fmt.scale_dtype)
 
 
 def _search_tile(weight: Tensor, cost: Tensor, fmt: Format, unit: Tensor | None) -> Tensor:
@@ -110,7 +113,8 @@ def feed_errors(left: Tensor, scale: Tensor, block: Tensor, factor: Tensor) -> T
         stop, begin = min(start + _STRIP, size), start // _PANEL * _PANEL
         if start == begin:
             end = min(begin + _PANEL, size)
-            errors[:, begin:end].baddbmm_(spread[:, begin:end, :begin], errors[:, :begin], alpha=-1)
+            for own, each in zip(errors, spread, strict=True):  # a batched product would keep buffers as large as both
+                own[begin:end].addmm_(each[begin:end, :begin], own[:begin], alpha=-1)
         strip, own = errors[:, start:stop], spread[:, start:stop, start:stop]
         strip.baddbmm_(spread[:, start:stop, begin:start], errors[:, begin:start], alpha=-1)
         diagonal = own.diagonal(dim1=1, dim2=2)[..., None]
