@@ -17,7 +17,7 @@ from fp4.methods.block import Block, LayerResult
 from fp4.methods.descent import Rounded, descend, forward_sweep
 from fp4.methods.equalise import equalise
 from fp4.methods.gptq import gptq
-from fp4.methods.grid import assemble, in_parts
+from fp4.methods.grid import assemble, elements_at_once, in_parts
 from fp4.methods.hessian import Objective
 from fp4.methods.layerwise import quantize_in_order
 from fp4.methods.survey import survey
@@ -45,7 +45,8 @@ def best(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | No
 
     ``goal`` keeps the Hessian and, for a format with a global scale, blocks together in its order.
     """
-    return in_parts(lambda rows: _best_rows(rows.float(), goal, fmt, global_scale, sweeps), weight)
+    elements = elements_at_once(weight.device)
+    return in_parts(lambda rows: _best_rows(rows.float(), goal, fmt, global_scale, sweeps), weight, elements)
 
 
 def _best_rows(

@@ -62,13 +62,13 @@ def reordered(x: Tensor, order: Tensor, dim: int) -> Tensor:
     return x.gather(dim, index.expand(*x.shape[:-2], *((-1, x.shape[-1]) if dim == -2 else (x.shape[-2], -1))))
 
 
-def in_parts(solve: Callable[[Tensor], QuantizedTensor], weight: Tensor) -> QuantizedTensor:
-    """``solve(weight)`` ``[..., N, K]`` by as many rows as are worth working on at once: each is rounded by itself.
+def in_parts(solve: Callable[[Tensor], QuantizedTensor], weight: Tensor, elements: int) -> QuantizedTensor:
+    """``solve(weight)`` ``[..., N, K]`` by rows, of about so many elements: each row is rounded by itself.
 
     Parts are of one size: columns are visited one by one in each, and a small part takes almost as long as a full one.
     """
     rows = weight.shape[-2]
-    count = min(rows, -(-weight.numel() // elements_at_once(weight.device)))
+    count = min(rows, -(-weight.numel() // elements))
     parts = [solve(part) for part in weight.split(-(-rows // count), dim=-2)]
     if len(parts) == 1:
         return parts[0]
