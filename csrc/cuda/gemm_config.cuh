@@ -30,8 +30,7 @@ using ScaleAndBias = cutlass::epilogue::fusion::Sm90EVT<
     cutlass::epilogue::fusion::Sm90AccFetch,
     cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, float, float, cute::Stride<cute::_0, cute::_1, int64_t>>>;
 
-// How the epilogue stores a tile, by the type of the output; this leaves it to CUTLASS.
-template <class OutputType>
+// How the epilogue stores a tile; this leaves it to CUTLASS.
 struct AutoEpilogue {
   using Tile = cutlass::epilogue::collective::EpilogueTileAuto;
   using Schedule = cutlass::epilogue::collective::EpilogueScheduleAuto;
@@ -108,18 +107,17 @@ struct GemmConfig {
 };
 
 // A configuration for both formats and all outputs: reading CUTLASS costs the compiler far more than another kernel.
-template <class ArchTag, class TileShape, class ClusterShape, class Scheduler,
-          template <class> class Choice = AutoEpilogue>
+template <class ArchTag, class TileShape, class ClusterShape, class Scheduler, class EpilogueChoice = AutoEpilogue>
 constexpr Gemms gemms() {
   using cutlass::bfloat16_t;
   using cutlass::half_t;
   return {
-      {{GemmConfig<ArchTag, Nvfp4, bfloat16_t, TileShape, ClusterShape, Scheduler, Choice<bfloat16_t>>::gemm(),
-        GemmConfig<ArchTag, Nvfp4, half_t, TileShape, ClusterShape, Scheduler, Choice<half_t>>::gemm(),
-        GemmConfig<ArchTag, Nvfp4, float, TileShape, ClusterShape, Scheduler, Choice<float>>::gemm()},
-       {GemmConfig<ArchTag, Mxfp4, bfloat16_t, TileShape, ClusterShape, Scheduler, Choice<bfloat16_t>>::gemm(),
-        GemmConfig<ArchTag, Mxfp4, half_t, TileShape, ClusterShape, Scheduler, Choice<half_t>>::gemm(),
-        GemmConfig<ArchTag, Mxfp4, float, TileShape, ClusterShape, Scheduler, Choice<float>>::gemm()}}};
+      {{GemmConfig<ArchTag, Nvfp4, bfloat16_t, TileShape, ClusterShape, Scheduler, EpilogueChoice>::gemm(),
+        GemmConfig<ArchTag, Nvfp4, half_t, TileShape, ClusterShape, Scheduler, EpilogueChoice>::gemm(),
+        GemmConfig<ArchTag, Nvfp4, float, TileShape, ClusterShape, Scheduler, EpilogueChoice>::gemm()},
+       {GemmConfig<ArchTag, Mxfp4, bfloat16_t, TileShape, ClusterShape, Scheduler, EpilogueChoice>::gemm(),
+        GemmConfig<ArchTag, Mxfp4, half_t, TileShape, ClusterShape, Scheduler, EpilogueChoice>::gemm(),
+        GemmConfig<ArchTag, Mxfp4, float, TileShape, ClusterShape, Scheduler, EpilogueChoice>::gemm()}}};
 }
 
 }  // namespace fp4::cuda

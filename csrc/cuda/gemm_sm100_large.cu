@@ -7,7 +7,6 @@ using namespace cute;
 
 // CUTLASS would store 128 columns at once: that many sums and as many biases are more than a thread has registers for.
 // 64 is the least: the tensor memory, in which two tiles share what is stored first, has no room for more.
-template <class Output>
 struct Epilogue {
   using Tile = Shape<_128, _64>;
   using Schedule = cutlass::epilogue::TmaWarpSpecialized2Sm;
