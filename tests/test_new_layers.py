@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,18 +37,22 @@ def classifier(path: Path, **options: object) -> PreTrainedModel:
     return AutoModelForSequenceClassification.from_pretrained(path, pad_token_id=0, **options).eval()
 
 
-@pytest.mark.parametrize("reloads", [False, True])
+@pytest.fixture(params=[False, True], ids=["rounded", "read"])
+def source(request: pytest.FixtureRequest, fmt: str, llama: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """Where to load a model from, and how: it is rounded while it loads, or was so before and saved."""
+    options = {"quantization_config": FPQuantConfig(checkpoint_format=fmt)}
+    if not request.param:
+        return llama, options
+    AutoModelForCausalLM.from_pretrained(llama, **options).save_pretrained(tmp_path / "packed")
+    return tmp_path / "packed", {}
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_head_that_the_checkpoint_lacks_is_new_and_dense(
-    fmt: str, reloads: bool, llama: Path, token_ids: Tensor, tmp_path: Path
+    source: tuple[Path, dict[str, Any]], token_ids: Tensor, tmp_path: Path
 ) -> None:
-    config = FPQuantConfig(checkpoint_format=fmt)
-    if reloads:
-        language_model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
-        language_model.save_pretrained(tmp_path / "packed")
-        model = classifier(tmp_path / "packed", num_labels=3)
-    else:
-        model = classifier(llama, num_labels=3, quantization_config=config)
+    path, options = source
+    model = classifier(path, num_labels=3, **options)
     assert type(model.score) is nn.Linear
     assert 0.01 < model.score.weight.std() < 0.03  # as Transformers initializes it
     assert isinstance(model.model.layers[0].mlp.up_proj, FP4Linear)
@@ -67,16 +72,10 @@ def memory_of_nan() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("memory_of_nan")
-@pytest.mark.parametrize("reloads", [False, True])
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_biases_that_the_checkpoint_lacks_are_zero(
-    fmt: str, reloads: bool, llama: Path, token_ids: Tensor, tmp_path: Path
-) -> None:
-    config = FPQuantConfig(checkpoint_format=fmt)
-    without = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
-    if reloads:
-        without.save_pretrained(tmp_path)
-    path, options = (tmp_path, {}) if reloads else (llama, {"quantization_config": config})
+def test_biases_that_the_checkpoint_lacks_are_zero(source: tuple[Path, dict[str, Any]], token_ids: Tensor) -> None:
+    path, options = source
+    without = AutoModelForCausalLM.from_pretrained(path, **options)
     model, report = AutoModelForCausalLM.from_pretrained(path, attention_bias=True, output_loading_info=True, **options)
     assert len(report["missing_keys"]) == 8
     assert isinstance(model.model.layers[1].self_attn.q_proj, FP4Linear)

@@ -41,13 +41,11 @@ from fp4.elements import (
 
 FOUR_OVER_SIX_E4M3_MAX = 256.0  # leaves room for amax/4, which is 1.5 times amax/6 (arXiv 2512.02010)
 
-# The two values of each byte of codes.
-_BYTE_VALUES = decode_e2m1(unpack_codes(torch.arange(256, dtype=torch.uint8)[:, None]))  # [256, 2]
+_BYTE_VALUES = decode_e2m1(unpack_codes(torch.arange(256, dtype=torch.uint8)[:, None]))  # [256, 2], of each byte
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Rows are handled in tiles of about this many elements, so that temporaries stay small beside the tensor itself.
-_TILE_ELEMENTS = 1 << 20
+_TILE_ELEMENTS = 1 << 20  # rows are handled so many at once, so that temporaries stay small beside the tensor itself
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,9 +39,9 @@ class LoadOp(ConversionOps):
             self.hf_quantizer.missing = missing_keys
         return self.load(input_dict, model, full_layer_name)
 
+    @abstractmethod
     def load(self, found: dict[Any, Any], model: nn.Module | None, target: str) -> dict[str, Tensor]:
         """Parameters of ``model`` by name, from what was ``found`` in the checkpoint for the one called ``target``."""
-        raise NotImplementedError
 
 
 class RoundToNearest(LoadOp):
@@ -149,9 +150,10 @@ def zero_biases(model: nn.Module, missing: set[str]) -> dict[str, str]:
         Names of those that are offloaded, out of reach, and what is wrong with that.
     """
     problems = {}
-    for name, module in model.named_modules():
+    packed = [each for each in model.named_modules() if isinstance(each[1], FP4Linear | FP4Experts)]
+    for name, module in packed:
         for key, parameter in module.named_parameters(recurse=False):
-            if not isinstance(module, FP4Linear | FP4Experts) or f"{name}.{key}" not in missing or "bias" not in key:
+            if "bias" not in key or f"{name}.{key}" not in missing:
                 continue
             if parameter.is_meta:
                 problems[f"{name}.{key}"] = "not in the checkpoint, and offloaded; load and save it on one device first"
