@@ -18,7 +18,7 @@ from cpu_linear import best_ggml
 from measure import RESULTS, table
 
 FORMATS = ("nvfp4", "mxfp4")
-FILES = [RESULTS / f"{name}.json" for name in ("cpu_linear", "cpu_generate", "cpu_generate_mxfp4", "cpu_experts")]
+FILES = [RESULTS / f"{name}.json" for name in ("cpu_linear", "cpu_generate", "cpu_experts")]
 Ratio = tuple[str, str, float, float | None]  # case, against what, target, ratio
 
 
