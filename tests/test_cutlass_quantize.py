@@ -22,7 +22,7 @@ CSRC = Path(__file__).parent.parent / "csrc" / "cuda"
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the kernels with")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-RULE_NAMES = ("abs_max", "mse", "four_over_six", "even", "ceil", "below_six", "quest")  # numerics.h
+RULE_NAMES = ("abs_max", "mse", "four_over_six", "even", "ceil", "below_six", "quest")  # blocks.h
 CASES = pytest.mark.parametrize(
     ("fmt", "rule"), [pytest.param(f, r, id=f"{f.name}-{r}") for f in FORMATS.values() for r in f.rules]
 )

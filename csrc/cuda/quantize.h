@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
+#include "blocks.h"
 #include "gemm.h"
-#include "numerics.h"
 
 namespace fp4::cuda {
 
