@@ -96,7 +96,7 @@ $(VENV)/torch:
 
 # Without build isolation, so that torch is not downloaded a second time for the build alone.
 $(VENV)/demo: $(VENV)/torch $(BUILD_INPUTS)
-	$(VENV)/bin/pip install -q --no-build-isolation -e ".[demo]"
+	$(VENV)/bin/pip install -q --no-build-isolation -e ".[demo,report]"
 	touch $@
 
 $(VENV)/test: $(VENV)/torch $(BUILD_INPUTS)

