@@ -6,8 +6,7 @@ TORCH ?= torch==2.13.0
 # The oldest Transformers that is tested, beside the newest.
 OLDEST_TRANSFORMERS ?= 5.17.0
 MODEL ?=
-# Python compiles what it imports: of these packages a small part.
-PIP = $(VENV)/bin/pip install -q --no-compile
+PIP = $(VENV)/bin/pip install -q
 PYTEST = $(VENV)/bin/python -m pytest -rs
 export TOKENIZERS_PARALLELISM = false
 # The environments below are for CPUs and Triton: compiling the CUDA kernels takes minutes, and `make cuda` does it.
