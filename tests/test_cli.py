@@ -55,7 +55,7 @@ def test_convert_and_inspect(packed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "no/such/folder/here"], "no/such/folder/here"),
+        (["inspect", "no/such/:fire:/[red]here"], "no/such/:fire:/[red]here"),
         (["convert", "no-such-folder", "out", "--to", "gguf"], "target format is 'gguf'; expected one of fp_quant"),
     ],
 )

@@ -54,5 +54,5 @@ def main() -> None:
         if isinstance(error, RuntimeError) and not full:
             raise
         said = str(error) if isinstance(error, (ValueError, OSError)) else f"out of memory ({error})"
-        Console(stderr=True).print(f"[red]error:[/red] {escape(said)}", highlight=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(f"[red]error:[/red] {escape(said)}", highlight=False, soft_wrap=True)
         sys.exit(3 if full or (isinstance(error, OSError) and error.errno in _FAILED) else 2)

@@ -17,7 +17,7 @@ from fp4.convert import FORMATS
 from fp4.convert import convert as convert_checkpoint
 from fp4.inspection import inspect as inspect_checkpoint
 
-console = Console()
+console = Console(emoji=False)
 
 LAYER_NUMBER = r"(?<=\.)\d+(?=\.)"
 
@@ -46,7 +46,7 @@ def convert(
     Interrupted, the same command goes on from the last complete file. What the format cannot hold is refused.
     """
     columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True, emoji=False), transient=True) as bar:
         task = bar.add_task(f"writing {to}", total=None)
         result = convert_checkpoint(
             source,

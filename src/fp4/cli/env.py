@@ -14,7 +14,7 @@ from fp4.backends.cpu import isa
 from fp4.formats import FORMATS
 from fp4.scheme import Scheme
 
-console = Console()
+console = Console(emoji=False)
 
 
 def _devices() -> list[torch.device]:

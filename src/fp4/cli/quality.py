@@ -58,7 +58,7 @@ def evaluate(
         raise ValueError(f"--save keeps the numbers beside the model, but {model} is no folder")
     transformers_logging.disable_progress_bar()  # two bars would write over each other
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True, emoji=False), transient=True) as bar:
         task = bar.add_task("loading", total=None)
         found = measure(
             model,
@@ -75,7 +75,7 @@ def evaluate(
             trust_remote_code=trust_remote_code,
             progress=lambda done, total: bar.update(task, description="windows", completed=done, total=total),
         )
-    console = Console()
+    console = Console(emoji=False)
     if as_json:
         console.print_json(json.dumps(found.to_dict()))
     else:
@@ -141,7 +141,7 @@ def report(
     if output is None:
         name = Path(model).name
         output = Path(f"{name}-report.html") if is_hub_id(model) else Path(model) / "report.html"
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=Console(stderr=True, emoji=False), transient=True) as bar:
         task = bar.add_task("comparing weights", total=None)
         found = write_report(
             model,
@@ -151,7 +151,7 @@ def report(
             token=token,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    console = Console()
+    console = Console(emoji=False)
     measure = "output error" if found.measured == "output_error" else "weight error"
     table = Table("layer", "scheme", measure, "zero", "clipped", title=f"worst of {len(found.layers)} layers")
     for layer in found.worst(5):

@@ -21,7 +21,7 @@ from fp4.methods import METHODS
 from fp4.pipeline import Hub, Job
 from fp4.scheme import SCHEMES
 
-console = Console()
+console = Console(emoji=False)
 
 _LAYER_NUMBER = r"(?<=\.)\d+(?=\.)"
 _WHAT, _HOW, _DATA, _MACHINE = "What is quantized", "How", "Calibration data", "Machine and hub"
