@@ -40,12 +40,14 @@ def test_help_lists_the_commands() -> None:
 
 
 def test_convert_and_inspect(packed: Path, tmp_path: Path) -> None:
-    target = tmp_path / "converted"
+    target = tmp_path / "[red]:fire:[v2]"  # neither markup nor emoji
     result = CliRunner().invoke(app, ["convert", str(packed), str(target), "--to", "compressed-tensors"])
     assert result.exit_code == 0, result.output
     assert "fp_quant -> compressed-tensors: 14 layers" in result.output
+    assert target.name in result.output
     result = CliRunner().invoke(app, ["inspect", str(target), "--layers"])
     assert result.exit_code == 0, result.output
+    assert target.name in result.output
     assert "14 mxfp4a16, 4.25 bits per quantized weight" in result.output
     assert "not quantized: lm_head" in result.output
     result = CliRunner().invoke(app, ["inspect", str(target), "--json"])

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from fp4.allocator import is_out_of_memory
 from fp4.cli.checkpoints import convert, inspect
+from fp4.cli.console import errors
 from fp4.cli.env import env
 from fp4.cli.quality import evaluate, report
 from fp4.cli.quantize import quantize, schemes
@@ -54,5 +54,5 @@ def main() -> None:
         if isinstance(error, RuntimeError) and not full:
             raise
         said = str(error) if isinstance(error, (ValueError, OSError)) else f"out of memory ({error})"
-        Console(stderr=True, emoji=False).print(f"[red]error:[/red] {escape(said)}", highlight=False, soft_wrap=True)
+        errors.print(Text.assemble(("error:", "red"), f" {said}"), soft_wrap=True)
         sys.exit(3 if full or (isinstance(error, OSError) and error.errno in _FAILED) else 2)

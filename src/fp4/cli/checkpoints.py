@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
+from fp4.cli.console import console, errors
 from fp4.convert import FORMATS
 from fp4.convert import convert as convert_checkpoint
 from fp4.inspection import inspect as inspect_checkpoint
-
-console = Console(emoji=False)
 
 LAYER_NUMBER = r"(?<=\.)\d+(?=\.)"
 
@@ -46,7 +45,7 @@ def convert(
     Interrupted, the same command goes on from the last complete file. What the format cannot hold is refused.
     """
     columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True, emoji=False), transient=True) as bar:
+    with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task(f"writing {to}", total=None)
         result = convert_checkpoint(
             source,
@@ -87,7 +86,8 @@ def inspect(
     if as_json:
         console.print_json(json.dumps(found.to_dict()))
         raise typer.Exit(bool(found.problems))
-    console.print(f"[bold]{found.path}[/bold]: {found.format}, {found.model_type}, {found.bytes / 1e6:.1f} MB")
+    summary = f": {found.format}, {found.model_type}, {found.bytes / 1e6:.1f} MB"
+    console.print(Text.assemble((str(found.path), "bold"), summary))
     bits = "" if found.bits_per_weight is None else f", {found.bits_per_weight:.2f} bits per quantized weight"
     console.print(
         f"quantized layers: {', '.join(f'{n} {scheme}' for scheme, n in found.schemes.items()) or 'none'}{bits}"
@@ -107,5 +107,5 @@ def inspect(
     for note in found.notes:
         console.print(f"note: {note}", highlight=False)
     for problem in found.problems:
-        console.print(f"[red]problem:[/red] {problem}", highlight=False)
+        console.print(Text.assemble(("problem:", "red"), f" {problem}"))
     raise typer.Exit(bool(found.problems))

@@ -6,15 +6,14 @@ import importlib.metadata
 import platform
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fp4 import backends
 from fp4.backends.cpu import isa
+from fp4.cli.console import console
 from fp4.formats import FORMATS
 from fp4.scheme import Scheme
-
-console = Console(emoji=False)
 
 
 def _devices() -> list[torch.device]:
@@ -40,7 +39,7 @@ def env() -> None:
         try:
             versions.add_row(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            versions.add_row(name, "[dim]not installed[/dim]")
+            versions.add_row(name, Text("not installed", "dim"))
     console.print(versions)
 
     devices = Table("device", "what it is", *FORMATS, title="devices and what runs on them", title_justify="left")

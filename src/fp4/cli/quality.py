@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from fp4.checkpoint.source import is_hub_id
 from fp4.cli.checkpoints import Token
+from fp4.cli.console import console, errors
 from fp4.evaluate import Evaluation
 
 Activations = Literal["auto", "fp4", "model"]
@@ -58,7 +58,7 @@ def evaluate(
         raise ValueError(f"--save keeps the numbers beside the model, but {model} is no folder")
     transformers_logging.disable_progress_bar()  # two bars would write over each other
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True, emoji=False), transient=True) as bar:
+    with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task("loading", total=None)
         found = measure(
             model,
@@ -75,11 +75,10 @@ def evaluate(
             trust_remote_code=trust_remote_code,
             progress=lambda done, total: bar.update(task, description="windows", completed=done, total=total),
         )
-    console = Console(emoji=False)
     if as_json:
         console.print_json(json.dumps(found.to_dict()))
     else:
-        _print(console, found)
+        _print(found)
     if save:
         from fp4.checkpoint.writing import write_json
         from fp4.report.model_card import EVALUATION, refresh_model_card
@@ -89,7 +88,7 @@ def evaluate(
             console.print(f"updated {model}/README.md")
 
 
-def _print(console: Console, found: Evaluation) -> None:
+def _print(found: Evaluation) -> None:
     table = Table("", Path(found.model).name)
     comparison = found.comparison
     if comparison is not None:
@@ -141,7 +140,7 @@ def report(
     if output is None:
         name = Path(model).name
         output = Path(f"{name}-report.html") if is_hub_id(model) else Path(model) / "report.html"
-    with Progress(console=Console(stderr=True, emoji=False), transient=True) as bar:
+    with Progress(console=errors, transient=True) as bar:
         task = bar.add_task("comparing weights", total=None)
         found = write_report(
             model,
@@ -151,7 +150,6 @@ def report(
             token=token,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    console = Console(emoji=False)
     measure = "output error" if found.measured == "output_error" else "weight error"
     table = Table("layer", "scheme", measure, "zero", "clipped", title=f"worst of {len(found.layers)} layers")
     for layer in found.worst(5):

@@ -12,16 +12,14 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from fp4.checkpoint import CODECS
+from fp4.cli.console import console
 from fp4.methods import METHODS
 from fp4.pipeline import Hub, Job
 from fp4.scheme import SCHEMES
-
-console = Console(emoji=False)
 
 _LAYER_NUMBER = r"(?<=\.)\d+(?=\.)"
 _WHAT, _HOW, _DATA, _MACHINE = "What is quantized", "How", "Calibration data", "Machine and hub"
@@ -29,16 +27,14 @@ _WHAT, _HOW, _DATA, _MACHINE = "What is quantized", "How", "Calibration data", "
 
 def schemes() -> None:
     """List the schemes: what each does, where it runs, which checkpoint formats hold it."""
-    table = Table("scheme", "what it does", "bits", "runs on", "formats")
+    table = Table(Column("scheme", style="bold"), "what it does", "bits", "runs on", "formats")
     for name, preset in SCHEMES.items():
         bits = f"{preset.scheme.format.bits_per_weight:g}"
-        table.add_row(
-            f"[bold]{name}[/bold]", preset.summary, bits, preset.runs_on, ", ".join(preset.checkpoint_formats)
-        )
+        table.add_row(name, preset.summary, bits, preset.runs_on, ", ".join(preset.checkpoint_formats))
     console.print(table)
-    methods = Table("method", "cost")
+    methods = Table(Column("method", style="bold"), "cost")
     for name, method in METHODS.items():
-        methods.add_row(f"[bold]{name}[/bold]", method.cost)
+        methods.add_row(name, method.cost)
     console.print(methods)
 
 
