@@ -39,9 +39,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text_ids(smollm2: Path, shared: Callable[[str], Path]) -> Tensor:
-    text = shared("data/wikitext2/test.txt").read_text()[:6_000]
+    text = shared("data/wikitext2/test.txt").read_text()[:12_000]
     ids: Tensor = AutoTokenizer.from_pretrained(smollm2)(text, add_special_tokens=False, return_tensors="pt").input_ids
-    return ids[0, :WINDOW]
+    return ids[0, : 2 * WINDOW]
 
 
 # --- the emulation: float64 throughout, its own tables, its own rounding, reading the stored bytes by itself
@@ -94,11 +94,11 @@ def test_w4a4_is_a_float64_emulation_layer_by_layer_and_weight_only_is_better(
     w4a4 = perplexity(model, text_ids, WINDOW)
     model.save_pretrained(tmp_path / "packed")
     emulated = emulation(smollm2, tmp_path / "packed")
-    errors = {}
+    errors: dict[str, float] = {}
 
     def compare(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         found = model.get_submodule(name)(*inputs)
-        errors[name] = ((found - output).norm() / output.norm()).item()
+        errors[name] = max(errors.get(name, 0.0), ((found - output).norm() / output.norm()).item())
 
     packed = [name for name, module in model.named_modules() if isinstance(module, FP4Linear)]
     for name in packed:
