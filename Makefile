@@ -8,6 +8,7 @@ OLDEST_TRANSFORMERS ?= 5.17.0
 MODEL ?=
 PIP = $(VENV)/bin/pip install -q
 PYTEST = $(VENV)/bin/python -m pytest -rs
+BOTH_CORES = -n 2 --dist worksteal
 export TOKENIZERS_PARALLELISM = false
 # The environments below are for CPUs and Triton: compiling the CUDA kernels takes minutes, and `make cuda` does it.
 FP4_CUDA ?= 0
@@ -28,20 +29,20 @@ types: $(VENV)/test
 	$(VENV)/bin/mypy
 
 pytest: $(VENV)/test
-	$(PYTEST) -n 2 --dist worksteal
+	$(PYTEST) $(BOTH_CORES)
 
 # The parts that meet Transformers, once more under the oldest supported one.
 pytest-oldest: $(VENV)/oldest
-	PYTHONPATH=$(VENV)/oldest $(PYTEST) -n 2 --dist worksteal tests/test_quantizer.py tests/test_damaged.py \
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) $(BOTH_CORES) tests/test_quantizer.py tests/test_damaged.py \
 		tests/test_saving.py tests/test_new_layers.py tests/test_training.py tests/test_gradient.py tests/test_hostile.py \
 		tests/test_experts.py tests/test_experts_loading.py tests/test_fp8_experts.py tests/test_resizing.py \
 		tests/test_adapters.py tests/test_copies.py
 
 # The Triton kernels on the CPU by Triton's interpreter, then their compilation for GPUs that need not be there.
 pytest-triton: $(VENV)/parity
-	PYTHONPATH=$(VENV)/parity TRITON_INTERPRET=1 $(PYTEST) -n 2 --dist worksteal tests/test_triton_kernels.py \
+	PYTHONPATH=$(VENV)/parity TRITON_INTERPRET=1 $(PYTEST) $(BOTH_CORES) tests/test_triton_kernels.py \
 		tests/test_triton_experts.py tests/test_gpu_benchmarks.py
-	PYTHONPATH=$(VENV)/parity $(PYTEST) -n 2 --dist worksteal tests/test_triton_compile.py
+	PYTHONPATH=$(VENV)/parity $(PYTEST) $(BOTH_CORES) tests/test_triton_compile.py
 
 # lm-eval's own hf model on quantized checkpoints, offline.
 pytest-lm-eval: $(VENV)/lm-eval
@@ -51,13 +52,13 @@ pytest-lm-eval: $(VENV)/lm-eval
 # and auto-round make of checkpoints.
 parity: $(VENV)/parity $(VENV)/parity-checkpoints
 	PYTHONPATH=$(VENV)/parity $(PYTEST) tests/parity/test_fp_quant.py
-	PYTHONPATH=$(VENV)/parity-checkpoints $(PYTEST) -n 2 --dist worksteal tests/parity --ignore tests/parity/test_fp_quant.py
+	PYTHONPATH=$(VENV)/parity-checkpoints $(PYTEST) $(BOTH_CORES) tests/parity --ignore tests/parity/test_fp_quant.py
 
 # The CUDA library, and what can be said about it without a GPU. Needs nvcc >= 12.8. Objects are kept in build/cuda, or
 # where FP4_BUILD_CACHE says: from nothing about eleven minutes of two cores and 18 GB, from there less than one.
 cuda: $(VENV)/test $(VENV)/disassembler
 	FP4_CPU=0 FP4_CUDA=1 $(VENV)/bin/python setup.py build_ext --inplace
-	FP4_REQUIRE_CUDA=1 PYTHONPATH=$(VENV)/disassembler $(PYTEST) -n 2 --dist worksteal tests/test_cutlass_*.py
+	FP4_REQUIRE_CUDA=1 PYTHONPATH=$(VENV)/disassembler $(PYTEST) $(BOTH_CORES) tests/test_cutlass_*.py
 
 sanitize:
 	sh csrc/cpu/sanitize.sh

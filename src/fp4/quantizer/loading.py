@@ -150,8 +150,9 @@ def zero_biases(model: nn.Module, missing: set[str]) -> dict[str, str]:
         Names of those that are offloaded, out of reach, and what is wrong with that.
     """
     problems = {}
-    packed = [each for each in model.named_modules() if isinstance(each[1], FP4Linear | FP4Experts)]
-    for name, module in packed:
+    for name, module in model.named_modules():
+        if not isinstance(module, FP4Linear | FP4Experts):
+            continue
         for key, parameter in module.named_parameters(recurse=False):
             if "bias" not in key or f"{name}.{key}" not in missing:
                 continue
