@@ -28,9 +28,9 @@ from measure import save, table, verdict
 from safetensors.torch import save_file
 
 from fp4.checkpoint import CODECS, LayerScheme
-from fp4.checkpoint.codec import StoredLinear
-from fp4.convert import convert
-from fp4.formats import NVFP4, QuantizedTensor
+from fp4.checkpoint.convert import convert
+from fp4.checkpoint.formats.codec import StoredLinear
+from fp4.numerics.formats import NVFP4, QuantizedTensor
 
 
 def make_checkpoint(folder: Path, layers: int, hidden: int) -> int:
@@ -91,7 +91,7 @@ def peak_growth(source: Path, target: Path) -> int:
     code = (
         "import re, sys\n"
         "from pathlib import Path\n"
-        "from fp4.convert import convert\n"
+        "from fp4.checkpoint.convert import convert\n"
         "status = lambda key: int(re.search(key + r':\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "before = status('VmRSS')\n"
         "Path('/proc/self/clear_refs').write_text('5')\n"  # the highest so far was while importing

@@ -19,8 +19,8 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from fp4.backends.cpu import CpuBackend, isa
-from fp4.formats import MXFP4, NVFP4
 from fp4.nn.experts import FP4Experts
+from fp4.numerics.formats import MXFP4, NVFP4
 from fp4.scheme import Scheme
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 128, 8, 2048, 768

@@ -19,7 +19,7 @@ from cpu_linear import ROWS, SHAPES, copies_of, dense
 from measure import Operation, interleaved, read_pass, save, table
 
 from fp4.backends.cpu import CpuBackend, isa
-from fp4.formats import FP8
+from fp4.numerics.formats import FP8
 
 
 def measure_case(n: int, k: int, m: int, repetitions: int, clock: Callable[[], float]) -> dict[str, Any]:

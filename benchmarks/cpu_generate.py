@@ -38,7 +38,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from fp4 import FP4Linear
 from fp4.backends.cpu import CpuBackend, isa
-from fp4.formats import FORMATS, Format
+from fp4.numerics.formats import FORMATS, Format
 from fp4.scheme import Scheme
 
 PROMPT = 16

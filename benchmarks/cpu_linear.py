@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fp4.backends.cpu import CpuBackend, isa
-from fp4.formats import FORMATS, Format, global_scale_for, largest_magnitude
+from fp4.numerics.formats import FORMATS, Format, global_scale_for, largest_magnitude
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # N x K: a 7B to 8B model's projections
 ROWS = (1, 8, 128)

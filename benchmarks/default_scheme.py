@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fp4 import backends
-from fp4.evaluate import perplexity
-from fp4.formats import MXFP4, NVFP4, Format
-from fp4.methods.rtn import rtn
-from fp4.rotation import ROTATIONS, rotate
+from fp4.numerics.formats import MXFP4, NVFP4, Format
+from fp4.numerics.rotation import ROTATIONS, rotate
+from fp4.quality.evaluate import perplexity
+from fp4.rounding import round_to_nearest
 from fp4.scheme import Scheme
 
 # Per format: (rotation, group size), weight rules and activation rules, each list from the simplest on. A gsr of one
@@ -88,7 +88,7 @@ class Emulated:
             for name, weight in self.weights.items():
                 values = weight
                 if scheme is not None:
-                    values = BACKEND.dequantize(rtn(weight, scheme, self.rotation, name), torch.float32)
+                    values = BACKEND.dequantize(round_to_nearest(weight, scheme, self.rotation, name), torch.float32)
                 self.model.get_submodule(name).weight.data = values
             self._weights_of = key
         return perplexity(self.model, self.token_ids, windows=windows)

@@ -29,11 +29,11 @@ from llmcompressor.modifiers.gptq.helpers import accumulate_hessian, make_empty_
 from measure import machine
 from torch import Tensor, nn
 
+from fp4.calibration.global_scales import shared_global_scale
 from fp4.calibration.observers import SecondMoments
-from fp4.formats import NVFP4, dequantize
 from fp4.methods.gptq import gptq
 from fp4.methods.hessian import objective
-from fp4.methods.scales import shared_global_scale
+from fp4.numerics.formats import NVFP4, dequantize
 from fp4.scheme import Scheme
 
 

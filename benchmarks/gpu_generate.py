@@ -17,7 +17,7 @@ from measure import save, table, verdict
 from torch import nn
 from transformers import CompileConfig, LlamaConfig
 
-from fp4.formats import FORMATS
+from fp4.numerics.formats import FORMATS
 
 TARGET = 2.5  # times bfloat16
 

@@ -25,9 +25,10 @@ from peers.gpu import PEERS
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fp4 import backends, rotation
+from fp4 import backends
 from fp4.backends import reference
-from fp4.formats import FORMATS, Format, QuantizedTensor, dequantize
+from fp4.numerics import rotation
+from fp4.numerics.formats import FORMATS, Format, QuantizedTensor, dequantize
 from fp4.scheme import Scheme
 
 

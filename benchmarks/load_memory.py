@@ -29,7 +29,7 @@ def measure(model: str, fmt: str, dtype: str) -> None:
     from transformers import AutoModelForCausalLM
 
     from fp4 import FP4Linear, FPQuantConfig
-    from fp4.formats import NVFP4, quantize
+    from fp4.numerics.formats import NVFP4, quantize
 
     quantize(torch.randn(64, 64), NVFP4)  # thread pools and libraries are not what is measured
     with memory_growth() as growth:

@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fp4 import FP4Linear, FPQuantConfig
-from fp4.evaluate import perplexity
+from fp4.quality.evaluate import perplexity
 
 OUT = Path("demo-out")
 TEXT = Path(__file__).with_name("text.txt")

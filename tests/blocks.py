@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp4.elements import E2M1_VALUES
-from fp4.formats import FORMATS, NVFP4, Format
+from fp4.numerics.elements import E2M1_VALUES
+from fp4.numerics.formats import FORMATS, NVFP4, Format
 
 RULES = [(fmt, rule) for fmt in FORMATS.values() for rule in fmt.rules]
 RULE_SET = ("abs_max", "even", "ceil", "below_six")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from fp4.checkpoint.files import INDEX_NAME
+from fp4.checkpoint.io.headers import INDEX_NAME
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4.checkpoint import CODECS, LayerScheme, codec_for
-from fp4.checkpoint.codec import StoredLinear, as_stored, name_rotation, store_multiplied, store_reciprocal
-from fp4.checkpoint.files import Checkpoint, load
+from fp4.checkpoint.formats.codec import StoredLinear, as_stored, name_rotation, store_multiplied, store_reciprocal
+from fp4.checkpoint.formats.modelopt import ModelOptCodec
+from fp4.checkpoint.io.headers import Checkpoint, load
 from fp4.checkpoint.layers import packed_layers, peek
-from fp4.checkpoint.modelopt import ModelOptCodec
-from fp4.formats import MXFP4, NVFP4, QuantizedTensor, dequantize, quantize
-from fp4.rotation import hadamard
+from fp4.numerics.formats import MXFP4, NVFP4, QuantizedTensor, dequantize, quantize
+from fp4.numerics.rotation import hadamard
 
 # name, packed layers, scheme of all of them
 FIXTURES = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from fp4.checkpoint import LayerScheme, codec_for
-from fp4.checkpoint.auto_round import AutoRoundCodec
-from fp4.checkpoint.compressed_tensors import CompressedTensorsCodec
-from fp4.checkpoint.modelopt import ModelOptCodec, excluded
-from fp4.formats import MXFP4, NVFP4
+from fp4.checkpoint.formats.auto_round import AutoRoundCodec
+from fp4.checkpoint.formats.compressed_tensors import CompressedTensorsCodec
+from fp4.checkpoint.formats.modelopt import ModelOptCodec, excluded
+from fp4.numerics.formats import MXFP4, NVFP4
 
 
 def test_compressed_tensors_targets_and_ignore() -> None:

@@ -18,12 +18,12 @@ from transformers.quantizers import auto
 
 from fp4 import CheckpointConfig, CheckpointHfQuantizer, FP4Linear, FPQuantConfig, backends
 from fp4.checkpoint import codec_for
-from fp4.checkpoint.files import Checkpoint, load
+from fp4.checkpoint.io.headers import Checkpoint, load
 from fp4.checkpoint.layers import packed_layers
-from fp4.formats import dequantize
+from fp4.integrations.transformers.prequantized import takes_over
 from fp4.nn import PackedWeight
-from fp4.quantizer.checkpoints import takes_over
-from fp4.rotation import rotate
+from fp4.numerics.formats import dequantize
+from fp4.numerics.rotation import rotate
 
 # name, dtype of its unquantized tensors, activations in the checkpoint
 FIXTURES = [
@@ -155,7 +155,7 @@ def test_logits_are_those_of_the_dequantized_model(
 def test_rotation_of_a_transform_config_is_applied(
     shared: Callable[[str], Path], token_ids: torch.Tensor, tmp_path: Path
 ) -> None:
-    from fp4.convert import convert
+    from fp4.checkpoint.convert import convert
 
     source = from_pretrained(shared("fixtures/fpquant-nvfp"), dtype=torch.float32)
     convert(shared("fixtures/fpquant-nvfp"), tmp_path / "out", "compressed-tensors")

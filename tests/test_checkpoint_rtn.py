@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from fp4 import FPQuantConfig
 from fp4.checkpoint import codec_for
-from fp4.checkpoint.codec import StoredLinear
-from fp4.checkpoint.files import Checkpoint, load
+from fp4.checkpoint.formats.codec import StoredLinear
 from fp4.checkpoint.fusing import fused_groups
+from fp4.checkpoint.io.headers import Checkpoint, load
 from fp4.checkpoint.layers import packed_layers
-from fp4.elements import decode_e2m1, encode_e2m1, encode_e4m3, pack_codes, unpack_codes
-from fp4.formats import FP8, MXFP4, NVFP4, QuantizedTensor, effective_scales, global_scale_for, quantize
-from fp4.rotation import rotate
-from fp4.tool_rules import TOOL_RULES, tool_quantize
+from fp4.numerics.elements import decode_e2m1, encode_e2m1, encode_e4m3, pack_codes, unpack_codes
+from fp4.numerics.formats import FP8, MXFP4, NVFP4, QuantizedTensor, effective_scales, global_scale_for, quantize
+from fp4.numerics.rotation import rotate
+from fp4.numerics.tool_rounding import TOOL_RULES, tool_quantize
 
 
 def layers_of(folder: Path, source: Path) -> list[tuple[torch.Tensor, torch.Tensor, StoredLinear]]:

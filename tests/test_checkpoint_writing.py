@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fp4 import CheckpointConfig, FP4Linear, FPQuantConfig
 from fp4.checkpoint.fusing import fused_groups
-from fp4.inspection import inspect
+from fp4.checkpoint.inspect import inspect
 
 FORMATS = ("compressed-tensors", "modelopt", "auto-round")
 

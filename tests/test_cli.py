@@ -93,7 +93,7 @@ def test_evaluate_and_report(packed: Path, llama: Path, shared: Callable[[str], 
 
 
 def test_report_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith(("matplotlib", "fp4.report.p"))]:
+    for name in [name for name in sys.modules if name.startswith(("matplotlib", "fp4.quality.report_p"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = CliRunner().invoke(app, ["report", "anything"])

@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from fp4 import FPQuantConfig
 from fp4.config import _OVERRIDABLE
-from fp4.formats import FORMATS, MXFP4, NVFP4
+from fp4.numerics.formats import FORMATS, MXFP4, NVFP4
 from fp4.scheme import SCHEMES, Scheme
 
 

@@ -13,7 +13,7 @@ import transformers
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from fp4 import FPQuantConfig
-from fp4.formats import FORMATS, MXFP4
+from fp4.numerics.formats import FORMATS, MXFP4
 from fp4.scheme import Scheme
 
 StockConfig = transformers.FPQuantConfig

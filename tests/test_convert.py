@@ -1,4 +1,4 @@
-"""fp4.convert: values and bytes kept over every path between formats, and nothing half written."""
+"""fp4.checkpoint.convert: values and bytes kept over every path between formats, and nothing half written."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from shards import sharded, tensors_of
 
 from fp4.checkpoint import codec_for
-from fp4.checkpoint.files import INDEX_NAME, Checkpoint, load, read_header
+from fp4.checkpoint.convert import FORMATS, convert
+from fp4.checkpoint.io.headers import INDEX_NAME, Checkpoint, load, read_header
+from fp4.checkpoint.io.shards import ShardWriter, Spec
 from fp4.checkpoint.layers import packed_layers
-from fp4.checkpoint.writing import ShardWriter, Spec
-from fp4.convert import FORMATS, convert
-from fp4.formats import dequantize
+from fp4.numerics.formats import dequantize
 
 
 def assert_same_bytes(found: Path, expected: Path) -> None:
@@ -249,7 +249,7 @@ def test_an_interrupted_conversion_goes_on(packed: Path, tmp_path: Path, monkeyp
 CONVERT = """
 import os, re, signal, sys
 from pathlib import Path
-from fp4.convert import convert
+from fp4.checkpoint.convert import convert
 
 def status(key):
     return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10

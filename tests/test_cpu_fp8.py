@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from test_cpu_kernels import BACKEND, DTYPES, assert_product, rotated
 from torch import Tensor
 
-from fp4 import formats, rotation
-from fp4.formats import QuantizedTensor
+from fp4.numerics import formats, rotation
+from fp4.numerics.formats import QuantizedTensor
 
 pytestmark = pytest.mark.skipif(BACKEND.unavailable() is not None, reason=str(BACKEND.unavailable()))
 

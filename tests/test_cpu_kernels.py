@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp4 import elements, formats, rotation
 from fp4.backends import cpu, reference
-from fp4.formats import FORMATS, MXFP4, NVFP4, Format, QuantizedTensor
+from fp4.numerics import elements, formats, rotation
+from fp4.numerics.formats import FORMATS, MXFP4, NVFP4, Format, QuantizedTensor
 
 BACKEND = cpu.CpuBackend()
 pytestmark = pytest.mark.skipif(BACKEND.unavailable() is not None, reason=str(BACKEND.unavailable()))

@@ -1,4 +1,4 @@
-"""The CPU kernels of quantize and dequantize against fp4.formats: equal to the bit on every instruction-set path."""
+"""The CPU kernels of quantize and dequantize equal fp4.numerics.formats to the bit, on every instruction-set path."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp4 import formats, ops
+from fp4 import ops
 from fp4.backends import cpu
-from fp4.formats import FORMATS, MXFP4, NVFP4, Format
+from fp4.numerics import formats
+from fp4.numerics.formats import FORMATS, MXFP4, NVFP4, Format
 
 pytestmark = pytest.mark.skipif(cpu.isa() is None, reason="the CPU kernels are not built")
 

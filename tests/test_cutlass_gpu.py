@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4 import formats, ops
+from fp4 import ops
 from fp4.backends import reference
 from fp4.backends.cutlass import CutlassBackend
-from fp4.formats import FORMATS, NVFP4, Format, QuantizedTensor
-from fp4.rotation import hadamard
+from fp4.numerics import formats
+from fp4.numerics.formats import FORMATS, NVFP4, Format, QuantizedTensor
+from fp4.numerics.rotation import hadamard
 from fp4.scheme import Scheme
 
 BACKEND = CutlassBackend()

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp4 import backends, formats
+from fp4 import backends
 from fp4.backends.cutlass import CutlassBackend, swizzle, unswizzle
-from fp4.formats import FORMATS, Format
+from fp4.numerics import formats
+from fp4.numerics.formats import FORMATS, Format
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc" / "cuda"

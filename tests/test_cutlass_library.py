@@ -15,7 +15,7 @@ import torch
 
 from fp4 import backends
 from fp4.backends import cutlass
-from fp4.formats import FORMATS, MXFP4, NVFP4, Format
+from fp4.numerics.formats import FORMATS, MXFP4, NVFP4, Format
 from fp4.scheme import Scheme
 
 BACKEND = cutlass.CutlassBackend()

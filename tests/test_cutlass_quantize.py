@@ -1,4 +1,4 @@
-"""The CUDA quantization kernels, run on the host thread by thread (csrc/cuda/host): ``fp4.formats`` to the bit."""
+"""The CUDA quantization kernels, run on the host thread by thread (csrc/cuda/host), equal the reference to the bit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4 import elements, formats
 from fp4.backends.cutlass import swizzle
-from fp4.formats import FORMATS, MXFP4, NVFP4, Format
-from fp4.rotation import hadamard, rotate
+from fp4.numerics import elements, formats
+from fp4.numerics.formats import FORMATS, MXFP4, NVFP4, Format
+from fp4.numerics.rotation import hadamard, rotate
 
 CSRC = Path(__file__).parent.parent / "csrc" / "cuda"
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the kernels with")

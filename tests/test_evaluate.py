@@ -1,4 +1,4 @@
-"""fp4.evaluate against token-by-token arithmetic, and on checkpoints of other tools."""
+"""fp4.quality.evaluate against token-by-token arithmetic, and on checkpoints of other tools."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fp4 import evaluate as evaluation
-from fp4.evaluate import compare, evaluate, perplexity, split_windows
+from fp4.quality import evaluate as evaluation
+from fp4.quality.evaluate import compare, evaluate, perplexity, split_windows
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 
-from fp4.formats import MXFP4, NVFP4
 from fp4.nn import FP4Experts
-from fp4.nn.layout import layout_of
+from fp4.nn.expert_layout import layout_of
+from fp4.numerics.formats import MXFP4, NVFP4
 from fp4.scheme import Scheme
 
 EXPERTS, HIDDEN, INTERMEDIATE = 6, 64, 96

@@ -10,9 +10,9 @@ import transformers
 from moe import FAMILIES, make_moe
 
 from fp4 import FPQuantConfig
+from fp4.integrations.transformers.coverage import Coverage
+from fp4.integrations.transformers.quantizer import FPQuantHfQuantizer
 from fp4.nn import FP4Experts
-from fp4.quantizer.coverage import Coverage
-from fp4.quantizer.fp_quant import FPQuantHfQuantizer
 
 
 def coverage(model: transformers.PreTrainedModel, config: FPQuantConfig) -> Coverage:

@@ -17,10 +17,10 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from fp4 import FPQuantConfig
 from fp4.checkpoint import codec_for
-from fp4.checkpoint.files import Checkpoint, load
-from fp4.convert import convert
-from fp4.formats import MXFP4, dequantize, quantize
+from fp4.checkpoint.convert import convert
+from fp4.checkpoint.io.headers import Checkpoint, load
 from fp4.nn import FP4Experts, FP4Linear
+from fp4.numerics.formats import MXFP4, dequantize, quantize
 
 
 def experts_of(model: nn.Module) -> dict[str, FP4Experts]:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import fp4
 from fp4 import FPQuantConfig
-from fp4.calibration.experts import SeparateExperts, every_token
+from fp4.calibration.expert_linears import SeparateExperts, every_token
 from fp4.nn import FP4Experts
-from fp4.nn.layout import layout_of
+from fp4.nn.expert_layout import layout_of
 from fp4.pipeline import Job
 
 

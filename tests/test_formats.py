@@ -1,4 +1,4 @@
-"""fp4.formats against naive arithmetic that shares no code with it: codes, whole tensors and products."""
+"""fp4.numerics.formats against naive arithmetic that shares no code with it: codes, whole tensors and products."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp4 import backends, formats
-from fp4.elements import E2M1_VALUES, decode_e2m1, encode_e2m1, pack_codes, unpack_codes
-from fp4.formats import (
+from fp4 import backends
+from fp4.numerics import formats
+from fp4.numerics.elements import E2M1_VALUES, decode_e2m1, encode_e2m1, pack_codes, unpack_codes
+from fp4.numerics.formats import (
     MXFP4,
     NVFP4,
     Format,
@@ -23,8 +24,8 @@ from fp4.formats import (
     largest_magnitude,
     quantize,
 )
-from fp4.methods.rtn import rtn
-from fp4.rotation import hadamard, rotate
+from fp4.numerics.rotation import hadamard, rotate
+from fp4.rounding import round_to_nearest
 from fp4.scheme import Scheme
 
 # --- codes -----------------------------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ def test_w4a4_is_the_product_of_independently_quantized_matrices(fmt: Format, ru
     x[:, 7] *= 30
     bias = torch.randn(24, generator=generator)
     rotation = hadamard(32).float() if rotated else None
-    triple = rtn(weight, Scheme(fmt, rule), rotation)
+    triple = round_to_nearest(weight, Scheme(fmt, rule), rotation)
     if rotation is not None:
         weight, x_rotated = rotate(weight, rotation), rotate(x, rotation)
     else:

@@ -1,4 +1,4 @@
-"""fp4.formats at the edges: zeros, subnormals, outliers, NaN and infinity, and input that is refused."""
+"""fp4.numerics.formats at the edges: zeros, subnormals, outliers, NaN and infinity, and input that is refused."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from blocks import RULES, bits, each_format, each_rule
 
-from fp4.elements import unpack_codes
-from fp4.formats import (
+from fp4.numerics.elements import unpack_codes
+from fp4.numerics.formats import (
     FP8,
     MXFP4,
     NVFP4,
@@ -20,8 +20,8 @@ from fp4.formats import (
     quantize,
     require_finite,
 )
-from fp4.methods.rtn import rtn
-from fp4.rotation import hadamard
+from fp4.numerics.rotation import hadamard
+from fp4.rounding import round_to_nearest
 from fp4.scheme import Scheme
 
 # --- peculiar values -------------------------------------------------------------------------------------------------
@@ -119,9 +119,11 @@ def test_nan_or_infinity_in_a_weight_is_an_error_that_names_it(bad: float, dtype
         require_finite(weight, "model.layers.3.up_proj.weight")
     for fmt, rule in RULES:
         with pytest.raises(ValueError, match="down_proj"):
-            rtn(weight, Scheme(fmt, rule), name="down_proj")
+            round_to_nearest(weight, Scheme(fmt, rule), name="down_proj")
         with pytest.raises(ValueError, match="down_proj"):
-            rtn(weight, Scheme(fmt, rule, rotation="hadamard", group_size=32), hadamard(32), name="down_proj")
+            round_to_nearest(
+                weight, Scheme(fmt, rule, rotation="hadamard", group_size=32), hadamard(32), name="down_proj"
+            )
 
 
 def test_an_empty_weight_is_finite() -> None:

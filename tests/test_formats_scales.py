@@ -1,4 +1,4 @@
-"""Block scales and global scales of fp4.formats, against naive arithmetic block by block."""
+"""Block scales and global scales of fp4.numerics.formats, against naive arithmetic block by block."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp4.elements import encode_e4m3, encode_e8m0
-from fp4.formats import (
+from fp4.numerics.elements import encode_e4m3, encode_e8m0
+from fp4.numerics.formats import (
     FORMATS,
     MXFP4,
     NVFP4,

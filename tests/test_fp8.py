@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fp4 import backends
-from fp4.checkpoint.files import Checkpoint, load
-from fp4.formats import FP8, NVFP4, dequantize, fake_quantize_fp8, quantize
-from fp4.methods.rtn import rtn
+from fp4.checkpoint.io.headers import Checkpoint, load
 from fp4.nn import FP4Linear
+from fp4.numerics.formats import FP8, NVFP4, dequantize, fake_quantize_fp8, quantize
+from fp4.rounding import round_to_nearest
 from fp4.scheme import Scheme
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -80,7 +80,7 @@ def test_nan_and_infinity_are_never_hidden_and_never_crash() -> None:
     assert bool(values[1].isnan().all())
     assert not bool(values[2].isfinite().all())
     with pytest.raises(ValueError, match=r"layer\.weight holds 1 NaN or infinite"):
-        rtn(x[:2], Scheme(FP8), name="layer.weight")
+        round_to_nearest(x[:2], Scheme(FP8), name="layer.weight")
 
 
 def test_leading_axes_and_empty_tensors() -> None:
@@ -132,7 +132,7 @@ def test_rtn_gives_the_bytes_of_llm_compressor(shared: Callable[[str], Path]) ->
     layers = [name.removesuffix("_scale") for name in theirs if name.endswith(".weight_scale")]
     assert len(layers) == 14
     for name in layers:
-        codes, scales, _ = rtn(load(source[name]), Scheme(FP8))
+        codes, scales, _ = round_to_nearest(load(source[name]), Scheme(FP8))
         assert torch.equal(codes.view(torch.uint8), load(theirs[name]).view(torch.uint8))
         assert scales.dtype == torch.bfloat16
         assert torch.equal(scales, load(theirs[f"{name}_scale"]))
@@ -142,8 +142,8 @@ def test_rtn_of_stacked_experts_gives_the_bytes_of_llm_compressor(shared: Callab
     theirs = Checkpoint.open(shared("fixtures/llmcompressor-FP8_DYNAMIC-granitemoehybrid")).tensors
     source = Checkpoint.open(shared("fixtures/source-granitemoehybrid")).tensors
     moe = "model.layers.0.block_sparse_moe"
-    gate_up = rtn(load(source[f"{moe}.input_linear.weight"]), Scheme(FP8))
-    down = rtn(load(source[f"{moe}.output_linear.weight"]), Scheme(FP8))
+    gate_up = round_to_nearest(load(source[f"{moe}.input_linear.weight"]), Scheme(FP8))
+    down = round_to_nearest(load(source[f"{moe}.output_linear.weight"]), Scheme(FP8))
     for expert in range(8):
         for name, found in (("gate_proj", gate_up), ("up_proj", gate_up), ("down_proj", down)):
             rows = slice(256, 512) if name == "up_proj" else slice(0, 256)

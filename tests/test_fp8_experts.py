@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 from fp4 import FP4Linear, FPQuantConfig
 from fp4.checkpoint import codec_for
-from fp4.checkpoint.files import Checkpoint
+from fp4.checkpoint.convert import convert
+from fp4.checkpoint.inspect import inspect
+from fp4.checkpoint.io.headers import Checkpoint
 from fp4.cli import app
-from fp4.convert import convert
-from fp4.formats import FP8, NVFP4, dequantize, fake_quantize_fp8
-from fp4.inspection import inspect
 from fp4.nn import FP4Experts, FP4GroupedLinear
+from fp4.numerics.formats import FP8, NVFP4, dequantize, fake_quantize_fp8
 from fp4.scheme import SCHEMES
 
 FIXTURE = "fixtures/llmcompressor-FP8_DYNAMIC-granitemoehybrid"

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from fp4 import FP4Linear, FPQuantConfig
-from fp4.convert import convert
-from fp4.formats import FP8, NVFP4
-from fp4.inspection import inspect
+from fp4.checkpoint.convert import convert
+from fp4.checkpoint.inspect import inspect
+from fp4.numerics.formats import FP8, NVFP4
 
 HOLDERS = ("fp_quant", "compressed-tensors", "modelopt")
 MIXED = {"*.self_attn.*": {"scheme": "fp8_dynamic"}}

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fp4 import MXFP4, NVFP4, FPQuantConfig
-from fp4.formats import FP8
 from fp4.nn import FP4GroupedLinear, FP4Linear
-from fp4.nn.packed import frozen
+from fp4.nn.packed_weight import frozen
+from fp4.numerics.formats import FP8
 from fp4.scheme import Scheme
 
 SCHEMES = {

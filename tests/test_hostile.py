@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 
 import fp4
 from fp4 import FPQuantConfig
-from fp4.checkpoint.files import INDEX_NAME, Checkpoint
-from fp4.convert import convert
-from fp4.inspection import inspect
+from fp4.checkpoint.convert import convert
+from fp4.checkpoint.inspect import inspect
+from fp4.checkpoint.io.headers import INDEX_NAME, Checkpoint
 
 
 def load_packed(source: Path, out: Path) -> object:

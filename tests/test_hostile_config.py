@@ -12,8 +12,8 @@ import pytest
 
 from fp4 import FPQuantConfig
 from fp4.checkpoint import codec_for
-from fp4.checkpoint.files import Checkpoint
-from fp4.quantizer.checkpoints import takes_over
+from fp4.checkpoint.io.headers import Checkpoint
+from fp4.integrations.transformers.prequantized import takes_over
 
 JUNK: list[Any] = [None, True, -1, 3, 1e300, "", "x", "re:(", "Linear", [], [3], [[]], {}, {"x": 3}, {"weights": [{}]}]
 CONFIGURED = [

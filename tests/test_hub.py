@@ -17,8 +17,8 @@ from small_models import save_small, save_text
 from transformers import AutoModelForCausalLM
 
 from fp4 import FPQuantConfig
-from fp4.convert import convert
-from fp4.inspection import inspect
+from fp4.checkpoint.convert import convert
+from fp4.checkpoint.inspect import inspect
 
 TOKEN = "hf_secret"
 
@@ -30,9 +30,9 @@ import fp4, torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 from fp4.cli import app
-from fp4.convert import convert
-from fp4.evaluate import evaluate
-from fp4.inspection import inspect
+from fp4.checkpoint.convert import convert
+from fp4.quality.evaluate import evaluate
+from fp4.checkpoint.inspect import inspect
 from fp4.pipeline.job import Hub
 
 token, root, text = sys.argv[1], Path(sys.argv[2]), sys.argv[3]

@@ -1,4 +1,4 @@
-"""fp4.inspection: what it says of other tools' checkpoints, and of damaged ones."""
+"""fp4.checkpoint.inspect: what it says of other tools' checkpoints, and of damaged ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fp4.convert import convert
-from fp4.inspection import inspect
+from fp4.checkpoint.convert import convert
+from fp4.checkpoint.inspect import inspect
 
 FIXTURES = {
     "llmcompressor-NVFP4": ("compressed-tensors", {"nvfp4": 14}, 4.51),

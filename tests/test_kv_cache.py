@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fp4 import FP4Linear
+from fp4.checkpoint.convert import convert
+from fp4.checkpoint.inspect import inspect
 from fp4.checkpoint.kv_cache import cache_tensors, renamed
-from fp4.convert import convert
-from fp4.inspection import inspect
 
 FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
 

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from fp4.formats import FP8, MXFP4, NVFP4, Format, QuantizedTensor, dequantize, quantize
-from fp4.report import layer_stats
-from fp4.report.layer_stats import layer_statistics
-from fp4.rotation import hadamard, rotate
+from fp4.numerics.formats import FP8, MXFP4, NVFP4, Format, QuantizedTensor, dequantize, quantize
+from fp4.numerics.rotation import hadamard, rotate
+from fp4.quality import layer_statistics as layer_stats
+from fp4.quality.layer_statistics import layer_statistics
 
 
 def test_a_weight_on_the_grid_loses_nothing() -> None:

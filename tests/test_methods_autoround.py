@@ -5,12 +5,12 @@ import torch
 from test_methods_block import SCHEMES, make_block, scheme_id
 from torch import Tensor, nn
 
-from fp4 import elements
-from fp4.formats import MXFP4, NVFP4, Format, effective_scales
 from fp4.methods import METHODS, Block, LayerResult
 from fp4.methods.autoround import AutoRoundOptions, autoround_block, into_cells, learn, output_error
 from fp4.methods.grid import nearest
 from fp4.methods.rtn import RTNOptions, rtn_block
+from fp4.numerics import elements
+from fp4.numerics.formats import MXFP4, NVFP4, Format, effective_scales
 from fp4.scheme import Scheme
 
 

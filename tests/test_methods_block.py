@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp4 import formats
-from fp4.formats import MXFP4, NVFP4
+from fp4.calibration.block import emulated
 from fp4.methods import METHODS, Block
-from fp4.methods.block import emulated
-from fp4.rotation import hadamard, rotate
+from fp4.numerics import formats
+from fp4.numerics.formats import MXFP4, NVFP4
+from fp4.numerics.rotation import hadamard, rotate
 from fp4.scheme import Scheme
 
 

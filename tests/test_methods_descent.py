@@ -6,12 +6,12 @@ import pytest
 import torch
 from test_methods_gptq import FORMATS, correlated, cost, moments_of, unit_of, weight_of
 
-from fp4 import formats
-from fp4.formats import NVFP4, Format, QuantizedTensor
 from fp4.methods.descent import Rounded, descend, forward_sweep
 from fp4.methods.gptq import gptq
 from fp4.methods.grid import assemble
 from fp4.methods.hessian import Objective, objective
+from fp4.numerics import formats
+from fp4.numerics.formats import NVFP4, Format, QuantizedTensor
 
 
 def canonical(rounded: Rounded, unit: torch.Tensor | None) -> QuantizedTensor:

@@ -5,10 +5,10 @@ import torch
 from test_methods_block import LAYERS, make_block
 from torch import Tensor, nn
 
-from fp4.formats import NVFP4
+from fp4.calibration.channel_statistics import survey
 from fp4.methods import Block
 from fp4.methods.equalise import equalise
-from fp4.methods.survey import survey
+from fp4.numerics.formats import NVFP4
 from fp4.scheme import Scheme
 
 SCHEME = Scheme(NVFP4, "mse", "fp4")

@@ -10,11 +10,11 @@ import torch
 from moe import make_moe
 from torch import Tensor
 
-from fp4.calibration.experts import SeparateExperts
-from fp4.formats import MXFP4, NVFP4
+from fp4.calibration.expert_linears import SeparateExperts
+from fp4.calibration.layer_order import observe, stages
 from fp4.methods import METHODS, Block, LayerResult
-from fp4.methods.walk import observe, stages
-from fp4.nn.layout import layout_of
+from fp4.nn.expert_layout import layout_of
+from fp4.numerics.formats import MXFP4, NVFP4
 from fp4.scheme import Scheme
 
 SCHEMES = [
@@ -119,7 +119,7 @@ def test_second_moments_take_no_more_memory_than_the_block(monkeypatch: pytest.M
     passes: list[int] = []
     run = block.run
     block.run = lambda hidden, batch: passes.append(batch) or run(hidden, batch)
-    monkeypatch.setattr("fp4.methods.walk._room", lambda block: 3 * 64**2)
+    monkeypatch.setattr("fp4.calibration.layer_order._room", lambda block: 3 * 64**2)
     for layers, moments in observe(block, down, {}, {}, cross=False):
         assert torch.equal(moments.hessian, at_once[layers[0]])
     assert passes == [0, 1] * 3

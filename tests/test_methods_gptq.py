@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4 import elements, formats
 from fp4.calibration.observers import SecondMoments
-from fp4.formats import MXFP4, NVFP4, Format, QuantizedTensor
 from fp4.methods.gptq import gptq, search_scales
 from fp4.methods.grid import nearest
 from fp4.methods.hessian import Objective, objective, shifted
+from fp4.numerics import elements, formats
+from fp4.numerics.formats import MXFP4, NVFP4, Format, QuantizedTensor
 
 FORMATS = [NVFP4, MXFP4]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fp4.report.model_card import model_card, refresh_model_card, write_model_card
+from fp4.quality.model_card import model_card, refresh_model_card, write_model_card
 
 REPORT: dict[str, Any] = {
     "version": 1,

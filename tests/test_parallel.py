@@ -19,7 +19,7 @@ from torch.multiprocessing import get_context
 
 from fp4 import FPQuantConfig
 from fp4.nn import PackedWeight
-from fp4.nn.split import Split
+from fp4.nn.rank_share import Split
 
 pytest.importorskip("transformers.distributed.parallel_utils")
 

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import fp4
 from fp4 import FP4Linear, FPQuantConfig
 from fp4.calibration.data import load_samples
-from fp4.checkpoint.files import Checkpoint
+from fp4.checkpoint.io.headers import Checkpoint
 from fp4.pipeline import Job
-from fp4.pipeline.capture import capture, output_of, result_form
+from fp4.pipeline.block_inputs import capture, output_of, result_form
 from fp4.pipeline.skeleton import Skeleton
 
 
@@ -328,7 +328,7 @@ def test_a_truncated_shard(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fp4.checkpoint.writing import ShardWriter
+    from fp4.checkpoint.io.shards import ShardWriter
 
     def fail(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
         raise OSError(28, "No space left on device")

@@ -31,7 +31,7 @@ import torch
 torch.set_num_threads(1)
 import fp4
 from fp4 import cli
-from fp4.pipeline.blocks import BlockCalibration
+from fp4.pipeline.calibrate import BlockCalibration
 from safetensors import safe_open
 
 arguments, out = json.loads(sys.argv[1]), Path(sys.argv[2])

@@ -15,10 +15,10 @@ from small_models import save_small, save_text
 from torch import Tensor
 
 import fp4
-from fp4.checkpoint.writing import ShardWriter
-from fp4.pipeline import hidden, skeleton
-from fp4.pipeline.blocks import BlockCalibration
-from fp4.pipeline.hidden import HiddenStates
+from fp4.checkpoint.io.shards import ShardWriter
+from fp4.pipeline import skeleton
+from fp4.pipeline.calibrate import BlockCalibration
+from fp4.pipeline.hidden_states import HiddenStates
 
 SETTINGS: dict[str, Any] = {"samples": 3, "seq_len": 32, "device": "cpu"}
 
@@ -177,7 +177,7 @@ def test_hidden_states_that_do_not_fit_stay_on_disk(
         original(self, value)
         kept.append(bool(self._kept))
 
-    monkeypatch.setattr(hidden.HiddenStates, "append", append)
+    monkeypatch.setattr(hidden_states.HiddenStates, "append", append)
     for name, limit in (("roomy", "4GiB"), ("tight", "16KB")):
         kept.clear()
         fp4.quantize(

@@ -13,8 +13,8 @@ from torch import nn
 
 import fp4
 from fp4.methods import METHODS
-from fp4.pipeline import blocks
-from fp4.pipeline.half import computed_wide, halve
+from fp4.pipeline import calibrate
+from fp4.pipeline.half_precision import computed_wide, halve
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -50,16 +50,16 @@ def test_bytes_do_not_depend_on_it(method: str, tmp_path: Path, monkeypatch: pyt
     if method == "autoround":
         options["options"] = {"iters": 3}
     held: set[torch.dtype] = set()
-    original = blocks.computed_wide
+    original = calibrate.computed_wide
 
     def observed(linears: list[nn.Linear]) -> AbstractContextManager[None]:
         held.update(linear.weight.dtype for linear in linears)
         return original(linears)
 
-    monkeypatch.setattr(blocks, "computed_wide", observed)
+    monkeypatch.setattr(calibrate, "computed_wide", observed)
     fp4.quantize(model, tmp_path / "half", "nvfp4", method, text, **options)
     assert held == {torch.bfloat16}
-    monkeypatch.setattr(blocks, "halve", lambda parameter, stored: None)
+    monkeypatch.setattr(calibrate, "halve", lambda parameter, stored: None)
     held.clear()
     fp4.quantize(model, tmp_path / "wide", "nvfp4", method, text, **options)
     assert held == {torch.float32}

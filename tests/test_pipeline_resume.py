@@ -91,7 +91,7 @@ def test_killed_at_random_points(scheme: str, method: str, tmp_path: Path) -> No
 
 
 def test_finished_blocks_are_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fp4.pipeline.blocks import BlockCalibration
+    from fp4.pipeline.calibrate import BlockCalibration
 
     model, text = save_small("llama", tmp_path / "model"), save_text(tmp_path)
     computed: list[int] = []
@@ -124,7 +124,7 @@ def test_same_seed_same_bytes(method: str, tmp_path: Path) -> None:
 
 
 def test_only_one_process_works_in_a_folder(tmp_path: Path) -> None:
-    from fp4.pipeline.staging import Staging
+    from fp4.checkpoint.io.staging import Staging
 
     first = Staging(tmp_path / "out", {"a": 1}, False)
     with pytest.raises(ValueError, match="another process is at work"):

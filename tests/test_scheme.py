@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fp4.checkpoint import CODECS, LayerScheme, StoredLinear
-from fp4.formats import FP8, MXFP4, NVFP4, dequantize, quantize
-from fp4.methods.rtn import rtn
+from fp4.numerics.formats import FP8, MXFP4, NVFP4, dequantize, quantize
+from fp4.rounding import round_to_nearest
 from fp4.scheme import SCHEMES, Scheme
 
 
@@ -52,7 +52,7 @@ def test_what_k_must_be_a_multiple_of() -> None:
 
 def test_wide_blocks_share_the_scale_of_all_their_elements() -> None:
     weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
-    codes, scales, global_scale = rtn(weight, Scheme(NVFP4, block_size=32))
+    codes, scales, global_scale = round_to_nearest(weight, Scheme(NVFP4, block_size=32))
     assert scales.shape == (8, 8)
     pairs = scales.view(torch.uint8).unflatten(-1, (-1, 2))
     assert torch.equal(pairs[..., 0], pairs[..., 1])
@@ -67,7 +67,7 @@ def test_wide_blocks_share_the_scale_of_all_their_elements() -> None:
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_preferred_format_holds_it(name: str) -> None:
     preset = SCHEMES[name]
-    weight = rtn(torch.randn(32, 64), preset.scheme)
+    weight = round_to_nearest(torch.randn(32, 64), preset.scheme)
     input_scale = None
     if preset.scheme.activations != "model" and preset.scheme.format is NVFP4:
         input_scale = torch.tensor(2.0**-8, dtype=torch.float64)

@@ -10,10 +10,10 @@ from small_models import train
 from transformers import AutoModelForCausalLM
 
 from fp4 import MXFP4, NVFP4, FPQuantConfig, dequantize
-from fp4.formats import quantize
 from fp4.nn import FP4Linear, FP4MasterLinear
+from fp4.nn.straight_through import fake_quantize
+from fp4.numerics.formats import quantize
 from fp4.scheme import Scheme
-from fp4.training import fake_quantize
 
 
 def test_forward_values_are_the_quantized_ones_and_gradients_go_straight_through() -> None:

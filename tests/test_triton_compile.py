@@ -15,13 +15,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fp4.backends.triton.blocks import launch_of, quantize_blocks
+from fp4.backends.triton.largest_magnitude import _magnitudes, tile_of
 from fp4.backends.triton.linear import HOPPER_TILINGS, SCALED_TILINGS, SMALL_SCALED_TILINGS, TILINGS, Tiling
-from fp4.backends.triton.magnitude import _magnitudes, tile_of
 from fp4.backends.triton.matmul import add_partial_sums, multiply
 from fp4.backends.triton.quantize import CANONICAL, INTERLEAVED, ROTATED, VALUES, _dequantize, _quantize
+from fp4.backends.triton.quantize_blocks import launch_of, quantize_blocks
 from fp4.backends.triton.scaled import multiply_scaled
-from fp4.formats import MXFP4, NVFP4
+from fp4.numerics.formats import MXFP4, NVFP4
 
 CONSTANTS = ("MX", "PARTS", "SHUFFLED", "UNIT_BY_ROW", "BE", "BM", "SLICES", "PANELS", "CHUNKS", "SPLIT")
 ALIGNED = ("N", "K", "chunks", "scale_stride", "width")

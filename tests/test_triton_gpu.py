@@ -19,10 +19,10 @@ import torch
 from test_triton_kernels import BACKEND, FORMAT, RULES, assert_product, packed, random_weight
 from torch import Tensor, nn
 
-from fp4 import formats, rotation
 from fp4.backends import BACKENDS, reference
-from fp4.formats import MXFP4, NVFP4, Format
 from fp4.nn.linear import FP4Linear
+from fp4.numerics import formats, rotation
+from fp4.numerics.formats import MXFP4, NVFP4, Format
 from fp4.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(

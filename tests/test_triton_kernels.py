@@ -1,4 +1,4 @@
-"""The Triton kernels against ``fp4.formats`` and float64 products on the CPU.
+"""The Triton kernels against ``fp4.numerics.formats`` and float64 products on the CPU.
 
 They run on a CUDA GPU where there is one, and on the CPU by Triton's interpreter where TRITON_INTERPRET=1 says so
 (``make pytest-triton`` does, and provides Triton).
@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4 import elements, formats, rotation
 from fp4.backends import BACKENDS, reference
-from fp4.formats import MXFP4, NVFP4, Format, QuantizedTensor
 from fp4.nn.linear import FP4Linear
+from fp4.numerics import elements, formats, rotation
+from fp4.numerics.formats import MXFP4, NVFP4, Format, QuantizedTensor
 from fp4.scheme import Scheme
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import fp4
 from fp4 import FPQuantConfig
-from fp4.convert import convert
+from fp4.checkpoint.convert import convert
 
 # packed_modules_mapping of the Llama, Qwen and Mixtral families.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

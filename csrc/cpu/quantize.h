@@ -1,4 +1,4 @@
-// Quantization and dequantization of the canonical form, to the bit as src/fp4/formats.py defines it. No torch here.
+// Quantization and dequantization of the canonical form, to the bit as src/fp4/numerics/formats.py defines it. No torch here.
 //
 // Everything works on a contiguous run of blocks: a tensor [..., K] is rows * K / block_size of them, so a caller splits
 // work by blocks (multiples of kBlockGroup keep the vector paths whole) and gives each range of blocks to a thread.

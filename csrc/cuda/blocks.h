@@ -1,4 +1,4 @@
-// One block of values: its scale by every rule of src/fp4/formats.py, and its codes, on the GPU and on the host as
+// One block of values: its scale by every rule of src/fp4/numerics/formats.py, and its codes, on the GPU and on the host as
 // numerics.h is.
 #pragma once
 

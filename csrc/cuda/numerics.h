@@ -1,4 +1,4 @@
-// The arithmetic of src/fp4/formats.py for numbers, codes and scales, on the GPU and, compiled by any C++ compiler, on
+// The arithmetic of src/fp4/numerics/formats.py for numbers, codes and scales, on the GPU and, compiled by any C++ compiler, on
 // the host, where tests hold it to the reference. On the host compile with -ffp-contract=off.
 #pragma once
 

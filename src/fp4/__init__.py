@@ -1,10 +1,10 @@
 """fp4: models in 4-bit floating point. Importing it registers the quantizer with Transformers."""
 
 from fp4.config import FPQuantConfig
-from fp4.formats import MXFP4, NVFP4, Format, QuantizedTensor, dequantize
+from fp4.integrations.transformers import CheckpointConfig, CheckpointHfQuantizer, FPQuantHfQuantizer, register
 from fp4.nn import FP4Experts, FP4Linear
+from fp4.numerics.formats import MXFP4, NVFP4, Format, QuantizedTensor, dequantize
 from fp4.pipeline import quantize
-from fp4.quantizer import CheckpointConfig, CheckpointHfQuantizer, FPQuantHfQuantizer, register
 
 __version__ = "0.1.0"
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
-from fp4.formats import FP8, MXFP4, NVFP4, WEIGHT_FORMATS, Format
+from fp4.numerics.formats import FP8, MXFP4, NVFP4, WEIGHT_FORMATS, Format
+from fp4.numerics.rotation import ROTATIONS
+from fp4.numerics.tool_rounding import TOOL_RULES
 from fp4.ops import BACKENDS
-from fp4.rotation import ROTATIONS
 from fp4.scheme import SCHEMES, Scheme, preset_of
-from fp4.tool_rules import TOOL_RULES
 
 # FP-Quant quantizes under a fixed global scale: blocks are multiplied by 3 before their scale is taken (not for QuEST).
 _FP_QUANT_GLOBAL_SCALE = 1 / 3

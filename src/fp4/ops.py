@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4.formats import WEIGHT_FORMATS, format_of
+from fp4.numerics.formats import WEIGHT_FORMATS, format_of
 
 _LIBRARY = torch.library.Library("fp4", "DEF")
 

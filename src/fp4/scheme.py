@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fp4.formats import FP8, MXFP4, NVFP4, Format
+from fp4.numerics.formats import FP8, MXFP4, NVFP4, Format
 
 Activations = Literal["auto", "fp4", "fp8", "model"]
 

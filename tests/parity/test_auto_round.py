@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from fp4 import FP4Linear
 from fp4.checkpoint import codec_for
-from fp4.checkpoint.files import Checkpoint, load
+from fp4.checkpoint.io.headers import Checkpoint, load
 from fp4.checkpoint.layers import packed_layers
-from fp4.formats import NVFP4, Format, dequantize
+from fp4.numerics.formats import NVFP4, Format, dequantize
 
 nvfp4 = pytest.importorskip("auto_round.experimental.qmodules.nvfp4", reason="auto-round is not installed")
 mx = pytest.importorskip("auto_round.experimental.qmodules.mx")

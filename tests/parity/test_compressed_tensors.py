@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from fp4 import FP4Linear, FPQuantConfig
 from fp4.checkpoint import codec_for
-from fp4.checkpoint.files import Checkpoint, load
+from fp4.checkpoint.convert import convert
+from fp4.checkpoint.io.headers import Checkpoint, load
 from fp4.checkpoint.layers import packed_layers
-from fp4.convert import convert
-from fp4.formats import FP8, dequantize, quantize
-from fp4.rotation import rotate
+from fp4.numerics.formats import FP8, dequantize, quantize
+from fp4.numerics.rotation import rotate
 
 compressors = pytest.importorskip("compressed_tensors.compressors", reason="compressed-tensors is not installed")
 quantization = pytest.importorskip("compressed_tensors.quantization")

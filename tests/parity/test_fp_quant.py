@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fp4.checkpoint.recover import recover
-from fp4.elements import decode_e2m1, unpack_codes
-from fp4.formats import FORMATS, MXFP4, NVFP4, Format, dequantize, quantize
-from fp4.rotation import ROTATIONS, rotate
+from fp4.checkpoint.formats.pseudo_quantized import recover
+from fp4.numerics.elements import decode_e2m1, unpack_codes
+from fp4.numerics.formats import FORMATS, MXFP4, NVFP4, Format, dequantize, quantize
+from fp4.numerics.rotation import ROTATIONS, rotate
 
 for package, version in (("fp_quant", "0.3.2"), ("triton", None), ("scipy", None)):
     if importlib.util.find_spec(package) is None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fp4.checkpoint import codec_for
-from fp4.checkpoint.files import Checkpoint, load
+from fp4.checkpoint.io.headers import Checkpoint, load
 from fp4.checkpoint.layers import packed_layers
-from fp4.formats import MXFP4, NVFP4, dequantize, quantize
+from fp4.numerics.formats import MXFP4, NVFP4, dequantize, quantize
 
 nvfp4 = pytest.importorskip("modelopt.torch.quantization.qtensor.nvfp4_tensor", reason="ModelOpt is not installed")
 mxfp4 = pytest.importorskip("modelopt.torch.quantization.qtensor.mxfp4_tensor")

@@ -129,4 +129,4 @@ def test_what_fp4_does_not_take_over_goes_the_stock_way(shared: Callable[[str], 
     for folder in map(str, [*others, *taken]):
         assert_same(left[folder], stock[folder])
     for folder in map(str, taken):  # that the comparison can fail
-        assert beside[folder][1] == "fp4.quantizer.checkpoints.CheckpointHfQuantizer"
+        assert beside[folder][1] == "fp4.integrations.transformers.prequantized.CheckpointHfQuantizer"

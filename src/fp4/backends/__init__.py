@@ -13,7 +13,7 @@ from fp4.backends.cutlass import CutlassBackend
 from fp4.backends.reference import ReferenceBackend
 from fp4.backends.scaled_mm import ScaledMMBackend
 from fp4.backends.triton import TritonBackend
-from fp4.formats import NVFP4, Format
+from fp4.numerics.formats import NVFP4, Format
 from fp4.scheme import Scheme
 
 logger = logging.getLogger("fp4")

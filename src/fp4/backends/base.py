@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fp4 import ops
-from fp4.formats import FORMATS, FP8, Format, QuantizedTensor, fake_quantize_fp8, format_of, global_scale_for
-from fp4.rotation import rotate
+from fp4.numerics.formats import FORMATS, FP8, Format, QuantizedTensor, fake_quantize_fp8, format_of, global_scale_for
+from fp4.numerics.rotation import rotate
 from fp4.scheme import Scheme
 
 

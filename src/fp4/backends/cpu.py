@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from fp4 import ops  # noqa: F401  (the operators' schemas, which the library implements)
 from fp4.backends.base import Backend
-from fp4.formats import FP8, WEIGHT_FORMATS, format_of
+from fp4.numerics.formats import FP8, WEIGHT_FORMATS, format_of
 from fp4.scheme import Scheme
 
 _PANEL_ROWS = 16

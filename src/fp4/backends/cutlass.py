@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from fp4 import ops  # noqa: F401  (the operators' schemas, which the library implements)
 from fp4.backends.base import Backend
-from fp4.formats import Format
+from fp4.numerics.formats import Format
 from fp4.scheme import Scheme
 
 _TILE_ROWS, _TILE_COLUMNS = 128, 4  # of block scales, csrc/cuda/swizzle.h

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fp4 import formats, ops, rotation
+from fp4 import ops
 from fp4.backends.base import Backend, expert_of_rows
+from fp4.numerics import formats, rotation
 
 # Weights are dequantized in row tiles of this many elements (8 MB of float32), so that no layer is ever held dense.
 _TILE_ELEMENTS = 1 << 21

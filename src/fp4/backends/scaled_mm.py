@@ -7,8 +7,9 @@ import itertools
 import torch
 from torch import Tensor
 
-from fp4 import formats, ops
+from fp4 import ops
 from fp4.backends.base import Backend
+from fp4.numerics import formats
 from fp4.scheme import Scheme
 
 _FP8_CAPABILITY = (8, 9)  # Ada and Hopper have the first FP8 tensor cores

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from fp4.checkpoint.auto_round import AutoRoundCodec
-from fp4.checkpoint.codec import Codec, LayerScheme, StoredLinear
-from fp4.checkpoint.compressed_tensors import CompressedTensorsCodec
-from fp4.checkpoint.fp_quant import FPQuantCodec
-from fp4.checkpoint.modelopt import ModelOptCodec
-from fp4.checkpoint.mxfp4 import Mxfp4Codec
+from fp4.checkpoint.formats.auto_round import AutoRoundCodec
+from fp4.checkpoint.formats.codec import Codec, LayerScheme, StoredLinear
+from fp4.checkpoint.formats.compressed_tensors import CompressedTensorsCodec
+from fp4.checkpoint.formats.fp_quant import FPQuantCodec
+from fp4.checkpoint.formats.modelopt import ModelOptCodec
+from fp4.checkpoint.formats.mxfp4 import Mxfp4Codec
 
 CODECS: dict[str, type[Codec]] = {
     codec.name: codec for codec in (FPQuantCodec, CompressedTensorsCodec, ModelOptCodec, AutoRoundCodec, Mxfp4Codec)

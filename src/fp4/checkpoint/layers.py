@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp4.checkpoint.codec import Codec, LayerScheme, StoredLinear, as_stored
-from fp4.checkpoint.files import DTYPES, TensorInfo, load
+from fp4.checkpoint.formats.codec import Codec, LayerScheme, StoredLinear, as_stored
+from fp4.checkpoint.io.headers import DTYPES, TensorInfo, load
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,13 +10,13 @@ from pathlib import Path
 import typer
 from rich.text import Text
 
-from fp4.allocator import is_out_of_memory
 from fp4.cli.checkpoints import convert, inspect
 from fp4.cli.console import errors
 from fp4.cli.env import env
 from fp4.cli.quality import evaluate, report
 from fp4.cli.quantize import quantize, schemes
 from fp4.cli.settings import load_env_file
+from fp4.host_memory import is_out_of_memory
 
 app = typer.Typer(
     no_args_is_help=True,

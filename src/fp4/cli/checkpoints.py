@@ -13,10 +13,10 @@ from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
+from fp4.checkpoint.convert import FORMATS
+from fp4.checkpoint.convert import convert as convert_checkpoint
+from fp4.checkpoint.inspect import inspect as inspect_checkpoint
 from fp4.cli.console import console, errors
-from fp4.convert import FORMATS
-from fp4.convert import convert as convert_checkpoint
-from fp4.inspection import inspect as inspect_checkpoint
 
 LAYER_NUMBER = r"(?<=\.)\d+(?=\.)"
 

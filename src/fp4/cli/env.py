@@ -12,7 +12,7 @@ from rich.text import Text
 from fp4 import backends
 from fp4.backends.cpu import isa
 from fp4.cli.console import console
-from fp4.formats import FORMATS
+from fp4.numerics.formats import FORMATS
 from fp4.scheme import Scheme
 
 

@@ -10,10 +10,10 @@ import typer
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from fp4.checkpoint.source import is_hub_id
+from fp4.checkpoint.io.hub import is_hub_id
 from fp4.cli.checkpoints import Token
 from fp4.cli.console import console, errors
-from fp4.evaluate import Evaluation
+from fp4.quality.evaluate import Evaluation
 
 Activations = Literal["auto", "fp4", "model"]
 Model = Annotated[str, typer.Argument(help="Folder or hub id of any model that from_pretrained loads with fp4.")]
@@ -52,7 +52,7 @@ def evaluate(
     """
     from transformers.utils import logging as transformers_logging
 
-    from fp4.evaluate import evaluate as measure
+    from fp4.quality.evaluate import evaluate as measure
 
     if save and not Path(model).is_dir():
         raise ValueError(f"--save keeps the numbers beside the model, but {model} is no folder")
@@ -80,8 +80,8 @@ def evaluate(
     else:
         _print(found)
     if save:
-        from fp4.checkpoint.writing import write_json
-        from fp4.report.model_card import EVALUATION, refresh_model_card
+        from fp4.checkpoint.io.shards import write_json
+        from fp4.quality.model_card import EVALUATION, refresh_model_card
 
         write_json(Path(model) / EVALUATION, found.to_dict())
         if refresh_model_card(Path(model)) and not as_json:
@@ -133,7 +133,7 @@ def report(
         fp4 report RedHatAI/Qwen3-8B-NVFP4 --source Qwen/Qwen3-8B --output qwen3.html
     """
     try:
-        from fp4.report.page import write_report
+        from fp4.quality.report_page import write_report
     except ModuleNotFoundError as error:
         raise ValueError(f"the plots need {error.name}, which is not installed: pip install {error.name}") from error
 

@@ -1,11 +1,12 @@
 """Quantization methods: from weights and what was observed of their inputs to canonical triples, block by block.
 
-They know no models and no files: what they meet is a :class:`~fp4.methods.block.Block` and its ``nn.Linear`` layers.
+They know no models and no files: what they meet is a :class:`~fp4.calibration.block.Block` and its ``nn.Linear``
+layers.
 """
 
+from fp4.calibration.block import Block, LayerResult, Method
 from fp4.methods.autoround import AutoRoundOptions, autoround_block
 from fp4.methods.best import BestOptions, best_block
-from fp4.methods.block import Block, LayerResult, Method
 from fp4.methods.gptq import GPTQOptions, gptq_block
 from fp4.methods.rtn import RTNOptions, rtn_block
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fp4.elements import decode_e2m1, encode_e4m3, unpack_codes
-from fp4.methods.block import Block, LayerResult, emulated, quantized_input, siblings
+from fp4.calibration.block import Block, LayerResult, emulated, quantized_input, siblings
+from fp4.calibration.channel_statistics import survey
 from fp4.methods.gptq import search_scales
 from fp4.methods.grid import assemble, effective, elements_at_once, nearest
 from fp4.methods.rtn import RTNOptions, rtn_block
-from fp4.methods.survey import survey
-from fp4.rotation import rotate
+from fp4.numerics.elements import decode_e2m1, encode_e4m3, unpack_codes
+from fp4.numerics.rotation import rotate
 from fp4.scheme import Scheme
 
 _LARGEST_OFFSET = 0.4999  # of a step: more than half of one would leave the cell that rounding put a value in

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fp4.elements import decode_e2m1, unpack_codes
-from fp4.formats import Format, QuantizedTensor
-from fp4.methods.block import Block, LayerResult
+from fp4.calibration.block import Block, LayerResult
+from fp4.calibration.channel_statistics import survey
 from fp4.methods.descent import Rounded, descend, forward_sweep
 from fp4.methods.equalise import equalise
 from fp4.methods.gptq import gptq
 from fp4.methods.grid import assemble, elements_at_once, in_parts
 from fp4.methods.hessian import Objective
 from fp4.methods.layerwise import quantize_in_order
-from fp4.methods.survey import survey
+from fp4.numerics.elements import decode_e2m1, unpack_codes
+from fp4.numerics.formats import Format, QuantizedTensor
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fp4.formats import Format
 from fp4.methods.grid import NEAR_OFFSETS, WIDE_OFFSETS, effective, nearest_, neighbours, reordered, scale_to_six
 from fp4.methods.hessian import Objective, invert_lower_
+from fp4.numerics.formats import Format
 
 
 class Rounded(NamedTuple):

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fp4.methods.block import Block, capture_inputs, siblings
-from fp4.methods.survey import Survey
-from fp4.methods.walk import stages
+from fp4.calibration.block import Block, capture_inputs, siblings
+from fp4.calibration.channel_statistics import Survey
+from fp4.calibration.layer_order import stages
 
 _SAME_OUTPUT = 1e-3  # largest change of the output, relative to its norm, that is put down to rounding
 

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp4.elements import pack_codes
-from fp4.formats import Format, QuantizedTensor
-from fp4.methods.block import Block, LayerResult
+from fp4.calibration.block import Block, LayerResult
 from fp4.methods.grid import (
     OFFSETS,
     codes_of,
@@ -28,6 +26,8 @@ from fp4.methods.grid import (
 )
 from fp4.methods.hessian import Objective
 from fp4.methods.layerwise import quantize_in_order
+from fp4.numerics.elements import pack_codes
+from fp4.numerics.formats import Format, QuantizedTensor
 
 _PANEL, _STRIP = 256, 32  # columns that errors are fed to at once: by large products, and from what a cache holds
 _TILE = 2**15  # weights whose block scales are searched together

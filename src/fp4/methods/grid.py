@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fp4.elements import E2M1_MAX, encode_e4m3, encode_e8m0, pack_codes
-from fp4.formats import Format, QuantizedTensor, effective_scales
+from fp4.numerics.elements import E2M1_MAX, encode_e4m3, encode_e8m0, pack_codes
+from fp4.numerics.formats import Format, QuantizedTensor, effective_scales
 
 # Scales that are tried, in representable steps: from the one that maps the largest magnitude to 6 (a wide choice, and a
 # third fewer for 0.7% more weighted rounding error on SmolLM2's layers), and from a good one.

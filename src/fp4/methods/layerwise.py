@@ -9,17 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fp4.allocator import return_freed_pages
+from fp4.calibration.block import Block, LayerResult, siblings
+from fp4.calibration.channel_statistics import Survey, survey
+from fp4.calibration.global_scales import shared_global_scale, static_input_scales
+from fp4.calibration.layer_order import observe, stages
 from fp4.calibration.observers import SecondMoments
-from fp4.formats import Format, QuantizedTensor, require_finite
-from fp4.methods.block import Block, LayerResult, siblings
+from fp4.host_memory import return_freed_pages
 from fp4.methods.grid import elements_at_once
 from fp4.methods.hessian import Objective, objective, shifted
-from fp4.methods.rtn import rtn
-from fp4.methods.scales import shared_global_scale, static_input_scales
-from fp4.methods.survey import Survey, survey
-from fp4.methods.walk import observe, stages
-from fp4.rotation import rotate
+from fp4.numerics.formats import Format, QuantizedTensor, require_finite
+from fp4.numerics.rotation import rotate
+from fp4.rounding import round_to_nearest
 from fp4.scheme import Scheme
 
 # weight [..., N, K], its objective, the format and the global scale -> canonical triple
@@ -70,21 +70,21 @@ def quantize_in_order(
     input_scales = static_input_scales(block, survey(block) if seen is None else seen)
     results: dict[str, LayerResult] = {}
 
-    def round_to_nearest(layer: str) -> None:
+    def round_layer(layer: str) -> None:
         scheme, rotation = block.layers[layer], block.rotation(layer)
-        rounded = rtn(block.linear(layer).weight.data, scheme, rotation, f"{block.name}.{layer}.weight")
+        rounded = round_to_nearest(block.linear(layer).weight.data, scheme, rotation, f"{block.name}.{layer}.weight")
         results[layer] = LayerResult(rounded, rotation, input_scales.get(layer), scheme.weight_rule)
 
     for layer, scheme in block.layers.items():
         if scheme.format.code_bits != 4:  # a row of FP8 has room for every weight; nothing is gained by more
-            round_to_nearest(layer)
+            round_layer(layer)
     for stage in stages(block):
         observed = observe(block, stage, dict(results), input_scales, cross=shift > 0)
         for layer, weight in _solved(block, solve, _matrices(block, observed, damping, shift, by_block, keep)):
             results[layer] = LayerResult(weight, block.rotation(layer), input_scales.get(layer), rule)
     for layer in block.layers:
         if layer not in results:
-            round_to_nearest(layer)
+            round_layer(layer)
     return {layer: results[layer] for layer in block.layers}
 
 

@@ -2,8 +2,8 @@
 
 from fp4.nn.experts import FP4Experts, FP4GroupedLinear
 from fp4.nn.linear import FP4Linear
-from fp4.nn.master import FP4MasterLinear
-from fp4.nn.packed import PackedWeight
+from fp4.nn.master_linear import FP4MasterLinear
+from fp4.nn.packed_weight import PackedWeight
 from fp4.nn.swap import SwapReport, swap_experts, swap_linears
 
 __all__ = [

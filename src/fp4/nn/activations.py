@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fp4.formats import FP8
+from fp4.numerics.formats import FP8
 from fp4.scheme import Scheme
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fp4.formats import QuantizedTensor
-from fp4.gradient import packed_matmul
-from fp4.nn.layout import GATE_UP, ExpertsLayout, layout_of
-from fp4.nn.packed import PackedWeight, Values, frozen
-from fp4.nn.split import Split
+from fp4.nn.autograd import packed_matmul
+from fp4.nn.expert_layout import GATE_UP, ExpertsLayout, layout_of
+from fp4.nn.packed_weight import PackedWeight, Values, frozen
+from fp4.nn.rank_share import Split
+from fp4.numerics.formats import QuantizedTensor
 from fp4.scheme import Scheme
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fp4.gradient import packed_matmul
-from fp4.nn.packed import PackedWeight, frozen
+from fp4.nn.autograd import packed_matmul
+from fp4.nn.packed_weight import PackedWeight, frozen
 from fp4.scheme import Scheme
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from fp4.nn.expert_layout import ExpertsLayout, layout_of
 from fp4.nn.experts import FP4Experts
-from fp4.nn.layout import ExpertsLayout, layout_of
 from fp4.nn.linear import FP4Linear
-from fp4.nn.master import FP4MasterLinear
+from fp4.nn.master_linear import FP4MasterLinear
 from fp4.scheme import Scheme
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from fp4.calibration.recipe import Amounts
-from fp4.checkpoint.files import DTYPES
+from fp4.checkpoint.io.headers import DTYPES
 from fp4.methods import Method
-from fp4.pipeline.memory import Memory
+from fp4.pipeline.memory_budget import Memory
 from fp4.pipeline.plan import LayerPlan
 from fp4.pipeline.skeleton import Skeleton
 

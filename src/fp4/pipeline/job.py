@@ -15,14 +15,17 @@ from typing import Any
 import torch
 
 from fp4.checkpoint import CODECS
-from fp4.checkpoint.files import Checkpoint
-from fp4.checkpoint.source import is_hub_id, local_folder
-from fp4.checkpoint.writing import write_json
+from fp4.checkpoint.io.headers import Checkpoint
+from fp4.checkpoint.io.hub import is_hub_id, local_folder
+from fp4.checkpoint.io.shards import write_json
+from fp4.checkpoint.io.staging import Staging, identity_of, plain_errors
 from fp4.methods import METHODS
-from fp4.pipeline.blocks import BlockCalibration
+from fp4.pipeline.calibrate import BlockCalibration
 from fp4.pipeline.estimate import Estimate, estimate
-from fp4.pipeline.memory import Memory
-from fp4.pipeline.output import (
+from fp4.pipeline.memory_budget import Memory
+from fp4.pipeline.plan import Choice, parse_overrides, plan_layers, rotated, ruled, stored_as
+from fp4.pipeline.report import build_report, kept_rows, peak_memory
+from fp4.pipeline.side_files import (
     REPORT,
     choose_format,
     has_static_input,
@@ -31,12 +34,9 @@ from fp4.pipeline.output import (
     scheme_in_file,
     write_side_files,
 )
-from fp4.pipeline.plan import Choice, parse_overrides, plan_layers, rotated, ruled, stored_as
-from fp4.pipeline.report import build_report, kept_rows, peak_memory
-from fp4.pipeline.rounding import Progress, StreamedRounding
 from fp4.pipeline.skeleton import Skeleton
-from fp4.pipeline.staging import Staging, identity_of, plain_errors
-from fp4.report.model_card import write_model_card
+from fp4.pipeline.stream import Progress, StreamedRounding
+from fp4.quality.model_card import write_model_card
 
 logger = logging.getLogger("fp4")
 

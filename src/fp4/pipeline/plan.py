@@ -12,10 +12,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fp4.checkpoint import Codec
 from fp4.checkpoint.fusing import fused_groups
-from fp4.formats import FORMATS
-from fp4.pipeline.experts import ExpertMatrix, ExpertsModule, find_experts
+from fp4.numerics.formats import FORMATS
+from fp4.numerics.rotation import ROTATIONS
+from fp4.pipeline.expert_layers import ExpertMatrix, ExpertsModule, find_experts
 from fp4.pipeline.skeleton import Skeleton
-from fp4.rotation import ROTATIONS
 from fp4.scheme import SCHEMES, Scheme
 
 # Routers decide which expert runs; an error there is not an error of a few percent.

@@ -11,7 +11,7 @@ from typing import Any
 
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.skeleton import Skeleton
-from fp4.report.layer_stats import LayerStatistics
+from fp4.quality.layer_statistics import LayerStatistics
 
 
 def layer_row(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fp4.calibration.data import Samples
-from fp4.checkpoint.files import load, read_header
-from fp4.checkpoint.writing import ShardWriter, spec_of
-from fp4.pipeline.staging import Staging
+from fp4.checkpoint.io.headers import load, read_header
+from fp4.checkpoint.io.shards import ShardWriter, spec_of
+from fp4.checkpoint.io.staging import Staging
 
 _FILE = "samples.safetensors"
 _NOTE = "samples.json"

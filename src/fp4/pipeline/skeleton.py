@@ -26,9 +26,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from fp4.allocator import tells_out_of_memory
-from fp4.checkpoint.files import Checkpoint, TensorInfo, load
-from fp4.pipeline.embedding import reads_rows, rows_filled
+from fp4.checkpoint.io.headers import Checkpoint, TensorInfo, load
+from fp4.host_memory import tells_out_of_memory
+from fp4.pipeline.token_embeddings import reads_rows, rows_filled
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

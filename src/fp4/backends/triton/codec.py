@@ -1,4 +1,4 @@
-"""Device functions: the bits of E2M1, E4M3 and E8M0, and sums in the order of ``fp4.formats``.
+"""Device functions: the bits of E2M1, E4M3 and E8M0, and sums in the order of ``fp4.numerics.formats``.
 
 Nothing here uses the GPU's own 8-bit or 4-bit float types, so it runs on every compute capability that Triton serves,
 and Triton's interpreter runs the same code on a CPU.
@@ -215,7 +215,7 @@ def pack_codes(rounded, values, INTERLEAVE: tl.constexpr):
 
 @triton.jit
 def sum_by_halving(x):
-    """Sum over the last axis of ``[R, C, B]`` by folding it in half, the order that ``fp4.formats`` fixes."""
+    """Sum over the last axis of ``[R, C, B]`` by folding it in half, the order that ``fp4.numerics.formats`` fixes."""
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
     B: tl.constexpr = x.shape[2]
@@ -270,7 +270,7 @@ def _nv_scale(amax, limit):
 
 @triton.jit
 def block_scale(blocks, unit, MX: tl.constexpr, RULE: tl.constexpr):
-    """Block scales by a rule of ``fp4.formats``: float32 ``[R, C, B]`` -> int32 bytes ``[R, C]``.
+    """Block scales by a rule of ``fp4.numerics.formats``: float32 ``[R, C, B]`` -> int32 bytes ``[R, C]``.
 
     ``unit`` is the float64 global scale, of a shape that broadcasts to ``[R, C]``, or None.
     """

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fp4.formats import format_of
+from fp4.numerics.formats import format_of
 
 ROWS = 16
 CHUNK = 128

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fp4.backends.base import expert_of_rows
 from fp4.backends.triton import layout
-from fp4.backends.triton.magnitude import processors
+from fp4.backends.triton.largest_magnitude import processors
 from fp4.backends.triton.matmul import add_partial_sums, multiply
 from fp4.backends.triton.quantize import INTERLEAVED, VALUES, quantize_activation, rotate
 from fp4.backends.triton.scaled import CAPABILITIES, multiply_scaled
-from fp4.formats import MXFP4, format_of
+from fp4.numerics.formats import MXFP4, format_of
 
 
 class Tiling(NamedTuple):

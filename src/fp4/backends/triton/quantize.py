@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp4 import formats
-from fp4.backends.triton import blocks, layout
+from fp4.backends.triton import layout, quantize_blocks
 from fp4.backends.triton.codec import block_scale, e2m1_value, effective_scale, encode, narrow, scale_value
-from fp4.backends.triton.magnitude import (
+from fp4.backends.triton.largest_magnitude import (
     EXACT,
     grid_of,
     largest,
@@ -20,8 +19,9 @@ from fp4.backends.triton.magnitude import (
     shared_grid,
     tile_of,
 )
-from fp4.formats import FORMATS, MXFP4
-from fp4.rotation import rotate as rotation_by_torch
+from fp4.numerics import formats
+from fp4.numerics.formats import FORMATS, MXFP4
+from fp4.numerics.rotation import rotate as rotation_by_torch
 
 # What the quantization kernel writes.
 CANONICAL = tl.constexpr(0)  # codes and scales
@@ -159,8 +159,8 @@ def quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> 
     scales = torch.empty(*x.shape[:-1], k // fmt.block_size, dtype=torch.uint8, device=x.device)
     unit, rows_per_unit = _units(global_scale, rows)
     tile = tile_of(k, 0)
-    if rows and k and blocks.takes(x, fmt, None, global_scale, rule):
-        blocks.run(x.contiguous(), fmt, None, unit, None, None, codes, scales, interleave=False)
+    if rows and k and quantize_blocks.takes(x, fmt, None, global_scale, rule):
+        quantize_blocks.run(x.contiguous(), fmt, None, unit, None, None, codes, scales, interleave=False)
     elif rows and k:
         _quantize[shared_grid(x, rows, k, tile)](
             x.contiguous(), None, unit, None, None, codes.view(torch.uint32), scales, rows, k, k, rows_per_unit, 0,
@@ -248,8 +248,8 @@ def quantize_activation(
     if global_scale is None and fmt.needs_global_scale:
         partial = partial_magnitudes(x, 1, rows, k, rotation, offsets)
         taken = torch.empty(1, dtype=torch.float64, device=x.device)
-    if scales is not None and blocks.takes(x, fmt, rotation, global_scale, rule):
-        blocks.run(
+    if scales is not None and quantize_blocks.takes(x, fmt, rotation, global_scale, rule):
+        quantize_blocks.run(
             x, fmt, rotation, global_scale, partial, None if partial is None else taken, codes, scales, interleave=True
         )
         return codes, scales, taken

@@ -1,0 +1,320 @@
+"""Turn a checkpoint of one FP4 format into another's without building the model: shard by shard, layer by layer.
+
+A conversion never changes a value. Codes and block scales are the same bytes in every format; what has no exact place
+in the target (a rotation, FP8 activations, some global scales) is refused before anything is written, all of it at
+once. Everything is written beside the target and renamed when complete; an interrupted conversion goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from fp4.checkpoint import CODECS, Codec, LayerScheme, codec_for
+from fp4.checkpoint.io.headers import INDEX_NAME, Checkpoint, TensorInfo, load, read_header, read_json
+from fp4.checkpoint.io.hub import local_folder
+from fp4.checkpoint.io.shards import ShardWriter, Spec, spec_of, write_json
+from fp4.checkpoint.kv_cache import cache_tensors, renamed, require_place
+from fp4.checkpoint.layers import dense_matrices, other_quantized, packed_layers, peek
+
+FORMATS = tuple(CODECS)
+
+_STATE = "conversion.json"
+# Says how weights were quantized, so it must not outlive the conversion.
+_NOT_COPIED = ("config.json", "hf_quant_config.json", "quantization_config.json", INDEX_NAME)
+_COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md", ".yaml", ".py", ".tiktoken")
+
+
+@dataclass
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        layers: number of packed layers.
+        kept: number of modules with a matrix that is not packed.
+        resumed_shards: shards that an earlier, interrupted run had written already.
+        notes: what a user should know about the result.
+    """
+
+    source_format: str
+    target_format: str
+    layers: int = 0
+    kept: int = 0
+    shards: int = 0
+    resumed_shards: int = 0
+    bytes_written: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+class _Layer(NamedTuple):
+    """One packed layer: what is stored of it, its scheme on either side, and what it becomes, by suffix."""
+
+    stored: Mapping[str, TensorInfo]
+    source: LayerScheme
+    target: LayerScheme
+    specs: dict[str, Spec]
+
+
+class _Shard(NamedTuple):
+    """One file: the packed layers in it, everything else by its new name, and all that is to be written."""
+
+    source: Path
+    layers: list[str]
+    dense: dict[str, TensorInfo]
+    specs: dict[str, Spec]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors, without the header."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+
+@dataclass
+class _Plan:
+    """A conversion that is known to be possible."""
+
+    checkpoint: Checkpoint
+    reader: Codec
+    writer: Codec
+    allow_rounding: bool
+    layers: dict[str, _Layer] = field(default_factory=dict)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    *,
+    allow_rounding: bool = False,
+    weight_only: bool = False,
+    overwrite: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Write the checkpoint ``source`` in another format.
+
+    Args:
+        source: a folder or a hub id.
+        target: a folder that does not exist, or one to replace with ``overwrite``.
+        to: one of ``FORMATS``.
+        allow_rounding: accept global scales that the target holds only rounded, which moves dequantized values by at
+            most one unit in the last place of float32. Otherwise such a scale is refused.
+        weight_only: drop what the source says about activations (W4A4 becomes W4A16) and the KV cache.
+        revision, token, cache_dir: for a hub id, as everywhere in huggingface_hub.
+        progress: called with bytes written so far and in all.
+
+    Raises:
+        ValueError: the source is damaged or no FP4 checkpoint, or the target cannot hold it; the message lists every
+            layer concerned. Nothing is left behind.
+        OSError: writing failed; a new call with the same arguments goes on from the last complete shard.
+    """
+    if to not in CODECS:
+        raise ValueError(f"target format is {to!r}; expected one of {', '.join(FORMATS)}")
+    folder = local_folder(source, revision=revision, token=token, cache_dir=cache_dir)
+    target = Path(target)
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists; name another folder, or allow it to be overwritten")
+    if target.exists() and (not target.is_dir() or target.resolve() == folder.resolve()):
+        raise ValueError(f"{target} is {'the source itself' if target.is_dir() else 'a file'}; name another folder")
+    checkpoint = Checkpoint.open(folder)
+    config = checkpoint.quantization_config()
+    if config is None:
+        raise ValueError(f"{folder} is not quantized: neither config.json nor hf_quant_config.json says how")
+    reader, writer = codec_for(config, checkpoint.dtype), CODECS[to]({"config_groups": {}}, checkpoint.dtype)
+    groups = packed_layers(reader, checkpoint.tensors)
+    others = other_quantized(checkpoint.tensors, groups)
+    if others:
+        raise ValueError(
+            f"{len(others)} layers ({others[0]} ...) are quantized to integers, or to FP8 by blocks or tensors; "
+            "only FP4 layers, and FP8 ones with a scale a channel, can be converted"
+        )
+    cache = cache_tensors(checkpoint.tensors)
+    if weight_only:
+        for name in cache:
+            del checkpoint.tensors[name]
+    else:
+        require_place(reader.config, cache, to)
+    plan = _Plan(checkpoint, reader, writer, allow_rounding)
+    plan.layers = _layers(plan, groups, weight_only)
+    kept = dense_matrices(checkpoint.tensors, groups)
+    if checkpoint.config.get("tie_word_embeddings") and "lm_head" not in groups:
+        kept.append("lm_head")  # has no tensor of its own
+    schemes = {layer: planned.target for layer, planned in plan.layers.items()}
+    new_config = writer.configuration(schemes, sorted(set(kept)), {} if weight_only else reader.config)
+
+    result = Conversion(reader.name, to, len(groups), len(kept), len(checkpoint.shards))
+    result.notes = _notes(plan)
+    staging = target.parent / f".{target.name}.converting"
+    fingerprint = _fingerprint(checkpoint, to, allow_rounding, weight_only)
+    try:
+        _prepare(staging, fingerprint)
+        _write_shards(plan, staging, result, progress)
+        _write_rest(checkpoint, writer, new_config, staging)
+    except ValueError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    (staging / _STATE).unlink()
+    _replace(staging, target)
+    return result
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+def _layers(plan: _Plan, groups: Mapping[str, Mapping[str, TensorInfo]], weight_only: bool) -> dict[str, _Layer]:
+    """Every layer of ``groups`` as it will be. ValueError naming all that the target cannot hold."""
+    reader, writer = plan.reader, plan.writer
+    if not groups:
+        raise ValueError(f"the checkpoint has no FP4 layer (no tensor named *{reader.marker})")
+    layers: dict[str, _Layer] = {}
+    problems: dict[str, list[str]] = {}
+    for layer, infos in groups.items():
+        try:
+            stored, scheme = peek(reader, layer, infos)
+            becomes = replace(scheme, activations="model") if weight_only else scheme
+            tensors = writer.write(stored, becomes, plan.allow_rounding)
+        except ValueError as error:
+            problems.setdefault(str(error), []).append(layer)
+        else:
+            specs = {suffix: spec_of(tensor) for suffix, tensor in tensors.items()}
+            layers[layer] = _Layer(infos, scheme, becomes, specs)
+    if problems:
+        count = sum(map(len, problems.values()))
+        shown = "\n".join(f"  {_name_some(named)}: {problem}" for problem, named in list(problems.items())[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"{count} of {len(groups)} layers cannot be converted to {writer.name}:\n{shown}{more}")
+    return layers
+
+
+def _name_some(layers: list[str]) -> str:
+    return layers[0] + (f" and {len(layers) - 1} others" if len(layers) > 1 else "")
+
+
+def _notes(plan: _Plan) -> list[str]:
+    notes = []
+    if any(planned.target.activations != planned.source.activations for planned in plan.layers.values()):
+        notes.append("activations stay unquantized (weight-only was asked for)")
+    weights_only = any(planned.target.activations == "model" for planned in plan.layers.values())
+    if plan.writer.name == "fp_quant" and weights_only:
+        notes.append("FP-Quant itself always quantizes activations; fp4 reads activation_dtype: model as W4A16")
+    return notes
+
+
+def _shards(plan: _Plan) -> list[_Shard]:
+    """A layer belongs to the file of its marker, wherever its other tensors are."""
+    shards = {path: _Shard(path, [], {}, {}) for path in plan.checkpoint.shards}
+    packed = {info for planned in plan.layers.values() for info in planned.stored.values()}
+    for name, info in plan.checkpoint.tensors.items():
+        if info not in packed:
+            renewed, shard = renamed(name, plan.writer.name), shards[info.file]
+            shard.dense[renewed], shard.specs[renewed] = info, Spec(info.dtype, info.shape)
+    for layer, planned in plan.layers.items():
+        marked = plan.reader.marked
+        file = next(info.file for suffix, info in planned.stored.items() if marked(layer + suffix, info.dtype))
+        shards[file].layers.append(layer)
+        shards[file].specs.update({layer + suffix: spec for suffix, spec in planned.specs.items()})
+    return list(shards.values())
+
+
+def _fingerprint(checkpoint: Checkpoint, *options: object) -> str:
+    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for shard in checkpoint.shards:
+        status = shard.stat()
+        digest.update(f"{shard.name} {status.st_size} {status.st_mtime_ns}".encode())
+    digest.update(repr(options).encode())
+    return digest.hexdigest()
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _prepare(staging: Path, fingerprint: str) -> None:
+    """Keep what an interrupted run with the same arguments left, remove anything else."""
+    state = staging / _STATE
+    if not state.is_file() or read_json(state).get("fingerprint") != fingerprint:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        write_json(state, {"fingerprint": fingerprint})
+
+
+def _write_shards(plan: _Plan, staging: Path, result: Conversion, progress: Callable[[int, int], None] | None) -> None:
+    shards = _shards(plan)
+    total = sum(shard.nbytes for shard in shards)
+    report = progress or (lambda done, total: None)
+    report(0, total)
+    for shard in shards:
+        path = staging / shard.source.name
+        if path.is_file():
+            result.resumed_shards += 1
+            result.bytes_written += shard.nbytes
+            report(result.bytes_written, total)
+            continue
+        with ShardWriter(path, shard.specs, plan.checkpoint.metadata[shard.source]) as file:
+            for name, info in shard.dense.items():
+                file.copy(name, info)
+                result.bytes_written += info.nbytes
+                report(result.bytes_written, total)
+            for layer in shard.layers:
+                _write_layer(file, layer, plan)
+                result.bytes_written += sum(spec.nbytes for spec in plan.layers[layer].specs.values())
+                report(result.bytes_written, total)
+
+
+def _write_layer(file: ShardWriter, layer: str, plan: _Plan) -> None:
+    infos, source, target, _ = plan.layers[layer]
+    bulky = [infos[suffix] for suffix in plan.reader.codes if suffix in infos]
+    try:
+        if any(info.dtype not in ("U8", "F8_E4M3") for info in bulky):  # values, that codes must be found for
+            stored = plan.reader.read({suffix: load(info) for suffix, info in infos.items()}, source)
+        else:
+            stored, _ = peek(plan.reader, layer, infos, scales=True)
+        written = plan.writer.write(stored, target, plan.allow_rounding)
+    except ValueError as error:
+        raise ValueError(f"{layer}: {error}") from error
+    for suffix, tensor in written.items():
+        if tensor.is_meta:  # codes are the same bytes in every format
+            file.copy(layer + suffix, bulky[0])
+        else:
+            file.write(layer + suffix, tensor)
+
+
+def _write_rest(checkpoint: Checkpoint, writer: Codec, config: dict[str, object], staging: Path) -> None:
+    """Index, configuration and the files that belong to the tokenizer and the like."""
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.name not in _NOT_COPIED and path.suffix in _COPIED_SUFFIXES and path.is_file():
+            shutil.copyfile(path, staging / path.name)
+    headers = {shard.name: read_header(staging / shard.name).tensors for shard in checkpoint.shards}
+    if len(headers) > 1 or (checkpoint.folder / INDEX_NAME).is_file():
+        weight_map = {name: file for file, tensors in headers.items() for name in tensors}
+        size = sum(info.nbytes for tensors in headers.values() for info in tensors.values())
+        write_json(
+            staging / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        )
+    nested = "quantization_config" not in checkpoint.config and isinstance(checkpoint.config.get("text_config"), dict)
+    described = dict(checkpoint.config)
+    if nested and "quantization_config" in described["text_config"]:
+        described["text_config"] = {
+            key: value for key, value in described["text_config"].items() if key != "quantization_config"
+        }
+    write_json(staging / "config.json", described | {"quantization_config": config})
+    for name, content in writer.side_files(config).items():
+        write_json(staging / name, content)
+
+
+def _replace(staging: Path, target: Path) -> None:
+    if not target.exists():
+        os.replace(staging, target)
+        return
+    old = target.parent / f".{target.name}.replaced"
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(target, old)
+    os.replace(staging, target)
+    shutil.rmtree(old)

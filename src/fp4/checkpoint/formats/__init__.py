@@ -1,0 +1,1 @@
+"""Checkpoint formats: one codec a file, between a layer's stored tensors and the quantized tensor."""

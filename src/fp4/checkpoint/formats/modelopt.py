@@ -1,0 +1,227 @@
+"""ModelOpt's unified Hugging Face export (TensorRT-LLM, vLLM ``modelopt``).
+
+Per Linear layer, besides ``bias``:
+
+* ``weight`` uint8 ``[N, K/2]``;
+* ``weight_scale`` ``float8_e4m3fn [N, K/16]`` (NVFP4; ``[N, K/32]`` in W4A8_NVFP4_FP8) or uint8 ``[N, K/32]`` (MXFP4);
+* NVFP4: ``weight_scale_2`` float32 ``[]``, the canonical global scale;
+* quantized activations of FP4 weights: ``input_scale`` float32 ``[]``, the canonical global scale of the input;
+* FP8_PER_CHANNEL_PER_TOKEN: ``weight`` ``float8_e4m3fn [N, K]`` and ``weight_scale`` float32 ``[N]``.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fp4.checkpoint.formats import config_fields as fields
+from fp4.checkpoint.formats.codec import (
+    Codec,
+    LayerScheme,
+    StoredLinear,
+    merge_scales,
+    read_codes,
+    read_scalar,
+    read_scales,
+    require,
+    require_no_global_scale,
+    require_no_rotation,
+    store_multiplied,
+)
+from fp4.checkpoint.formats.fp8 import CODES, narrowed, read_fp8
+from fp4.numerics.formats import FP8, MXFP4, NVFP4, Format, QuantizedTensor
+
+_Activations = Literal["fp4", "fp8", "model"]
+
+# quant_algo -> format, activations, elements per block scale
+_ALGORITHMS: dict[str, tuple[Format, _Activations, int]] = {
+    "NVFP4": (NVFP4, "fp4", 16),
+    "W4A16_NVFP4": (NVFP4, "model", 16),
+    "W4A8_NVFP4_FP8": (NVFP4, "fp8", 32),
+    "MXFP4": (MXFP4, "fp4", 32),
+    "W4A8_MXFP4_FP8": (MXFP4, "fp8", 32),
+    "FP8_PER_CHANNEL_PER_TOKEN": (FP8, "fp8", 0),
+}
+_PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+
+
+class ModelOptCodec(Codec):
+    """Reads and writes the FP4 algorithms of ModelOpt; ``config`` may be config.json's or hf_quant_config.json's."""
+
+    name = "modelopt"
+    suffixes = (".weight", ".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale")
+    codes = (".weight",)
+    markers: Mapping[str, tuple[str, ...]] = {".weight": ("U8", CODES)}
+    mxfp4_input_rule = "ceil"
+
+    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(flatten(config), dtype)
+        self.exclude = fields.names(self.config, "ignore")
+        self.per_layer = fields.dictionaries(self.config, "quantized_layers")
+
+    def scheme(self, layer: str) -> LayerScheme | None:
+        own: Mapping[str, Any] = self.config
+        if self.mixed:
+            if layer not in self.per_layer:
+                return None
+            own = self.per_layer[layer]
+        elif excluded(layer, self.exclude):
+            return None
+        algorithm = own.get("quant_algo")
+        known = _ALGORITHMS.get(str(algorithm).upper())
+        if known is None:
+            raise ValueError(f"its quant_algo is {algorithm!r}; the FP4 ones are {', '.join(_ALGORITHMS)}")
+        fmt, activations, block_size = known
+        return LayerScheme(
+            fmt, activations, block_size=fields.whole(own, "group_size", block_size) if block_size else 0
+        )
+
+    @property
+    def mixed(self) -> bool:
+        """Whether each layer has an algorithm of its own."""
+        return str(self.config.get("quant_algo")).upper() == "MIXED_PRECISION"
+
+    def obstacle(self) -> str | None:
+        for layer in self.per_layer if self.mixed else [""]:
+            try:
+                self.scheme(layer)
+            except ValueError as error:
+                return f"{layer}: {error}" if layer else str(error)
+        return None
+
+    def read(
+        self, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None
+    ) -> StoredLinear:
+        if ".pre_quant_scale" in tensors:
+            raise ValueError("its input is smoothed by pre_quant_scale (AWQ), which the FP4 modules do not apply")
+        if scheme.format is FP8:
+            weight = read_fp8(require(tensors, ".weight"), require(tensors, ".weight_scale"), shape)
+            return StoredLinear(weight._replace(scales=narrowed(weight.scales, self.dtype)), None, None)
+        codes = read_codes(require(tensors, ".weight"), "weight", shape)
+        scales = read_scales(require(tensors, ".weight_scale"), "weight_scale", scheme.format, codes, scheme.block_size)
+        global_scale = input_global_scale = None
+        if scheme.format is NVFP4:
+            global_scale = read_scalar(require(tensors, ".weight_scale_2"), "weight_scale_2")
+        if scheme.activations == "fp8" or (scheme.format is NVFP4 and scheme.activations == "fp4"):
+            input_global_scale = read_scalar(require(tensors, ".input_scale"), "input_scale")
+        return StoredLinear(QuantizedTensor(codes, scales, global_scale), input_global_scale, None)
+
+    def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
+        require_no_rotation(stored, self.name)
+        _algorithm_of(scheme)
+        codes, scales, global_scale = stored.weight
+        if codes.ndim != 2:
+            raise ValueError(f"it stacks matrices {tuple(codes.shape[:-2])}, for which {self.name} has no place")
+        tensors = {".weight": codes}
+        if scheme.format is FP8:
+            return tensors | {".weight_scale": scales.float().squeeze(-1)}
+        if scheme.format is MXFP4:
+            require_no_global_scale(stored.weight, self.name)
+            tensors[".weight_scale"] = scales.view(torch.uint8)
+        else:
+            assert global_scale is not None
+            tensors[".weight_scale"] = merge_scales(scales, scheme.block_size)
+            tensors[".weight_scale_2"] = store_multiplied(global_scale, "weight_scale_2", allow_rounding)
+        if scheme.activations == "fp8" or (scheme.format is NVFP4 and scheme.activations == "fp4"):
+            if stored.input_global_scale is None:
+                raise ValueError(
+                    f"its input has no calibrated global scale, which {self.name} needs for {scheme.activations} "
+                    "activations; write it weight-only, or calibrate"
+                )
+            tensors[".input_scale"] = store_multiplied(stored.input_global_scale, "input_scale", allow_rounding)
+        return tensors
+
+    @classmethod
+    def configuration(
+        cls, layers: Mapping[str, LayerScheme], kept: Sequence[str], source: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        algorithms = {layer: _algorithm_of(scheme) for layer, scheme in layers.items()}
+        groups = []
+        config: dict[str, Any] = {"quant_method": cls.name, "producer": dict(_PRODUCER), "ignore": sorted(kept)}
+        if len(set(algorithms.values())) == 1:
+            config["quant_algo"] = next(iter(algorithms.values()))
+            groups = [_group(config["quant_algo"], ["Linear"])]
+        else:
+            config["quant_algo"] = "MIXED_PRECISION"
+            config["quantized_layers"] = {
+                layer: {"quant_algo": algorithm} | _group_size(algorithm)
+                for layer, algorithm in sorted(algorithms.items())
+            }
+            for algorithm in sorted(set(algorithms.values())):
+                names = sorted(layer for layer, own in algorithms.items() if own == algorithm)
+                groups.append(_group(algorithm, names))
+        config["config_groups"] = {f"group_{number}": group for number, group in enumerate(groups)}
+        if source.get("kv_cache_scheme"):
+            config["kv_cache_scheme"] = source["kv_cache_scheme"]
+        return config
+
+    @classmethod
+    def side_files(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        cache = config.get("kv_cache_scheme")
+        quantization: dict[str, Any] = {
+            "quant_algo": config.get("quant_algo"),
+            "kv_cache_quant_algo": cache if isinstance(cache, str) else _cache_algorithm(cache or {}),
+            "exclude_modules": config.get("ignore") or [],
+        }
+        if "quantized_layers" in config:
+            quantization["quantized_layers"] = config["quantized_layers"]
+        quantization |= _group_size(str(config.get("quant_algo")).upper())
+        producer = config.get("producer") or dict(_PRODUCER)
+        return {"hf_quant_config.json": {"producer": producer, "quantization": quantization}}
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``quantization_config`` that hf_quant_config.json means; one of config.json as it is."""
+    inner = config.get("quantization")
+    if not isinstance(inner, Mapping):
+        flat = dict(config)
+        groups = list(fields.dictionaries(config, "config_groups").values())
+        if len(groups) == 1 and "group_size" not in flat:
+            flat["group_size"] = fields.dictionary(groups[0], "weights").get("group_size")
+        return flat
+    flat = {"quant_method": "modelopt", "quant_algo": inner.get("quant_algo"), "ignore": inner.get("exclude_modules")}
+    for key in ("group_size", "quantized_layers"):
+        if inner.get(key) is not None:
+            flat[key] = inner[key]
+    cache = inner.get("kv_cache_quant_algo")
+    if cache:  # only FP8 has another name in config.json
+        flat["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"} if cache == "FP8" else cache
+    return flat | {"producer": config.get("producer")}
+
+
+def excluded(layer: str, patterns: Sequence[str]) -> bool:
+    """ModelOpt's rule: a pattern with ``*`` is fitted to the whole name, one without is the name or a parent's."""
+    return any(fnmatch.fnmatchcase(layer, p) or ("*" not in p and layer.startswith(f"{p}.")) for p in patterns)
+
+
+def _algorithm_of(scheme: LayerScheme) -> str:
+    block_size = scheme.block_size or scheme.format.block_size
+    for algorithm, known in _ALGORITHMS.items():
+        if known == (scheme.format, scheme.activations, block_size):
+            return algorithm
+    raise ValueError(f"it is {scheme}, for which modelopt has no quant_algo (it has {', '.join(_ALGORITHMS)})")
+
+
+def _cache_algorithm(scheme: Mapping[str, Any]) -> str | None:
+    return "FP8" if (scheme.get("num_bits"), scheme.get("type")) == (8, "float") else None
+
+
+def _group_size(algorithm: str) -> dict[str, int]:
+    _, _, block_size = _ALGORITHMS.get(algorithm, (None, None, 0))
+    return {"group_size": block_size} if block_size else {}
+
+
+def _group(algorithm: str, targets: list[str]) -> dict[str, Any]:
+    fmt, activations, block_size = _ALGORITHMS[algorithm]
+    weights: dict[str, Any] = {"dynamic": False, "num_bits": fmt.code_bits, "type": "float"}
+    weights |= {"group_size": block_size} if block_size else {"strategy": "channel"}
+    group: dict[str, Any] = {"weights": weights, "targets": targets}
+    if activations == "fp4":
+        group["input_activations"] = dict(weights)
+    elif activations == "fp8":
+        group["input_activations"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    return group

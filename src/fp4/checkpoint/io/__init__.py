@@ -1,0 +1,1 @@
+"""Checkpoint folders: safetensors headers, files written whole, models of the hub, and work in progress."""

@@ -1,0 +1,99 @@
+"""Where a checkpoint comes from: a folder, or a model of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from fp4.checkpoint.io.headers import INDEX_NAME, Checkpoint, parse_header, read_header, read_index, read_json
+
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.yaml"]
+_HEADER_GUESS = 1 << 20
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether ``source`` can only mean a model of the hub: no such path, and of the form ``name`` or ``owner/name``."""
+    if isinstance(source, Path) or Path(source).exists():
+        return False
+    return source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
+
+
+def local_folder(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """``source`` as a folder; a hub id is downloaded into the cache first (safetensors and text files only)."""
+    if not is_hub_id(source):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            str(source), revision=revision, token=token, cache_dir=cache_dir, allow_patterns=_WANTED
+        )
+    except _failures() as error:
+        raise _not_found(source, error) from error
+    return Path(folder)
+
+
+def open_headers(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[Checkpoint, bool]:
+    """Configuration and headers of a checkpoint, and whether its tensors can be read (False for a hub id).
+
+    Of a model on the hub only the small files and the headers of the weight files are fetched.
+    """
+    if not is_hub_id(source):
+        return Checkpoint.open(Path(source)), True
+    from huggingface_hub import HfFileSystem, hf_hub_download, model_info
+
+    repo = str(source)
+    try:
+        names = [file.rfilename for file in model_info(repo, revision=revision, token=token).siblings or []]
+        small = [name for name in ("config.json", "hf_quant_config.json", INDEX_NAME) if name in names]
+        paths = {
+            name: Path(str(hf_hub_download(repo, name, revision=revision, token=token, cache_dir=cache_dir)))
+            for name in small
+        }
+        if "config.json" not in paths:
+            raise ValueError(f"{source} has no config.json")
+        folder = paths["config.json"].parent
+        index = read_index(paths[INDEX_NAME]) if INDEX_NAME in paths else None
+        shards = sorted(set(index.values())) if index else [n for n in names if n.endswith(".safetensors")]
+        checkpoint = Checkpoint(folder, read_json(paths["config.json"]), [], {}, {})
+        filesystem = HfFileSystem(token=token)
+        root = f"{repo}@{revision}" if revision else repo
+        for name in shards:
+            local = folder / name
+            if local.is_file():
+                checkpoint.add(local, read_header(local))
+                continue
+            with filesystem.open(f"{root}/{name}", "rb", block_size=_HEADER_GUESS) as file:
+                length = int.from_bytes(file.read(8), "little")
+                if length > 100 << 20:
+                    raise ValueError(f"{name} is no safetensors file: its header would be {length} bytes")
+                checkpoint.add(local, parse_header(file.read(length), local, file.size))
+    except _failures() as error:
+        raise _not_found(source, error) from error
+    checkpoint.check_index(index)
+    return checkpoint, False
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises: OSError where the hub answered, its HTTP client's own errors where it did not."""
+    clients = (sys.modules.get(name) for name in ("httpx", "httpx2"))
+    return (OSError, *(client.HTTPError for client in clients if client is not None))
+
+
+def _not_found(source: str | Path, error: Exception) -> ValueError:
+    """One sentence of what may be several lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    did = "did not give it" if isinstance(error, OSError) else "cannot be reached"
+    return ValueError(f"{source} is no folder here, and the hub {did}: {' '.join(lines[:2])}")

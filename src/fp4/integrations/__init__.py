@@ -1,0 +1,1 @@
+"""Where fp4 meets the programs that run models."""

@@ -1,0 +1,86 @@
+"""The configuration of a model whose checkpoint is in another tool's format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fp4.checkpoint import LayerScheme, codec_for
+from fp4.numerics.formats import MXFP4
+from fp4.scheme import Activations, Scheme
+
+
+class CheckpointConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a checkpoint in another tool's format, kept as it is.
+
+    Args:
+        stored: as config.json has it.
+        activation_dtype: as in :class:`fp4.FPQuantConfig`, for layers whose activations are quantized in the
+            checkpoint: ``"fp4"`` and ``"fp8"`` both mean as it says.
+        backend: as in :class:`fp4.FPQuantConfig`.
+    """
+
+    strict = True
+    pseudoquantization = False
+    store_master_weights = False
+    uses_static_scales = True
+
+    def __init__(
+        self,
+        stored: dict[str, Any],
+        activation_dtype: Activations = "auto",
+        backend: str = "auto",
+    ) -> None:
+        self.stored = dict(stored)
+        self.quant_method = self.stored["quant_method"]
+        self.activation_dtype = activation_dtype
+        self.backend = backend
+        #: Set by Transformers when the user passes its own configuration with this option.
+        self.dequantize = False
+        self.modules_to_not_convert: list[str] = []
+        self.codec = codec_for(self.stored)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json gets: what it was read from."""
+        return dict(self.stored)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        chosen = {"activation_dtype": self.activation_dtype, "backend": self.backend}
+        return {name: value for name, value in chosen.items() if value != "auto"}
+
+    def _activations(self, stored: LayerScheme) -> Activations:
+        """What the layer's activations are quantized to: at most to what the checkpoint says."""
+        asked: Activations = self.activation_dtype
+        if "model" in (stored.activations, asked):
+            return "model"
+        if asked != "auto":
+            return stored.activations
+        # No hardware multiplies FP4 weights with FP8 activations; those are emulated only where that is asked for.
+        native = (
+            Scheme(stored.format).input_format is Scheme(stored.format, activations=stored.activations).input_format
+        )
+        return "auto" if native else "model"
+
+    def scheme_for(self, name: str) -> tuple[Scheme, str] | None:
+        """Scheme and backend preference of the layer called ``name``, or None if the checkpoint keeps it."""
+        stored = self.codec.scheme(name)
+        if stored is None:
+            return None
+        scheme = Scheme(
+            format=stored.format,
+            activations=self._activations(stored),
+            activation_rule=self.codec.mxfp4_input_rule if stored.format is MXFP4 else "abs_max",
+            rotation=stored.rotation,
+            group_size=stored.group_size or stored.format.block_size,
+            block_size=stored.block_size,
+        )
+        return scheme, self.backend

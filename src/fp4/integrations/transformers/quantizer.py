@@ -1,0 +1,399 @@
+"""The quantizer that ``from_pretrained`` calls: swap modules, load or round weights, settle backends, save."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+
+from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear
+from fp4.checkpoint.expert_names import names_on_disk, stacks_on_disk
+from fp4.checkpoint.formats.codec import name_rotation
+from fp4.checkpoint.formats.fp_quant import FPQuantCodec
+from fp4.checkpoint.fusing import fused_groups
+from fp4.checkpoint.io.headers import TensorInfo
+from fp4.config import FPQuantConfig
+from fp4.integrations.transformers import expert_stacking, parallel_plan
+from fp4.integrations.transformers.coverage import coverage_of
+from fp4.integrations.transformers.load_ops import (
+    ReadLayer,
+    RoundToNearest,
+    dtypes_of,
+    reads_layers,
+    restore_dtypes,
+    zero_biases,
+)
+from fp4.integrations.transformers.model_state import Packing, SharedScale
+from fp4.integrations.transformers.new_layers import initialize, may_lack_layers
+from fp4.integrations.transformers.prequantized_config import CheckpointConfig
+from fp4.integrations.transformers.resize_embeddings import resize_with_dense_head
+from fp4.integrations.transformers.saving import save_atomically
+from fp4.integrations.transformers.weight_files import read_headers, require_inside
+from fp4.nn import FP4Experts, FP4Linear, PackedWeight, swap_experts, swap_linears
+from fp4.nn.expert_layout import ExpertsLayout
+from fp4.numerics.formats import FP8, QuantizedTensor
+from fp4.scheme import Scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger("fp4")
+
+
+class FPQuantHfQuantizer(Packing, HfQuantizer):
+    """Runs models in packed FP4 on any device: quantizes while loading, or reads and writes fp_quant checkpoints."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        if not isinstance(quantization_config, FPQuantConfig):
+            quantization_config = FPQuantConfig.from_stock(quantization_config)
+        # What is filled in for this model must not show in the user's object, which may serve for another one.
+        quantization_config = copy.deepcopy(quantization_config)
+        quantization_config.post_init()
+        super().__init__(quantization_config, **kwargs)
+        if quantization_config.store_master_weights:
+            self.pre_quantized = False  # such a checkpoint holds the unquantized weights
+        self._reset(FPQuantCodec(quantization_config.to_dict()))
+
+    # --- before the weights are read
+
+    def validate_environment(self, *args: Any, weights_only: bool = True, **kwargs: Any) -> None:
+        # Asked before the files are known. Where config.json names no dtype Transformers looks for one in the first
+        # file, whatever that is, before anything else here is asked.
+        if self.pre_quantized and not weights_only:
+            raise ValueError("weights_only=False lets pickles run code; FP4 checkpoints are safetensors alone")
+
+    def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
+        """Keeps Llama 4's experts as one module, which Transformers would take apart for compressed-tensors."""
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        files = [Path(file) for file in checkpoint_files or []]
+        require_inside(files, Path(str(model.config.name_or_path)))
+        self._prepare(model, read_headers(files) if self.pre_quantized else {})
+
+    def _prepare(self, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
+        """Swap modules for packed ones; ``stored`` is what a packed checkpoint holds, by name."""
+        config, asked = self.quantization_config, list[str]()
+        # "lm_head" is what Transformers' own configuration names, whether there is one or not.
+        kept_by_user = [name for name in config.modules_to_not_convert or [] if name != "lm_head"]
+        if config.modules_to_not_convert is None:
+            head = model.get_output_embeddings()
+            config.modules_to_not_convert = [name for name, module in model.named_modules() if module is head]
+        tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
+        patterns = [*config.modules_to_not_convert, *(model._keep_in_fp32_modules or [])]
+
+        def choose(name: str) -> tuple[Scheme, str] | None:
+            asked.append(name)
+            return config.scheme_for(name) if name not in tied and should_convert_module(name, patterns) else None
+
+        def choose_experts(name: str, layout: ExpertsLayout) -> dict[str, tuple[Scheme, str]] | None:
+            asked.append(name)
+            if not should_convert_module(name, patterns):
+                return None
+            self.expert_names[name] = names_on_disk(name, layout, conversions)
+            self.stack_names[name] = stacks_on_disk(name, layout, conversions)
+            return self.schemes_of_experts(name, layout, choose)
+
+        conversions = get_model_conversion_mapping(model)
+        if self.pre_quantized:
+            self.packed_experts = expert_stacking.packed_experts(self.codec, model, stored)
+        report = swap_linears(model, choose, master_weights=config.store_master_weights)
+        report.update(swap_experts(model, choose_experts, master_weights=config.store_master_weights))
+        if not self.pre_quantized:
+            self._warn_of_idle_patterns(kept_by_user, asked, model)
+        self._base_model_prefix = model.base_model_prefix
+        self._dtypes = dtypes_of(model) if self.pre_quantized else {}
+        self.experts = {name: module for name, module in model.named_modules() if isinstance(module, FP4Experts)}
+        if not self.pre_quantized:
+            for name in report.quantized:
+                module = model.get_submodule(name)
+                if isinstance(module, FP4Linear):
+                    module.expect_dense_weight(model.dtype)
+        if self.converts:
+            self._prepare_for_format(model)
+        if not report.quantized:
+            logger.warning("no layer of %s was quantized; all layers are kept", type(model).__name__)
+        self.report = coverage_of(model, report.kept)
+        logger.info("%s", self.report.describe())
+        if report.unsupported():
+            if config.strict:
+                raise ValueError(f"strict=True, but these layers cannot be quantized: {report.describe_unsupported()}")
+            logger.warning("kept unquantized: %s", report.describe_unsupported())
+
+    def _warn_of_idle_patterns(self, kept: list[str], layers: list[str], model: PreTrainedModel) -> None:
+        """Name what the user meant for some of the ``layers`` that could be quantized, and none is called so."""
+        idle = [name for name in kept if all(should_convert_module(layer, [name]) for layer in layers)]
+        idle += [pattern for pattern, _ in self.quantization_config.overrides if not fnmatch.filter(layers, pattern)]
+        if idle:
+            example = next(iter(layers), "nothing")
+            logger.warning("%s fit no layer of %s, where one is called %s", idle, type(model).__name__, example)
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Add the tensors of packed weights to ``model.tp_plan`` or ``model.ep_plan``, which name the dense ones."""
+        parallel_plan.add_packed(model, plan)
+
+    def schemes_of_experts(
+        self, name: str, layout: ExpertsLayout, choose: Callable[[str], tuple[Scheme, str] | None]
+    ) -> dict[str, tuple[Scheme, str]] | None:
+        """Scheme and backend preference of each projection that is quantized; None for none."""
+        if self.pre_quantized and name not in self.packed_experts.values():
+            return None  # FP-Quant itself leaves experts as they are
+        chosen = {projection: choose(f"{name}.{projection}") for projection in layout.projections}
+        return {projection: choice for projection, choice in chosen.items() if choice is not None} or None
+
+    @property
+    def converts(self) -> bool:
+        """Whether the model will be saved in another tool's format than it is loaded from."""
+        return getattr(self.quantization_config, "checkpoint_format", "fp_quant") != "fp_quant"
+
+    def _prepare_for_format(self, model: PreTrainedModel) -> None:
+        """Let fused layers share their global scale. ValueError if the format has no place for the rotation."""
+        modules: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, FP4Linear)}
+        name_of_format = self.quantization_config.checkpoint_format
+        writer, problems = CODECS[name_of_format]({"config_groups": {}}), {}
+        schemes = {name: (m.scheme, (m.out_features, m.in_features)) for name, m in modules.items()}
+        for name, experts in self.experts.items():
+            shapes = experts.layout.projections
+            schemes |= {f"{name}.{p}": (scheme, shapes[p]) for p, (scheme, _) in experts.schemes.items()}
+        for name, (scheme, shape) in schemes.items():
+            unit = torch.tensor(scheme.global_scale or 1.0, dtype=torch.float64, device="cpu")
+            meta = PackedWeight(shape[1], shape[0], scheme, dtype=model.dtype, device="meta")
+            weight = QuantizedTensor(meta.weight, meta.weight_scale, None if meta.global_scale is None else unit)
+            try:
+                writer.write(StoredLinear(weight, None, meta.rotation), self._written_scheme(meta))
+            except ValueError as error:
+                problems[name] = str(error)
+        if problems:
+            name, problem = next(iter(problems.items()))
+            raise ValueError(
+                f"{len(problems)} layers cannot be saved as {name_of_format}, {name} first: {problem}; "
+                "choose other options (transform_init='identity' rotates nothing) or another checkpoint_format"
+            )
+        free = [n for n, m in modules.items() if m.scheme.format.needs_global_scale and m.scheme.global_scale is None]
+        for group in fused_groups(free):
+            self.sharing |= dict.fromkeys(group, SharedScale(group))
+
+    def _written_scheme(self, weight: PackedWeight) -> LayerScheme:
+        """The scheme of a layer quantized on the fly in another tool's format."""
+        fmt = weight.scheme.format
+        # NVFP4 activations, and FP8 ones of FP4 weights, need a calibrated global scale there.
+        calibrated = fmt.needs_global_scale or weight.scheme.input_format is not fmt
+        weight_only = weight.scheme.activations == "model" or calibrated
+        rotation, group_size = name_rotation(weight.rotation)
+        return LayerScheme(fmt, "model" if weight_only else "fp8" if fmt is FP8 else "fp4", rotation, group_size)
+
+    def _adopt_format(self, model: PreTrainedModel) -> None:
+        """From here on the model is as if it had been loaded from a checkpoint in ``checkpoint_format``."""
+        codec = CODECS[self.quantization_config.checkpoint_format]
+        weights = [module for module in model.modules() if isinstance(module, PackedWeight)]
+        quantizing = [weight for weight in weights if weight.scheme.activations in ("fp4", "fp8")]
+        lost = [weight for weight in quantizing if self._written_scheme(weight).activations == "model"]
+        if lost:
+            logger.warning(
+                "%d layers quantize their activations here and will be saved as weight-only: %s wants a calibrated "
+                "scale of activations, which `fp4 quantize` measures",
+                len(lost),
+                codec.name,
+            )
+        for name, experts in self.experts.items():
+            self.stacked |= {
+                f"{name}.{projection}"
+                for projection, packed in experts.packed().items()
+                if packed.scheme.format.name in codec.stacked_formats and projection in self.stack_names[name]
+            }
+        self._describe(model, codec, lambda _, weight: self._written_scheme(weight))
+
+    def _describe(
+        self, model: PreTrainedModel, codec: type[Codec], scheme_of: Callable[[str, PackedWeight], LayerScheme]
+    ) -> None:
+        """Give ``model`` the configuration of a checkpoint in the format of ``codec``, whose layers are stored so."""
+        config, modules = self.quantization_config, dict(model.named_modules())
+        schemes = {name: scheme_of(name, module) for name, module in modules.items() if isinstance(module, FP4Linear)}
+        for name in self.experts:
+            schemes |= {layer: scheme_of(layer, weight) for layer, weight in expert_stacking.layers_of(self, name)}
+        matrices = (
+            name
+            for name, module in modules.items()
+            if isinstance(weight := getattr(module, "weight", None), Tensor)
+            and weight.ndim == 2
+            and not isinstance(module, (PackedWeight, nn.Embedding))
+        )
+        source = config.stored if isinstance(config, CheckpointConfig) else {}
+        stored = codec.configuration(schemes, sorted(matrices), source)
+        self.quantization_config = CheckpointConfig(stored, config.activation_dtype, config.backend)  # type: ignore[arg-type]
+        self.codec = self.quantization_config.codec
+        model.config.quantization_config = self.quantization_config
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        module, tensor_name = get_module_from_name(model, param_name)
+        if isinstance(module, FP4Experts):
+            return tensor_name in module.layout.projections
+        return isinstance(module, FP4Linear) and tensor_name == "weight"
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        # A weight that is still dense when device maps are computed will have been rounded by the time it arrives.
+        if param.is_floating_point() and self.param_needs_quantization(model, param_name):
+            module, parameter = get_module_from_name(model, param_name)
+            scheme = module.schemes[parameter][0] if isinstance(module, FP4Experts) else module.scheme
+            return float(scheme.format.code_bits / 8)
+        return param.element_size()
+
+    # --- while they are read
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return RoundToNearest(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        if not self.pre_quantized:
+            return []
+        # `\\.` keeps the dot of a suffix from matching anything else; the longest come first because Transformers below
+        # 5.23 takes the first that is the beginning of what a name ends with (`.weight` of `.weight_scale`).
+        patterns = [suffix.replace(".", "\\.") for suffix in sorted(self.codec.suffixes, key=len, reverse=True)]
+        return [WeightConverter(patterns, ".weight", [ReadLayer(self)])]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        conversions = [*weight_conversions, *self.get_weight_conversions()]
+        if self.pre_quantized and self.experts:
+            reader = expert_stacking.ReadExperts(self)
+            # First, because Transformers' converters of dense experts take what ModelOpt calls `weight` as well.
+            conversions.insert(0, expert_stacking.ExpertsConverter(reader, self.experts, self._base_model_prefix))
+        return conversions
+
+    # --- after that
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if may_lack_layers(model):
+            self._initialize_new_layers(model)
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, PackedWeight)]
+        dense = [
+            f"{name}.{projection}"
+            for name, experts in self.experts.items()
+            for projection in experts.layout.projections
+            if projection in experts._parameters
+        ]
+        for name in [*dense, *(name for name, _ in layers)]:
+            if name not in self.loaded:
+                self.problems.setdefault(name, "the checkpoint has no weight for this layer")
+        for name, module in layers:
+            if module.weight.dtype != module.scheme.format.code_dtype:
+                self.problems.setdefault(
+                    name,
+                    "a weight that is quantized while it loads cannot be offloaded to disk; "
+                    "save the quantized model first, then load that with this device_map",
+                )
+        self.problems |= zero_biases(model, self.missing)
+        if self.problems:
+            listed = "\n".join(f"  {name}: {problem}" for name, problem in sorted(self.problems.items()))
+            raise ValueError(f"{len(self.problems)} layers could not be loaded:\n{listed}")
+        self.loaded.clear()
+        self.missing = set()
+        restore_dtypes(model, self._dtypes)
+        if self.converts and layers:
+            self._adopt_format(model)
+        for _, module in layers:
+            module.freeze()
+            hook: Any = getattr(module, "_hf_hook", None)
+            module.settle(torch.device(hook.execution_device) if getattr(hook, "offload", False) else None)
+        # The converters above are for reading; `get_state_dict_and_metadata` writes.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in conversions if not reads_layers(c)]
+        self._equip(model)
+        return model
+
+    def _equip(self, model: PreTrainedModel) -> None:
+        """Give ``model`` what depends on which of its layers are packed: how it is saved, resized and trained."""
+        model._ddp_params_and_buffers_to_ignore = parallel_plan.same_on_every_rank(model)
+        resize_with_dense_head(model)
+        save_atomically(model, self.codec.side_files(self.quantization_config.to_dict()))
+
+    def _initialize_new_layers(self, model: PreTrainedModel) -> None:
+        """Of layers that the checkpoint lacks, make dense ones, which are kept from now on."""
+        linears = [name for name, module in model.named_modules() if isinstance(module, FP4Linear)]
+        new = [name for name in linears if name not in self.loaded and name not in self.problems]
+        if not new:
+            return
+        initialize(model, new)
+        self._keep(model, new)
+
+    def make_dense(self, model: PreTrainedModel, name: str) -> None:
+        """Dequantize the packed layer called ``name``, which is kept and can be trained from now on."""
+        dense = self._dense(model.get_submodule(name), model.dtype)
+        model.set_submodule(name, dense.requires_grad_())
+        self._keep(model, [name])
+        self._equip(model)
+
+    def _keep(self, model: PreTrainedModel, names: list[str]) -> None:
+        """Say in the configuration of ``model`` that layers that were to be packed are dense."""
+        config = self.quantization_config
+        config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *names]
+        if isinstance(config, CheckpointConfig):
+            self._describe(model, type(self.codec), lambda name, weight: self.stored_scheme(name, weight.scheme))
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        from accelerate.utils import align_module_device
+
+        state_dict = model.state_dict()
+        self.codec.dtype = model.dtype
+        for name, module in model.named_modules():
+            if not isinstance(module, PackedWeight):
+                continue
+            if module.split is not None or getattr(model.get_submodule(name.rpartition(".")[0]), "splits", None):
+                raise ValueError(
+                    f"this process holds only a share of {name}; load the model in one process to save it, or convert "
+                    "its checkpoint"
+                )
+            prefix = f"{name}." if name else ""
+            for key in ("weight", "weight_scale", "global_scale", "input_global_scale"):
+                state_dict.pop(prefix + key, None)
+            with align_module_device(module):
+                if isinstance(module, FP4Linear):
+                    layer = StoredLinear(module.canonical(), module.input_global_scale, module.rotation)
+                    stored = self.codec.write(layer, self.stored_scheme(name, module.scheme))
+                    state_dict |= {name + suffix: tensor for suffix, tensor in stored.items()}
+                else:
+                    state_dict |= expert_stacking.write(self, name)
+        return state_dict, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        if not isinstance(dtype, torch.dtype):  # `save_pretrained` leaves its name in the configuration
+            dtype = model.dtype
+        for name, experts in self.experts.items():
+            model.set_submodule(name, experts.dequantize(dtype, self.codec.values))
+        for name, module in list(model.named_modules()):
+            if isinstance(module, FP4Linear):
+                model.set_submodule(name, self._dense(module, dtype))
+        return model
+
+    def _dense(self, module: FP4Linear, dtype: torch.dtype) -> nn.Linear:
+        dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(module.dequantize(dtype, self.codec.values), requires_grad=False)
+        dense.bias = module.bias  # type: ignore[assignment]
+        return dense
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # by adapters: gradients pass through packed layers
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.quantization_config.store_master_weights
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True

@@ -1,0 +1,149 @@
+"""Gradients through packed matmuls, which adapters (LoRA) and embeddings in front of packed layers are trained by.
+
+Packed weights are not trained themselves. Where activations are quantized the gradient goes straight through that.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4 import backends, ops
+from fp4.backends.base import Backend, expert_of_rows
+from fp4.numerics.formats import QuantizedTensor, format_of
+from fp4.numerics.rotation import rotate
+
+# Weights are dequantized in row tiles of this many elements (8 MB of float32), so that no layer is ever held dense.
+_TILE_ELEMENTS = 1 << 21
+
+#: Multiplies x (and adds a bias) as a packed layer does, in its backend.
+Run = Callable[[Tensor, "Tensor | None"], Tensor]
+
+
+def _times_weight(rows: Tensor, weight: QuantizedTensor) -> Tensor:
+    """float32 ``[T, N]`` times a canonical weight ``[N, K]`` -> float32 ``[T, K]``."""
+    fmt = format_of(weight.scales)
+    columns = fmt.columns(weight.codes)
+    converter = backends.for_device(rows.device, fmt)
+    out = rows.new_zeros(rows.shape[0], columns)
+    step = max(1, _TILE_ELEMENTS // columns)
+    for start in range(0, rows.shape[1], step):
+        tile = slice(start, start + step)
+        own = QuantizedTensor(weight.codes[tile], weight.scales[tile], weight.global_scale)
+        out.addmm_(rows[:, tile], converter.dequantize(own, torch.float32))
+    return out
+
+
+def _implement(backend: Backend) -> None:
+    def input_gradient(
+        gradient: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        global_scale: Tensor | None,
+        in_features: int,
+        rotation: Tensor | None,
+    ) -> Tensor:
+        codes, scales = backend.unpack(weight, weight_scale, gradient.shape[-1])
+        rows = gradient.reshape(-1, gradient.shape[-1]).float()
+        out = _times_weight(rows, QuantizedTensor(codes, scales, global_scale))
+        out = out if rotation is None else rotate(out, rotation.T)
+        return out.to(gradient.dtype).view(*gradient.shape[:-1], in_features)
+
+    def grouped_input_gradient(
+        gradient: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        global_scale: Tensor | None,
+        offsets: Tensor,
+        in_features: int,
+        rotation: Tensor | None,
+    ) -> Tensor:
+        codes, scales = backend.unpack(weight, weight_scale, gradient.shape[-1])
+        out = gradient.new_zeros(gradient.shape[0], in_features)
+        for expert, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+            if start == end:
+                continue
+            own_scale = None if global_scale is None else global_scale[expert]
+            own = QuantizedTensor(codes[expert], scales[expert], own_scale)
+            rows = _times_weight(gradient[start:end].float(), own)
+            out[start:end] = rows if rotation is None else rotate(rows, rotation.T)
+        return out
+
+    ops.implement(f"{backend.name}_input_gradient", input_gradient)
+    ops.implement(f"{backend.name}_grouped_input_gradient", grouped_input_gradient)
+
+
+for _backend in backends.BACKENDS.values():
+    _implement(_backend)
+
+
+class _PackedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        run: Run,
+        backend: str,
+        weight: Tensor,
+        weight_scale: Tensor,
+        global_scale: Tensor | None,
+        rotation: Tensor | None,
+        offsets: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, weight_scale, global_scale, rotation, offsets)
+        ctx.backend, ctx.in_features = backend, x.shape[-1]
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+        return run(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0]
+        weight, weight_scale, global_scale, rotation, offsets = ctx.saved_tensors
+        of_x = of_bias = None
+        if ctx.needs_input_grad[0]:
+            grouped = [] if offsets is None else [offsets]
+            operator = ops.operator(ctx.backend, "grouped_input_gradient" if grouped else "input_gradient")
+            of_x = operator(gradient, weight, weight_scale, global_scale, *grouped, ctx.in_features, rotation)
+        if ctx.needs_input_grad[1]:
+            shape, dtype = ctx.bias
+            of_bias = _of_bias(gradient, shape, dtype, offsets)
+        return of_x, of_bias, *[None] * 7
+
+
+def _of_bias(gradient: Tensor, shape: torch.Size, dtype: torch.dtype, offsets: Tensor | None) -> Tensor:
+    """Gradient of a bias of ``shape``: the sum of the rows that it was added to."""
+    if offsets is None:
+        return gradient.flatten(0, -2).float().sum(dim=0).to(dtype)
+    # Rows from offsets[E] on are nobody's, and their gradients are zero.
+    experts = expert_of_rows(gradient, offsets)
+    sums = torch.zeros(shape, dtype=torch.float32, device=gradient.device)
+    return sums.index_add(0, experts, gradient.float()).to(dtype)
+
+
+def packed_matmul(
+    x: Tensor,
+    bias: Tensor | None,
+    run: Run,
+    backend: Backend,
+    weight: tuple[Tensor, Tensor, Tensor | None],
+    rotation: Tensor | None,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """``run(x, bias)``, with a gradient for x ``[..., K]`` and bias where one is asked for.
+
+    Args:
+        run: the layer's own multiplication.
+        backend: whose layout the weight has.
+        weight: codes and block scales as ``backend`` lays them out, and global scale.
+        rotation: float32 ``[h, h]`` that x is multiplied with first, or None.
+        offsets: int32 ``[E + 1]``, the rows of each expert, for stacks of experts.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        found: Tensor = _PackedMatmul.apply(x, bias, run, backend.name, *weight, rotation, offsets)
+        return found
+    return run(x, bias)

@@ -1,0 +1,340 @@
+"""Calibrated quantization: one decoder block in memory at a time, with what the quantized ones before it make."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4 import backends
+from fp4.calibration.block import capture_inputs, emulated, quantized_input
+from fp4.calibration.data import load_samples
+from fp4.calibration.global_scales import has_static_input_scale, input_scale
+from fp4.checkpoint import Codec, LayerScheme, StoredLinear
+from fp4.checkpoint.io.headers import DTYPES, load
+from fp4.checkpoint.io.shards import ShardWriter, Spec, spec_of
+from fp4.checkpoint.io.staging import Staging
+from fp4.host_memory import return_freed_pages, return_freed_tensors
+from fp4.methods import Block, LayerResult, Method
+from fp4.numerics.formats import FP8, QuantizedTensor
+from fp4.pipeline.block_inputs import Call, capture, output_of, result_form, same
+from fp4.pipeline.expert_layers import separate_experts
+from fp4.pipeline.half_precision import computed_wide, halve
+from fp4.pipeline.hidden_states import HiddenStates
+from fp4.pipeline.memory_budget import Memory
+from fp4.pipeline.merge_files import assemble
+from fp4.pipeline.plan import LayerPlan, PlannedLayer
+from fp4.pipeline.report import layer_row
+from fp4.pipeline.samples import batches_of, stored_samples
+from fp4.pipeline.side_files import StoredTensors, scheme_in_file
+from fp4.pipeline.skeleton import Skeleton
+from fp4.pipeline.stream import Progress, quantize_weight, sampled_statistics
+
+_UNSEEN = "no calibration token reached it: rounded to nearest"
+_UNSEEN_INPUT = f"{_UNSEEN}, its input scale from the range of its weight"
+# Output errors for the report are measured on so many tokens.
+_MEASURED_TOKENS = 512
+
+
+class BlockCalibration:
+    """Quantizes a model block by block; every finished block is on disk, with the hidden states that follow it."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        plan: LayerPlan,
+        codec: Codec,
+        staging: Staging,
+        method: Method,
+        options: Any,
+        memory: Memory,
+        seed: int | None,
+        experts: str,
+        progress: Progress,
+    ) -> None:
+        self.skeleton, self.plan, self.codec, self.staging = skeleton, plan, codec, staging
+        self.method, self.options, self.memory, self.seed, self.progress = method, options, memory, seed, progress
+        self.experts = experts
+        self.device = memory.device
+        self.batches: list[Tensor] = []
+        #: Arguments of each block besides hidden states, one list of blocks a batch; equal ones are one object.
+        self.calls: list[list[Call]] = []
+
+    def prepare(self, data: str | None, samples: int | None, seq_len: int | None) -> dict[str, Any]:
+        """Read the samples, or what an interrupted run read; returns what the report says of them."""
+        folder = self.skeleton.checkpoint.folder
+        found = stored_samples(
+            self.staging, folder, lambda tokenizer: load_samples(data, tokenizer, samples, seq_len, self.seed)
+        )
+        self.batches = batches_of(found.tokens, self.skeleton.model.config.get_text_config().vocab_size)
+        return {
+            "description": found.description,
+            "samples": len(found.tokens),
+            "tokens": found.count,
+            "seq_len": max(len(sample) for sample in found.tokens),
+            "sha256": found.sha256,
+            "warnings": found.warnings,
+        }
+
+    def run(self) -> tuple[list[dict[str, object]], dict[str, LayerScheme]]:
+        """Quantize every block that is not finished, then put the output's files together.
+
+        Returns:
+            the report's rows, and the scheme of each layer as the checkpoint's configuration names it.
+        """
+        names = self.skeleton.blocks
+        done = 0
+        while done < len(names) and self.staging.read(_note(done)) is not None:
+            done += 1
+        if done < len(names):
+            self._calibrate(done)
+        notes = [self.staging.read(_note(number)) or {} for number in range(len(names))]
+        rows = [row for note in notes for row in note["layers"]]
+        schemes = {
+            name: _scheme(self.plan.layers[name], fields) for note in notes for name, fields in note["schemes"].items()
+        }
+        assemble(self.skeleton, self.staging, [note["file"] for note in notes], self.progress)
+        return rows, schemes
+
+    def _calibrate(self, start: int) -> None:
+        names = self.skeleton.blocks
+        return_freed_tensors()
+        inputs, originals = self._first_hidden(start)
+        for number in range(start, len(names)):
+            self.progress("calibrating", number, len(names))
+            last = number + 1 == len(names)
+            with self.skeleton.filled(names[number], self.device) as module:
+                module.eval()
+                inputs_after, originals_after = self._quantize(number, module, inputs, originals, last)
+            for before in {id(inputs): inputs, id(originals): originals}.values():
+                before.remove()
+            inputs, originals = inputs_after, originals_after
+            return_freed_pages()
+        self.progress("calibrating", len(names), len(names))
+
+    def _states(self, number: int, kind: str, hidden: int) -> HiddenStates:
+        """The hidden states before block ``number``."""
+        shapes = [(*batch.shape, hidden) for batch in self.batches]
+        states = HiddenStates(
+            self.staging.folder / f"hidden-{number:05}-{kind}", shapes, self.skeleton.dtype, self.device, False
+        )
+        states.keep = self.memory.keeps(states.nbytes)
+        return states
+
+    def _first_hidden(self, start: int) -> tuple[HiddenStates, HiddenStates]:
+        """What reaches block ``start``; fills :attr:`calls`."""
+        skeleton = self.skeleton
+        first: HiddenStates | None = None
+        with skeleton.outside_filled(self.device, self.batches):
+            skeleton.decoder.eval()
+            with skeleton.filled(skeleton.blocks[0], self.device):
+                form = result_form(skeleton, self.batches[0][:1, :8].to(self.device))
+            for ids in self.batches:
+                captured = capture(skeleton, ids.to(self.device), form)
+                self.calls.append(self._shared(captured.calls))
+                if first is None:
+                    first = self._states(0, "inputs", captured.hidden.shape[-1])
+                if start == 0:
+                    first.append(captured.hidden)
+        assert first is not None
+        if start == 0:
+            first.close()
+            return first, first
+        inputs = self._states(start, "inputs", first.shapes[0][-1])
+        originals = self._states(start, "originals", first.shapes[0][-1]) if self.method.needs_data else inputs
+        for states in (inputs, originals):
+            states.keep = False
+            if not states.complete():
+                raise ValueError(f"{states.path} is damaged; remove {self.staging.folder} and start again")
+        return inputs, originals
+
+    def _shared(self, calls: list[Call]) -> list[Call]:
+        """``calls``, or those of an earlier batch that are equal to them."""
+        for earlier in self.calls:
+            if same(earlier, calls):
+                return earlier
+        return calls
+
+    def _quantize(
+        self, number: int, module: nn.Module, inputs: HiddenStates, originals: HiddenStates, last: bool
+    ) -> tuple[HiddenStates, HiddenStates]:
+        name = self.skeleton.blocks[number]
+        started = time.perf_counter()
+        planned = {
+            layer.name.removeprefix(f"{name}."): layer for layer in self.plan.layers.values() if layer.block == number
+        }
+
+        experts = {layer.expert.module.name: layer.expert.module for layer in planned.values() if layer.expert}
+        self._halve(planned.values())
+        return_freed_pages()
+        with ExitStack() as stack:
+            stack.enter_context(separate_experts(module, name, list(experts.values()), self.experts == "all"))
+            linears = [child for short in planned if isinstance(child := module.get_submodule(short), nn.Linear)]
+            stack.enter_context(computed_wide(linears))
+
+            def run(hidden: Tensor, batch: int) -> Tensor:
+                args, kwargs = self.calls[batch][number]
+                return output_of(module(hidden, *args, **kwargs))
+
+            block = Block(
+                name,
+                module,
+                {short: layer.scheme for short, layer in planned.items() if layer.scheme.format is not FP8},
+                [
+                    [member.removeprefix(f"{name}.") for member in group]
+                    for group in self.plan.groups
+                    if group[0].startswith(f"{name}.")
+                ],
+                inputs,
+                originals,
+                run,
+                (self.seed or 0) + number,
+                self.skeleton.dtype,
+            )
+            # The dense block goes first, since a method may change its norms.
+            originals_after = self._states(number + 1, "originals", inputs.shapes[0][-1])
+            follows = self.method.needs_data and not last
+            if follows:
+                self._propagate(originals, run, originals_after)
+            results = self.method.run(block, self.options) if block.layers else {}
+            for short, layer in planned.items():
+                if layer.scheme.format is FP8:
+                    block.layers[short] = layer.scheme
+                    results[short] = self._to_fp8(layer, block.linear(short).weight.data)
+            solved = any(result.rule == self.method.name for result in results.values())
+            missed = [
+                short
+                for short, result in results.items()
+                if solved and result.rule != self.method.name and block.layers[short].format is not FP8
+            ]
+            notes = dict.fromkeys(missed, _UNSEEN) | dict.fromkeys(_fill_input_scales(block, results), _UNSEEN_INPUT)
+            return_freed_pages()
+            errors = self._output_errors(block, results)
+            inputs_after = self._states(number + 1, "inputs", inputs.shapes[0][-1])
+            if not last:
+                with emulated(block, results):
+                    self._propagate(inputs, run, inputs_after)
+            each = (time.perf_counter() - started) / max(1, len(planned))
+            rows = []
+            for short, layer in planned.items():
+                result = results[short]
+                statistics = sampled_statistics(block.linear(short).weight.data, result.weight, result.rotation)
+                row = layer_row(layer, statistics, result.rule, errors.get(short), each)
+                rows.append(row | ({"note": notes[short]} if short in notes else {}))
+        note = {
+            "file": self._write(number, module, planned, results),
+            "layers": rows,
+            "schemes": {layer.name: _fields(layer, results[short]) for short, layer in planned.items()},
+        }
+        self.staging.note(_note(number), note)
+        return inputs_after, originals_after if follows else inputs_after
+
+    def _halve(self, planned: Iterable[PlannedLayer]) -> None:
+        """Keep weights that will be quantized in the dtype of the checkpoint, where blocks are computed in float32."""
+        for layer in planned:
+            name = f"{layer.name}.weight" if layer.expert is None else layer.expert.stack
+            stored = DTYPES[self.skeleton.checkpoint.tensors[layer.keys[0]].dtype]
+            halve(self.skeleton.model.get_parameter(name), stored)
+
+    def _to_fp8(self, layer: PlannedLayer, weight: Tensor) -> LayerResult:
+        """FP8 has nothing to calibrate; its scales have the dtype of the checkpoint."""
+        stored = self.skeleton.checkpoint.tensors[layer.keys[0]]
+        quantized = quantize_weight(weight.to(DTYPES[stored.dtype]), layer)
+        return LayerResult(quantized, None, None, layer.scheme.weight_rule)
+
+    def _propagate(self, states: HiddenStates, run: Callable[[Tensor, int], Tensor], after: HiddenStates) -> None:
+        with torch.no_grad():
+            for batch in range(len(states)):
+                after.append(run(states[batch], batch))
+        after.close()
+
+    def _output_errors(self, block: Block, results: dict[str, LayerResult]) -> dict[str, float]:
+        """``|Y - Yq| / |Y|`` of each layer on the first inputs."""
+        errors: dict[str, float] = {}
+
+        def see(layer: str, x: Tensor) -> None:
+            if layer in errors:
+                return
+            x = x.reshape(-1, x.shape[-1])[:_MEASURED_TOKENS]
+            result = results[layer]
+            exact = x @ block.linear(layer).weight.to(x.dtype).T
+            values = quantized_input(x, block.layers[layer], result.rotation, result.input_global_scale)
+            error = values.to(x.dtype) @ backends.for_device(x.device).dequantize(result.weight, x.dtype).T - exact
+            errors[layer] = float(error.norm() / exact.norm().clamp_min(1e-30))
+
+        with torch.no_grad(), capture_inputs(block, results, see):
+            block.run(block.inputs[0], 0)
+        return errors
+
+    def _write(
+        self, number: int, module: nn.Module, planned: dict[str, PlannedLayer], results: dict[str, LayerResult]
+    ) -> str:
+        """Write the shard of one block; returns its name."""
+        checkpoint, name = self.skeleton.checkpoint, self.skeleton.blocks[number]
+        complete, tensors = StoredTensors(self.codec), dict[str, Tensor]()
+        used: set[str] = set()
+        for short, layer in planned.items():
+            result = results[short]
+            codes, scales, global_scale = result.weight
+            weight = QuantizedTensor(codes.cpu(), scales.cpu(), _cpu(global_scale))
+            stored = StoredLinear(weight, _cpu(result.input_global_scale), _cpu(result.rotation))
+            tensors |= complete.of(layer, stored)
+            used.update(layer.keys)
+        kept = [key for key in self.skeleton.keys_below(name) if key not in used]
+        tensors |= self._changed(name, module, set(kept))
+        specs = {key: spec_of(tensor) for key, tensor in tensors.items()}
+        copied = {key: checkpoint.tensors[key] for key in kept if key not in tensors}
+        specs |= {key: Spec(info.dtype, info.shape) for key, info in copied.items()}
+        file = f"block-{number:05}.safetensors"
+        with ShardWriter(self.staging.folder / file, specs, {"format": "pt"}) as writer:
+            for key, info in copied.items():
+                writer.copy(key, info)
+            for key, tensor in tensors.items():
+                writer.write(key, tensor)
+        return file
+
+    def _changed(self, name: str, module: nn.Module, kept: set[str]) -> dict[str, Tensor]:
+        """What the method changed of the parameters that are kept (norms, biases), by stored name, in stored dtype."""
+        changed = {}
+        for parameter, value in module.named_parameters():
+            source = self.skeleton.sources.get(f"{name}.{parameter}")
+            if source is None or source.converter is not None or source.keys[0] not in kept:
+                continue
+            info, after = self.skeleton.checkpoint.tensors[source.keys[0]], value.detach().cpu()
+            before = load(info)
+            if before.shape == after.shape and not torch.equal(before.to(after.dtype), after):
+                changed[source.keys[0]] = after.to(DTYPES[info.dtype])
+        return changed
+
+
+def _fill_input_scales(block: Block, results: dict[str, LayerResult]) -> list[str]:
+    """Give layers that no token reached the range of their weight for that of their input; returns their names."""
+    unseen = []
+    for layer, result in results.items():
+        scheme = block.layers[layer]
+        if result.input_global_scale is None and has_static_input_scale(scheme):
+            scale = input_scale(block.linear(layer).weight.data.abs().amax(), scheme)
+            results[layer] = result._replace(input_global_scale=scale)
+            unseen.append(layer)
+    return unseen
+
+
+def _note(number: int) -> str:
+    return f"block-{number:05}.json"
+
+
+def _cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()
+
+
+def _fields(layer: PlannedLayer, result: LayerResult) -> list[Any]:
+    scheme = scheme_in_file(layer, result.rotation)
+    return [scheme.activations, scheme.rotation, scheme.group_size, scheme.block_size]
+
+
+def _scheme(layer: PlannedLayer, fields: list[Any]) -> LayerScheme:
+    return LayerScheme(layer.scheme.format, *fields)

@@ -1,0 +1,195 @@
+"""Experts in a plan: one layer for each matrix of each expert, wherever the checkpoint keeps it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import Concatenate, MergeModulelist
+
+from fp4.calibration.expert_linears import SeparateExperts
+from fp4.checkpoint import Codec
+from fp4.checkpoint.expert_names import names_on_disk, stacks_on_disk
+from fp4.checkpoint.io.headers import TensorInfo, load
+from fp4.nn.expert_layout import ExpertsLayout, layout_of
+from fp4.numerics.formats import Format, QuantizedTensor
+from fp4.pipeline.skeleton import Skeleton
+
+_STORED = re.compile(r"\.(\d+)\.(\w+)\.weight$")
+
+
+@dataclass(frozen=True)
+class ExpertsModule:
+    """An experts module of the model.
+
+    Attributes:
+        name: in the model.
+        names: what checkpoints call the matrices of an expert, by ``layout.parts``, in pairs.
+        stacks: the projections that the family's checkpoints store as a layer of their own.
+    """
+
+    name: str
+    layout: ExpertsLayout
+    names: tuple[tuple[str, str], ...]
+    stacks: tuple[str, ...] = ()
+
+    def matrices(self) -> Iterator[ExpertMatrix]:
+        """All matrices, expert by expert."""
+        for expert in range(self.layout.num_experts):
+            for projection in self.layout.projections:
+                for part in self.layout.parts(projection):
+                    yield ExpertMatrix(self, projection, part, expert)
+
+
+@dataclass(frozen=True)
+class ExpertMatrix:
+    """One matrix of one expert: rows of the ``expert``-th entry of the stack called ``projection``."""
+
+    module: ExpertsModule
+    projection: str
+    part: str
+    expert: int
+
+    @property
+    def short(self) -> str:
+        """Its name below the module."""
+        return f"{self.expert}.{dict(self.module.names)[self.part]}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.module.name}.{self.short}"
+
+    @property
+    def stack(self) -> str:
+        """The parameter of the model that it is part of."""
+        return f"{self.module.name}.{self.projection}"
+
+    def stored(self, skeleton: Skeleton) -> tuple[str, str | None, tuple[str, ...]]:
+        """What it will be stored as, the stored tensor that is its weight (or None), and those that hold it."""
+        source = skeleton.sources[self.stack]
+        keys, operations = source.keys, () if source.converter is None else source.converter.operations
+        for key in keys:
+            match = _STORED.search(key)
+            if match and f"{match[1]}.{match[2]}" == self.short:
+                merged = all(isinstance(operation, (MergeModulelist, Concatenate)) for operation in operations)
+                return key.removesuffix(".weight"), key if merged else None, (key,)
+        if len(keys) == 1 and keys[0].endswith(f".{self.projection}"):
+            return f"{keys[0].removesuffix(self.projection)}{self.short}", None, tuple(keys)
+        return self.name, None, tuple(keys)
+
+    def stack_in(self, codec: type[Codec], fmt: Format, stored: str, keys: tuple[str, ...]) -> str | None:
+        """What the stack that the matrix is stored in is called, or None where ``codec`` stores the matrix by itself.
+
+        Args:
+            fmt: of the quantized weight.
+            stored, keys: as of :meth:`stored`.
+        """
+        if codec.stacks:
+            return stored.removesuffix(self.short) + self.projection
+        if fmt.name in codec.stacked_formats and self.projection in self.module.stacks:
+            return keys[0].removesuffix(".weight")
+        return None
+
+
+class Stack:
+    """The quantized matrices of all experts of a projection, gathered in the rows that the model has them in."""
+
+    def __init__(self, module: ExpertsModule, projection: str) -> None:
+        self.layout, self.projection = module.layout, projection
+        self.left = {(part, e) for part in module.layout.parts(projection) for e in range(module.layout.num_experts)}
+        self._tensors: list[Tensor] = []
+
+    def add(self, matrix: ExpertMatrix, weight: QuantizedTensor) -> QuantizedTensor | None:
+        """Take one matrix in; with the last one the whole stack ``[E, N, ...]`` is returned."""
+        rows = self.layout.projections[self.projection][0]
+        if not self._tensors:
+            self._tensors = [
+                torch.empty(self.layout.num_experts, rows, tensor.shape[-1], dtype=tensor.dtype)
+                for tensor in weight[:2]
+            ]
+        number = self.layout.parts(self.projection).index(matrix.part)
+        for stack, own in zip(self._tensors, weight[:2], strict=True):
+            dtype = torch.uint8 if own.element_size() == 1 else own.dtype  # few operations know FP8
+            self.layout.split(stack.view(dtype), self.projection)[number][matrix.expert].copy_(own.view(dtype))
+        self.left.discard((matrix.part, matrix.expert))
+        return None if self.left else QuantizedTensor(self._tensors[0], self._tensors[1], None)
+
+
+def find_experts(skeleton: Skeleton) -> dict[str, ExpertsModule | None]:
+    """Modules that hold stacks of experts, by name; None for one that fp4 cannot run."""
+    found: dict[str, ExpertsModule | None] = {}
+    for name, module in skeleton.model.named_modules():
+        if not any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
+            continue
+        layout = layout_of(module)
+        if layout is not None:
+            names = names_on_disk(name, layout, skeleton.conversions)
+            stacks = stacks_on_disk(name, layout, skeleton.conversions)
+            found[name] = ExpertsModule(name, layout, tuple(names.items()), tuple(stacks))
+        elif "Experts" in type(module).__name__:
+            found[name] = None
+    return found
+
+
+class ExpertReader:
+    """Reads the weights of experts out of a checkpoint; holds at most one stack, where it must be converted."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+        self._held: tuple[str, Tensor] | None = None
+
+    def read(self, matrix: ExpertMatrix) -> Tensor:
+        """The matrix ``[N, K]`` in the dtype of the checkpoint."""
+        layout = matrix.module.layout
+        source = self.skeleton.sources[matrix.stack]
+        info = self.skeleton.checkpoint.tensors[source.keys[0]]
+        if source.converter is None and info.shape == tuple(self._parameter(matrix).shape):
+            own = load(_entry(info, matrix.expert))
+        else:
+            own = self._converted(matrix)[matrix.expert]
+        rows = own.T if layout.is_transposed else own
+        parts = layout.split(rows[None], matrix.projection)
+        return parts[layout.parts(matrix.projection).index(matrix.part)][0].contiguous()
+
+    def _parameter(self, matrix: ExpertMatrix) -> nn.Parameter:
+        module: nn.Module = self.skeleton.model.get_submodule(matrix.module.name)
+        return module.get_parameter(matrix.projection)
+
+    def _converted(self, matrix: ExpertMatrix) -> Tensor:
+        """The whole stack, as Transformers makes it out of the stored tensors."""
+        if self._held is None or self._held[0] != matrix.stack:
+            self._held = None
+            self.skeleton.fill(self.skeleton.sources[matrix.stack].keys, torch.device("cpu"))
+            module = self.skeleton.model.get_submodule(matrix.module.name)
+            self._held = (matrix.stack, self._parameter(matrix).data)
+            module.to_empty(device="meta")
+        return self._held[1]
+
+
+def _entry(info: TensorInfo, index: int) -> TensorInfo:
+    """One entry of a stored stack."""
+    size = info.nbytes // info.shape[0]
+    return info._replace(shape=info.shape[1:], start=info.start + index * size, end=info.start + (index + 1) * size)
+
+
+@contextmanager
+def separate_experts(module: nn.Module, block: str, experts: list[ExpertsModule], all_tokens: bool) -> Iterator[None]:
+    """Within it, the experts of a block (with weights) are Linear layers of their own.
+
+    Biases that were changed are in the block's own module afterwards; its stacks of weights may be gone.
+    """
+    views = {}
+    for found in experts:
+        path = found.name.removeprefix(f"{block}.")
+        views[path] = SeparateExperts(module.get_submodule(path), dict(found.names), all_tokens)
+        module.set_submodule(path, views[path])
+    try:
+        yield
+    finally:
+        for path, view in views.items():
+            view.return_biases()
+            module.set_submodule(path, view.replaced)

@@ -1,0 +1,47 @@
+"""From one file a block to the files of a checkpoint, of a size that people expect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fp4.checkpoint.io.headers import TensorInfo, read_header
+from fp4.checkpoint.io.shards import ShardWriter, Spec
+from fp4.checkpoint.io.staging import Staging
+from fp4.pipeline.skeleton import Skeleton
+from fp4.pipeline.stream import Progress
+
+_SHARD_BYTES = 5 << 30
+
+
+def assemble(skeleton: Skeleton, staging: Staging, parts: list[str], progress: Progress) -> None:
+    """Put the files of all blocks, and every tensor outside of them, into ``model-*.safetensors``.
+
+    Tensors keep their order, so the bytes depend on nothing but the parts.
+    """
+    tensors = [info for part in parts for info in read_header(staging.folder / part).tensors.items()]
+    inside = {key for block in skeleton.blocks for key in skeleton.keys_below(block)}
+    tensors += [(key, info) for key, info in skeleton.checkpoint.tensors.items() if key not in inside]
+    shards: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for name, info in tensors:
+        if shards[-1] and size + info.nbytes > _SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = info
+        size += info.nbytes
+    total = sum(info.nbytes for _, info in tensors)
+    done = 0
+    for number, shard in enumerate(shards):
+        name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        path = staging.folder / name
+        if not path.is_file():
+            _copy(path, shard)
+        done += sum(info.nbytes for info in shard.values())
+        progress("writing", done, total)
+
+
+def _copy(path: Path, tensors: dict[str, TensorInfo]) -> None:
+    specs = {name: Spec(info.dtype, info.shape) for name, info in tensors.items()}
+    with ShardWriter(path, specs, {"format": "pt"}) as file:
+        for name, info in tensors.items():
+            file.copy(name, info)

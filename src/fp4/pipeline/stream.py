@@ -1,0 +1,264 @@
+"""Round to nearest without data: weights are streamed from file to file, and no model is built."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4.checkpoint import Codec, StoredLinear
+from fp4.checkpoint.io.headers import DTYPES, load
+from fp4.checkpoint.io.shards import ShardWriter, Spec
+from fp4.checkpoint.io.staging import Staging
+from fp4.numerics.formats import QuantizedTensor
+from fp4.pipeline.expert_layers import ExpertReader
+from fp4.pipeline.plan import LayerPlan, PlannedLayer
+from fp4.pipeline.report import layer_row
+from fp4.pipeline.side_files import StoredTensors, planned_specs, rotation_of
+from fp4.pipeline.skeleton import Skeleton
+from fp4.quality.layer_statistics import LayerStatistics, layer_statistics
+from fp4.rounding import global_scale_of, round_to_nearest
+
+Progress = Callable[[str, int, int], None]
+
+# A rotated weight is float32; each thread holds that many elements of it at a time.
+_TILE_ELEMENTS = 1 << 22
+# Statistics of the report are taken of about this many elements of a weight, since all would take longer than rounding.
+_SAMPLED_ELEMENTS = 1 << 15
+
+
+@dataclass
+class _Unit:
+    """Layers that are rounded together because they share a global scale, or one layer."""
+
+    layers: list[PlannedLayer]
+    nbytes: int
+
+
+class _Room:
+    """Bytes that the workers may hold together; one of them may hold more where it is alone."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes, self.held = nbytes, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, nbytes: int) -> Iterator[None]:
+        """Waits for so much room, and has it within the context."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self.held or self.held + nbytes <= self.nbytes)
+            self.held += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.held -= nbytes
+                self._changed.notify_all()
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that read, round and write at once, one more than there are cores because one is likely to wait.
+
+    Each computes by itself: threads of its own would only take the cores from the others, while they wait for work too.
+    """
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads + 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+
+
+class StreamedRounding:
+    """Rounds the planned layers of a checkpoint shard by shard, each output file named as its source.
+
+    Several units are worked on at once, each by one thread from reading to writing, as long as no more than twice the
+    largest tensor of the checkpoint is held; units of the next shard while what was written of one reaches the disk.
+    """
+
+    def __init__(self, skeleton: Skeleton, plan: LayerPlan, codec: Codec, staging: Staging, progress: Progress) -> None:
+        self.skeleton, self.plan, self.codec, self.staging, self.progress = skeleton, plan, codec, staging, progress
+        self.tensors = skeleton.checkpoint.tensors
+        self.experts = ExpertReader(skeleton)
+        self.room = _Room(2 * max(info.nbytes for info in self.tensors.values()))
+        #: Of each stack, a stored tensor of the first matrix.
+        self.first_keys = {layer.stack: layer.keys[0] for layer in reversed(plan.layers.values()) if layer.stack}
+        self.done = 0
+        self.total = sum(info.nbytes for info in self.tensors.values())
+        self._counting, self._filling = threading.Lock(), threading.Lock()
+
+    def run(self) -> list[dict[str, object]]:
+        """Write every shard that is not there yet; returns the report's rows of all layers.
+
+        Raises:
+            ValueError: a weight holds NaN or infinity; the message names it.
+        """
+        with _workers() as pool, ThreadPoolExecutor(2) as shards:
+            try:
+                numbered = enumerate(self.skeleton.checkpoint.shards)
+                each = [shards.submit(self._shard, pool, number, shard) for number, shard in numbered]
+                rows = [row for future in each for row in future.result()]
+            except BaseException:
+                shards.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        order = {name: number for number, name in enumerate(self.plan.layers)}
+        return sorted(rows, key=lambda row: order[str(row["name"])])
+
+    def _shard(self, pool: ThreadPoolExecutor, number: int, shard: Path) -> list[dict[str, object]]:
+        note = f"shard-{number:05}.json"
+        found = self.staging.read(note)
+        if found is None or not (self.staging.folder / shard.name).is_file():
+            found = {"layers": self._write(pool, shard)}
+            self.staging.note(note, found)
+        else:
+            self._advance(sum(info.nbytes for info in self.tensors.values() if info.file == shard))
+        rows: list[dict[str, object]] = found["layers"]
+        return rows
+
+    def _write(self, pool: ThreadPoolExecutor, shard: Path) -> list[dict[str, object]]:
+        layers = {layer.name: layer for layer in self.plan.layers.values() if self._home(layer) == shard}
+        used = {key for layer in self.plan.layers.values() for key in layer.keys}
+        copied = [name for name, info in self.tensors.items() if info.file == shard and name not in used]
+        specs = {name: Spec(self.tensors[name].dtype, self.tensors[name].shape) for name in copied}
+        for layer in layers.values():
+            specs |= planned_specs(self.codec, layer, self._dtype(layer))
+        metadata = self.skeleton.checkpoint.metadata[shard] or {"format": "pt"}
+        complete = StoredTensors(self.codec)
+        with ShardWriter(self.staging.folder / shard.name, specs, metadata) as file:
+            copies = [pool.submit(self._copy, file, name) for name in copied]
+            units = [pool.submit(self._round, file, complete, unit, set(layers)) for unit in self._units(layers)]
+            try:
+                for copy in copies:
+                    copy.result()
+                return [row for unit in units for row in unit.result()]
+            except BaseException:
+                # The file may not be closed while it is written.
+                everything: list[Future[Any]] = [*copies, *units]
+                wait([future for future in everything if not future.cancel()])
+                raise
+
+    def _copy(self, file: ShardWriter, name: str) -> None:
+        file.copy(name, self.tensors[name])
+        self._advance(self.tensors[name].nbytes)
+
+    def _nbytes(self, layer: PlannedLayer) -> int:
+        """What is read of the checkpoint for one layer."""
+        if layer.expert is not None:
+            return layer.shape[0] * layer.shape[1] * self._dtype(layer).itemsize
+        return sum(self.tensors[key].nbytes for key in layer.keys)
+
+    def _home(self, layer: PlannedLayer) -> Path:
+        """The shard that a layer is written to: that of its first stored tensor, or that of its stack's."""
+        return self.tensors[layer.keys[0] if layer.stack is None else self.first_keys[layer.stack]].file
+
+    def _dtype(self, layer: PlannedLayer) -> torch.dtype:
+        return DTYPES[self.tensors[layer.keys[0]].dtype]
+
+    def _units(self, layers: dict[str, PlannedLayer]) -> list[_Unit]:
+        group_of = {name: group for group in self.plan.groups for name in group}
+        units: dict[tuple[str, ...], _Unit] = {}
+        for name in layers:
+            names = tuple(group_of.get(name, [name]))
+            members = [self.plan.layers[member] for member in names]
+            size = sum(map(self._nbytes, members))
+            units[names] = _Unit(members, size)
+        return list(units.values())
+
+    def _weight(self, layer: PlannedLayer) -> Tensor:
+        if layer.key is not None:
+            return load(self.tensors[layer.key])
+        with self._filling:
+            if layer.expert is not None:
+                return self.experts.read(layer.expert)
+            # Made out of other tensors, by Transformers.
+            self.skeleton.fill(list(layer.keys), torch.device("cpu"))
+            module = self.skeleton.model.get_submodule(layer.name)
+            weight: Tensor = module.get_parameter("weight").data
+            module.to_empty(device="meta")
+            return weight
+
+    def _round(
+        self, file: ShardWriter, complete: StoredTensors, unit: _Unit, here: set[str]
+    ) -> list[dict[str, object]]:
+        """Round and write the layers of the unit that are stored in this shard; returns their rows of the report."""
+        rows = []
+        with self.room.taken(unit.nbytes):
+            # Weights that do not fit into memory together are read once more.
+            fits = unit.nbytes <= self.room.nbytes
+            weights = {layer.name: self._weight(layer) for layer in unit.layers} if fits else {}
+            shared = None
+            if len(unit.layers) > 1:
+                each = (weights[layer.name] if fits else self._weight(layer) for layer in unit.layers)
+                own = [_global_scale(weight, layer) for weight, layer in zip(each, unit.layers, strict=True)]
+                shared = torch.stack([scale for scale in own if scale is not None]).amax()
+            for layer in unit.layers:
+                if layer.name not in here:
+                    continue  # fused with these, but stored in another file
+                started = time.perf_counter()
+                weight = weights.pop(layer.name) if fits else self._weight(layer)
+                try:
+                    quantized = quantize_weight(weight, layer, shared)
+                except ValueError as error:
+                    raise ValueError(f"{layer.name}: {error}") from error
+                for name, tensor in complete.of(layer, StoredLinear(quantized, None, rotation_of(layer))).items():
+                    file.write(name, tensor)
+                statistics = sampled_statistics(weight, quantized, rotation_of(layer))
+                taken = time.perf_counter() - started
+                rows.append(layer_row(layer, statistics, layer.scheme.weight_rule, None, taken))
+                self._advance(self._nbytes(layer))
+        return rows
+
+    def _advance(self, nbytes: int) -> None:
+        with self._counting:
+            self.done += nbytes
+            self.progress("rounding", self.done, self.total)
+
+
+def _tiles(weight: Tensor) -> list[slice]:
+    rows = max(1, _TILE_ELEMENTS // max(1, weight.shape[-1]))
+    return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
+
+
+def _global_scale(weight: Tensor, layer: PlannedLayer) -> Tensor | None:
+    """The global scale of a weight ``[N, K]`` under its layer's scheme: float64 ``[]``, None for none."""
+    rotation = rotation_of(layer)
+    if rotation is None:
+        return global_scale_of(weight, layer.scheme)
+    # Scales grow with the largest magnitude, so the largest of the tiles' is the whole weight's.
+    own = [global_scale_of(weight[tile], layer.scheme, rotation) for tile in _tiles(weight)]
+    found = [scale for scale in own if scale is not None]
+    return torch.stack(found).amax() if found else None
+
+
+def quantize_weight(weight: Tensor, layer: PlannedLayer, global_scale: Tensor | None = None) -> QuantizedTensor:
+    """Round ``weight`` ``[N, K]`` to nearest, a rotated one some rows at a time because rotating makes it float32."""
+    rotation = rotation_of(layer)
+    if rotation is None:
+        return round_to_nearest(weight, layer.scheme, None, "its weight", global_scale)
+    if global_scale is None:
+        global_scale = _global_scale(weight, layer)
+    parts = [
+        round_to_nearest(weight[tile], layer.scheme, rotation, "its weight", global_scale) for tile in _tiles(weight)
+    ]
+    scales = torch.cat([part.scales.view(torch.uint8) for part in parts]).view(parts[0].scales.dtype)
+    return QuantizedTensor(torch.cat([part.codes for part in parts]), scales, parts[0].global_scale)
+
+
+def sampled_statistics(weight: Tensor, quantized: QuantizedTensor, rotation: Tensor | None) -> LayerStatistics:
+    """Statistics of some rows, evenly spread over the weight."""
+    step = max(1, weight.numel() // _SAMPLED_ELEMENTS)
+    codes, scales, global_scale = quantized
+    bits = scales.view(torch.uint8) if scales.element_size() == 1 else scales
+    some = QuantizedTensor(codes[::step], bits[::step].view(scales.dtype), global_scale)
+    return layer_statistics(weight[::step], some, rotation)

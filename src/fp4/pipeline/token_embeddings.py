@@ -1,0 +1,49 @@
+"""Token embeddings of the calibration samples alone: a whole table can be larger than several blocks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4.checkpoint.io.headers import DTYPES, TensorInfo, load
+
+
+def reads_rows(embedding: nn.Embedding, info: TensorInfo) -> bool:
+    """Whether the stored tensor is the table as it is."""
+    return embedding.max_norm is None and info.shape == embedding.weight.shape
+
+
+@contextlib.contextmanager
+def rows_filled(
+    embedding: nn.Embedding, info: TensorInfo, batches: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+) -> Iterator[None]:
+    """``embedding`` with the rows of the tokens in ``batches`` alone, while the context lasts; it takes no others.
+
+    Args:
+        info: the stored weight.
+        batches: token ids ``[batch, tokens]`` each.
+    """
+    tokens = torch.cat([batch.flatten() for batch in batches]).unique()
+    rows = torch.empty(len(tokens), embedding.embedding_dim, dtype=DTYPES[info.dtype])
+    size = info.nbytes // info.shape[0]
+    for number, token in enumerate(tokens.tolist()):
+        start = info.start + token * size
+        rows[number] = load(info._replace(shape=info.shape[1:], start=start, end=start + size))
+    known = tokens.to(device)
+
+    def renumber(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (torch.searchsorted(known, arguments[0]), *arguments[1:])
+
+    table, padding = embedding.weight, embedding.padding_idx
+    hook = embedding.register_forward_pre_hook(renumber)
+    try:
+        embedding.weight = nn.Parameter(rows.to(device, dtype), requires_grad=False)
+        embedding.padding_idx = None  # of no meaning without gradients, and it must lie in the table
+        yield
+    finally:
+        hook.remove()
+        embedding.weight, embedding.padding_idx = table, padding

@@ -1,0 +1,73 @@
+"""What rounding did to one weight, in a few numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fp4.numerics.elements import E2M1_MAX, E4M3_MAX
+from fp4.numerics.formats import FP8, QuantizedTensor, dequantize, effective_scales, format_of
+from fp4.numerics.rotation import rotate
+
+_TILE_ELEMENTS = 1 << 22
+
+
+class LayerStatistics(NamedTuple):
+    """Of one weight.
+
+    Attributes:
+        weight_error: ``|W - Wq| / |W|`` (Frobenius norms), 0 for a weight of zeros.
+        weight_snr_db: the same as a signal to noise ratio, ``-20 log10(weight_error)``; None where nothing was lost.
+        clipped: share of elements larger than the largest value that their block scale can express.
+        zero: share of quantized values that are zero.
+    """
+
+    weight_error: float
+    weight_snr_db: float | None
+    clipped: float
+    zero: float
+
+
+def layer_statistics(weight: Tensor, quantized: QuantizedTensor, rotation: Tensor | None = None) -> LayerStatistics:
+    """Compare a weight with its quantized form, some rows at a time.
+
+    Args:
+        weight: ``[..., N, K]``, floating point, as in the unquantized checkpoint.
+        quantized: canonical form of the same, in the rotated basis where ``rotation`` is given.
+        rotation: ``[h, h]``, applied to groups of h columns before quantizing.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    codes, scales, global_scale = quantized
+    fmt = format_of(scales)
+    shape = (*codes.shape[:-1], fmt.columns(codes))
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"the weight is {tuple(weight.shape)}, but its quantized form {shape}")
+    largest = E4M3_MAX if fmt is FP8 else E2M1_MAX
+    signal = noise = 0.0
+    clipped = zero = 0
+    rows = max(1, _TILE_ELEMENTS // max(1, shape[-1]))
+    for matrix in range(math.prod(shape[:-2])):
+        dense, own_codes, own_scales = (t.reshape(-1, *t.shape[-2:])[matrix] for t in (weight, codes, scales))
+        unit = None
+        if global_scale is not None:
+            unit = global_scale.expand(shape[:-2]).reshape(-1)[matrix] if global_scale.ndim else global_scale
+        for start in range(0, shape[-2], rows):
+            tile = slice(start, start + rows)
+            original = dense[tile].float()
+            if rotation is not None:
+                original = rotate(original, rotation)
+            values = dequantize(own_codes[tile], own_scales[tile], unit, torch.float32)
+            limit = effective_scales(own_scales[tile], unit).float() * largest
+            blocks = original.unflatten(-1, (limit.shape[-1], -1))
+            signal += original.square().sum(dtype=torch.float64).item()
+            noise += (original - values).square_().sum(dtype=torch.float64).item()
+            clipped += int((blocks.abs() > limit[..., None]).sum())
+            zero += int((values == 0).sum())
+    count = max(1, math.prod(shape))
+    error = math.sqrt(noise / signal) if signal else 0.0
+    return LayerStatistics(error, -20 * math.log10(error) if error else None, clipped / count, zero / count)

@@ -1,0 +1,182 @@
+"""README.md of a quantized model: where it comes from, how it was made, how good it is, how to load it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fp4.checkpoint.io.headers import read_json
+
+REPORT = "report.json"
+EVALUATION = "evaluation.json"
+
+# What a quantized model inherits of its original's card.
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def write_model_card(folder: Path, report: Mapping[str, Any], source: Path | None = None) -> None:
+    """Write ``folder``/README.md.
+
+    Args:
+        report: what report.json holds.
+        source: folder of the original, whose card says under which licence the model may be used; without it, or where
+            it has no card, what README.md in ``folder`` says so far stays.
+    """
+    inherited: dict[str, Any] = {}
+    for place in (source, folder):
+        card = None if place is None else place / "README.md"
+        if not inherited and card is not None and card.is_file():
+            inherited = {key: value for key, value in _metadata(card).items() if key in _INHERITED}
+    evaluation = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
+    temporary = folder / ".README.md.partial"
+    temporary.write_text(
+        model_card(report, evaluation, inherited, folder.name.removesuffix(".partial")), encoding="utf-8"
+    )
+    os.replace(temporary, folder / "README.md")
+
+
+def refresh_model_card(folder: Path) -> bool:
+    """Write the card anew where ``folder`` has a report.json; whether it has one."""
+    if not (folder / REPORT).is_file():
+        return False
+    write_model_card(folder, read_json(folder / REPORT))
+    return True
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    """The YAML at the top of a card; empty where there is none, or none that can be read."""
+    import yaml
+
+    found = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        content = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def model_card(
+    report: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None = None,
+    inherited: Mapping[str, Any] | None = None,
+    name: str = "out",
+) -> str:
+    """The text of the card.
+
+    Args:
+        report: what report.json holds; anything may be missing.
+        evaluation: what evaluation.json holds.
+        inherited: metadata of the original's card.
+        name: of the model, in the commands that load it.
+    """
+    import yaml
+
+    base = report.get("base_model")
+    scheme, fmt = str(report.get("scheme") or "FP4"), str(report.get("format") or "")
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", **(inherited or {})}
+    metadata["tags"] = list(dict.fromkeys(tag for tag in ("fp4", scheme.lower(), fmt) if tag))
+    if base:
+        metadata |= {"base_model": base, "base_model_relation": "quantized"}
+    front = yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True).strip()
+    original = f"[{base}](https://huggingface.co/{base})" if base else f"`{Path(str(report.get('source'))).name}`"
+    sections = [
+        f"---\n{front}\n---\n\n# {name}\n",
+        f"{original} quantized to **{scheme}** by [fp4](https://pypi.org/project/fp4/).\n",
+        _how_made(report),
+        _what_is_inside(report),
+        _quality(evaluation),
+        _how_to_load(name, fmt, scheme),
+    ]
+    if "license" not in metadata:
+        sections.append(
+            "The original's card names no licence; whatever applies to the original applies to this model.\n"
+        )
+    return "\n".join(section for section in sections if section)
+
+
+def _how_made(report: Mapping[str, Any]) -> str:
+    lines = ["## How it was made\n"]
+    if report.get("command"):
+        lines += ["```bash", str(report["command"]), "```", ""]
+    rows = {"method": report.get("method"), "scheme": report.get("scheme"), "checkpoint format": report.get("format")}
+    data = report.get("data")
+    if isinstance(data, Mapping):
+        counts = [f"{data[key]} {key}" for key in ("samples", "tokens") if data.get(key)]
+        rows["calibration data"] = ", ".join([str(data.get("description") or "unnamed"), *counts])
+    if report.get("seed") is not None:
+        rows["seed"] = report["seed"]
+    versions = report.get("versions") or {}
+    rows["versions"] = ", ".join(f"{package} {version}" for package, version in versions.items())
+    lines += [
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {_cell(value)} |" for key, value in rows.items() if value not in (None, "")),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _what_is_inside(report: Mapping[str, Any]) -> str:
+    layers = [layer for layer in report.get("layers") or [] if isinstance(layer, Mapping)]
+    if not layers:
+        return ""
+    lines = ["## What is inside\n", "| layers | scheme | bits per weight |", "|---|---|---|"]
+    for scheme, count in Counter(str(layer.get("scheme")) for layer in layers).items():
+        bits = [layer["bits_per_weight"] for layer in layers if str(layer.get("scheme")) == scheme]
+        known = [b for b in bits if isinstance(b, (int, float))]
+        lines.append(f"| {count} | {scheme} | {f'{sum(known) / len(known):.2f}' if known else ''} |")
+    kept = Counter(
+        f"`{_LAYER_NUMBER.sub('*', str(row.get('name')))}`"
+        for row in report.get("kept") or []
+        if isinstance(row, Mapping)
+    )
+    names = ", ".join(entry if count == 1 else f"{count} x {entry}" for entry, count in kept.items())
+    lines += ["", f"Not quantized: {names or 'nothing'}."]
+    return "\n".join(lines) + "\n"
+
+
+def _quality(evaluation: Mapping[str, Any] | None) -> str:
+    if not evaluation:
+        return ""
+    data, comparison = evaluation.get("data") or {}, evaluation.get("comparison")
+    rows = [("perplexity", f"{evaluation['perplexity']:.4g}")]
+    if isinstance(comparison, Mapping):
+        rows += [
+            ("perplexity of the original", f"{comparison['original_perplexity']:.4g}"),
+            ("KL divergence from the original, mean, nats", f"{comparison['kl_mean']:.4g}"),
+            ("KL divergence, 99th percentile", f"{comparison['kl_p99']:.4g}"),
+            ("same most likely token", f"{comparison['top1_agreement']:.1%}"),
+        ]
+    runs = "; ".join(f"{count} layers: {how}" for how, count in (evaluation.get("runs") or {}).items())
+    lines = ["## Measured quality\n", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows), ""]
+    lines.append(
+        f"On the first {evaluation.get('windows')} windows of {evaluation.get('window')} tokens of "
+        f"`{data.get('name')}` (SHA-256 `{str(data.get('sha256'))[:16]}`), in {evaluation.get('dtype')} on "
+        f"{evaluation.get('device')}{f' ({runs})' if runs else ''}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _how_to_load(name: str, fmt: str, scheme: str) -> str:
+    lines = [
+        "## How to load it\n",
+        "With Transformers, and fp4 installed. Weights stay packed on GPUs and CPUs:\n",
+        "```python",
+        "import fp4  # registers the quantizer",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        "```",
+    ]
+    if fmt in ("compressed-tensors", "modelopt"):
+        lines += ["", f"With vLLM, which reads {fmt}:\n", "```bash", f"vllm serve {name}", "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
