@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fp4
 from fp4.checkpoint.io.shards import ShardWriter
-from fp4.pipeline import skeleton
+from fp4.pipeline import hidden_states, skeleton
 from fp4.pipeline.calibrate import BlockCalibration
 from fp4.pipeline.hidden_states import HiddenStates
 
