@@ -269,6 +269,7 @@ def in_a_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", CONVERT, *map(str, arguments)], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process its largest memory")
 def test_a_killed_conversion_goes_on_to_the_same_bytes_within_little_memory(packed: Path, tmp_path: Path) -> None:
     source = sharded(packed, tmp_path / "source")

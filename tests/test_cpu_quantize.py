@@ -250,6 +250,7 @@ def test_dequantize_refuses_scales_of_another_shape() -> None:
         ops.operator("cpu", "dequantize")(torch.zeros(2, 32, dtype=torch.uint8), scales, None, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("FP4_CPU_ISA" in os.environ, reason="already runs under a chosen instruction set")
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 def test_under_each_instruction_set(isa: str) -> None:

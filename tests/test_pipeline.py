@@ -90,6 +90,7 @@ def test_block_by_block_is_what_the_model_computes(architecture: str, tmp_path: 
                 hidden = output_of(block.eval()(hidden, *call.args, **call.kwargs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_default_method_on_every_architecture(architecture: str, tmp_path: Path, text: Path) -> None:
     """It rewrites norms and neighbouring layers, which each architecture connects in its own way."""

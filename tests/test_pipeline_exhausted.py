@@ -138,6 +138,7 @@ def quantize_at_once(model: Path, out: Path, scheme: str, method: str, text: Pat
     return weights(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "method"), [("nvfp4a16", "rtn"), ("nvfp4", "rtn"), ("nvfp4", "gptq")])
 def test_no_more_memory(scheme: str, method: str, tmp_path: Path) -> None:
     shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 2}
@@ -158,6 +159,7 @@ def test_no_more_memory(scheme: str, method: str, tmp_path: Path) -> None:
     assert weights(out) == quantize_at_once(model, tmp_path / "whole", scheme, method, text)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="there is no unshare, for mounts of one's own")
 @pytest.mark.parametrize(("scheme", "method"), [("nvfp4a16", "rtn"), ("nvfp4", "gptq")])
 def test_no_more_disk(scheme: str, method: str, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix == ".safetensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "method"), [("nvfp4a16", "rtn"), ("nvfp4", "gptq"), ("mxfp4", "best"), ("nvfp4", "autoround")]
 )

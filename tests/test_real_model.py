@@ -67,6 +67,7 @@ def emulation(source: Path, quantized: Path) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_w4a4_is_a_float64_emulation_layer_by_layer_and_weight_only_is_better(
     smollm2: Path, text_ids: Tensor, tmp_path: Path
 ) -> None:
