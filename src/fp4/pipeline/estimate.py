@@ -52,7 +52,7 @@ def estimate(
     tensors = skeleton.checkpoint.tensors
     stored = sum(info.nbytes for info in tensors.values())
     weights = sum(layer.shape[0] * layer.shape[1] for layer in plan.layers.values())
-    bits = sum(layer.shape[0] * layer.shape[1] * layer.scheme.format.bits_per_weight for layer in plan.layers.values())
+    bits = sum(layer.shape[0] * layer.shape[1] * layer.scheme.bits_per_weight for layer in plan.layers.values())
     dense = sum(tensors[key].nbytes for key in {key for layer in plan.layers.values() for key in layer.keys})
     written = stored - dense + int(bits / 8)
     if not calibrates:
