@@ -77,6 +77,46 @@ def test_plan_shows_and_writes_nothing(model: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "more.yaml"]
 
 
+@pytest.mark.parametrize(
+    ("options", "schemes", "summary"),
+    [
+        (
+            ["--only", "*layers.1.*", "--override", "*.o_proj=fp8_dynamic"],
+            {"layers.1.self_attn.o_proj": "fp8_dynamic", "layers.1.self_attn.q_proj": "nvfp4a16"},
+            "6 layers to nvfp4a16, 1 to fp8_dynamic by rtn, 15 kept",
+        ),
+        (
+            ["--skip", "*layers.1.*", "--override", "*.o_proj=fp8_dynamic"],
+            {"layers.0.self_attn.o_proj": "fp8_dynamic", "layers.1.self_attn.o_proj": None},
+            "12 layers to nvfp4a16, 2 to fp8_dynamic by rtn, 8 kept",
+        ),
+        (
+            ["--skip", "o_proj", "--only", "*layers.1.*"],
+            {"layers.1.self_attn.o_proj": None, "layers.1.self_attn.q_proj": "nvfp4a16"},
+            "6 layers to nvfp4a16 by rtn, 16 kept",
+        ),
+    ],
+)
+def test_skip_goes_before_only_and_only_before_override(
+    options: list[str], schemes: dict[str, str | None], summary: str, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    output = run("quantize", model, out, "--scheme", "nvfp4a16", "--method", "rtn", *options)
+    assert summary in " ".join(output.split())
+    found = {row["name"]: row["scheme"] for row in json.loads((out / "report.json").read_text())["layers"]}
+    assert {name: found.get(f"model.{name}") for name in schemes} == schemes
+
+
+def test_every_command_says_the_same_bits(model: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", ["--scheme", "nvfp4a8", "--method", "rtn", "--samples", "2", "--seq-len", "32"]
+    line = next(line for line in run("schemes").splitlines() if "nvfp4a8" in line)
+    assert "│ 4.25 │" in line
+    assert "4.25 bits per quantized weight" in " ".join(run("quantize", model, out, *options, "--plan").split())
+    run("quantize", model, out, *options)
+    assert "4.26 bits per quantized weight" in run("inspect", out)  # and the global scales of so small layers
+    assert "| 21 | nvfp4a8 | 4.25 |" in (out / "README.md").read_text()
+
+
 def test_plan_says_when_memory_is_short(model: Path, tmp_path: Path) -> None:
     short = ["--max-memory", "cpu:100KB", "--samples", "2", "--seq-len", "32", "--plan"]
     output = run("quantize", model, tmp_path / "out", "--method", "gptq", "--device", "cpu", *short)

@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +29,7 @@ def schemes() -> None:
     """List the schemes: what each does, where it runs, which checkpoint formats hold it."""
     table = Table(Column("scheme", style="bold"), "what it does", "bits", "runs on", "formats")
     for name, preset in SCHEMES.items():
-        bits = f"{preset.scheme.format.bits_per_weight:g}"
+        bits = f"{preset.scheme.bits_per_weight:g}"
         table.add_row(name, preset.summary, bits, preset.runs_on, ", ".join(preset.checkpoint_formats))
     console.print(table)
     methods = Table(Column("method", style="bold"), "cost")
@@ -54,7 +54,9 @@ def quantize(
     skip: Annotated[
         list[str] | None,
         typer.Option(
-            help="Keep layers whose name fits this pattern, e.g. '*.down_proj'. Repeat for more.", rich_help_panel=_WHAT
+            help="Keep layers whose name fits this pattern, e.g. '*.down_proj', whatever the next two say. "
+            "Repeat for more.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
     only: Annotated[
@@ -64,7 +66,7 @@ def quantize(
     override: Annotated[
         list[str] | None,
         typer.Option(
-            help="Another scheme for some layers: '*.mamba.*=fp8_dynamic', or '=keep'. The first that fits wins.",
+            help="Another scheme for some of them: '*.mamba.*=fp8_dynamic', or '=keep'. The first that fits wins.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -228,7 +230,7 @@ def quantize(
     errors = sorted((row["output_error"], row["name"]) for row in layers if row["output_error"] is not None)
     minutes, seconds = divmod(round(report["seconds"]), 60)
     console.print(
-        f"{len(layers)} layers to {scheme} by {method}, {len(report['kept'])} kept, in {minutes} min {seconds} s, "
+        f"{_counted(layers)} by {method}, {len(report['kept'])} kept, in {minutes} min {seconds} s, "
         f"{report['peak_memory_bytes'] / 1e9:.2f} GB: {out} ({report['format']})",
         highlight=False,
     )
@@ -237,6 +239,13 @@ def quantize(
     if errors:
         worst = ", ".join(f"{name} {error:.1%}" for error, name in errors[:-4:-1])
         console.print(f"largest output errors: {worst}", highlight=False)
+
+
+def _counted(layers: Sequence[Mapping[str, Any]]) -> str:
+    """How many layers went to which scheme, the most frequent first."""
+    counts = Counter(str(layer["scheme"]) for layer in layers).most_common()
+    words = [f"{count} layers to {scheme}" for scheme, count in counts[:1]]
+    return ", ".join(words + [f"{count} to {scheme}" for scheme, count in counts[1:]])
 
 
 def _drawn(bar: Progress) -> Callable[[str, int, int], None]:

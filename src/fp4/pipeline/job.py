@@ -262,8 +262,8 @@ def quantize(
         rotation: block rotation of weights and inputs: ``"none"``, ``"hadamard64"``, ``"gsr64"``, ...; ``"auto"`` is
             what measurement shows best (none for NVFP4, hadamard64 for MXFP4), none in a ``format`` without rotations.
         rule: how block scales of weights are chosen, in place of the scheme's own: ``"abs_max"`` is fastest.
-        skip, only: patterns of layers to keep, or to quantize alone.
-        overrides: pattern -> scheme, or None to keep; the first that fits wins.
+        skip, only: patterns of layers to keep, or to quantize alone; what both name is kept.
+        overrides: pattern -> scheme, or None to keep, for layers that these leave; the first that fits wins.
         options: of the method, by name.
         experts: which tokens an expert is calibrated on: ``"all"``, or ``"routed"``, those that the router sends to it,
             which takes less time; one that gets none is rounded to nearest then.

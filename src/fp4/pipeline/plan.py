@@ -79,9 +79,9 @@ class Choice:
 
     Attributes:
         scheme: name of the scheme for all layers that no override names.
-        skip: layers to keep.
-        only: where given, all others are kept.
-        overrides: pattern and scheme name, or None to keep; the first that fits wins.
+        skip: layers to keep, whatever else names them.
+        only: where given, all others are kept, whatever an override says of them.
+        overrides: pattern and scheme name, or None to keep, for the layers left; the first that fits wins.
     """
 
     scheme: str
@@ -96,14 +96,14 @@ class Choice:
 
     def of(self, name: str) -> tuple[str | None, str]:
         """Scheme name of the layer, or None with the reason why it is kept."""
-        for pattern, scheme in self.overrides:
-            if fits(name, pattern):
-                return scheme, f"override {pattern}"
         for pattern in self.skip:
             if fits(name, pattern):
                 return None, f"skipped by {pattern}"
         if self.only and not any(fits(name, pattern) for pattern in self.only):
             return None, "not among the layers chosen"
+        for pattern, scheme in self.overrides:
+            if fits(name, pattern):
+                return scheme, f"override {pattern}"
         return self.scheme, ""
 
     def require_used(self, names: Sequence[str]) -> None:
