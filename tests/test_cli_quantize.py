@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from small_models import save_small, save_text
 from typer.testing import CliRunner
 
@@ -18,6 +20,7 @@ from fp4 import cli
 from fp4.cli import app
 from fp4.cli.settings import load_env_file
 from fp4.pipeline import Job
+from fp4.pipeline.blocks import BlockCalibration
 from fp4.scheme import SCHEMES
 
 
@@ -159,6 +162,46 @@ def test_mistakes_are_named(
     assert message in error
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_messages_name_flags_of_the_command(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, layer = tmp_path / "out", "model.layers.2.mlp.up_proj"
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"{layer}.weight"][3, 5] = torch.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    command = ["quantize", model, out, "--scheme", "nvfp4", "--method", "rtn", "--samples", "2", "--seq-len", "32"]
+    code, error = refused(monkeypatch, capsys, *command)
+    assert code == 2
+    assert "holds 1 NaN or infinite values out of 8192" in error
+    assert f"or keep the layer as it is with --skip {layer}; what is finished is kept in {out}.partial" in error
+    code, error = refused(monkeypatch, capsys, *command, "--skip", "layers.0.mlp.up_proj")
+    assert (code, error.strip().endswith("(it differs in skip); finish that one with its own command, or replace it "
+        "with --overwrite")) == (2, True)  # fmt: skip
+    code, error = refused(monkeypatch, capsys, *command, "--skip", layer)
+    assert code == 0, error
+    code, error = refused(monkeypatch, capsys, *command, "--skip", layer)
+    assert code == 2
+    assert error.strip() == f"error: {out} exists; name another folder, or replace it with --overwrite"
+
+
+def test_an_interruption_says_how_to_go_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = BlockCalibration._quantize
+
+    def interrupted(self: BlockCalibration, number: int, *arguments: Any) -> Any:
+        if number == 1:
+            raise KeyboardInterrupt
+        return original(self, number, *arguments)
+
+    monkeypatch.setattr(BlockCalibration, "_quantize", interrupted)
+    command = ["quantize", model, tmp_path / "out", "--method", "rtn", "--samples", "2", "--seq-len", "32"]
+    code, error = refused(monkeypatch, capsys, *command)
+    assert code == 130
+    kept = f"what is finished is kept in {tmp_path / 'out.partial'}; the same command goes on from there"
+    assert error.strip() == f"interrupted; {kept}"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOMEM, errno.EIO, errno.EFBIG])

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Column, Table
 
 from fp4.checkpoint import CODECS
-from fp4.cli.console import console
+from fp4.cli.console import console, interruptible
 from fp4.methods import METHODS
 from fp4.pipeline import Hub, Job
 from fp4.scheme import SCHEMES
@@ -224,7 +224,7 @@ def quantize(
         show_plan(job)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    with interruptible(), Progress(*columns, console=console) as bar:
         report = job.run(out, overwrite, shlex.join(["fp4", *sys.argv[1:]]), _drawn(bar))
     layers = report["layers"]
     errors = sorted((row["output_error"], row["name"]) for row in layers if row["output_error"] is not None)

@@ -323,6 +323,14 @@ def _fill_input_scales(block: Block, results: dict[str, LayerResult]) -> list[st
     return unseen
 
 
+def block_parts(skeleton: Skeleton, plan: LayerPlan) -> dict[str, str]:
+    """What is planned for each block, as a digest, by the name of the note that says that it is finished."""
+    names: list[list[str]] = [[] for _ in skeleton.blocks]
+    for name, layer in plan.layers.items():
+        names[layer.block].append(name)
+    return {_note(number): plan.digest(own) for number, own in enumerate(names)}
+
+
 def _note(number: int) -> str:
     return f"block-{number:05}.json"
 

@@ -19,7 +19,7 @@ from fp4.checkpoint.files import Checkpoint
 from fp4.checkpoint.source import is_hub_id, local_folder
 from fp4.checkpoint.writing import write_json
 from fp4.methods import METHODS
-from fp4.pipeline.blocks import BlockCalibration
+from fp4.pipeline.blocks import BlockCalibration, block_parts
 from fp4.pipeline.estimate import Estimate, estimate
 from fp4.pipeline.memory import Memory
 from fp4.pipeline.output import (
@@ -33,12 +33,15 @@ from fp4.pipeline.output import (
 )
 from fp4.pipeline.plan import Choice, parse_overrides, plan_layers, rotated, ruled, stored_as
 from fp4.pipeline.report import build_report, kept_rows, peak_memory
-from fp4.pipeline.rounding import Progress, StreamedRounding
+from fp4.pipeline.rounding import Progress, StreamedRounding, shard_parts
 from fp4.pipeline.skeleton import Skeleton
 from fp4.pipeline.staging import Staging, identity_of, plain_errors
 from fp4.report.model_card import write_model_card
 
 logger = logging.getLogger("fp4")
+
+# What decides about the plan of layers and nothing else.
+_PLANNING = ("scheme", "rotation", "rule", "skip", "only", "overrides")
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,15 @@ class Job:
             }
         return request
 
+    def _parts(self) -> dict[str, str]:
+        """What is planned for each part of the work that is finished at once: a block, or a shard."""
+        return (block_parts if self.calibrates else shard_parts)(self.skeleton, self.plan)
+
+    def _pattern(self, layer: str) -> str:
+        """What to skip for a layer to be kept: its name, or the experts that it is quantized with."""
+        planned = self.plan.layers.get(layer)
+        return layer if planned is None or planned.expert is None else f"{planned.expert.module.name}.*"
+
     def estimate(self) -> Estimate:
         """What the job needs, without doing it."""
         return estimate(self.skeleton, self.plan, self.method, self.calibrates, self.samples, self.seq_len, self.memory)
@@ -163,8 +175,8 @@ class Job:
                 self.memory.allowed / 1e9,
             )
         identity = identity_of(self.skeleton.checkpoint)
-        staging = Staging(Path(out), self.request | {"checkpoint": identity}, overwrite)
-        with plain_errors(staging):
+        staging = Staging(Path(out), self.request | {"checkpoint": identity}, overwrite, self._parts(), _PLANNING)
+        with plain_errors(staging, self._pattern):
             writer = CODECS[self.format]({"config_groups": {}}, self.skeleton.checkpoint.dtype)
             data = None
             if self.calibrates:

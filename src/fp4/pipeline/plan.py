@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -71,6 +73,17 @@ class LayerPlan:
     layers: dict[str, PlannedLayer] = field(default_factory=dict)
     kept: list[KeptLayer] = field(default_factory=list)
     groups: list[list[str]] = field(default_factory=list)
+
+    def digest(self, names: Collection[str]) -> str:
+        """Of everything that the plan says about the layers ``names``: equal digests give equal bytes."""
+        layers = [self.layers[name] for name in names]
+        said = [(layer.name, layer.preset, repr(layer.scheme), layer.stack) for layer in layers]
+        groups = [
+            [(member, repr(self.layers[member].scheme)) for member in group]
+            for group in self.groups
+            if not {*group}.isdisjoint(names)
+        ]
+        return hashlib.sha256(json.dumps([said, groups]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

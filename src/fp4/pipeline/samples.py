@@ -32,11 +32,7 @@ def stored_samples(staging: Staging, folder: Path, read: Callable[[Any], Samples
     if note is not None:
         header = read_header(staging.folder / _FILE)
         return Samples([load(header.tensors[name]) for name in sorted(header.tensors)], **note)
-    try:
-        samples = read(_tokenizer(folder))
-    except ValueError:
-        staging.discard()  # nothing was computed yet
-        raise
+    samples = read(_tokenizer(folder))
     tensors = {f"{number:09}": sample.clone() for number, sample in enumerate(samples.tokens)}
     with ShardWriter(staging.folder / _FILE, {name: spec_of(tensor) for name, tensor in tensors.items()}, {}) as file:
         for name, tensor in tensors.items():
