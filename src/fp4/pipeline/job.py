@@ -20,10 +20,12 @@ from fp4.checkpoint.source import is_hub_id, local_folder
 from fp4.checkpoint.writing import write_json
 from fp4.methods import METHODS
 from fp4.pipeline.blocks import BlockCalibration, block_parts
+from fp4.pipeline.capture import encodes
 from fp4.pipeline.estimate import Estimate, estimate
 from fp4.pipeline.memory import Memory
 from fp4.pipeline.output import (
     REPORT,
+    UNCALIBRATED,
     choose_format,
     has_static_input,
     holds,
@@ -118,6 +120,8 @@ class Job:
         self.plan = stored_as(self.plan, CODECS[self.format])
         self.calibrates = self.method.needs_data or any(has_static_input(layer.scheme) for layer in layers)
         if self.calibrates:
+            if (encoder := encodes(self.skeleton)) is not None:
+                raise ValueError(f"{model} cannot be calibrated, since {encoder}; {UNCALIBRATED}")
             self.skeleton = Skeleton(checkpoint, self.memory.compute_dtype(checkpoint.dtype), trust_remote_code)
 
     @property
@@ -203,7 +207,9 @@ class Job:
             quantization = CODECS[self.format].configuration(schemes | stacks, sorted(kept), {})
             files = write_side_files(self.skeleton.checkpoint, staging.folder, CODECS[self.format], quantization)
             report = build_report(
-                self.request | {"data": data, "base_model": self.model if is_hub_id(self.model) else None},
+                self.request
+                | {"data": data, "architectures": self.skeleton.model.config.architectures}
+                | {"base_model": self.model if is_hub_id(self.model) else None},
                 rows,
                 kept_rows(self.skeleton, self.plan),
                 command=command or _called(),

@@ -12,6 +12,7 @@ from torch import Tensor
 from fp4.calibration.data import Samples
 from fp4.checkpoint.files import load, read_header
 from fp4.checkpoint.writing import ShardWriter, spec_of
+from fp4.pipeline.output import UNCALIBRATED
 from fp4.pipeline.staging import Staging
 
 _FILE = "samples.safetensors"
@@ -45,10 +46,16 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        found = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         first = str(error).strip().splitlines()
-        raise ValueError(f"{folder} has no tokenizer that can be read ({first[0] if first else error!r})") from error
+        raise ValueError(
+            f"{folder} has no tokenizer that can be read ({first[0] if first else error!r}); {UNCALIBRATED}"
+        ) from error
+    # For some model types Transformers makes one up that knows nothing but special tokens.
+    if len(found) <= len(found.all_special_tokens):
+        raise ValueError(f"{folder} has no tokenizer: that of its model type has no vocabulary there; {UNCALIBRATED}")
+    return found
 
 
 def batches_of(tokens: list[Tensor], vocabulary: int) -> list[Tensor]:
