@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +120,50 @@ def test_every_command_says_the_same_bits(model: Path, tmp_path: Path) -> None:
     run("quantize", model, out, *options)
     assert "4.26 bits per quantized weight" in run("inspect", out)  # and the global scales of so small layers
     assert "| 21 | nvfp4a8 | 4.25 |" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--data", "absent.jsonl"], 2, "there is no file or folder absent.jsonl"),
+        (["--data", "empty.txt"], 2, "empty.txt holds 0 tokens; calibration needs at least 2"),
+        (["--data", "bad.jsonl"], 2, "bad.jsonl): line 2 is no valid JSON"),
+        (["--max-memory", "gpu:8GiB"], 2, "max_memory names gpu, but this machine has none"),
+        ([], 3, "is too small: it has 1e-06 GB free, and output and work files need about 0.00"),
+        ([], 2, "out exists; name another folder, or replace it with --overwrite"),
+    ],
+)
+def test_plan_finds_what_the_run_would_find(
+    options: list[str],
+    code: int,
+    message: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"text": }\n')
+    if code == 3:
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(2000, 1000, 1000))
+    if "exists" in message:
+        (tmp_path / "out").mkdir()
+    before = sorted(tmp_path.iterdir())
+    command = ["quantize", model, "out", "--method", "gptq", "--device", "cpu", "--samples", "2", "--seq-len", "32"]
+    for plan in ([], ["--plan"]):
+        found, error = refused(monkeypatch, capsys, *command, *options, *plan)
+        assert (found, message in error) == (code, True), error
+        assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_plan_estimates_the_whole_time(method: str, model: Path, tmp_path: Path) -> None:
+    few = ["--samples", "2", "--seq-len", "32", "--device", "cpu"]
+    output = " ".join(run("quantize", model, tmp_path / "out", "--method", method, *few, "--plan").split())
+    assert re.search(r"takes about \d+ (s|min) in all, from rates measured just now", output)
+    assert "forward passes" not in output
 
 
 def test_plan_says_when_memory_is_short(model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.resources
 import itertools
@@ -9,7 +10,7 @@ import json
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,8 @@ def _rows(dataset: DatasetRecipe, wanted: int, seed: int, base: Path) -> Sequenc
     import numpy
 
     try:
-        loaded = _load(dataset, base)
+        with _unlogged():
+            loaded = _load(dataset, base)
         if isinstance(loaded, (datasets.DatasetDict, datasets.IterableDatasetDict)):
             if dataset.split not in loaded:
                 raise _Mistake(f"it has no split {dataset.split!r}; its splits are {', '.join(loaded)}")
@@ -247,6 +249,18 @@ def _rows(dataset: DatasetRecipe, wanted: int, seed: int, base: Path) -> Sequenc
             raise ValueError(bad) from error
         first = str(error).strip().splitlines()
         raise ValueError(f"it cannot be loaded: {first[0] if first else type(error).__name__}") from error
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without what datasets logs of a file that it cannot read: the error that follows says it."""
+    library = logging.getLogger("datasets")
+    level = library.level
+    library.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        library.setLevel(level)
 
 
 def _load(dataset: DatasetRecipe, base: Path) -> Any:

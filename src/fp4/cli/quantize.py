@@ -178,7 +178,7 @@ def quantize(
         bool, typer.Option(help="Run model code that comes with the checkpoint.", rich_help_panel=_MACHINE)
     ] = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Only show what would be quantized, and what it would need.")
+        bool, typer.Option("--plan", help="Show what would be quantized and what it would need, and check all.")
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT, and unfinished work for another request.")] = False,
 ) -> None:
@@ -222,6 +222,7 @@ def quantize(
     )
     if plan:
         show_plan(job)
+        job.check(out, overwrite)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with interruptible(), Progress(*columns, console=console) as bar:
@@ -317,7 +318,8 @@ def show_plan(job: Job) -> None:
     )
     console.print(
         f"needs about {needs.memory / 1e9:.2g} GB of memory besides its libraries, {needs.disk / 1e9:.2g} GB of disk; "
-        f"{'forward passes' if job.calibrates else 'streaming'} about {_duration(needs.seconds)}",
+        f"takes about {_duration(job.duration())} in all, from rates measured just now (right to a factor of two where "
+        "nothing else runs)",
         highlight=False,
     )
     if needs.memory > job.memory.allowed:

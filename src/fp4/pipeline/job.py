@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fp4.calibration.data import Samples, load_samples
 from fp4.checkpoint import CODECS
 from fp4.checkpoint.files import Checkpoint
 from fp4.checkpoint.source import is_hub_id, local_folder
@@ -21,6 +22,7 @@ from fp4.checkpoint.writing import write_json
 from fp4.methods import METHODS
 from fp4.pipeline.blocks import BlockCalibration, block_parts
 from fp4.pipeline.capture import encodes
+from fp4.pipeline.duration import calibration_seconds, streaming_seconds
 from fp4.pipeline.estimate import Estimate, estimate
 from fp4.pipeline.memory import Memory
 from fp4.pipeline.output import (
@@ -36,8 +38,9 @@ from fp4.pipeline.output import (
 from fp4.pipeline.plan import Choice, parse_overrides, plan_layers, rotated, ruled, stored_as
 from fp4.pipeline.report import build_report, kept_rows, peak_memory
 from fp4.pipeline.rounding import Progress, StreamedRounding, shard_parts
+from fp4.pipeline.samples import batches_of, read_samples
 from fp4.pipeline.skeleton import Skeleton
-from fp4.pipeline.staging import Staging, identity_of, plain_errors
+from fp4.pipeline.staging import Staging, identity_of, plain_errors, refuse_existing, require_room
 from fp4.report.model_card import write_model_card
 
 logger = logging.getLogger("fp4")
@@ -164,6 +167,31 @@ class Job:
         """What the job needs, without doing it."""
         return estimate(self.skeleton, self.plan, self.method, self.calibrates, self.samples, self.seq_len, self.memory)
 
+    def duration(self) -> float:
+        """Seconds that the whole job will take, about (:mod:`fp4.pipeline.duration`); finding out takes some itself."""
+        checkpoint, needs = self.skeleton.checkpoint, self.estimate()
+        if not self.calibrates:
+            return streaming_seconds(checkpoint, self.plan, needs.written)
+        return calibration_seconds(
+            checkpoint, self.plan, needs.written, self.method, self.options, needs.tokens, self.memory
+        )
+
+    def check(self, out: str | Path, overwrite: bool = False) -> None:
+        """Everything that :meth:`run` finds out before it computes: the target, the disk, the data.
+
+        Raises:
+            ValueError: ``out`` may not be made, or the data cannot be read.
+            OSError: the disk of ``out`` is too small.
+        """
+        refuse_existing(Path(out), overwrite)
+        require_room(Path(out), self.estimate().disk)
+        if self.calibrates:
+            found = read_samples(self.skeleton.checkpoint.folder, self._samples)
+            batches_of(found.tokens, self.skeleton.model.config.get_text_config().vocab_size)
+
+    def _samples(self, tokenizer: Any) -> Samples:
+        return load_samples(self.data, tokenizer, self.samples, self.seq_len, self.seed)
+
     def run(
         self, out: str | Path, overwrite: bool = False, command: str | None = None, progress: Progress | None = None
     ) -> dict[str, Any]:
@@ -178,6 +206,7 @@ class Job:
                 needed / 1e9,
                 self.memory.allowed / 1e9,
             )
+        require_room(Path(out), self.estimate().disk)
         identity = identity_of(self.skeleton.checkpoint)
         staging = Staging(Path(out), self.request | {"checkpoint": identity}, overwrite, self._parts(), _PLANNING)
         with plain_errors(staging, self._pattern):
@@ -196,7 +225,7 @@ class Job:
                     self.experts,
                     progress,
                 )
-                data = blocks.prepare(self.data, self.samples, self.seq_len)
+                data = blocks.prepare(self._samples)
                 rows, schemes = blocks.run()
             else:
                 rows = StreamedRounding(self.skeleton, self.plan, writer, staging, progress).run()

@@ -33,13 +33,18 @@ def stored_samples(staging: Staging, folder: Path, read: Callable[[Any], Samples
     if note is not None:
         header = read_header(staging.folder / _FILE)
         return Samples([load(header.tensors[name]) for name in sorted(header.tensors)], **note)
-    samples = read(_tokenizer(folder))
+    samples = read_samples(folder, read)
     tensors = {f"{number:09}": sample.clone() for number, sample in enumerate(samples.tokens)}
     with ShardWriter(staging.folder / _FILE, {name: spec_of(tensor) for name, tensor in tensors.items()}, {}) as file:
         for name, tensor in tensors.items():
             file.write(name, tensor)
     staging.note(_NOTE, {"description": samples.description, "warnings": samples.warnings})
     return samples
+
+
+def read_samples(folder: Path, read: Callable[[Any], Samples]) -> Samples:
+    """``read(tokenizer)`` with the tokenizer in ``folder``. ValueError if there is none, or what ``read`` raises."""
+    return read(_tokenizer(folder))
 
 
 def _tokenizer(folder: Path) -> Any:

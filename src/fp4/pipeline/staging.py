@@ -40,6 +40,25 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
         raise OptionError(f"{out} exists; name another folder, or replace it with", "overwrite")
 
 
+def require_room(out: Path, needed: int) -> None:
+    """OSError (ENOSPC) if the disk that ``out`` will be on has not ``needed`` bytes, unfinished work included."""
+    place = next(parent for parent in out.absolute().parents if parent.is_dir())
+    partial = _partial(out)
+    # What an earlier run left is written already, or makes room.
+    there = sum(path.stat().st_size for path in partial.iterdir() if path.is_file()) if partial.is_dir() else 0
+    free = shutil.disk_usage(place).free + there
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk of {place} is too small: it has {free / 1e9:.3g} GB free, and output and work files need about "
+            f"{needed / 1e9:.3g} GB; make room, or name a folder elsewhere",
+        )
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
+
+
 class Staging:
     """``<out>.partial``: finished parts of the output and the journal of a job, until :meth:`publish` renames it.
 
@@ -65,7 +84,7 @@ class Staging:
         planning: Collection[str] = (),
     ) -> None:
         self.out = out
-        self.folder = out.with_name(f"{out.name}.partial")
+        self.folder = _partial(out)
         self.overwrite = overwrite
         self.parts = dict(parts or {})
         self.published = False
