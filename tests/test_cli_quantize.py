@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from small_models import save_small, save_text
 from typer.testing import CliRunner
 
@@ -18,6 +22,7 @@ from fp4 import cli
 from fp4.cli import app
 from fp4.cli.settings import load_env_file
 from fp4.pipeline import Job
+from fp4.pipeline.blocks import BlockCalibration
 from fp4.scheme import SCHEMES
 
 
@@ -77,6 +82,90 @@ def test_plan_shows_and_writes_nothing(model: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "more.yaml"]
 
 
+@pytest.mark.parametrize(
+    ("options", "schemes", "summary"),
+    [
+        (
+            ["--only", "*layers.1.*", "--override", "*.o_proj=fp8_dynamic"],
+            {"layers.1.self_attn.o_proj": "fp8_dynamic", "layers.1.self_attn.q_proj": "nvfp4a16"},
+            "6 layers to nvfp4a16, 1 to fp8_dynamic by rtn, 15 kept",
+        ),
+        (
+            ["--skip", "*layers.1.*", "--override", "*.o_proj=fp8_dynamic"],
+            {"layers.0.self_attn.o_proj": "fp8_dynamic", "layers.1.self_attn.o_proj": None},
+            "12 layers to nvfp4a16, 2 to fp8_dynamic by rtn, 8 kept",
+        ),
+        (
+            ["--skip", "o_proj", "--only", "*layers.1.*"],
+            {"layers.1.self_attn.o_proj": None, "layers.1.self_attn.q_proj": "nvfp4a16"},
+            "6 layers to nvfp4a16 by rtn, 16 kept",
+        ),
+    ],
+)
+def test_skip_goes_before_only_and_only_before_override(
+    options: list[str], schemes: dict[str, str | None], summary: str, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    output = run("quantize", model, out, "--scheme", "nvfp4a16", "--method", "rtn", *options)
+    assert summary in " ".join(output.split())
+    found = {row["name"]: row["scheme"] for row in json.loads((out / "report.json").read_text())["layers"]}
+    assert {name: found.get(f"model.{name}") for name in schemes} == schemes
+
+
+def test_every_command_says_the_same_bits(model: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", ["--scheme", "nvfp4a8", "--method", "rtn", "--samples", "2", "--seq-len", "32"]
+    line = next(line for line in run("schemes").splitlines() if "nvfp4a8" in line)
+    assert "│ 4.25 │" in line
+    assert "4.25 bits per quantized weight" in " ".join(run("quantize", model, out, *options, "--plan").split())
+    run("quantize", model, out, *options)
+    assert "4.26 bits per quantized weight" in run("inspect", out)  # and the global scales of so small layers
+    assert "| 21 | nvfp4a8 | 4.25 |" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--data", "absent.jsonl"], 2, "there is no file or folder absent.jsonl"),
+        (["--data", "empty.txt"], 2, "empty.txt holds 0 tokens; calibration needs at least 2"),
+        (["--data", "bad.jsonl"], 2, "bad.jsonl): line 2 is no valid JSON"),
+        (["--max-memory", "gpu:8GiB"], 2, "max_memory names gpu, but this machine has none"),
+        ([], 3, "is too small: it has 1e-06 GB free, and output and work files need about 0.00"),
+        ([], 2, "out exists; name another folder, or replace it with --overwrite"),
+    ],
+)
+def test_plan_finds_what_the_run_would_find(
+    options: list[str],
+    code: int,
+    message: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"text": }\n')
+    if code == 3:
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(2000, 1000, 1000))
+    if "exists" in message:
+        (tmp_path / "out").mkdir()
+    before = sorted(tmp_path.iterdir())
+    command = ["quantize", model, "out", "--method", "gptq", "--device", "cpu", "--samples", "2", "--seq-len", "32"]
+    for plan in ([], ["--plan"]):
+        found, error = refused(monkeypatch, capsys, *command, *options, *plan)
+        assert (found, message in error) == (code, True), error
+        assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_plan_estimates_the_whole_time(method: str, model: Path, tmp_path: Path) -> None:
+    few = ["--samples", "2", "--seq-len", "32", "--device", "cpu"]
+    output = " ".join(run("quantize", model, tmp_path / "out", "--method", method, *few, "--plan").split())
+    assert re.search(r"takes about \d+ (s|min) in all, from rates measured just now", output)
+    assert "forward passes" not in output
+
+
 def test_plan_says_when_memory_is_short(model: Path, tmp_path: Path) -> None:
     short = ["--max-memory", "cpu:100KB", "--samples", "2", "--seq-len", "32", "--plan"]
     output = run("quantize", model, tmp_path / "out", "--method", "gptq", "--device", "cpu", *short)
@@ -119,6 +208,46 @@ def test_mistakes_are_named(
     assert message in error
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_messages_name_flags_of_the_command(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, layer = tmp_path / "out", "model.layers.2.mlp.up_proj"
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"{layer}.weight"][3, 5] = torch.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    command = ["quantize", model, out, "--scheme", "nvfp4", "--method", "rtn", "--samples", "2", "--seq-len", "32"]
+    code, error = refused(monkeypatch, capsys, *command)
+    assert code == 2
+    assert "holds 1 NaN or infinite values out of 8192" in error
+    assert f"or keep the layer as it is with --skip {layer}; what is finished is kept in {out}.partial" in error
+    code, error = refused(monkeypatch, capsys, *command, "--skip", "layers.0.mlp.up_proj")
+    assert (code, error.strip().endswith("(it differs in skip); finish that one with its own command, or replace it "
+        "with --overwrite")) == (2, True)  # fmt: skip
+    code, error = refused(monkeypatch, capsys, *command, "--skip", layer)
+    assert code == 0, error
+    code, error = refused(monkeypatch, capsys, *command, "--skip", layer)
+    assert code == 2
+    assert error.strip() == f"error: {out} exists; name another folder, or replace it with --overwrite"
+
+
+def test_an_interruption_says_how_to_go_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = BlockCalibration._quantize
+
+    def interrupted(self: BlockCalibration, number: int, *arguments: Any) -> Any:
+        if number == 1:
+            raise KeyboardInterrupt
+        return original(self, number, *arguments)
+
+    monkeypatch.setattr(BlockCalibration, "_quantize", interrupted)
+    command = ["quantize", model, tmp_path / "out", "--method", "rtn", "--samples", "2", "--seq-len", "32"]
+    code, error = refused(monkeypatch, capsys, *command)
+    assert code == 130
+    kept = f"what is finished is kept in {tmp_path / 'out.partial'}; the same command goes on from there"
+    assert error.strip() == f"interrupted; {kept}"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOMEM, errno.EIO, errno.EFBIG])

@@ -17,6 +17,7 @@ from fp4.cli.env import env
 from fp4.cli.quality import evaluate, report
 from fp4.cli.quantize import quantize, schemes
 from fp4.cli.settings import load_env_file
+from fp4.errors import OptionError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,5 +55,7 @@ def main() -> None:
         if isinstance(error, RuntimeError) and not full:
             raise
         said = str(error) if isinstance(error, (ValueError, OSError)) else f"out of memory ({error})"
+        if isinstance(error, OptionError):
+            said = error.on_command_line()
         errors.print(Text.assemble(("error:", "red"), f" {said}"), soft_wrap=True)
         sys.exit(3 if full or (isinstance(error, OSError) and error.errno in _FAILED) else 2)

@@ -13,7 +13,7 @@ from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
-from fp4.cli.console import console, errors
+from fp4.cli.console import console, errors, interruptible
 from fp4.convert import FORMATS
 from fp4.convert import convert as convert_checkpoint
 from fp4.inspection import inspect as inspect_checkpoint
@@ -45,7 +45,7 @@ def convert(
     Interrupted, the same command goes on from the last complete file. What the format cannot hold is refused.
     """
     columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=errors, transient=True) as bar:
+    with interruptible(), Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task(f"writing {to}", total=None)
         result = convert_checkpoint(
             source,

@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Column, Table
 
 from fp4.checkpoint import CODECS
-from fp4.cli.console import console
+from fp4.cli.console import console, interruptible
 from fp4.methods import METHODS
 from fp4.pipeline import Hub, Job
 from fp4.scheme import SCHEMES
@@ -29,7 +29,7 @@ def schemes() -> None:
     """List the schemes: what each does, where it runs, which checkpoint formats hold it."""
     table = Table(Column("scheme", style="bold"), "what it does", "bits", "runs on", "formats")
     for name, preset in SCHEMES.items():
-        bits = f"{preset.scheme.format.bits_per_weight:g}"
+        bits = f"{preset.scheme.bits_per_weight:g}"
         table.add_row(name, preset.summary, bits, preset.runs_on, ", ".join(preset.checkpoint_formats))
     console.print(table)
     methods = Table(Column("method", style="bold"), "cost")
@@ -54,7 +54,9 @@ def quantize(
     skip: Annotated[
         list[str] | None,
         typer.Option(
-            help="Keep layers whose name fits this pattern, e.g. '*.down_proj'. Repeat for more.", rich_help_panel=_WHAT
+            help="Keep layers whose name fits this pattern, e.g. '*.down_proj', whatever the next two say. "
+            "Repeat for more.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
     only: Annotated[
@@ -64,7 +66,7 @@ def quantize(
     override: Annotated[
         list[str] | None,
         typer.Option(
-            help="Another scheme for some layers: '*.mamba.*=fp8_dynamic', or '=keep'. The first that fits wins.",
+            help="Another scheme for some of them: '*.mamba.*=fp8_dynamic', or '=keep'. The first that fits wins.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -176,7 +178,7 @@ def quantize(
         bool, typer.Option(help="Run model code that comes with the checkpoint.", rich_help_panel=_MACHINE)
     ] = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Only show what would be quantized, and what it would need.")
+        bool, typer.Option("--plan", help="Show what would be quantized and what it would need, and check all.")
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT, and unfinished work for another request.")] = False,
 ) -> None:
@@ -220,15 +222,16 @@ def quantize(
     )
     if plan:
         show_plan(job)
+        job.check(out, overwrite)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    with interruptible(), Progress(*columns, console=console) as bar:
         report = job.run(out, overwrite, shlex.join(["fp4", *sys.argv[1:]]), _drawn(bar))
     layers = report["layers"]
     errors = sorted((row["output_error"], row["name"]) for row in layers if row["output_error"] is not None)
     minutes, seconds = divmod(round(report["seconds"]), 60)
     console.print(
-        f"{len(layers)} layers to {scheme} by {method}, {len(report['kept'])} kept, in {minutes} min {seconds} s, "
+        f"{_counted(layers)} by {method}, {len(report['kept'])} kept, in {minutes} min {seconds} s, "
         f"{report['peak_memory_bytes'] / 1e9:.2f} GB: {out} ({report['format']})",
         highlight=False,
     )
@@ -237,6 +240,13 @@ def quantize(
     if errors:
         worst = ", ".join(f"{name} {error:.1%}" for error, name in errors[:-4:-1])
         console.print(f"largest output errors: {worst}", highlight=False)
+
+
+def _counted(layers: Sequence[Mapping[str, Any]]) -> str:
+    """How many layers went to which scheme, the most frequent first."""
+    counts = Counter(str(layer["scheme"]) for layer in layers).most_common()
+    words = [f"{count} layers to {scheme}" for scheme, count in counts[:1]]
+    return ", ".join(words + [f"{count} to {scheme}" for scheme, count in counts[1:]])
 
 
 def _drawn(bar: Progress) -> Callable[[str, int, int], None]:
@@ -308,7 +318,8 @@ def show_plan(job: Job) -> None:
     )
     console.print(
         f"needs about {needs.memory / 1e9:.2g} GB of memory besides its libraries, {needs.disk / 1e9:.2g} GB of disk; "
-        f"{'forward passes' if job.calibrates else 'streaming'} about {_duration(needs.seconds)}",
+        f"takes about {_duration(job.duration())} in all, from rates measured just now (right to a factor of two where "
+        "nothing else runs)",
         highlight=False,
     )
     if needs.memory > job.memory.allowed:

@@ -162,6 +162,10 @@ class Method:
 
     Attributes:
         memory: at its peak, the dense block included, in sizes of that block in float32: as measured on experts.
+        passes: over all samples, for each block, two of which hand hidden states on: dense and quantized.
+        sweeps: products of a weight with a matrix ``[K, K]``, in multiples of ``N K^2`` operations; 0 without second
+            moments.
+        steps: name of the option that says how many steps of gradient descent there are.
     """
 
     name: str
@@ -170,3 +174,6 @@ class Method:
     cost: str
     needs_data: bool
     memory: float
+    passes: float
+    sweeps: float = 0
+    steps: str | None = None

@@ -14,16 +14,20 @@ from typing import Any
 
 import torch
 
+from fp4.calibration.data import Samples, load_samples
 from fp4.checkpoint import CODECS
 from fp4.checkpoint.files import Checkpoint
 from fp4.checkpoint.source import is_hub_id, local_folder
 from fp4.checkpoint.writing import write_json
 from fp4.methods import METHODS
-from fp4.pipeline.blocks import BlockCalibration
+from fp4.pipeline.blocks import BlockCalibration, block_parts
+from fp4.pipeline.capture import encodes
+from fp4.pipeline.duration import calibration_seconds, streaming_seconds
 from fp4.pipeline.estimate import Estimate, estimate
 from fp4.pipeline.memory import Memory
 from fp4.pipeline.output import (
     REPORT,
+    UNCALIBRATED,
     choose_format,
     has_static_input,
     holds,
@@ -33,12 +37,16 @@ from fp4.pipeline.output import (
 )
 from fp4.pipeline.plan import Choice, parse_overrides, plan_layers, rotated, ruled, stored_as
 from fp4.pipeline.report import build_report, kept_rows, peak_memory
-from fp4.pipeline.rounding import Progress, StreamedRounding
+from fp4.pipeline.rounding import Progress, StreamedRounding, shard_parts
+from fp4.pipeline.samples import batches_of, read_samples
 from fp4.pipeline.skeleton import Skeleton
-from fp4.pipeline.staging import Staging, identity_of, plain_errors
+from fp4.pipeline.staging import Staging, identity_of, plain_errors, refuse_existing, require_room
 from fp4.report.model_card import write_model_card
 
 logger = logging.getLogger("fp4")
+
+# What decides about the plan of layers and nothing else.
+_PLANNING = ("scheme", "rotation", "rule", "skip", "only", "overrides")
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,8 @@ class Job:
         self.plan = stored_as(self.plan, CODECS[self.format])
         self.calibrates = self.method.needs_data or any(has_static_input(layer.scheme) for layer in layers)
         if self.calibrates:
+            if (encoder := encodes(self.skeleton)) is not None:
+                raise ValueError(f"{model} cannot be calibrated, since {encoder}; {UNCALIBRATED}")
             self.skeleton = Skeleton(checkpoint, self.memory.compute_dtype(checkpoint.dtype), trust_remote_code)
 
     @property
@@ -144,9 +154,43 @@ class Job:
             }
         return request
 
+    def _parts(self) -> dict[str, str]:
+        """What is planned for each part of the work that is finished at once: a block, or a shard."""
+        return (block_parts if self.calibrates else shard_parts)(self.skeleton, self.plan)
+
+    def _pattern(self, layer: str) -> str:
+        """What to skip for a layer to be kept: its name, or the experts that it is quantized with."""
+        planned = self.plan.layers.get(layer)
+        return layer if planned is None or planned.expert is None else f"{planned.expert.module.name}.*"
+
     def estimate(self) -> Estimate:
         """What the job needs, without doing it."""
         return estimate(self.skeleton, self.plan, self.method, self.calibrates, self.samples, self.seq_len, self.memory)
+
+    def duration(self) -> float:
+        """Seconds that the whole job will take, about (:mod:`fp4.pipeline.duration`); finding out takes some itself."""
+        checkpoint, needs = self.skeleton.checkpoint, self.estimate()
+        if not self.calibrates:
+            return streaming_seconds(checkpoint, self.plan, needs.written)
+        return calibration_seconds(
+            checkpoint, self.plan, needs.written, self.method, self.options, needs.tokens, self.memory
+        )
+
+    def check(self, out: str | Path, overwrite: bool = False) -> None:
+        """Everything that :meth:`run` finds out before it computes: the target, the disk, the data.
+
+        Raises:
+            ValueError: ``out`` may not be made, or the data cannot be read.
+            OSError: the disk of ``out`` is too small.
+        """
+        refuse_existing(Path(out), overwrite)
+        require_room(Path(out), self.estimate().disk)
+        if self.calibrates:
+            found = read_samples(self.skeleton.checkpoint.folder, self._samples)
+            batches_of(found.tokens, self.skeleton.model.config.get_text_config().vocab_size)
+
+    def _samples(self, tokenizer: Any) -> Samples:
+        return load_samples(self.data, tokenizer, self.samples, self.seq_len, self.seed)
 
     def run(
         self, out: str | Path, overwrite: bool = False, command: str | None = None, progress: Progress | None = None
@@ -162,9 +206,10 @@ class Job:
                 needed / 1e9,
                 self.memory.allowed / 1e9,
             )
+        require_room(Path(out), self.estimate().disk)
         identity = identity_of(self.skeleton.checkpoint)
-        staging = Staging(Path(out), self.request | {"checkpoint": identity}, overwrite)
-        with plain_errors(staging):
+        staging = Staging(Path(out), self.request | {"checkpoint": identity}, overwrite, self._parts(), _PLANNING)
+        with plain_errors(staging, self._pattern):
             writer = CODECS[self.format]({"config_groups": {}}, self.skeleton.checkpoint.dtype)
             data = None
             if self.calibrates:
@@ -180,7 +225,7 @@ class Job:
                     self.experts,
                     progress,
                 )
-                data = blocks.prepare(self.data, self.samples, self.seq_len)
+                data = blocks.prepare(self._samples)
                 rows, schemes = blocks.run()
             else:
                 rows = StreamedRounding(self.skeleton, self.plan, writer, staging, progress).run()
@@ -191,7 +236,9 @@ class Job:
             quantization = CODECS[self.format].configuration(schemes | stacks, sorted(kept), {})
             files = write_side_files(self.skeleton.checkpoint, staging.folder, CODECS[self.format], quantization)
             report = build_report(
-                self.request | {"data": data, "base_model": self.model if is_hub_id(self.model) else None},
+                self.request
+                | {"data": data, "architectures": self.skeleton.model.config.architectures}
+                | {"base_model": self.model if is_hub_id(self.model) else None},
                 rows,
                 kept_rows(self.skeleton, self.plan),
                 command=command or _called(),
@@ -262,8 +309,8 @@ def quantize(
         rotation: block rotation of weights and inputs: ``"none"``, ``"hadamard64"``, ``"gsr64"``, ...; ``"auto"`` is
             what measurement shows best (none for NVFP4, hadamard64 for MXFP4), none in a ``format`` without rotations.
         rule: how block scales of weights are chosen, in place of the scheme's own: ``"abs_max"`` is fastest.
-        skip, only: patterns of layers to keep, or to quantize alone.
-        overrides: pattern -> scheme, or None to keep; the first that fits wins.
+        skip, only: patterns of layers to keep, or to quantize alone; what both name is kept.
+        overrides: pattern -> scheme, or None to keep, for layers that these leave; the first that fits wins.
         options: of the method, by name.
         experts: which tokens an expert is calibrated on: ``"all"``, or ``"routed"``, those that the router sends to it,
             which takes less time; one that gets none is rounded to nearest then.

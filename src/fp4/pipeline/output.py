@@ -88,6 +88,11 @@ def has_static_input(scheme: Scheme) -> bool:
     return scheme.activations != "model" and scheme.format.needs_global_scale
 
 
+_STREAMED = ", ".join(name for name, preset in SCHEMES.items() if not has_static_input(preset.scheme))
+#: What to do about a model that cannot be calibrated, for the end of a message.
+UNCALIBRATED = f"method rtn with a scheme that needs no calibration ({_STREAMED}) quantizes it"
+
+
 def rotation_of(layer: PlannedLayer) -> torch.Tensor | None:
     """The rotation that the layer's scheme asks for, exact in every format that stores it."""
     return rotation_for(layer.scheme.rotation, layer.scheme.group_size, torch.bfloat16)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -72,6 +74,17 @@ class LayerPlan:
     kept: list[KeptLayer] = field(default_factory=list)
     groups: list[list[str]] = field(default_factory=list)
 
+    def digest(self, names: Collection[str]) -> str:
+        """Of everything that the plan says about the layers ``names``: equal digests give equal bytes."""
+        layers = [self.layers[name] for name in names]
+        said = [(layer.name, layer.preset, repr(layer.scheme), layer.stack) for layer in layers]
+        groups = [
+            [(member, repr(self.layers[member].scheme)) for member in group]
+            for group in self.groups
+            if not {*group}.isdisjoint(names)
+        ]
+        return hashlib.sha256(json.dumps([said, groups]).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -79,9 +92,9 @@ class Choice:
 
     Attributes:
         scheme: name of the scheme for all layers that no override names.
-        skip: layers to keep.
-        only: where given, all others are kept.
-        overrides: pattern and scheme name, or None to keep; the first that fits wins.
+        skip: layers to keep, whatever else names them.
+        only: where given, all others are kept, whatever an override says of them.
+        overrides: pattern and scheme name, or None to keep, for the layers left; the first that fits wins.
     """
 
     scheme: str
@@ -96,14 +109,14 @@ class Choice:
 
     def of(self, name: str) -> tuple[str | None, str]:
         """Scheme name of the layer, or None with the reason why it is kept."""
-        for pattern, scheme in self.overrides:
-            if fits(name, pattern):
-                return scheme, f"override {pattern}"
         for pattern in self.skip:
             if fits(name, pattern):
                 return None, f"skipped by {pattern}"
         if self.only and not any(fits(name, pattern) for pattern in self.only):
             return None, "not among the layers chosen"
+        for pattern, scheme in self.overrides:
+            if fits(name, pattern):
+                return scheme, f"override {pattern}"
         return self.scheme, ""
 
     def require_used(self, names: Sequence[str]) -> None:

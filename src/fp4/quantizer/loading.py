@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from fp4.errors import NotQuantizable
 from fp4.methods.rtn import global_scale_of
 from fp4.nn import FP4Experts, FP4Linear, PackedWeight
 from fp4.quantizer.packing import Packing
@@ -73,7 +74,7 @@ class RoundToNearest(LoadOp):
             parameters = packed.round(experts.dense_rows(weight), name)
             parameters = parameters if split is None else split.of(parameters)
         except ValueError as error:
-            self.hf_quantizer.problems[name] = str(error)
+            self.hf_quantizer.problems[name] = _with_remedy(error, name.rpartition(".")[0])
             return {}
         self.hf_quantizer.loaded.add(name)
         return {f"{name}.{parameter}": tensor for parameter, tensor in parameters.items()}
@@ -91,11 +92,17 @@ class RoundToNearest(LoadOp):
             try:
                 parameters = modules[layer].share(modules[layer].round(weight, f"{layer}.weight", shared))
             except ValueError as error:
-                self.hf_quantizer.problems[layer] = str(error)
+                self.hf_quantizer.problems[layer] = _with_remedy(error, layer)
                 continue
             self.hf_quantizer.loaded.add(layer)
             found |= {f"{layer}.{parameter}": tensor for parameter, tensor in parameters.items()}
         return found
+
+
+def _with_remedy(error: ValueError, module: str) -> str:
+    if not isinstance(error, NotQuantizable):
+        return str(error)
+    return f"{error}, or keep the layer as it is by adding {module!r} to modules_to_not_convert"
 
 
 class ReadLayer(LoadOp):

@@ -16,6 +16,13 @@ EVALUATION = "evaluation.json"
 
 # What a quantized model inherits of its original's card.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+# By the end of an architecture's name; what is not here generates text, or gives features.
+_TASKS = {
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -78,7 +85,8 @@ def model_card(
 
     base = report.get("base_model")
     scheme, fmt = str(report.get("scheme") or "FP4"), str(report.get("format") or "")
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", **(inherited or {})}
+    task, auto = _task(report)
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task, **(inherited or {})}
     metadata["tags"] = list(dict.fromkeys(tag for tag in ("fp4", scheme.lower(), fmt) if tag))
     if base:
         metadata |= {"base_model": base, "base_model_relation": "quantized"}
@@ -90,7 +98,7 @@ def model_card(
         _how_made(report),
         _what_is_inside(report),
         _quality(evaluation),
-        _how_to_load(name, fmt, scheme),
+        _how_to_load(name, fmt, auto),
     ]
     if "license" not in metadata:
         sections.append(
@@ -161,19 +169,31 @@ def _quality(evaluation: Mapping[str, Any] | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _how_to_load(name: str, fmt: str, scheme: str) -> str:
+def _task(report: Mapping[str, Any]) -> tuple[str, str]:
+    """What the model is for, as the hub calls it, and the class that loads it."""
+    named = report.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else ""
+    for suffix, task in _TASKS.items():
+        if architecture.endswith(suffix):
+            return task, f"AutoModel{suffix}"
+    if architecture.endswith("Model") and not architecture.endswith("LMHeadModel"):
+        return "feature-extraction", "AutoModel"
+    return "text-generation", "AutoModelForCausalLM"
+
+
+def _how_to_load(name: str, fmt: str, auto: str) -> str:
     lines = [
         "## How to load it\n",
         "With Transformers, and fp4 installed. Weights stay packed on GPUs and CPUs:\n",
         "```python",
         "import fp4  # registers the quantizer",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto}, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")',
+        f'model = {auto}.from_pretrained("{name}", dtype="auto", device_map="auto")',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         "```",
     ]
-    if fmt in ("compressed-tensors", "modelopt"):
+    if fmt in ("compressed-tensors", "modelopt") and auto == "AutoModelForCausalLM":
         lines += ["", f"With vLLM, which reads {fmt}:\n", "```bash", f"vllm serve {name}", "```"]
     return "\n".join(lines) + "\n"
 
