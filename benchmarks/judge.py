@@ -114,8 +114,7 @@ def decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         if kind == "weight_packed":  # compressed-tensors
             scales = _block_scales(tensors[f"{layer}.weight_scale"])
             global_scale = _scalar(tensors, f"{layer}.weight_global_scale")
-            values = _scaled(unpack(tensor), scales)
-            dense[weight] = values if global_scale is None else values / global_scale
+            dense[weight] = _scaled(unpack(tensor), scales if global_scale is None else scales / global_scale)
             inputs[layer] = Input(_scalar(tensors, f"{layer}.input_global_scale"))
         elif kind == "qweight":  # FP-Quant stores the scales of both formats as bytes
             values, scales = unpack(tensor), tensors[f"{layer}.scales"].view(torch.uint8)
@@ -126,9 +125,9 @@ def decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
             rotation = tensors[f"{layer}.forward_hadamard_matrix"].float()
             inputs[layer] = Input(_scalar(tensors, f"{layer}.act_global_scale"), rotation)
         elif kind == "weight" and tensor.dtype == torch.uint8:  # ModelOpt
-            values = _scaled(unpack(tensor), _block_scales(tensors[f"{layer}.weight_scale"]))
+            scales = _block_scales(tensors[f"{layer}.weight_scale"])
             global_scale = _scalar(tensors, f"{layer}.weight_scale_2")
-            dense[weight] = values if global_scale is None else values * global_scale
+            dense[weight] = _scaled(unpack(tensor), scales if global_scale is None else scales * global_scale)
             input_scale = _scalar(tensors, f"{layer}.input_scale")
             inputs[layer] = Input(None if input_scale is None else 1 / input_scale)
         elif kind == "weight" and tensor.dtype == torch.float8_e4m3fn:
