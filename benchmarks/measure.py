@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -193,7 +194,8 @@ def save(
     RESULTS.mkdir(exist_ok=True)
     about = about or machine()
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
-    text = [f"# {title}", "", f"{about['date']}, {about['hardware']}; {versions}.", ""]
+    script = f"`benchmarks/{Path(sys.argv[0]).name}`"
+    text = [f"# {title}", "", f"{script}, {about['date']}, {about['hardware']}; {versions}.", ""]
     for heading, body in sections.items():
         text += [f"## {heading}", "", body, ""]
     (RESULTS / f"{name}.md").write_text("\n".join(text))
