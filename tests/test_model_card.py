@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from fp4.report import engines
 from fp4.report.model_card import model_card, refresh_model_card, write_model_card
+from fp4.scheme import SCHEMES
 
 REPORT: dict[str, Any] = {
     "version": 1,
@@ -67,6 +69,37 @@ def test_card_says_how_it_was_made_how_good_it_is_and_how_to_load_it() -> None:
     ):
         assert words in card
     assert "no licence" not in card
+
+
+@pytest.mark.parametrize(
+    ("fmt", "schemes", "says", "says_not"),
+    [
+        ("compressed-tensors", ["nvfp4"], "vllm serve model", "Not with vLLM"),
+        ("compressed-tensors", ["nvfp4", "fp8_dynamic"], "vllm serve model", "Not with vLLM"),
+        ("compressed-tensors", ["mxfp4a16"], "quantizes the activations of every MXFP4 checkpoint", "convert_hf"),
+        ("modelopt", ["nvfp4a16"], "vllm serve model", "convert_hf"),
+        ("modelopt", ["nvfp4"], "convert_hf_to_gguf.py model", "Not with vLLM"),
+        ("modelopt", ["mxfp4"], "Not with vLLM (vLLM 0.32.0): its ModelOpt loader has no MXFP4.", "vllm serve"),
+        ("modelopt", ["nvfp4", "nvfp4a8"], "its ModelOpt loader has no W4A8_NVFP4_FP8.", "vllm serve"),
+        ("fp_quant", ["mxfp4"], "it calls the format fp_quant deprecated", "vllm serve"),
+        ("auto-round", ["nvfp4"], "from_pretrained", "vLLM"),  # not tried
+        ("compressed-tensors", ["nvfp4", "int4"], "from_pretrained", "vLLM"),
+    ],
+)
+def test_card_names_the_engines_that_take_the_checkpoint(
+    fmt: str, schemes: list[str], says: str, says_not: str
+) -> None:
+    layers = [{"name": f"l{i}", "scheme": scheme, "bits_per_weight": 4.5} for i, scheme in enumerate(schemes)]
+    card = model_card({"format": fmt, "scheme": schemes[0], "layers": layers}, name="model")
+    assert says in card
+    assert says_not not in card
+    if len(schemes) == 1:  # the scheme that was asked for, where no layer is listed
+        assert says in model_card({"format": fmt, "scheme": schemes[0]}, name="model")
+
+
+def test_engines_are_asked_about_schemes_and_formats_that_exist() -> None:
+    for _, checkpoint_format, scheme in engines.TRIED:
+        assert checkpoint_format in SCHEMES[scheme].checkpoint_formats
 
 
 @pytest.mark.parametrize("report", [{}, {"data": None, "layers": [], "source": "/some/where/model"}])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4.checkpoint.files import read_json
+from fp4.report.engines import VERSIONS, serving
 
 REPORT = "report.json"
 EVALUATION = "evaluation.json"
@@ -98,7 +99,8 @@ def model_card(
         _how_made(report),
         _what_is_inside(report),
         _quality(evaluation),
-        _how_to_load(name, fmt, auto),
+        _how_to_load(name, auto),
+        *([_engines(name, fmt, _schemes(report))] if auto == "AutoModelForCausalLM" else []),
     ]
     if "license" not in metadata:
         sections.append(
@@ -181,7 +183,7 @@ def _task(report: Mapping[str, Any]) -> tuple[str, str]:
     return "text-generation", "AutoModelForCausalLM"
 
 
-def _how_to_load(name: str, fmt: str, auto: str) -> str:
+def _how_to_load(name: str, auto: str) -> str:
     lines = [
         "## How to load it\n",
         "With Transformers, and fp4 installed. Weights stay packed on GPUs and CPUs:\n",
@@ -193,9 +195,30 @@ def _how_to_load(name: str, fmt: str, auto: str) -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         "```",
     ]
-    if fmt in ("compressed-tensors", "modelopt") and auto == "AutoModelForCausalLM":
-        lines += ["", f"With vLLM, which reads {fmt}:\n", "```bash", f"vllm serve {name}", "```"]
     return "\n".join(lines) + "\n"
+
+
+def _schemes(report: Mapping[str, Any]) -> list[str]:
+    """The schemes of the layers, or the one that was asked for where no layer is listed."""
+    layers = [layer for layer in report.get("layers") or [] if isinstance(layer, Mapping)]
+    return list(dict.fromkeys(str(layer.get("scheme")) for layer in layers)) or [str(report.get("scheme"))]
+
+
+def _engines(name: str, fmt: str, schemes: list[str]) -> str:
+    """How other engines load it, where that has been tried."""
+    paragraphs = []
+    if (vllm := serving("vllm", fmt, schemes)) is not None:
+        if vllm.served:
+            paragraphs += [f"With vLLM, which reads {fmt}:", f"```bash\nvllm serve {name}\n```"]
+            paragraphs += [vllm.note] if vllm.note else []
+        else:
+            paragraphs.append(f"Not with vLLM ({VERSIONS['vllm']}): {vllm.note}")
+    llama = serving("llama.cpp", fmt, schemes)
+    if llama is not None and llama.served:
+        paragraphs.append(
+            f"With llama.cpp, where it knows the architecture, after `python convert_hf_to_gguf.py {name}`."
+        )
+    return "\n\n".join(paragraphs) + "\n" if paragraphs else ""
 
 
 def _cell(value: object) -> str:
