@@ -86,7 +86,7 @@ def model_card(
     original = f"[{base}](https://huggingface.co/{base})" if base else f"`{Path(str(report.get('source'))).name}`"
     sections = [
         f"---\n{front}\n---\n\n# {name}\n",
-        f"{original} quantized to **{scheme}** by [fp4](https://pypi.org/project/fp4/).\n",
+        f"{original} quantized to **{scheme}** by fp4.\n",
         _how_made(report),
         _what_is_inside(report),
         _quality(evaluation),
