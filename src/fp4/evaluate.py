@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from fp4.checkpoint.source import checked_token
 from fp4.nn.activations import describe_activations, set_activations
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def evaluate(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; expected 'auto', 'float32', 'bfloat16' or 'float16'")
     text, described = _read_text(Path(data))
-    hub = {"token": token, "trust_remote_code": trust_remote_code}
+    hub = {"token": checked_token(token), "trust_remote_code": trust_remote_code}
     tokenizer = _tokenizer(model, against, revision, hub)
     if bos and tokenizer.bos_token_id is None:
         raise ValueError(f"the tokenizer of {model} has no BOS token to start windows with")

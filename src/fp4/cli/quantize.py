@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +38,7 @@ def schemes() -> None:
 
 
 def quantize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub id of the model to quantize.")],
     out: Annotated[Path, typer.Argument(help="Folder to make. It appears when everything in it is complete.")],
     scheme: Annotated[
@@ -192,7 +192,7 @@ def quantize(
 
     Interrupted at any moment, the same command goes on from the last finished block and writes the same bytes; until
     everything is complete, work stays in OUT.partial. Every option with a variable beside it can also be set in the
-    environment or in a .env file here.
+    environment, tokens and the cache's folder in a .env file here too.
 
     Exit codes: 0 done; 2 a mistake in the call, the model or the data; 3 the machine failed (disk, memory), and the
     same command goes on.
@@ -223,7 +223,7 @@ def quantize(
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        report = job.run(out, overwrite, shlex.join(["fp4", *sys.argv[1:]]), _drawn(bar))
+        report = job.run(out, overwrite, _recorded(context), _drawn(bar))
     layers = report["layers"]
     errors = sorted((row["output_error"], row["name"]) for row in layers if row["output_error"] is not None)
     minutes, seconds = divmod(round(report["seconds"]), 60)
@@ -237,6 +237,30 @@ def quantize(
     if errors:
         worst = ", ".join(f"{name} {error:.1%}" for error, name in errors[:-4:-1])
         console.print(f"largest output errors: {worst}", highlight=False)
+
+
+def _recorded(context: typer.Context) -> str:
+    """The command as the report and the model card, which are published, name it.
+
+    It is written anew from what was chosen, on the command line or in the environment, so that no spelling of --token
+    gets through; where the hub's cache lies is left out too, since it decides about nothing.
+    """
+    words = ["fp4", str(context.info_name)]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source, value = context.get_parameter_source(name), context.params.get(name)
+        chosen = source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
+        if not chosen or name in ("token", "cache_dir"):
+            continue
+        option = max(parameter.opts, key=len)
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words.append(option if value else max(parameter.secondary_opts, key=len))
+        else:
+            for each in value if isinstance(value, (list, tuple)) else [value]:
+                words += [option, str(each)]
+    return shlex.join(words)
 
 
 def _drawn(bar: Progress) -> Callable[[str, int, int], None]:

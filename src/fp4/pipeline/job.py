@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +41,10 @@ logger = logging.getLogger("fp4")
 
 @dataclass(frozen=True)
 class Hub:
-    """Where a model of the hub comes from, as everywhere in huggingface_hub."""
+    """Where a model of the hub comes from, as everywhere in huggingface_hub; the token is in no repr."""
 
     revision: str | None = None
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     cache_dir: str | Path | None = None
 
 
@@ -194,7 +192,7 @@ class Job:
                 self.request | {"data": data, "base_model": self.model if is_hub_id(self.model) else None},
                 rows,
                 kept_rows(self.skeleton, self.plan),
-                command=command or _called(),
+                command=command,
                 seconds=round(time.perf_counter() - started, 3),
                 peak_memory_bytes=peak_memory(),
             )
@@ -221,10 +219,6 @@ def _data_identity(data: str | None) -> Any:
         return data
     status = path.stat()
     return [data, status.st_size, status.st_mtime_ns]
-
-
-def _called() -> str:
-    return shlex.join(["python", *sys.argv])
 
 
 def quantize(
