@@ -23,8 +23,8 @@ from fp4.cli import app
 from fp4.cli.settings import ALLOWED, load_env_file
 from fp4.convert import convert
 from fp4.inspection import inspect
-from fp4.pipeline import Job
 from fp4.pipeline import Hub as HubOptions
+from fp4.pipeline import Job
 
 TOKEN = "hf_SECRETsecretSECRET"
 
@@ -182,7 +182,8 @@ import json, sys
 import fp4.cli
 token, text = sys.argv[1:]
 commands = [
-    ["quantize", "owner/model", "out"], ["convert", "owner/model", "out", "--to", "modelopt"], ["inspect", "owner/model"],
+    ["quantize", "owner/model", "out"], ["convert", "owner/model", "out", "--to", "modelopt"],
+    ["inspect", "owner/model"],
     ["evaluate", "owner/model", "--data", text, "--window", "16"], ["report", "owner/model"],
 ]
 codes = []
