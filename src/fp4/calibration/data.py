@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
+from fp4.calibration.chat_template import BoundedTemplate
 from fp4.calibration.formatters import detect, formatter
 from fp4.calibration.recipe import Amounts, DatasetRecipe, Recipe, read_recipe
 
@@ -170,13 +172,15 @@ def _draw(dataset: DatasetRecipe, wanted: int, amounts: Amounts, tokenizer: Any,
     for row in rows:
         if to_text is None:
             name = dataset.formatter or detect(row)
-            to_text = formatter(name, dataset.columns, row, tokenizer)
+            to_text = formatter(name, dataset.columns, row, BoundedTemplate(tokenizer))
             # A chat template writes the special tokens itself.
             special = name in ("raw_text", "prompt_answer")
         try:
             text = to_text(row)
         except (KeyError, TypeError) as error:
             raise ValueError(f"a row does not have the form of {name}: {error!r}") from error
+        except (TemplateError, OverflowError) as error:  # the sandbox's SecurityError, and its limit of a range
+            raise ValueError(f"the chat template refuses a row: {' '.join(str(error).split())}") from error
         ids = _tokenize(tokenizer, text, add_special_tokens=special)[: amounts.max_seq_len] if text else ()
         if len(ids) >= amounts.min_token_length:
             found.append(torch.as_tensor(ids))
