@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
@@ -18,6 +17,7 @@ from fp4.checkpoint import CODECS
 from fp4.cli.console import console
 from fp4.methods import METHODS
 from fp4.pipeline import Hub, Job
+from fp4.plain_yaml import read_yaml
 from fp4.scheme import SCHEMES
 
 _LAYER_NUMBER = r"(?<=\.)\d+(?=\.)"
@@ -277,10 +277,7 @@ def _drawn(bar: Progress) -> Callable[[str, int, int], None]:
 def _read_overrides(path: Path | None) -> list[str]:
     if path is None:
         return []
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    content, _ = read_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}; expected lines of the form '\"*.down_proj\": mxfp4'")
     return [f"{pattern}={'keep' if scheme is None else scheme}" for pattern, scheme in content.items()]
@@ -292,7 +289,7 @@ def _read_options(entries: list[str]) -> dict[str, Any]:
         name, equals, value = entry.partition("=")
         if not equals:
             raise ValueError(f"option is {entry!r}; expected NAME=VALUE")
-        options[name.replace("-", "_")] = yaml.safe_load(value)
+        options[name.replace("-", "_")] = read_yaml(value, f"option {name}")[0]
     return options
 
 
