@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fp4.checkpoint import CODECS
+from fp4.checkpoint.contradictions import tokenizer_problem
 from fp4.checkpoint.files import Checkpoint
 from fp4.checkpoint.source import is_hub_id, local_folder
 from fp4.checkpoint.writing import write_json
@@ -97,6 +98,9 @@ class Job:
             raise ValueError(
                 f"{model} is quantized already; name the original, or use `fp4 convert` for another format"
             )
+        broken = tokenizer_problem(folder)
+        if broken is not None:
+            raise ValueError(broken)
         self.memory = Memory.of(max_memory, device)
         # Streaming never computes with the model, so it keeps the dtype of the checkpoint.
         self.skeleton = Skeleton(checkpoint, checkpoint.dtype, trust_remote_code)
