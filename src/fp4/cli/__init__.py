@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     help="Models in 4-bit floating point (NVFP4, MXFP4).",
     rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,  # a traceback would show the token
 )
 
 
@@ -45,10 +45,8 @@ def main() -> None:
     Exit code 2 is a mistake of the user, 3 a failure of the machine (disk full, out of memory).
     """
     try:
-        taken = load_env_file(Path(".env"))
-        if any(name.startswith("HF_") and name != "HF_TOKEN" for name in taken):
-            # huggingface_hub read them when it was imported, before this function could run.
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        for note in load_env_file(Path(".env")):
+            errors.print(Text(f"note: {note}"), soft_wrap=True)
         app()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         full = is_out_of_memory(error)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
@@ -19,6 +17,7 @@ from fp4.checkpoint import CODECS
 from fp4.cli.console import console, interruptible
 from fp4.methods import METHODS
 from fp4.pipeline import Hub, Job
+from fp4.plain_yaml import read_yaml
 from fp4.scheme import SCHEMES
 
 _LAYER_NUMBER = r"(?<=\.)\d+(?=\.)"
@@ -39,6 +38,7 @@ def schemes() -> None:
 
 
 def quantize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub id of the model to quantize.")],
     out: Annotated[Path, typer.Argument(help="Folder to make. It appears when everything in it is complete.")],
     scheme: Annotated[
@@ -194,7 +194,7 @@ def quantize(
 
     Interrupted at any moment, the same command goes on from the last finished block and writes the same bytes; until
     everything is complete, work stays in OUT.partial. Every option with a variable beside it can also be set in the
-    environment or in a .env file here.
+    environment, tokens and the cache's folder in a .env file here too.
 
     Exit codes: 0 done; 2 a mistake in the call, the model or the data; 3 the machine failed (disk, memory), and the
     same command goes on.
@@ -226,7 +226,7 @@ def quantize(
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with interruptible(), Progress(*columns, console=console) as bar:
-        report = job.run(out, overwrite, shlex.join(["fp4", *sys.argv[1:]]), _drawn(bar))
+        report = job.run(out, overwrite, _recorded(context), _drawn(bar))
     layers = report["layers"]
     errors = sorted((row["output_error"], row["name"]) for row in layers if row["output_error"] is not None)
     minutes, seconds = divmod(round(report["seconds"]), 60)
@@ -249,6 +249,30 @@ def _counted(layers: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(words + [f"{count} to {scheme}" for scheme, count in counts[1:]])
 
 
+def _recorded(context: typer.Context) -> str:
+    """The command as the report and the model card, which are published, name it.
+
+    It is written anew from what was chosen, on the command line or in the environment, so that no spelling of --token
+    gets through; where the hub's cache lies is left out too, since it decides about nothing.
+    """
+    words = ["fp4", str(context.info_name)]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source, value = context.get_parameter_source(name), context.params.get(name)
+        chosen = source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
+        if not chosen or name in ("token", "cache_dir"):
+            continue
+        option = max(parameter.opts, key=len)
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words.append(option if value else max(parameter.secondary_opts, key=len))
+        else:
+            for each in value if isinstance(value, (list, tuple)) else [value]:
+                words += [option, str(each)]
+    return shlex.join(words)
+
+
 def _drawn(bar: Progress) -> Callable[[str, int, int], None]:
     tasks: dict[str, TaskID] = {}
 
@@ -263,10 +287,7 @@ def _drawn(bar: Progress) -> Callable[[str, int, int], None]:
 def _read_overrides(path: Path | None) -> list[str]:
     if path is None:
         return []
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    content, _ = read_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}; expected lines of the form '\"*.down_proj\": mxfp4'")
     return [f"{pattern}={'keep' if scheme is None else scheme}" for pattern, scheme in content.items()]
@@ -278,7 +299,7 @@ def _read_options(entries: list[str]) -> dict[str, Any]:
         name, equals, value = entry.partition("=")
         if not equals:
             raise ValueError(f"option is {entry!r}; expected NAME=VALUE")
-        options[name.replace("-", "_")] = yaml.safe_load(value)
+        options[name.replace("-", "_")] = read_yaml(value, f"option {name}")[0]
     return options
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 
 from fp4.calibration.data import Samples, load_samples
 from fp4.checkpoint import CODECS
+from fp4.checkpoint.contradictions import tokenizer_problem
 from fp4.checkpoint.files import Checkpoint
 from fp4.checkpoint.source import is_hub_id, local_folder
 from fp4.checkpoint.writing import write_json
@@ -51,10 +50,10 @@ _PLANNING = ("scheme", "rotation", "rule", "skip", "only", "overrides")
 
 @dataclass(frozen=True)
 class Hub:
-    """Where a model of the hub comes from, as everywhere in huggingface_hub."""
+    """Where a model of the hub comes from, as everywhere in huggingface_hub; the token is in no repr."""
 
     revision: str | None = None
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     cache_dir: str | Path | None = None
 
 
@@ -107,6 +106,9 @@ class Job:
             raise ValueError(
                 f"{model} is quantized already; name the original, or use `fp4 convert` for another format"
             )
+        broken = tokenizer_problem(folder)
+        if broken is not None:
+            raise ValueError(broken)
         self.memory = Memory.of(max_memory, device)
         # Streaming never computes with the model, so it keeps the dtype of the checkpoint.
         self.skeleton = Skeleton(checkpoint, checkpoint.dtype, trust_remote_code)
@@ -241,7 +243,7 @@ class Job:
                 | {"base_model": self.model if is_hub_id(self.model) else None},
                 rows,
                 kept_rows(self.skeleton, self.plan),
-                command=command or _called(),
+                command=command,
                 seconds=round(time.perf_counter() - started, 3),
                 peak_memory_bytes=peak_memory(),
             )
@@ -268,10 +270,6 @@ def _data_identity(data: str | None) -> Any:
         return data
     status = path.stat()
     return [data, status.st_size, status.st_mtime_ns]
-
-
-def _called() -> str:
-    return shlex.join(["python", *sys.argv])
 
 
 def quantize(

@@ -18,13 +18,15 @@ from fp4.checkpoint.writing import Spec, spec_of, write_json
 from fp4.formats import Format, QuantizedTensor
 from fp4.pipeline.experts import Stack
 from fp4.pipeline.plan import PlannedLayer
+from fp4.report.model_card import EVALUATION
 from fp4.rotation import rotation_for
 from fp4.scheme import SCHEMES, Scheme
 
 REPORT = "report.json"
 
-# Weights, and what describes how they are stored, are made anew.
-_NOT_COPIED = ("config.json", "hf_quant_config.json", "quantization_config.json", INDEX_NAME, REPORT, "README.md")
+# Weights, and what describes how they are stored and how good they are, are made anew.
+_DESCRIBED = ("config.json", "hf_quant_config.json", "quantization_config.json", INDEX_NAME)
+_NOT_COPIED = (*_DESCRIBED, REPORT, EVALUATION, "README.md")
 _COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".yaml", ".py", ".tiktoken")
 
 

@@ -24,6 +24,7 @@ _TASKS = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
 }
+_COMPARED = ("original_perplexity", "kl_mean", "kl_p99", "top1_agreement")
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -40,12 +41,41 @@ def write_model_card(folder: Path, report: Mapping[str, Any], source: Path | Non
         card = None if place is None else place / "README.md"
         if not inherited and card is not None and card.is_file():
             inherited = {key: value for key, value in _metadata(card).items() if key in _INHERITED}
-    evaluation = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
+    evaluation = read_evaluation(folder)
     temporary = folder / ".README.md.partial"
     temporary.write_text(
         model_card(report, evaluation, inherited, folder.name.removesuffix(".partial")), encoding="utf-8"
     )
     os.replace(temporary, folder / "README.md")
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """What ``fp4 evaluate --save`` left in ``folder``, None where it was not called.
+
+    Raises:
+        ValueError: the file holds something else; the message says what is missing.
+    """
+    if not (folder / EVALUATION).is_file():
+        return None
+    content = read_json(folder / EVALUATION)
+    comparison = content.get("comparison") or {}
+    parts = {"data": content.get("data") or {}, "runs": content.get("runs") or {}, "comparison": comparison}
+    wrong = [key for key, value in parts.items() if not isinstance(value, dict)]
+    if not wrong:
+        numbers = {"perplexity": content.get("perplexity")}
+        if comparison:
+            numbers |= {key: comparison.get(key) for key in _COMPARED}
+        wrong = [
+            key
+            for key, value in numbers.items()
+            if not isinstance(value, (int, float)) or (key.endswith("perplexity") and not value)
+        ]
+    if wrong:
+        raise ValueError(
+            f"{folder / EVALUATION} says nothing usable as {', '.join(wrong)}; remove it, or measure again with "
+            "`fp4 evaluate --save`"
+        )
+    return content
 
 
 def refresh_model_card(folder: Path) -> bool:
@@ -58,12 +88,12 @@ def refresh_model_card(folder: Path) -> bool:
 
 def _metadata(card: Path) -> dict[str, Any]:
     """The YAML at the top of a card; empty where there is none, or none that can be read."""
-    import yaml
+    from fp4.plain_yaml import read_yaml
 
     found = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
-        content = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+        content = read_yaml(found[1], card.name)[0] if found else None
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -95,7 +125,7 @@ def model_card(
     original = f"[{base}](https://huggingface.co/{base})" if base else f"`{Path(str(report.get('source'))).name}`"
     sections = [
         f"---\n{front}\n---\n\n# {name}\n",
-        f"{original} quantized to **{scheme}** by [fp4](https://pypi.org/project/fp4/).\n",
+        f"{original} quantized to **{scheme}** by fp4.\n",
         _how_made(report),
         _what_is_inside(report),
         _quality(evaluation),
