@@ -1,4 +1,4 @@
-"""How many parameters a model with packed weights has: as many as the weights stand for, not as many bytes as hold them."""
+"""How many parameters a model with packed weights has: what the weights stand for, not the bytes that hold them."""
 
 from __future__ import annotations
 

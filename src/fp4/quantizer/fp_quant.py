@@ -307,7 +307,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         return model
 
     def _equip(self, model: PreTrainedModel) -> None:
-        """Give ``model`` what depends on which of its layers are packed: how it is saved, counted, resized and trained."""
+        """Give ``model`` what depends on which layers are packed: how it is saved, counted, resized and trained."""
         model._ddp_params_and_buffers_to_ignore = parallel_plan.same_on_every_rank(model)
         resize_with_dense_head(model)
         count_unpacked(model)
