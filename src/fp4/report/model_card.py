@@ -169,8 +169,8 @@ def _how_to_load(name: str, fmt: str, scheme: str) -> str:
         "import fp4  # registers the quantizer",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = AutoModelForCausalLM.from_pretrained({name!r}, dtype="auto", device_map="auto")',
+        f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
         "```",
     ]
     if fmt in ("compressed-tensors", "modelopt"):
