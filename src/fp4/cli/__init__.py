@@ -6,13 +6,14 @@ import errno
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
-from rich.text import Text
 
+from fp4 import __version__
 from fp4.allocator import is_out_of_memory
 from fp4.cli.checkpoints import convert, inspect
-from fp4.cli.console import errors
+from fp4.cli.console import console, errors
 from fp4.cli.env import env
 from fp4.cli.quality import evaluate, report
 from fp4.cli.quantize import quantize, schemes
@@ -23,11 +24,22 @@ app = typer.Typer(
     add_completion=False,
     help="Models in 4-bit floating point (NVFP4, MXFP4).",
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.print(f"fp4 {__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def fp4() -> None:
+def fp4(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Models in 4-bit floating point (NVFP4, MXFP4)."""
 
 
@@ -50,6 +62,8 @@ def main() -> None:
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         app()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        from rich.text import Text
+
         full = is_out_of_memory(error)
         if isinstance(error, RuntimeError) and not full:
             raise
