@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +27,8 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print everything a
 
 def _gather() -> dict[str, Any]:
     """What the command shows; its keys are stable."""
+    import importlib.metadata
+
     from fp4 import backends
     from fp4.formats import FORMATS
     from fp4.scheme import Scheme
