@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from fp4 import cli
 from fp4.cli import app
+from fp4.methods import METHODS
 from fp4.pipeline import Job
 from fp4.pipeline.blocks import BlockCalibration
 from fp4.scheme import SCHEMES
@@ -52,6 +53,19 @@ def test_schemes_and_methods_are_listed() -> None:
     output = run("schemes")
     for word in (*SCHEMES, "rtn", "gptq", "autoround", "best", "compressed-tensors", "fp_quant"):
         assert word in output
+
+
+def test_schemes_as_json() -> None:
+    found = json.loads(run("schemes", "--json"))
+    assert list(found) == ["schemes", "methods"]
+    assert [row["name"] for row in found["schemes"]] == list(SCHEMES)
+    assert [row["name"] for row in found["methods"]] == list(METHODS)
+    keys = {"name", "summary", "bits_per_weight", "runs_on", "formats"}
+    assert all(set(row) == keys for row in found["schemes"])
+    assert all(set(row) == {"name", "cost", "needs_data"} for row in found["methods"])
+    by_name = {row["name"]: row for row in found["schemes"]}
+    assert by_name["mxfp4"]["bits_per_weight"] == 4.25
+    assert by_name["nvfp4a8"]["formats"] == ["modelopt"]
 
 
 def test_quantize(model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def test_card_says_how_it_was_made_how_good_it_is_and_how_to_load_it() -> None:
         "| same most likely token | 93.4% |",
         "first 4 windows of 1024 tokens of `test.txt`",
         "3 layers: nvfp4, fp4 activations, cpu",
-        'from_pretrained("model-nvfp4", dtype="auto"',
+        "from_pretrained('model-nvfp4', dtype=\"auto\"",
         "vllm serve model-nvfp4",
     ):
         assert words in card
@@ -131,3 +132,10 @@ def test_licence_comes_from_the_originals_card_and_stays(broken: str, tmp_path: 
     (out / "README.md").unlink()
     write_model_card(out, REPORT, source)
     assert "license" not in front_matter((out / "README.md").read_text())
+
+
+def test_python_in_the_card_survives_quotes_in_names() -> None:
+    name = 'it\'s a "model"\\n'
+    code = model_card(REPORT, name=name).split("```python\n")[1].split("```")[0]
+    loads = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert [ast.literal_eval(call.args[0]) for call in loads] == [name, name]

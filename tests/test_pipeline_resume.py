@@ -17,7 +17,7 @@ import fp4
 # file, and much else), as if by kill -9.
 DRIVER = """
 import json, os, signal, sys
-import fp4
+import fp4.pipeline
 from transformers import AutoTokenizer
 
 options, kills = json.loads(sys.argv[1]), json.loads(sys.argv[2])
@@ -122,6 +122,23 @@ def test_same_seed_same_bytes(method: str, tmp_path: Path) -> None:
             model, tmp_path / name, "nvfp4", method, text, samples=2, seq_len=32, seed=3, device="cpu", options=options
         )
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_a_recipe_has_one_seed_for_samples_and_method(tmp_path: Path) -> None:
+    model, text = save_small("qwen2", tmp_path / "model"), save_text(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text.read_text()[i:]}) + "\n" for i in range(8)))
+    recipe = tmp_path / "recipe.yaml"
+    amounts = "{seed: 7, max_samples: 4, max_seq_len: 32, min_token_length: 2}"
+    recipe.write_text(f"datasets:\n  - {{path: rows.jsonl}}\ncalibration: {amounts}\n")
+    options: dict[str, object] = {"scheme": "nvfp4", "method": "autoround", "data": recipe, "device": "cpu"}
+    report = fp4.quantize(model, tmp_path / "a", **options, options={"iters": 2})
+    assert report["seed"] == 7
+    assert "drawn with seed 7 " in report["data"]["description"]
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "| seed | 7 |" in card
+    fp4.quantize(model, tmp_path / "b", **options, options={"iters": 2}, seed=7)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert fp4.quantize(model, tmp_path / "c", **options, options={"iters": 2}, seed=8)["seed"] == 8
 
 
 def test_only_one_process_works_in_a_folder(tmp_path: Path) -> None:

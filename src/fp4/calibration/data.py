@@ -93,6 +93,14 @@ def load_samples(
     return from_recipe(Recipe(datasets=[DatasetRecipe(path=str(data))], calibration=Amounts(**chosen)), tokenizer)
 
 
+def seed_of(data: str | Path | None) -> int:
+    """The seed of ``data`` where it is a recipe, 0 for anything else. ValueError for a mistake in the recipe."""
+    path = None if data is None else Path(data)
+    if path is None or path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return 0
+    return read_recipe(path).calibration.seed
+
+
 def _plain_text(path: Path | None) -> tuple[str, str]:
     if path is None:
         resource = importlib.resources.files("fp4.calibration") / DEFAULT_TEXT

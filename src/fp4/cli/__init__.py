@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
-from rich.text import Text
 
+from fp4 import __version__
 from fp4.allocator import is_out_of_memory
 from fp4.cli.checkpoints import convert, inspect
-from fp4.cli.console import errors
+from fp4.cli.console import console, errors
 from fp4.cli.env import env
 from fp4.cli.quality import evaluate, report
 from fp4.cli.quantize import quantize, schemes
@@ -24,11 +25,22 @@ app = typer.Typer(
     help="Models in 4-bit floating point (NVFP4, MXFP4).",
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,  # a traceback would show the token
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.print(f"fp4 {__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def fp4() -> None:
+def fp4(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Models in 4-bit floating point (NVFP4, MXFP4)."""
 
 
@@ -46,9 +58,11 @@ def main() -> None:
     """
     try:
         for note in load_env_file(Path(".env")):
-            errors.print(Text(f"note: {note}"), soft_wrap=True)
+            errors.print(f"note: {note}", soft_wrap=True)
         app()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        from rich.text import Text
+
         full = is_out_of_memory(error)
         if isinstance(error, RuntimeError) and not full:
             raise

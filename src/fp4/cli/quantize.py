@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
 
-from fp4.checkpoint import CODECS
-from fp4.cli.console import console, interruptible
-from fp4.methods import METHODS
-from fp4.pipeline import Hub, Job
-from fp4.plain_yaml import read_yaml
-from fp4.scheme import SCHEMES
+from fp4.cli.choices import EXPERTS, FORMATS, METHODS, SCHEMES, one_of
+from fp4.cli.console import console, errors, interruptible
+
+if TYPE_CHECKING:
+    from fp4.pipeline import Job
 
 _LAYER_NUMBER = r"(?<=\.)\d+(?=\.)"
 _WHAT, _HOW, _DATA, _MACHINE = "What is quantized", "How", "Calibration data", "Machine and hub"
 
 
-def schemes() -> None:
-    """List the schemes: what each does, where it runs, which checkpoint formats hold it."""
+def schemes(as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False) -> None:
+    """List the schemes: what each does, where it runs, which checkpoint formats hold it; and the methods."""
+    from rich.table import Column, Table
+
+    from fp4.methods import METHODS
+    from fp4.scheme import SCHEMES
+
+    if as_json:
+        found = {
+            "schemes": [
+                {
+                    "name": name,
+                    "summary": preset.summary,
+                    "bits_per_weight": preset.scheme.format.bits_per_weight,
+                    "runs_on": preset.runs_on,
+                    "formats": list(preset.checkpoint_formats),
+                }
+                for name, preset in SCHEMES.items()
+            ],
+            "methods": [
+                {"name": name, "cost": method.cost, "needs_data": method.needs_data} for name, method in METHODS.items()
+            ],
+        }
+        console.print_json(json.dumps(found))
+        return
     table = Table(Column("scheme", style="bold"), "what it does", "bits", "runs on", "formats")
     for name, preset in SCHEMES.items():
         bits = f"{preset.scheme.bits_per_weight:g}"
@@ -47,6 +68,7 @@ def quantize(
             "--scheme",
             "-s",
             envvar="FP4_SCHEME",
+            callback=one_of("scheme", SCHEMES),
             help=f"{', '.join(SCHEMES)}: see [bold]fp4 schemes[/bold].",
             rich_help_panel=_WHAT,
         ),
@@ -80,10 +102,11 @@ def quantize(
             "--method",
             "-m",
             envvar="FP4_METHOD",
+            callback=one_of("method", METHODS),
             rich_help_panel=_HOW,
-            help="; ".join(f"[bold]{name}[/bold]: {entry.cost}" for name, entry in METHODS.items()),
+            help="; ".join(f"[bold]{name}[/bold]: {cost}" for name, cost in METHODS.items()),
         ),
-    ] = "best" if "best" in METHODS else "rtn",
+    ] = "best",
     option: Annotated[
         list[str] | None,
         typer.Option(help="An option of the method, NAME=VALUE. Repeat for more.", rich_help_panel=_HOW),
@@ -106,9 +129,10 @@ def quantize(
     format: Annotated[
         str | None,
         typer.Option(
-            help=f"Checkpoint format: {', '.join(CODECS)}. Default: compressed-tensors where it holds the "
+            help=f"Checkpoint format: {', '.join(FORMATS)}. Default: compressed-tensors where it holds the "
             "scheme, fp_quant for rotations. mxfp4, gpt-oss' own, holds experts alone.",
             envvar="FP4_FORMAT",
+            callback=one_of("format", FORMATS),
             rich_help_panel=_HOW,
         ),
     ] = None,
@@ -131,6 +155,7 @@ def quantize(
         str,
         typer.Option(
             help="Tokens that an expert is calibrated on: all, or routed, those that the router sends to it (faster).",
+            callback=one_of("experts", EXPERTS),
             rich_help_panel=_DATA,
         ),
     ] = "all",
@@ -199,6 +224,11 @@ def quantize(
     Exit codes: 0 done; 2 a mistake in the call, the model or the data; 3 the machine failed (disk, memory), and the
     same command goes on.
     """
+    # What is given with a mistake in its form is refused before anything large is imported.
+    options, pairs = _read_options(option or []), [*(override or []), *_read_overrides(overrides)]
+    from fp4.pipeline import Hub, Job
+    from fp4.progress import shown
+
     job = Job(
         model,
         scheme,
@@ -209,8 +239,8 @@ def quantize(
         rule=rule,
         skip=skip or [],
         only=only or [],
-        overrides=[*(override or []), *_read_overrides(overrides)],
-        options=_read_options(option or []),
+        overrides=pairs,
+        options=options,
         experts=experts,
         samples=samples,
         seq_len=seq_len,
@@ -224,11 +254,10 @@ def quantize(
         show_plan(job)
         job.check(out, overwrite)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with interruptible(), Progress(*columns, console=console) as bar:
-        report = job.run(out, overwrite, _recorded(context), _drawn(bar))
+    with interruptible(), shown(errors) as progress:
+        report = job.run(out, overwrite, _recorded(context), progress)
     layers = report["layers"]
-    errors = sorted((row["output_error"], row["name"]) for row in layers if row["output_error"] is not None)
+    by_error = sorted((row["output_error"], row["name"]) for row in layers if row["output_error"] is not None)
     minutes, seconds = divmod(round(report["seconds"]), 60)
     console.print(
         f"{_counted(layers)} by {method}, {len(report['kept'])} kept, in {minutes} min {seconds} s, "
@@ -237,8 +266,8 @@ def quantize(
     )
     for warning in (report["data"] or {}).get("warnings", []):
         console.print(f"note: {warning}", highlight=False)
-    if errors:
-        worst = ", ".join(f"{name} {error:.1%}" for error, name in errors[:-4:-1])
+    if by_error:
+        worst = ", ".join(f"{name} {error:.1%}" for error, name in by_error[:-4:-1])
         console.print(f"largest output errors: {worst}", highlight=False)
 
 
@@ -273,20 +302,11 @@ def _recorded(context: typer.Context) -> str:
     return shlex.join(words)
 
 
-def _drawn(bar: Progress) -> Callable[[str, int, int], None]:
-    tasks: dict[str, TaskID] = {}
-
-    def show(stage: str, done: int, total: int) -> None:
-        if stage not in tasks:
-            tasks[stage] = bar.add_task(stage, total=total)
-        bar.update(tasks[stage], completed=done, total=total)
-
-    return show
-
-
 def _read_overrides(path: Path | None) -> list[str]:
     if path is None:
         return []
+    from fp4.plain_yaml import read_yaml
+
     content, _ = read_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}; expected lines of the form '\"*.down_proj\": mxfp4'")
@@ -294,6 +314,9 @@ def _read_overrides(path: Path | None) -> list[str]:
 
 
 def _read_options(entries: list[str]) -> dict[str, Any]:
+
+    from fp4.plain_yaml import read_yaml
+
     options = {}
     for entry in entries:
         name, equals, value = entry.partition("=")
@@ -305,6 +328,10 @@ def _read_options(entries: list[str]) -> dict[str, Any]:
 
 def show_plan(job: Job) -> None:
     """Print what a job would do."""
+    from rich.table import Table
+
+    from fp4.progress import duration
+
     table = Table(
         "layers",
         "count",
@@ -339,16 +366,10 @@ def show_plan(job: Job) -> None:
     )
     console.print(
         f"needs about {needs.memory / 1e9:.2g} GB of memory besides its libraries, {needs.disk / 1e9:.2g} GB of disk; "
-        f"takes about {_duration(job.duration())} in all, from rates measured just now (right to a factor of two where "
+        f"takes about {duration(job.duration())} in all, from rates measured just now (right to a factor of two where "
         "nothing else runs)",
         highlight=False,
     )
     if needs.memory > job.memory.allowed:
         allowed = f"{job.memory.allowed / 1e9:.2g} GB"
         console.print(f"note: that is more memory than the {allowed} that may be used", highlight=False)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"

@@ -14,7 +14,6 @@ from torch.nn.functional import linear as linear_function
 
 from fp4 import backends
 from fp4.backends.base import Backend
-from fp4.calibration.experts import every_token
 from fp4.formats import FP8, QuantizedTensor, fake_quantize_fp8
 from fp4.rotation import rotate, rotation_for
 from fp4.scheme import Scheme
@@ -119,6 +118,9 @@ def capture_inputs(block: Block, layers: Iterable[str], see: Callable[[str, Tens
 
     Experts see every token within it, not only those of the router (:mod:`fp4.calibration.experts`).
     """
+    # Not at the top: it imports the packed modules, and those this package, since they round to nearest.
+    from fp4.calibration.experts import every_token
+
     with ExitStack() as stack:
         stack.enter_context(every_token(block.module))
         for layer in layers:

@@ -52,7 +52,7 @@ class BlockCalibration:
         method: Method,
         options: Any,
         memory: Memory,
-        seed: int | None,
+        seed: int,
         experts: str,
         progress: Progress,
     ) -> None:
@@ -189,7 +189,7 @@ class BlockCalibration:
                 inputs,
                 originals,
                 run,
-                (self.seed or 0) + number,
+                self.seed + number,
                 self.skeleton.dtype,
             )
             # The dense block goes first, since a method may change its norms.

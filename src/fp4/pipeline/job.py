@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from fp4.calibration.data import Samples, load_samples
+from fp4.calibration.data import Samples, load_samples, seed_of
 from fp4.checkpoint import CODECS
 from fp4.checkpoint.contradictions import tokenizer_problem
 from fp4.checkpoint.files import Checkpoint
@@ -40,7 +42,9 @@ from fp4.pipeline.rounding import Progress, StreamedRounding, shard_parts
 from fp4.pipeline.samples import batches_of, read_samples
 from fp4.pipeline.skeleton import Skeleton
 from fp4.pipeline.staging import Staging, identity_of, plain_errors, refuse_existing, require_room
+from fp4.progress import shown
 from fp4.report.model_card import write_model_card
+from fp4.spelling import hint, names_nearest
 
 logger = logging.getLogger("fp4")
 
@@ -90,11 +94,11 @@ class Job:
         hub: Hub = Hub(),
     ) -> None:
         if method not in METHODS:
-            raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+            raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}{hint(method, METHODS)}")
         if experts not in ("all", "routed"):
             raise ValueError(f"experts is {experts!r}; expected 'all' or 'routed'")
         self.experts = experts
-        self.model, self.data, self.seed = str(model), None if data is None else str(data), seed
+        self.model, self.data = str(model), None if data is None else str(data)
         self.samples, self.seq_len = samples, seq_len
         self.method = METHODS[method]
         self.options = _options(method, options or {})
@@ -124,6 +128,8 @@ class Job:
         self.format = choose_format(format, layers)
         self.plan = stored_as(self.plan, CODECS[self.format])
         self.calibrates = self.method.needs_data or any(has_static_input(layer.scheme) for layer in layers)
+        # One seed for the samples and for the method: the caller's, or the recipe's.
+        self.seed = seed if seed is not None else seed_of(self.data) if self.calibrates else 0
         if self.calibrates:
             if (encoder := encodes(self.skeleton)) is not None:
                 raise ValueError(f"{model} cannot be calibrated, since {encoder}; {UNCALIBRATED}")
@@ -143,14 +149,13 @@ class Job:
             "skip": list(self.choice.skip),
             "only": list(self.choice.only),
             "overrides": [list(pair) for pair in self.choice.overrides],
-            "seed": self.seed or 0,
+            "seed": self.seed,
         }
         if self.calibrates:
             request |= {
                 "data": _data_identity(self.data),
                 "samples": self.samples,
                 "seq_len": self.seq_len,
-                "data_seed": self.seed,
                 "experts": self.experts,
                 "device": self.memory.device.type,
             }
@@ -259,7 +264,7 @@ def _options(method: str, given: Mapping[str, Any]) -> Any:
     unknown = sorted(set(given) - known)
     if unknown:
         has = f"it has {', '.join(sorted(known))}" if known else "it has none"
-        raise ValueError(f"method {method} has no option {', '.join(unknown)}; {has}")
+        raise ValueError(f"method {method} has no option {', '.join(unknown)}; {has}{hint(unknown[0], known)}")
     return cls(**given)
 
 
@@ -272,6 +277,7 @@ def _data_identity(data: str | None) -> Any:
     return [data, status.st_size, status.st_mtime_ns]
 
 
+@names_nearest
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -279,10 +285,24 @@ def quantize(
     method: str = "best",
     data: str | Path | None = None,
     *,
+    format: str | None = None,
+    rotation: str = "auto",
+    rule: str | None = None,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    overrides: Mapping[str, str | None] | Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    experts: Literal["all", "routed"] = "all",
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int | None = None,
+    device: str | torch.device | None = None,
+    max_memory: str | Mapping[str, str | int] | None = None,
+    trust_remote_code: bool = False,
+    hub: Hub = Hub(),
     overwrite: bool = False,
     command: str | None = None,
-    progress: Progress | None = None,
-    **options: Any,
+    progress: bool | Progress = True,
 ) -> dict[str, Any]:
     """Quantize a checkpoint of any Transformers decoder model, in memory far smaller than the model.
 
@@ -298,11 +318,6 @@ def quantize(
         method: a name of ``fp4.methods.METHODS``: rtn, gptq, autoround, best.
         data: what to calibrate on: a recipe (YAML), a file (txt, jsonl, parquet), a folder, a hub id; None for the
             text that comes with fp4 (:func:`fp4.calibration.data.load_samples`).
-        overwrite: replace ``out``, and unfinished work for another request.
-        command: what to name in the report as the command.
-        progress: called with the name of a stage, and how much of how much of it is done.
-
-    Keyword options:
         format: of the checkpoint; by default compressed-tensors where it can hold the scheme, fp_quant for rotations.
         rotation: block rotation of weights and inputs: ``"none"``, ``"hadamard64"``, ``"gsr64"``, ...; ``"auto"`` is
             what measurement shows best (none for NVFP4, hadamard64 for MXFP4), none in a ``format`` without rotations.
@@ -312,11 +327,16 @@ def quantize(
         options: of the method, by name.
         experts: which tokens an expert is calibrated on: ``"all"``, or ``"routed"``, those that the router sends to it,
             which takes less time; one that gets none is rounded to nearest then.
-        samples, seq_len: of calibration (default 128 of 512 tokens); seed: of everything random.
+        samples, seq_len: of calibration (default 128 of 512 tokens, or the recipe's).
+        seed: of everything random (default 0, or the recipe's).
         device: where blocks are computed; default a GPU if there is one.
         max_memory: ``"gpu:60GiB,cpu:200GiB"`` or a mapping; default what is free.
         trust_remote_code: run model code that comes with the checkpoint.
         hub: revision, token and cache of a hub id.
+        overwrite: replace ``out``, and unfinished work for another request.
+        command: what to name in the report as the command.
+        progress: True shows a bar in a terminal, a widget in a notebook, and elsewhere a line a minute on stderr; False
+            shows nothing; a function is called with the name of a stage, and how much of how much of it is done.
 
     Returns:
         what report.json holds: per layer error, share of clipped and zero codes, scale rule, time; and what was kept.
@@ -325,9 +345,31 @@ def quantize(
         ValueError: a mistake in the call, or a model, data or weight that cannot be quantized.
         OSError: a file cannot be read or written, or memory ran out; finished work is kept.
     """
-    job = Job(model, scheme, method, data, **options)
-    called = command or f"fp4.quantize({', '.join(_arguments(model, out, scheme, method, data, options))})"
-    return job.run(out, overwrite, called, progress)
+    chosen: dict[str, Any] = {
+        "format": format,
+        "rotation": rotation,
+        "rule": rule,
+        "skip": skip,
+        "only": only,
+        "overrides": overrides,
+        "options": options,
+        "experts": experts,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "device": device,
+        "max_memory": max_memory,
+        "trust_remote_code": trust_remote_code,
+        "hub": hub,
+    }
+    job = Job(model, scheme, method, data, **chosen)
+    defaults = inspect.signature(Job).parameters
+    given = {name: value for name, value in chosen.items() if value != defaults[name].default}
+    called = command or f"fp4.quantize({', '.join(_arguments(model, out, scheme, method, data, given))})"
+    if callable(progress):
+        return job.run(out, overwrite, called, progress)
+    with shown() if progress else nullcontext() as report:
+        return job.run(out, overwrite, called, report)
 
 
 def _arguments(model: Any, out: Any, scheme: str, method: str, data: Any, options: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from fp4.pipeline.experts import ExpertMatrix, ExpertsModule, find_experts
 from fp4.pipeline.skeleton import Skeleton
 from fp4.rotation import ROTATIONS
 from fp4.scheme import SCHEMES, Scheme
+from fp4.spelling import hint
 
 # Routers decide which expert runs; an error there is not an error of a few percent.
 _ROUTERS = ("router", "gate", "gating", "shared_expert_gate")
@@ -105,7 +106,7 @@ class Choice:
     def __post_init__(self) -> None:
         for name in (self.scheme, *(scheme for _, scheme in self.overrides)):
             if name is not None and name not in SCHEMES:
-                raise ValueError(f"scheme is {name!r}; expected one of {', '.join(SCHEMES)}")
+                raise ValueError(f"scheme is {name!r}; expected one of {', '.join(SCHEMES)}{hint(name, SCHEMES)}")
 
     def of(self, name: str) -> tuple[str | None, str]:
         """Scheme name of the layer, or None with the reason why it is kept."""

@@ -27,6 +27,7 @@ from fp4.nn import FP4Experts, FP4Linear, PackedWeight, swap_experts, swap_linea
 from fp4.nn.layout import ExpertsLayout
 from fp4.quantizer import parallel_plan, stacking
 from fp4.quantizer.checkpoint_config import CheckpointConfig
+from fp4.quantizer.counting import count_unpacked
 from fp4.quantizer.coverage import coverage_of
 from fp4.quantizer.loading import ReadLayer, RoundToNearest, dtypes_of, reads_layers, restore_dtypes, zero_biases
 from fp4.quantizer.new_layers import initialize, may_lack_layers
@@ -306,9 +307,10 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         return model
 
     def _equip(self, model: PreTrainedModel) -> None:
-        """Give ``model`` what depends on which of its layers are packed: how it is saved, resized and trained."""
+        """Give ``model`` what depends on which layers are packed: how it is saved, counted, resized and trained."""
         model._ddp_params_and_buffers_to_ignore = parallel_plan.same_on_every_rank(model)
         resize_with_dense_head(model)
+        count_unpacked(model)
         save_atomically(model, self.codec.side_files(self.quantization_config.to_dict()))
 
     def _initialize_new_layers(self, model: PreTrainedModel) -> None:

@@ -221,8 +221,8 @@ def _how_to_load(name: str, auto: str) -> str:
         "import fp4  # registers the quantizer",
         f"from transformers import {auto}, AutoTokenizer",
         "",
-        f'model = {auto}.from_pretrained("{name}", dtype="auto", device_map="auto")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = {auto}.from_pretrained({name!r}, dtype="auto", device_map="auto")',
+        f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
         "```",
     ]
     return "\n".join(lines) + "\n"
