@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from small_models import ARCHITECTURES, save_small, save_text, save_vision_language, tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, LlamaPreTrainedModel
 
 import fp4
 from fp4 import FP4Linear, FPQuantConfig
@@ -202,6 +202,25 @@ def test_patterns_choose_layers(tmp_path: Path) -> None:
     reasons = {layer.name: layer.reason for layer in job.plan.kept}
     assert reasons["lm_head"] == "output embedding"
     assert reasons["model.layers.1.mlp.down_proj"] == "skipped by down_proj"
+
+
+@pytest.mark.parametrize("entry", ["o_proj", "self_attn.o_proj.weight"])
+def test_layers_that_the_model_keeps_in_float32(entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither way of quantizing packs them, but what an older release packed still loads."""
+    model = save_small("llama", tmp_path / "model")
+    fp4.quantize(model, tmp_path / "older", "nvfp4a16", "rtn")
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", [entry])
+    report = fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
+    reasons = {row["name"]: row["reason"] for row in report["kept"]}
+    assert reasons["model.layers.0.self_attn.o_proj"] == "the model keeps it in float32"
+    fly = AutoModelForCausalLM.from_pretrained(model, quantization_config=FPQuantConfig())
+    streamed, older = map(AutoModelForCausalLM.from_pretrained, (tmp_path / "out", tmp_path / "older"))
+    for loaded in (fly, streamed):
+        attention = loaded.model.layers[0].self_attn
+        assert attention.o_proj.weight.dtype is torch.float32
+        assert not isinstance(attention.o_proj, FP4Linear)
+        assert isinstance(attention.v_proj, FP4Linear)
+    assert isinstance(older.model.layers[0].self_attn.o_proj, FP4Linear)
 
 
 def test_mixed_schemes_in_one_checkpoint(tmp_path: Path) -> None:

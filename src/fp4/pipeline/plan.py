@@ -10,13 +10,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fp4.checkpoint import Codec
 from fp4.checkpoint.fusing import fused_groups
 from fp4.formats import FORMATS
 from fp4.pipeline.experts import ExpertMatrix, ExpertsModule, find_experts
 from fp4.pipeline.skeleton import Skeleton
+from fp4.quantizer.precision import stays_in_float32
 from fp4.rotation import ROTATIONS
 from fp4.scheme import SCHEMES, Scheme
 from fp4.spelling import hint
@@ -271,8 +271,7 @@ def _must_keep(skeleton: Skeleton, name: str, module: nn.Linear, tied: set[str],
         return "router"
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} may compute something else than nn.Linear"
-    in_float32 = list(skeleton.model._keep_in_fp32_modules or [])
-    if in_float32 and not should_convert_module(name, in_float32):
+    if stays_in_float32(skeleton.model, name):
         return "the model keeps it in float32"
     if f"{name}.weight" not in skeleton.sources:
         return "the checkpoint has no weight of its own for it"

@@ -169,7 +169,12 @@ class Skeleton:
             MemoryError: there was no room for what a tensor is made of.
         """
         state = {key: _Lazy(self.checkpoint.tensors[key]) for key in keys}
-        options = LoadStateDictConfig(device_map={"": device}, dtype=self.dtype, weight_mapping=self.conversions)
+        options = LoadStateDictConfig(
+            device_map={"": device},
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),  # routers that stay in float32
+            weight_mapping=self.conversions,
+        )
         with _quiet():
             found, _ = convert_and_load_state_dict_in_model(self.model, state, options)
         if found.conversion_errors or found.mismatched_keys:
@@ -234,7 +239,8 @@ class Skeleton:
             if empty:
                 for value in module.parameters(recurse=False):
                     setattr(value, "_is_hf_initialized", True)  # noqa: B010  (Transformers leaves such ones alone)
-                self.model._init_weights(module)
+                with torch.no_grad():  # Transformers up to 5.23 saw to it itself
+                    self.model._init_weights(module)
         missing = [key for key, value in part.named_parameters(recurse=recurse) if value.is_meta]
         if missing:
             raise ValueError(

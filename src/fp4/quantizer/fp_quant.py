@@ -32,6 +32,7 @@ from fp4.quantizer.coverage import coverage_of
 from fp4.quantizer.loading import ReadLayer, RoundToNearest, dtypes_of, reads_layers, restore_dtypes, zero_biases
 from fp4.quantizer.new_layers import initialize, may_lack_layers
 from fp4.quantizer.packing import Packing, SharedScale
+from fp4.quantizer.precision import stays_in_float32
 from fp4.quantizer.resizing import resize_with_dense_head
 from fp4.quantizer.saving import save_atomically
 from fp4.quantizer.weight_files import read_headers, require_inside
@@ -88,13 +89,18 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
         patterns = [*config.modules_to_not_convert, *(model._keep_in_fp32_modules or [])]
 
+        def kept(name: str) -> bool:
+            # A checkpoint says itself what is packed in it, by releases that knew fewer layers to keep too.
+            in_float32 = not self.pre_quantized and stays_in_float32(model, name)
+            return in_float32 or not should_convert_module(name, patterns)
+
         def choose(name: str) -> tuple[Scheme, str] | None:
             asked.append(name)
-            return config.scheme_for(name) if name not in tied and should_convert_module(name, patterns) else None
+            return None if name in tied or kept(name) else config.scheme_for(name)
 
         def choose_experts(name: str, layout: ExpertsLayout) -> dict[str, tuple[Scheme, str]] | None:
             asked.append(name)
-            if not should_convert_module(name, patterns):
+            if kept(name):
                 return None
             self.expert_names[name] = stacking.names_on_disk(name, layout, conversions)
             self.stack_names[name] = stacking.stacks_on_disk(name, layout, conversions)

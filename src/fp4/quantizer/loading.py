@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
@@ -15,6 +16,7 @@ from fp4.errors import NotQuantizable
 from fp4.methods.rtn import global_scale_of
 from fp4.nn import FP4Experts, FP4Linear, PackedWeight
 from fp4.quantizer.packing import Packing
+from fp4.quantizer.precision import float32_parameters
 from fp4.rotation import share
 
 
@@ -170,9 +172,11 @@ def zero_biases(model: nn.Module, missing: set[str]) -> dict[str, str]:
     return problems
 
 
-def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
-    """Of the floating-point parameters, by name."""
-    return {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+def dtypes_of(model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """Dtypes that the floating-point parameters have once they are loaded, by name; taken before loading."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    in_float32 = float32_parameters(model, model.dtype)
+    return dtypes | {name: torch.float32 for name in dtypes if in_float32(name)}
 
 
 def restore_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
