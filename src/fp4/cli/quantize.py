@@ -196,8 +196,8 @@ def quantize(
     everything is complete, work stays in OUT.partial. Every option with a variable beside it can also be set in the
     environment or in a .env file here.
 
-    Exit codes: 0 done; 2 a mistake in the call, the model or the data; 3 the machine failed (disk, memory), and the
-    same command goes on.
+    Exit codes: 0 done; 2 a mistake in the call, the model or the data; 3 the machine failed (disk, memory), and 130
+    Ctrl-C, after both of which the same command goes on.
     """
     job = Job(
         model,
