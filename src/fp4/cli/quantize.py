@@ -221,8 +221,8 @@ def quantize(
     everything is complete, work stays in OUT.partial. Every option with a variable beside it can also be set in the
     environment, tokens and the cache's folder in a .env file here too.
 
-    Exit codes: 0 done; 2 a mistake in the call, the model or the data; 3 the machine failed (disk, memory), and the
-    same command goes on.
+    Exit codes: 0 done; 2 a mistake in the call, the model or the data; 3 the machine failed (disk, memory), and 130
+    Ctrl-C, after both of which the same command goes on.
     """
     # What is given with a mistake in its form is refused before anything large is imported.
     options, pairs = _read_options(option or []), [*(override or []), *_read_overrides(overrides)]
