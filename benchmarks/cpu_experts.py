@@ -1,19 +1,23 @@
 """How fast a mixture-of-experts layer of Qwen3-30B-A3B's shape runs on packed FP4 weights on a CPU.
 
 One layer's experts (128, of which each token meets 8; hidden 2048, intermediate 768) are Transformers' own
-``Qwen3MoeExperts`` in bfloat16, in every implementation that Transformers offers on a CPU, and ``FP4Experts`` made of
-it. Decoding is one token a call, each with its own random experts, so that weights come from memory; prefill is 256
-tokens. All contenders take turns in one process with the same threads. Ratios above 1 say that fp4 is faster than the
-fastest stock implementation. ``--save`` writes benchmarks/results/cpu_experts.{md,json}.
+``Qwen3MoeExperts`` in bfloat16 and in float32 (which is the faster one on CPUs without bfloat16 instructions), in every
+implementation that Transformers offers on a CPU, and ``FP4Experts`` made of it. Decoding is one token a call, each with
+its own random experts, so that weights come from memory; prefill is 256 tokens. All contenders take turns in one
+process with the same threads, uncompiled. Ratios above 1 say that fp4 is faster than the fastest stock implementation;
+a share of bandwidth above 1 ends in an error. ``--save`` writes benchmarks/results/cpu_experts.{md,json}.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from measure import Operation, interleaved, read_pass, save, table, verdict
+from measure import Operation, interleaved, read_pass, refuse_broken, save, shares_above_one, table, verdict
 from torch import Tensor, nn
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -25,6 +29,9 @@ from fp4.scheme import Scheme
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 128, 8, 2048, 768
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+ELEMENTS = TOP_K * 3 * HIDDEN * INTERMEDIATE  # of the weights that one token meets
+STOCK = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BITS = {"nvfp4": 4.5, "mxfp4": 4.25, "bf16": 16, "fp32": 32}
 ROUTINGS = 64  # random choices of experts that calls take turns with
 TARGETS = {1: 3.0, 256: 1.0}  # times the fastest stock implementation, by tokens
 SCHEMES = {
@@ -48,7 +55,14 @@ def stock_experts() -> nn.Module:
     return experts
 
 
-def calls(experts: Any, tokens: int, implementation: str | None = None) -> Operation:
+def as_dtype(experts: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in another dtype, with a configuration of its own."""
+    return copy.deepcopy(experts).to(dtype)
+
+
+def calls(
+    experts: Any, tokens: int, implementation: str | None = None, dtype: torch.dtype = torch.bfloat16
+) -> Operation:
     """One forward per call, each with its own tokens and routing."""
     generator = torch.Generator().manual_seed(1)
     inputs: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -56,7 +70,7 @@ def calls(experts: Any, tokens: int, implementation: str | None = None) -> Opera
         chosen = torch.rand(tokens, EXPERTS, generator=generator).topk(TOP_K).indices
         weights = torch.rand(tokens, TOP_K, generator=generator).softmax(-1)
         x = torch.randn(tokens, HIDDEN, generator=generator)
-        inputs.append((x.bfloat16(), chosen, weights.bfloat16()))
+        inputs.append((x.to(dtype), chosen, weights.to(dtype)))
 
     def call(i: int) -> Tensor:
         if implementation is not None:
@@ -68,20 +82,43 @@ def calls(experts: Any, tokens: int, implementation: str | None = None) -> Opera
     return call
 
 
-def measure(stock: nn.Module, packed: dict[str, FP4Experts], tokens: int, repetitions: int) -> dict[str, Any]:
+def measure(
+    stock: Mapping[str, nn.Module], packed: Mapping[str, FP4Experts], tokens: int, repetitions: int
+) -> dict[str, Any]:
     read, read_bytes = read_pass()
     contenders = {"read": read} | {f"fp4 {name}": calls(module, tokens) for name, module in packed.items()}
-    for implementation in IMPLEMENTATIONS:
-        # batched_mm copies the weights of every (token, expert) pair: 19 GB for 256 tokens.
+    for (name, module), implementation in itertools.product(stock.items(), IMPLEMENTATIONS):
+        # batched_mm copies the weights of every (token, expert) pair: 19 GB of bfloat16 for 256 tokens.
         if tokens * TOP_K <= EXPERTS or implementation != "batched_mm":
-            contenders[f"bf16 {implementation}"] = calls(stock, tokens, implementation)
+            contenders[f"{name} {implementation}"] = calls(module, tokens, implementation, STOCK[name])
     seconds = interleaved(contenders, repetitions)
     return {"tokens": tokens, "seconds": seconds, "read_gbs": read_bytes / seconds["read"] / 1e9}
 
 
+def check(cases: list[dict[str, Any]]) -> None:
+    """End with an error where one token's experts were read faster than memory, or bandwidth jumped between cases."""
+    above_one: dict[str, float] = {}
+    for case in cases:
+        if case["tokens"] == 1:
+            size = {
+                name: ELEMENTS * BITS[name.removeprefix("fp4 ").split()[0]] / 8
+                for name in case["seconds"]
+                if name != "read"
+            }
+            found = shares_above_one(size, case["seconds"], case["read_gbs"])
+            above_one |= {f"{name}, 1 token": share for name, share in found.items()}
+    refuse_broken([(f"{case['tokens']} tokens", case["read_gbs"]) for case in cases], above_one)
+
+
+def fastest_stock(seconds: Mapping[str, float]) -> tuple[str, float]:
+    """What of Transformers' own was measured, such as "bf16, fp32", and the seconds of the fastest of it."""
+    own = {name: each for name, each in seconds.items() if name.split()[0] in STOCK}
+    return ", ".join(name for name in STOCK if any(each.startswith(name) for each in own)), min(own.values())
+
+
 def rows_of(case: dict[str, Any]) -> list[list[str]]:
     seconds, tokens = case["seconds"], case["tokens"]
-    best = min(each for name, each in seconds.items() if name.startswith("bf16"))
+    _, best = fastest_stock(seconds)
     rows = []
     for name, each in seconds.items():
         if name != "read":
@@ -102,21 +139,22 @@ def main() -> None:
         raise SystemExit(f"nothing to measure: {CpuBackend().unavailable()}")
     torch.set_num_threads(options.threads)
 
-    stock = stock_experts()
+    original = stock_experts()
+    stock = {name: original if dtype is torch.bfloat16 else as_dtype(original, dtype) for name, dtype in STOCK.items()}
     packed = {}
     for name, scheme in SCHEMES.items():
         projections = dict.fromkeys(("gate_up_proj", "down_proj"), (scheme, "cpu"))
-        packed[name] = FP4Experts.from_experts(stock, projections)
+        packed[name] = FP4Experts.from_experts(original, projections)
     cases = [measure(stock, packed, tokens, options.repetitions) for tokens in options.tokens]
     bandwidth = ", ".join(f"{case['read_gbs']:.1f}" for case in cases)
-    elements = TOP_K * 3 * HIDDEN * INTERMEDIATE
     note = (
-        f"Weights that one token meets: {elements * 2 / 1e6:.0f} MB in bfloat16, {elements * 9 / 16 / 1e6:.1f} MB in "
-        f"NVFP4, {elements * 17 / 32 / 1e6:.1f} MB in MXFP4. Read bandwidth beside each case: {bandwidth} GB/s."
+        f"Weights that one token meets: {ELEMENTS * 2 / 1e6:.0f} MB in bfloat16, {ELEMENTS * 9 / 16 / 1e6:.1f} MB in "
+        f"NVFP4, {ELEMENTS * 17 / 32 / 1e6:.1f} MB in MXFP4. Read bandwidth beside each case: {bandwidth} GB/s."
     )
-    header = ["tokens", "experts", "ms", "x fastest bf16"]
+    header = ["tokens", "experts", "ms", f"x fastest of {fastest_stock(cases[0]['seconds'])[0]}"]
     body = f"{table(header, [row for case in cases for row in rows_of(case)])}\n\n{note}"
     print(body)
+    check(cases)
     if options.save:
         heading = f"Qwen3-30B-A3B's experts, one layer ({isa()})"
         save(options.save, "Mixture of experts on a CPU", {heading: body}, {"experts": cases})

@@ -3,7 +3,8 @@
 For each shape and number of rows M it times, taking turns in one process with the same number of threads, FP8 weights
 with bfloat16 activations (w8a16) and with activations quantized per token (w8a8, emulated: no CPU here multiplies FP8),
 ``torch.nn.functional.linear``, and a pass that only reads memory. Weights rotate through a set larger than the cache.
-Ratios above 1 say that fp4 is faster. ``--save`` writes benchmarks/results/NAME.{md,json}.
+Ratios above 1 say that fp4 is faster; a share of bandwidth above 1 ends in an error. ``--save`` writes
+benchmarks/results/NAME.{md,json}.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from cpu_linear import ROWS, SHAPES, copies_of, dense
-from measure import Operation, interleaved, read_pass, save, table
+from measure import Operation, interleaved, read_pass, refuse_broken, save, shares_above_one, table
 
 from fp4.backends.cpu import CpuBackend, isa
 from fp4.numerics.formats import FP8
@@ -46,6 +47,20 @@ def measure_case(n: int, k: int, m: int, repetitions: int, clock: Callable[[], f
     return {"n": n, "k": k, "m": m, "seconds": seconds, "bytes": codes.nbytes + scales.nbytes, "read_gbs": read_gbs}
 
 
+def check(cases: list[dict[str, Any]]) -> None:
+    """End with an error where a kernel read weights faster than memory, or bandwidth jumped between cases."""
+    readings: list[tuple[str, float]] = []
+    above_one: dict[str, float] = {}
+    for case in cases:
+        name = f"{case['n']}x{case['k']}, M = {case['m']}"
+        readings.append((name, case["read_gbs"]))
+        elements = case["n"] * case["k"]
+        size = {"w8a16": case["bytes"], "w8a8": case["bytes"], "torch bf16": 2 * elements, "torch fp32": 4 * elements}
+        found = shares_above_one(size, case["seconds"], case["read_gbs"])
+        above_one |= {f"{each}, {name}": share for each, share in found.items()}
+    refuse_broken(readings, above_one)
+
+
 def rows_of(case: dict[str, Any]) -> list[list[str]]:
     rows = []
     for activations in ("w8a16", "w8a8"):
@@ -66,7 +81,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every contender")
     parser.add_argument("--shapes", nargs="+", default=[f"{n}x{k}" for n, k in SHAPES], metavar="NxK")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), metavar="M")
-    parser.add_argument("--repetitions", type=int, default=7, help="turns of each contender; medians are shown")
+    parser.add_argument("--repetitions", type=int, default=7, help="turns of each contender")
     parser.add_argument("--cpu-time", action="store_true", help="of one thread, on a machine that others use as well")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.md and results/NAME.json")
     options = parser.parse_args()
@@ -82,6 +97,7 @@ def main() -> None:
     text = table([*header, "x torch bf16", "x torch fp32"], [row for case in cases for row in rows_of(case)])
     heading = f"FP8 linear ({isa()}{', CPU time' if options.cpu_time else ''})"
     print(f"{heading}\n\n{text}")
+    check(cases)
     if options.save:
         save(options.save, "FP8 on the CPU", {heading: text}, {"linear": cases})
 

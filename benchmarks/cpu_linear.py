@@ -8,7 +8,8 @@ For each shape and number of rows M it times, taking turns in one process with t
 * a pass that only reads memory: at M = 1 every weight byte is read once, so no kernel can be faster than that.
 
 Weights rotate through a set larger than the cache. The last section quantizes bfloat16 weights: at best the time that
-reading them takes. Ratios above 1 say that fp4 is faster. ``--save`` writes benchmarks/results/cpu_linear.{md,json}.
+reading them takes. Ratios above 1 say that fp4 is faster; a share of the memory's bandwidth above 1 is a broken
+measurement and ends in an error. ``--save`` writes benchmarks/results/cpu_linear.{md,json}.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import Operation, interleaved, read_pass, save, table, verdict
+from measure import Operation, interleaved, read_pass, refuse_broken, save, shares_above_one, table, verdict
 from peers.ggml import GgmlLinear, library_directory
 from torch import Tensor
 from torch.nn.functional import linear
@@ -100,6 +101,25 @@ def measure_case(n: int, k: int, m: int, repetitions: int) -> dict[str, Any]:
     }
 
 
+def check(linear: list[dict[str, Any]], quantization: list[dict[str, Any]]) -> None:
+    """End with an error where a kernel read weights faster than memory, or bandwidth jumped between cases."""
+    above_one: dict[str, float] = {}
+    for case in linear:
+        seconds, elements = case["seconds"], case["n"] * case["k"]
+        size = {name: case["bytes"][name.split()[1]] for name in seconds if name.startswith("fp4")}
+        size |= {"torch bf16": 2 * elements, "torch fp32": 4 * elements}
+        found = shares_above_one(size, seconds, case["read_gbs"])
+        above_one |= {f"{name}, {case['n']}x{case['k']}, M = {case['m']}": share for name, share in found.items()}
+    for case in quantization:
+        size = {name: 2 * case["n"] * case["k"] for name in case["seconds"] if name != "read"}
+        found = shares_above_one(size, case["seconds"], case["read_gbs"])
+        above_one |= {f"quantizing to {name}, {case['n']}x{case['k']}": share for name, share in found.items()}
+    # Ordinary pages and large ones are read at different speeds.
+    for cases in (linear, quantization):
+        readings = [(f"{case['n']}x{case['k']}, M = {case.get('m', 'none')}", case["read_gbs"]) for case in cases]
+        refuse_broken(readings, above_one)
+
+
 def best_ggml(case: dict[str, Any], fmt: str) -> float | None:
     times = [t for name, t in case["seconds"].items() if name.startswith(f"ggml {fmt}")]
     return min(times) if times else None
@@ -115,7 +135,7 @@ def fp4_rows(case: dict[str, Any]) -> list[list[str]]:
         gbs = case["bytes"][fmt] / mine / 1e9
         ggml = best_ggml(case, fmt)
         ratios = {
-            "read": gbs / case["read_gbs"],
+            "read": None if case["read_gbs"] is None else gbs / case["read_gbs"],
             "ggml": None if ggml is None else ggml / mine,
             "fp32": seconds["torch fp32"] / mine,
             "bf16": seconds["torch bf16"] / mine,
@@ -127,7 +147,7 @@ def fp4_rows(case: dict[str, Any]) -> list[list[str]]:
             (128, "w4a4"): {"fp32": 2.5, "ggml": 1.5},
         }.get((m, activations), {})
         cells = [
-            verdict(ratio, targets[key]) if key in targets else "not installed" if ratio is None else f"{ratio:.2f}"
+            verdict(ratio, targets[key]) if key in targets else "not measured" if ratio is None else f"{ratio:.2f}"
             for key, ratio in ratios.items()
         ]
         shape = f"{case['n']}x{case['k']}"
@@ -170,10 +190,9 @@ def quantization_rows(case: dict[str, Any]) -> list[list[str]]:
         if name == "read":
             continue
         gbs = 2 * case["n"] * case["k"] / seconds / 1e9
-        share = gbs / case["read_gbs"]
-        rows.append(
-            [f"{case['n']}x{case['k']}", name, f"{gbs:.1f}", verdict(share, 0.6) if name in FORMATS else f"{share:.2f}"]
-        )
+        share = None if case["read_gbs"] is None else gbs / case["read_gbs"]
+        judged = verdict(share, 0.6) if name in FORMATS or share is None else f"{share:.2f}"
+        rows.append([f"{case['n']}x{case['k']}", name, f"{gbs:.1f}", judged])
     return rows
 
 
@@ -213,6 +232,7 @@ def main() -> None:
         data["quantize"] = made
     for heading, body in sections.items():
         print(f"\n{heading}\n\n{body}")
+    check(data.get("linear", []), data.get("quantize", []))
     if options.save:
         save(options.save, "CPU kernels", sections, data)
 

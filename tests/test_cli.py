@@ -33,6 +33,22 @@ def test_env_names_versions_devices_and_backends() -> None:
         assert word in result.output
 
 
+def test_env_as_json() -> None:
+    result = CliRunner().invoke(app, ["env", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert list(found) == ["versions", "devices", "backends"]
+    assert list(found["versions"]) == ["python", "fp4", "torch", "transformers", "accelerate", "safetensors", "triton"]
+    assert found["versions"]["torch"] == torch.__version__
+    assert all(set(device) == {"device", "description", "runs"} for device in found["devices"])
+    assert found["devices"][0]["device"] == "cpu"
+    for fmt in ("nvfp4", "mxfp4"):
+        assert set(found["devices"][0]["runs"][fmt]) == {"backend", "activations"}
+    rows = {row["name"]: row for row in found["backends"]}
+    assert rows["reference"] == {"name": "reference", "available": True, "reason": None}
+    assert all(row["available"] == (row["reason"] is None) for row in rows.values())
+
+
 def test_help_lists_the_commands() -> None:
     result = CliRunner().invoke(app, [])
     for command in ("env", "convert", "inspect", "evaluate", "report"):

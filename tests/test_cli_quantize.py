@@ -5,19 +5,24 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from small_models import save_small, save_text
 from typer.testing import CliRunner
 
 from fp4 import cli
 from fp4.cli import app
-from fp4.cli.settings import load_env_file
+from fp4.methods import METHODS
 from fp4.pipeline import Job
+from fp4.pipeline.calibrate import BlockCalibration
 from fp4.scheme import SCHEMES
 
 
@@ -50,6 +55,19 @@ def test_schemes_and_methods_are_listed() -> None:
         assert word in output
 
 
+def test_schemes_as_json() -> None:
+    found = json.loads(run("schemes", "--json"))
+    assert list(found) == ["schemes", "methods"]
+    assert [row["name"] for row in found["schemes"]] == list(SCHEMES)
+    assert [row["name"] for row in found["methods"]] == list(METHODS)
+    keys = {"name", "summary", "bits_per_weight", "runs_on", "formats"}
+    assert all(set(row) == keys for row in found["schemes"])
+    assert all(set(row) == {"name", "cost", "needs_data"} for row in found["methods"])
+    by_name = {row["name"]: row for row in found["schemes"]}
+    assert by_name["mxfp4"]["bits_per_weight"] == 4.25
+    assert by_name["nvfp4a8"]["formats"] == ["modelopt"]
+
+
 def test_quantize(model: Path, tmp_path: Path) -> None:
     out, text = tmp_path / "out", save_text(tmp_path)
     output = run("quantize", model, out, "--method", "gptq", "--data", text, "--samples", "2", "--seq-len", "32")
@@ -75,6 +93,90 @@ def test_plan_shows_and_writes_nothing(model: Path, tmp_path: Path) -> None:
     assert "streamed tensor by tensor" in output
     assert "GB of memory besides its libraries" in " ".join(output.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "more.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("options", "schemes", "summary"),
+    [
+        (
+            ["--only", "*layers.1.*", "--override", "*.o_proj=fp8_dynamic"],
+            {"layers.1.self_attn.o_proj": "fp8_dynamic", "layers.1.self_attn.q_proj": "nvfp4a16"},
+            "6 layers to nvfp4a16, 1 to fp8_dynamic by rtn, 15 kept",
+        ),
+        (
+            ["--skip", "*layers.1.*", "--override", "*.o_proj=fp8_dynamic"],
+            {"layers.0.self_attn.o_proj": "fp8_dynamic", "layers.1.self_attn.o_proj": None},
+            "12 layers to nvfp4a16, 2 to fp8_dynamic by rtn, 8 kept",
+        ),
+        (
+            ["--skip", "o_proj", "--only", "*layers.1.*"],
+            {"layers.1.self_attn.o_proj": None, "layers.1.self_attn.q_proj": "nvfp4a16"},
+            "6 layers to nvfp4a16 by rtn, 16 kept",
+        ),
+    ],
+)
+def test_skip_goes_before_only_and_only_before_override(
+    options: list[str], schemes: dict[str, str | None], summary: str, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    output = run("quantize", model, out, "--scheme", "nvfp4a16", "--method", "rtn", *options)
+    assert summary in " ".join(output.split())
+    found = {row["name"]: row["scheme"] for row in json.loads((out / "report.json").read_text())["layers"]}
+    assert {name: found.get(f"model.{name}") for name in schemes} == schemes
+
+
+def test_every_command_says_the_same_bits(model: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", ["--scheme", "nvfp4a8", "--method", "rtn", "--samples", "2", "--seq-len", "32"]
+    line = next(line for line in run("schemes").splitlines() if "nvfp4a8" in line)
+    assert "│ 4.25 │" in line
+    assert "4.25 bits per quantized weight" in " ".join(run("quantize", model, out, *options, "--plan").split())
+    run("quantize", model, out, *options)
+    assert "4.26 bits per quantized weight" in run("inspect", out)  # and the global scales of so small layers
+    assert "| 21 | nvfp4a8 | 4.25 |" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--data", "absent.jsonl"], 2, "there is no file or folder absent.jsonl"),
+        (["--data", "empty.txt"], 2, "empty.txt holds 0 tokens; calibration needs at least 2"),
+        (["--data", "bad.jsonl"], 2, "bad.jsonl): line 2 is no valid JSON"),
+        (["--max-memory", "gpu:8GiB"], 2, "max_memory names gpu, but this machine has none"),
+        ([], 3, "is too small: it has 1e-06 GB free, and output and work files need about 0.00"),
+        ([], 2, "out exists; name another folder, or replace it with --overwrite"),
+    ],
+)
+def test_plan_finds_what_the_run_would_find(
+    options: list[str],
+    code: int,
+    message: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"text": }\n')
+    if code == 3:
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(2000, 1000, 1000))
+    if "exists" in message:
+        (tmp_path / "out").mkdir()
+    before = sorted(tmp_path.iterdir())
+    command = ["quantize", model, "out", "--method", "gptq", "--device", "cpu", "--samples", "2", "--seq-len", "32"]
+    for plan in ([], ["--plan"]):
+        found, error = refused(monkeypatch, capsys, *command, *options, *plan)
+        assert (found, message in error) == (code, True), error
+        assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_plan_estimates_the_whole_time(method: str, model: Path, tmp_path: Path) -> None:
+    few = ["--samples", "2", "--seq-len", "32", "--device", "cpu"]
+    output = " ".join(run("quantize", model, tmp_path / "out", "--method", method, *few, "--plan").split())
+    assert re.search(r"takes about \d+ (s|min) in all, from rates measured just now", output)
+    assert "forward passes" not in output
 
 
 def test_plan_says_when_memory_is_short(model: Path, tmp_path: Path) -> None:
@@ -121,6 +223,46 @@ def test_mistakes_are_named(
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_messages_name_flags_of_the_command(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, layer = tmp_path / "out", "model.layers.2.mlp.up_proj"
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"{layer}.weight"][3, 5] = torch.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    command = ["quantize", model, out, "--scheme", "nvfp4", "--method", "rtn", "--samples", "2", "--seq-len", "32"]
+    code, error = refused(monkeypatch, capsys, *command)
+    assert code == 2
+    assert "holds 1 NaN or infinite values out of 8192" in error
+    assert f"or keep the layer as it is with --skip {layer}; what is finished is kept in {out}.partial" in error
+    code, error = refused(monkeypatch, capsys, *command, "--skip", "layers.0.mlp.up_proj")
+    assert (code, error.strip().endswith("(it differs in skip); finish that one with its own command, or replace it "
+        "with --overwrite")) == (2, True)  # fmt: skip
+    code, error = refused(monkeypatch, capsys, *command, "--skip", layer)
+    assert code == 0, error
+    code, error = refused(monkeypatch, capsys, *command, "--skip", layer)
+    assert code == 2
+    assert error.strip() == f"error: {out} exists; name another folder, or replace it with --overwrite"
+
+
+def test_an_interruption_says_how_to_go_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = BlockCalibration._quantize
+
+    def interrupted(self: BlockCalibration, number: int, *arguments: Any) -> Any:
+        if number == 1:
+            raise KeyboardInterrupt
+        return original(self, number, *arguments)
+
+    monkeypatch.setattr(BlockCalibration, "_quantize", interrupted)
+    command = ["quantize", model, tmp_path / "out", "--method", "rtn", "--samples", "2", "--seq-len", "32"]
+    code, error = refused(monkeypatch, capsys, *command)
+    assert code == 130
+    kept = f"what is finished is kept in {tmp_path / 'out.partial'}; the same command goes on from there"
+    assert error.strip() == f"interrupted; {kept}"
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOMEM, errno.EIO, errno.EFBIG])
 def test_failures_of_the_machine_exit_with_3(
     number: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -134,22 +276,7 @@ def test_failures_of_the_machine_exit_with_3(
     assert "the machine failed" in error
 
 
-def test_settings_come_from_an_env_file(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "environ", {**os.environ, "FP4_METHOD": "rtn"})
-    (tmp_path / ".env").write_text("FP4_SCHEME=mxfp4a16\nexport FP4_METHOD=magic\nOTHER=x\n")
-    code, _ = refused(monkeypatch, capsys, "quantize", model, "out")
-    assert code == 0
-    found = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (found["scheme"], found["method"]) == ("mxfp4a16", "rtn")  # what is set in the environment stays
-    (tmp_path / ".env").write_text("# tokens\nFP4_TOKEN\n")
-    code, error = refused(monkeypatch, capsys, "quantize", model, "again")
-    assert code == 2
-    assert ".env, line 2: FP4_TOKEN has no value" in error
-
-
+@pytest.mark.xfail(reason="fp4.cli imports huggingface_hub, which reads its folders then", strict=True)
 def test_folders_of_the_hub_come_from_an_env_file(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(f"HF_HOME={tmp_path / 'hub'}\n")
     code = (
@@ -162,11 +289,3 @@ def test_folders_of_the_hub_come_from_an_env_file(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "hub")
     assert done.stdout.count(str(tmp_path / "hub")) == 1
-
-
-def test_env_files_are_read_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", {"FP4_SEED": "1"})
-    path = tmp_path / ".env"
-    path.write_text("FP4_SEED=2\nHF_TOKEN = 'a b' \n\nPATH=/nowhere\n")
-    assert load_env_file(path) == ["HF_TOKEN"]
-    assert dict(os.environ) == {"FP4_SEED": "1", "HF_TOKEN": "a b"}

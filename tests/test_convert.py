@@ -19,6 +19,7 @@ from fp4.checkpoint.convert import FORMATS, convert
 from fp4.checkpoint.io.headers import INDEX_NAME, Checkpoint, load, read_header
 from fp4.checkpoint.io.shards import ShardWriter, Spec
 from fp4.checkpoint.layers import packed_layers
+from fp4.errors import OptionError
 from fp4.numerics.formats import dequantize
 
 
@@ -156,7 +157,7 @@ def test_refusals_come_before_anything_is_written(shared: Callable[[str], Path],
         ("fpquant-nvfp", "modelopt", "14 of 14 layers cannot be converted to modelopt:\n.*rotated in groups of 16"),
         ("fpquant-mxfp-gptq", "compressed-tensors", r"global scale of 0\.33333"),
         ("modelopt-W4A8_NVFP4_FP8", "compressed-tensors", "activations are FP8"),
-        ("modelopt-NVFP4", "compressed-tensors", "weight_global_scale .* cannot be stored exactly"),
+        ("modelopt-NVFP4", "compressed-tensors", "input_global_scale .* cannot be stored exactly"),
         ("llmcompressor-NVFP4", "mxfp4", "holds only stacks of experts"),
         (
             "llmcompressor-FP8_DYNAMIC",
@@ -171,6 +172,22 @@ def test_refusals_come_before_anything_is_written(shared: Callable[[str], Path],
         with pytest.raises(ValueError, match=message):
             convert(shared(f"fixtures/{name}"), tmp_path / "out", to)
         assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_to_round_leads_with_the_remedy(shared: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(OptionError) as raised:
+        convert(shared("fixtures/llmcompressor-NVFP4"), tmp_path / "out", "modelopt")
+    said = raised.value.on_command_line()
+    assert said.startswith(
+        "modelopt holds the global scales of 14 of 14 layers only rounded; accept that with --allow-rounding, which "
+        "costs at most one unit in the last place of the float32 product of block and global scale "
+        "(model.layers.0.mlp.down_proj first: input_scale 0.00103"
+    )
+    assert "\n" not in said
+    assert "accept that with allow_rounding=True, which" in str(raised.value)
+    convert(shared("fixtures/llmcompressor-NVFP4"), tmp_path / "out", "modelopt", allow_rounding=True)
+    with pytest.raises(ValueError, match=r"out exists; name another folder, or replace it with overwrite=True$"):
+        convert(shared("fixtures/llmcompressor-NVFP4"), tmp_path / "out", "modelopt", allow_rounding=True)
 
 
 def test_rounding_is_only_by_permission_and_one_ulp(shared: Callable[[str], Path], tmp_path: Path) -> None:
@@ -269,6 +286,7 @@ def in_a_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", CONVERT, *map(str, arguments)], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process its largest memory")
 def test_a_killed_conversion_goes_on_to_the_same_bytes_within_little_memory(packed: Path, tmp_path: Path) -> None:
     source = sharded(packed, tmp_path / "source")

@@ -192,6 +192,7 @@ def test_bad_arguments_are_named(change, message: str) -> None:  # type: ignore[
         ops.cpu_linear(a["x"], a["codes"], a["scales"], a["unit"], a["bias"], a["n"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one instruction set only")
 def test_the_portable_kernels_pass_too() -> None:
     """The same tests in a process that was told to use no vector instructions."""

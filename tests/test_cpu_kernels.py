@@ -367,6 +367,7 @@ def test_bad_arguments_are_named(change, message: str) -> None:  # type: ignore[
         ops.cpu_linear(a["x"], a["codes"], a["scales"], a["unit"], a["bias"], a["n"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("FP4_CPU_ISA" in os.environ, reason="this run is already restricted to one instruction set")
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 def test_narrower_instruction_sets(isa: str) -> None:

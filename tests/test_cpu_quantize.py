@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp4 import ops
+from fp4 import backends, ops
 from fp4.backends import cpu
 from fp4.numerics import formats
 from fp4.numerics.formats import FORMATS, MXFP4, NVFP4, Format
@@ -251,6 +251,7 @@ def test_dequantize_refuses_scales_of_another_shape() -> None:
         ops.operator("cpu", "dequantize")(torch.zeros(2, 32, dtype=torch.uint8), scales, None, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("FP4_CPU_ISA" in os.environ, reason="already runs under a chosen instruction set")
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 def test_under_each_instruction_set(isa: str) -> None:
@@ -265,3 +266,12 @@ def test_under_each_instruction_set(isa: str) -> None:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     done = subprocess.run(command, env={**os.environ, "FP4_CPU_ISA": isa}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_an_unknown_instruction_set_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FP4_CPU_ISA", "avx1024")
+    message = "FP4_CPU_ISA is 'avx1024'; expected one of scalar, avx2, avx512"
+    with pytest.raises(ValueError, match=message):
+        cpu.isa()
+    with pytest.raises(ValueError, match=message):
+        backends.for_device(torch.device("cpu"))

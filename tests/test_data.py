@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -291,3 +292,113 @@ def test_chats_get_no_second_beginning(tmp_path: Path) -> None:
     first = load_samples(tmp_path / "chat.jsonl", tokenizer(), 2).tokens[0]
     assert isinstance(first, torch.Tensor)
     assert tokenizer().decode(first) == "<user> Hello?\n<assistant> Hello.\n" * 3
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+CALLS = [
+    {"role": "user", "content": "What is 1 + 2, as a function would have it?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}],
+    },
+    {"role": "tool", "tool_call_id": "1", "content": "3"},
+]
+# As Qwen's and Llama's do it: null is taken, arguments are an object.
+TOOL_TEMPLATE = (
+    "{% if tools %}[{% for tool in tools %}{{ tool.function.name }}{% endfor %}]{% endif %}"
+    "{% for message in messages %}<{{ message.role }}>"
+    "{% if message.content is not none %}{{ message.content }}{% endif %}"
+    "{% for call in message.tool_calls %}{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}"
+    "{% endfor %}"
+)
+# As Gemma's does it.
+NO_SYSTEM = (
+    "{% for message in messages %}{% if message.role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}{{ message.content }}{% endfor %}"
+)
+
+
+def test_rows_of_tool_calls(tmp_path: Path) -> None:
+    rows = [{"messages": CHAT * 3}, {"messages": CALLS, "tools": TOOLS}]
+    path = write_jsonl(tmp_path / "calls.jsonl", rows)
+    found = set(decoded(load_samples(path, tokenizer(TOOL_TEMPLATE), 2)))
+    assert found == {
+        "<user>Hello?<assistant>Hello." * 3,
+        '[add]<user>What is 1 + 2, as a function would have it?<assistant>add({"a": 1, "b": 2})<tool>3',
+    }
+
+
+def test_null_becomes_empty_only_where_the_template_does_not_take_it() -> None:
+    template = "{% for m in messages %}{{ m.content + '|' }}{{ m.tool_calls[0].id if m.tool_calls }}{% endfor %}"
+    row = {"messages": CALLS}
+    text = formatter("chat_completion", None, row, tokenizer(template))(row)
+    assert text == "What is 1 + 2, as a function would have it?||13|"
+
+
+def test_parts_of_text_are_read_as_their_text() -> None:
+    parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "?"}]
+    row = {"messages": [{"role": "user", "content": parts}]}
+    assert formatter("chat_completion", None, row, tokenizer())(row) == "<user> Hello?\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "reason"),
+    [
+        (
+            CHAT_TEMPLATE,
+            CALLS,
+            "a turn calls a tool and says nothing, and the chat template has no place for tool calls",
+        ),
+        (NO_SYSTEM, [{"role": "system", "content": "Be kind."}], "the chat template refuses it: System role not supp"),
+        (
+            CHAT_TEMPLATE,
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+            "turn 0 (user) has a part of type 'image_url'; calibration reads parts of type 'text' alone",
+        ),
+        (CHAT_TEMPLATE, [{"role": "user", "content": None}], "turn 0 (user) has neither content nor tool calls"),
+        ("{{ messages[0].content + 1 }}", CHAT, "the chat template refuses it: can only concatenate str"),
+    ],
+)
+def test_a_row_that_the_template_rejects_is_named(
+    template: str, turns: list[dict[str, object]], reason: str, tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": CHAT}, {"messages": turns}])
+    if template.startswith("{{"):
+        path = write_jsonl(path, [{"messages": turns}])
+    if "image_url" not in reason:  # datasets takes no empty line beside values of mixed types
+        path.write_text("\n" + path.read_text())
+    line = len(path.read_text().splitlines())
+    with pytest.raises(ValueError, match=re.escape(f"datasets[0] ({path}): line {line}: {reason}")) as raised:
+        load_samples(path, tokenizer(template), 2)
+    assert "\n" not in str(raised.value)
+
+
+def test_rows_of_other_files_have_numbers(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"messages": CHAT}, {"messages": [{"role": "system", "content": "x"}, *CHAT]}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "chat.parquet")
+    with pytest.raises(ValueError, match=r"chat\.parquet\): row 1 \(counted from 0\): the chat template refuses it"):
+        load_samples(tmp_path / "chat.parquet", tokenizer(NO_SYSTEM), 2)
+    write_jsonl(tmp_path / "chat.jsonl", rows[1:])
+    (tmp_path / "r.yaml").write_text("datasets: [{path: chat.jsonl, streaming: true}]\n")
+    with pytest.raises(ValueError, match=r"the row \{'messages': .*\.\.\.: the chat template refuses it"):
+        load_samples(tmp_path / "r.yaml", tokenizer(NO_SYSTEM), 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"), [('{"text": }', "is no valid JSON: Expecting value"), ("[1, 2]", "holds list; expected an obj")]
+)
+def test_a_damaged_line_is_named(line: str, reason: str, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", sentences(2))
+    path.write_text(path.read_text() + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=rf"a\.jsonl\): line 4 {reason}"):
+        load_samples(path, tokenizer())
+
+
+def test_an_empty_line_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}, {"text": ["x"]}])
+    path.write_text("\n" + path.read_text())
+    with pytest.raises(ValueError, match=r"a\.jsonl\): line 1 is empty"):
+        load_samples(path, tokenizer())

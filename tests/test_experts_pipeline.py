@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ import pytest
 import torch
 import transformers
 from moe import FAMILIES, make_moe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_models import save_text, tokenizer
 from torch import Tensor, nn
 
 import fp4
 from fp4 import FPQuantConfig
 from fp4.calibration.expert_linears import SeparateExperts, every_token
+from fp4.checkpoint.io.headers import Checkpoint
 from fp4.nn import FP4Experts
 from fp4.nn.expert_layout import layout_of
 from fp4.pipeline import Job
+from fp4.pipeline.skeleton import Skeleton
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,12 @@ def load_moe(path: Path, **options: Any) -> nn.Module:
     return getattr(transformers, name).from_pretrained(path, **options).eval()
 
 
+def as_bytes(value: Tensor) -> Tensor:
+    return value.flatten().view(torch.uint8)
+
+
 def bytes_of(folder: Path) -> dict[str, Tensor]:
-    return {name: value.flatten().view(torch.uint8) for name, value in load_file(folder / "model.safetensors").items()}
+    return {name: as_bytes(value) for name, value in load_file(folder / "model.safetensors").items()}
 
 
 def experts_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -120,14 +127,32 @@ def test_streamed_rounding_equals_quantizing_on_the_fly(
         modules_to_not_convert=[row["name"] for row in report["kept"]],
     )
     load_moe(dense(family), quantization_config=config).save_pretrained(tmp_path / "fly")
-    streamed, fly = bytes_of(tmp_path / "out"), bytes_of(tmp_path / "fly")
+    streamed, fly = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "fly"))
     assert streamed.keys() == fly.keys()
-    # Transformers saves a bias of DeepSeek's router in float32; streaming leaves it as it is stored.
-    assert all(torch.equal(streamed[name], fly[name]) for name in fly if not name.endswith("e_score_correction_bias"))
+    # Transformers loads and saves DeepSeek's router in float32; streaming leaves it as it is stored.
+    widened = {name for name in fly if streamed[name].dtype is torch.bfloat16 and fly[name].dtype is torch.float32}
+    assert all(".mlp.gate." in name for name in widened)
+    streamed |= {name: streamed[name].float() for name in widened}
+    assert all(streamed[name].dtype == fly[name].dtype for name in fly)
+    assert all(torch.equal(as_bytes(streamed[name]), as_bytes(fly[name])) for name in fly)
     assert sum("experts" in row["name"] for row in report["layers"]) >= 3 * 8
 
 
 # --- calibrated
+
+
+def test_a_router_that_loading_keeps_in_float32_is_not_rounded_for_calibration(
+    dense: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, bias = tmp_path / "model", "model.layers.1.mlp.gate.e_score_correction_bias"
+    shutil.copytree(dense("deepseek_v3"), model)
+    stored = load_file(model / "model.safetensors")
+    stored[bias] = torch.linspace(0, 1, 8) / 3  # not in bfloat16
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
+    skeleton = Skeleton(Checkpoint.open(model), torch.bfloat16)
+    with skeleton.filled("model.layers.1", torch.device("cpu")) as block:
+        assert torch.equal(block.mlp.gate.e_score_correction_bias, stored[bias])
+        assert block.self_attn.o_proj.weight.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("family", FAMILIES)

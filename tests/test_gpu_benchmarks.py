@@ -33,6 +33,7 @@ def fake_timer(contenders: Mapping[str, Contender]) -> dict[str, float]:
     return {name: 4.0 if name == "bf16" else 1.0 for name in contenders}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("script", ["gpu_linear", "gpu_generate"])
 def test_without_a_gpu_it_ends_with_one_sentence(script: str) -> None:

@@ -108,6 +108,7 @@ def logits(folder: Path) -> float:
         return float(model(torch.arange(16)[None]).logits.sum())
 
 
+@pytest.mark.slow
 def test_every_command_by_hub_id(models: dict[tuple[str, str], Path], tmp_path: Path) -> None:
     text = save_text(tmp_path)
     with serve(models, TOKEN) as hub:

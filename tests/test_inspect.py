@@ -213,3 +213,15 @@ def test_no_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         inspect("no-such-folder")
     with pytest.raises(ValueError, match=sentence):
         convert("no-such-folder", "out", "modelopt")
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_link_that_leads_nowhere_is_named_as_itself(indexed: bool, llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copyfile(llama / "config.json", folder / "config.json")
+    (folder / "model.safetensors").symlink_to("../blobs/1234")
+    if indexed:
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
+    with pytest.raises(ValueError, match=r"model\.safetensors is a link to \.\./blobs/1234, which does not exist"):
+        inspect(folder)

@@ -74,6 +74,7 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch, run: Callable[[], dict[str, Laye
         return run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", ["all", "routed"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.format.name}-{s.activations}")
 @pytest.mark.parametrize("method", OPTIONS)

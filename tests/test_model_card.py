@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import yaml
 
 from fp4.quality.model_card import model_card, refresh_model_card, write_model_card
+from fp4.report import engines
+from fp4.scheme import SCHEMES
 
 REPORT: dict[str, Any] = {
     "version": 1,
@@ -62,11 +65,42 @@ def test_card_says_how_it_was_made_how_good_it_is_and_how_to_load_it() -> None:
         "| same most likely token | 93.4% |",
         "first 4 windows of 1024 tokens of `test.txt`",
         "3 layers: nvfp4, fp4 activations, cpu",
-        'from_pretrained("model-nvfp4", dtype="auto"',
+        "from_pretrained('model-nvfp4', dtype=\"auto\"",
         "vllm serve model-nvfp4",
     ):
         assert words in card
     assert "no licence" not in card
+
+
+@pytest.mark.parametrize(
+    ("fmt", "schemes", "says", "says_not"),
+    [
+        ("compressed-tensors", ["nvfp4"], "vllm serve model", "Not with vLLM"),
+        ("compressed-tensors", ["nvfp4", "fp8_dynamic"], "vllm serve model", "Not with vLLM"),
+        ("compressed-tensors", ["mxfp4a16"], "quantizes the activations of every MXFP4 checkpoint", "convert_hf"),
+        ("modelopt", ["nvfp4a16"], "vllm serve model", "convert_hf"),
+        ("modelopt", ["nvfp4"], "convert_hf_to_gguf.py model", "Not with vLLM"),
+        ("modelopt", ["mxfp4"], "Not with vLLM (vLLM 0.32.0): its ModelOpt loader has no MXFP4.", "vllm serve"),
+        ("modelopt", ["nvfp4", "nvfp4a8"], "its ModelOpt loader has no W4A8_NVFP4_FP8.", "vllm serve"),
+        ("fp_quant", ["mxfp4"], "it calls the format fp_quant deprecated", "vllm serve"),
+        ("auto-round", ["nvfp4"], "from_pretrained", "vLLM"),  # not tried
+        ("compressed-tensors", ["nvfp4", "int4"], "from_pretrained", "vLLM"),
+    ],
+)
+def test_card_names_the_engines_that_take_the_checkpoint(
+    fmt: str, schemes: list[str], says: str, says_not: str
+) -> None:
+    layers = [{"name": f"l{i}", "scheme": scheme, "bits_per_weight": 4.5} for i, scheme in enumerate(schemes)]
+    card = model_card({"format": fmt, "scheme": schemes[0], "layers": layers}, name="model")
+    assert says in card
+    assert says_not not in card
+    if len(schemes) == 1:  # the scheme that was asked for, where no layer is listed
+        assert says in model_card({"format": fmt, "scheme": schemes[0]}, name="model")
+
+
+def test_engines_are_asked_about_schemes_and_formats_that_exist() -> None:
+    for _, checkpoint_format, scheme in engines.TRIED:
+        assert checkpoint_format in SCHEMES[scheme].checkpoint_formats
 
 
 @pytest.mark.parametrize("report", [{}, {"data": None, "layers": [], "source": "/some/where/model"}])
@@ -98,3 +132,10 @@ def test_licence_comes_from_the_originals_card_and_stays(broken: str, tmp_path: 
     (out / "README.md").unlink()
     write_model_card(out, REPORT, source)
     assert "license" not in front_matter((out / "README.md").read_text())
+
+
+def test_python_in_the_card_survives_quotes_in_names() -> None:
+    name = 'it\'s a "model"\\n'
+    code = model_card(REPORT, name=name).split("```python\n")[1].split("```")[0]
+    loads = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert [ast.literal_eval(call.args[0]) for call in loads] == [name, name]

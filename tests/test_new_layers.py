@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaPreTrainedModel,
     PreTrainedModel,
 )
 
@@ -45,6 +46,21 @@ def source(request: pytest.FixtureRequest, fmt: str, llama: Path, tmp_path: Path
         return llama, options
     AutoModelForCausalLM.from_pretrained(llama, **options).save_pretrained(tmp_path / "packed")
     return tmp_path / "packed", {}
+
+
+def test_new_layers_are_initialized_without_gradients(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's own `_init_weights` may write to parameters in place: from 5.24 on the caller sees to it."""
+    recorded, original = [], LlamaPreTrainedModel._init_weights
+
+    def initialize(model: PreTrainedModel, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            recorded.append(torch.is_grad_enabled())
+        original(model, module)
+
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", initialize)
+    classifier(llama, num_labels=3, quantization_config=FPQuantConfig())
+    assert recorded
+    assert not any(recorded)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

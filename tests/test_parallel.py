@@ -103,6 +103,7 @@ def on_two_ranks(folder: Path) -> dict[tuple[str, int], tuple[np.ndarray | str, 
     return {(case, rank): (logits, held) for rank, case, logits, held in received}
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_logits_of_one(tmp_path: Path) -> None:
     """One test, since starting two processes takes longer than all cases."""
     save_models(tmp_path)

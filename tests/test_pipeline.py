@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from small_models import ARCHITECTURES, save_small, save_text, save_vision_language, tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, LlamaPreTrainedModel
 
 import fp4
 from fp4 import FP4Linear, FPQuantConfig
@@ -90,6 +91,7 @@ def test_block_by_block_is_what_the_model_computes(architecture: str, tmp_path: 
                 hidden = output_of(block.eval()(hidden, *call.args, **call.kwargs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_default_method_on_every_architecture(architecture: str, tmp_path: Path, text: Path) -> None:
     """It rewrites norms and neighbouring layers, which each architecture connects in its own way."""
@@ -202,6 +204,25 @@ def test_patterns_choose_layers(tmp_path: Path) -> None:
     assert reasons["model.layers.1.mlp.down_proj"] == "skipped by down_proj"
 
 
+@pytest.mark.parametrize("entry", ["o_proj", "self_attn.o_proj.weight"])
+def test_layers_that_the_model_keeps_in_float32(entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither way of quantizing packs them, but what an older release packed still loads."""
+    model = save_small("llama", tmp_path / "model")
+    fp4.quantize(model, tmp_path / "older", "nvfp4a16", "rtn")
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", [entry])
+    report = fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
+    reasons = {row["name"]: row["reason"] for row in report["kept"]}
+    assert reasons["model.layers.0.self_attn.o_proj"] == "the model keeps it in float32"
+    fly = AutoModelForCausalLM.from_pretrained(model, quantization_config=FPQuantConfig())
+    streamed, older = map(AutoModelForCausalLM.from_pretrained, (tmp_path / "out", tmp_path / "older"))
+    for loaded in (fly, streamed):
+        attention = loaded.model.layers[0].self_attn
+        assert attention.o_proj.weight.dtype is torch.float32
+        assert not isinstance(attention.o_proj, FP4Linear)
+        assert isinstance(attention.v_proj, FP4Linear)
+    assert isinstance(older.model.layers[0].self_attn.o_proj, FP4Linear)
+
+
 def test_mixed_schemes_in_one_checkpoint(tmp_path: Path) -> None:
     model = save_small("llama", tmp_path / "model")
     fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn", overrides=["down_proj=mxfp4a16"], rotation="none")
@@ -292,7 +313,7 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
     with pytest.raises(ValueError, match="quantized already"):
         fp4.quantize(tmp_path / "out", tmp_path / "again", "nvfp4a16", "rtn")
-    with pytest.raises(ValueError, match="exists"):
+    with pytest.raises(ValueError, match=r"out exists; name another folder, or replace it with overwrite=True$"):
         fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
 
 
@@ -300,10 +321,71 @@ def test_no_tokenizer(tmp_path: Path, text: Path) -> None:
     model = save_small("llama", tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         os.unlink(model / name)
-    with pytest.raises(ValueError, match="no tokenizer"):
+    remedy = r"method rtn with a scheme that needs no calibration \(nvfp4a16, .*\) quantizes it$"
+    with pytest.raises(ValueError, match=f"no tokenizer.*; {remedy}"):
         fp4.quantize(model, tmp_path / "out", "nvfp4", "rtn", text)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_tokenizer_without_vocabulary_is_none(tmp_path: Path, text: Path) -> None:
+    model = save_small("qwen2", tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        os.unlink(model / name)
+    assert len(AutoTokenizer.from_pretrained(model)) < 10  # made up by Transformers
+    with pytest.raises(ValueError, match=r"has no tokenizer: .* has no vocabulary there; method rtn with a scheme"):
+        fp4.quantize(model, tmp_path / "out", "nvfp4", "rtn", text)
+
+
+def save_encoder(folder: Path, architecture: str) -> Path:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    getattr(transformers, architecture)(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("scheme", "method"), [("nvfp4", "rtn"), ("nvfp4a16", "gptq"), ("nvfp4a16", "best")])
+def test_encoders_are_not_calibrated(scheme: str, method: str, tmp_path: Path, text: Path) -> None:
+    model = save_encoder(tmp_path / "model", "BertForMaskedLM")
+    with pytest.raises(ValueError, match=r"BertForMaskedLM is an encoder.*; method rtn with a scheme .* quantizes it"):
+        fp4.quantize(model, tmp_path / "out", scheme, method, text, samples=2, seq_len=32)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_models_with_an_encoder_beside_the_decoder_are_not_calibrated(tmp_path: Path, text: Path) -> None:
+    config = transformers.T5Config(vocab_size=320, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration has an encoder beside its decoder"):
+        fp4.quantize(tmp_path / "model", tmp_path / "out", "nvfp4a16", "gptq", text)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task", "auto"),
+    [
+        ("BertForMaskedLM", "fill-mask", "AutoModelForMaskedLM"),
+        ("BertForSequenceClassification", "text-classification", "AutoModelForSequenceClassification"),
+        ("BertModel", "feature-extraction", "AutoModel"),
+    ],
+)
+def test_encoders_are_rounded_and_called_what_they_are(architecture: str, task: str, auto: str, tmp_path: Path) -> None:
+    model = save_encoder(tmp_path / "model", architecture)
+    fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
+    loaded = getattr(transformers, architecture).from_pretrained(tmp_path / "out")
+    packed = [name for name, module in loaded.named_modules() if isinstance(module, fp4.FP4Linear)]
+    assert len(packed) == 12
+    original = getattr(transformers, architecture).from_pretrained(model, dtype=torch.bfloat16)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        found, expected = loaded(ids)[0].float(), original(ids)[0].float()
+    assert 0 < (found - expected).norm() < 0.1 * expected.norm()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"pipeline_tag: {task}\n" in card
+    assert f"model = {auto}.from_pretrained(" in card
+    assert "vllm" not in card
 
 
 @pytest.mark.parametrize("scheme", ["nvfp4a16", "nvfp4"])
@@ -313,10 +395,12 @@ def test_nan_is_named_and_finished_work_is_kept(scheme: str, tmp_path: Path, tex
     name = "model.layers.2.mlp.up_proj.weight"
     tensors[name][3, 5] = torch.nan
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.up_proj.* NaN"):
+    keep = r"keep the layer as it is with skip=\['model\.layers\.2\.mlp\.up_proj'\]"
+    with pytest.raises(ValueError, match=rf"model\.layers\.2\.mlp\.up_proj.* NaN .* {keep}"):
         fp4.quantize(model, tmp_path / "out", scheme, "rtn", text, samples=2, seq_len=32)
     assert not (tmp_path / "out").exists()
-    assert scheme == "nvfp4a16" or (tmp_path / "out.partial" / "block-00001.json").is_file()
+    assert (tmp_path / "out.partial" / "block-00001.json").is_file() == (scheme == "nvfp4")
+    assert (tmp_path / "out.partial").exists() == (scheme == "nvfp4")
 
 
 def test_a_truncated_shard(tmp_path: Path) -> None:
@@ -336,9 +420,10 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     model = save_small("llama", tmp_path / "model")
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "write", fail)
-        with pytest.raises(OSError, match=r"disk of .* is full; make room; what is finished is kept"):
+        with pytest.raises(OSError, match=r"disk of .* is full; make room; nothing was finished yet"):
             fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
     fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
@@ -347,6 +432,6 @@ def test_unfinished_work_of_another_request_is_not_lost(tmp_path: Path) -> None:
     model = save_small("llama", tmp_path / "model")
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "request.json").write_text('{"scheme": "mxfp4"}')
-    with pytest.raises(ValueError, match=r"another request.*scheme"):
+    with pytest.raises(ValueError, match=r"another request.*scheme.* replace it with overwrite=True$"):
         fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
     fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn", overwrite=True)

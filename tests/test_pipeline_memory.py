@@ -42,6 +42,7 @@ print(json.dumps([planned, peak - before]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the memory of a process on Linux alone")
 @pytest.mark.parametrize(("scheme", "method"), [("nvfp4a16", "rtn"), ("nvfp4", "rtn"), ("nvfp4", "gptq")])
 def test_the_plan_is_right_within_a_factor_of_two(scheme: str, method: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import fp4
 # file, and much else), as if by kill -9.
 DRIVER = """
 import json, os, signal, sys
-import fp4
+import fp4.pipeline
 from transformers import AutoTokenizer
 
 options, kills = json.loads(sys.argv[1]), json.loads(sys.argv[2])
@@ -66,6 +66,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix == ".safetensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "method"), [("nvfp4a16", "rtn"), ("nvfp4", "gptq"), ("mxfp4", "best"), ("nvfp4", "autoround")]
 )
@@ -123,6 +124,23 @@ def test_same_seed_same_bytes(method: str, tmp_path: Path) -> None:
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
+def test_a_recipe_has_one_seed_for_samples_and_method(tmp_path: Path) -> None:
+    model, text = save_small("qwen2", tmp_path / "model"), save_text(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text.read_text()[i:]}) + "\n" for i in range(8)))
+    recipe = tmp_path / "recipe.yaml"
+    amounts = "{seed: 7, max_samples: 4, max_seq_len: 32, min_token_length: 2}"
+    recipe.write_text(f"datasets:\n  - {{path: rows.jsonl}}\ncalibration: {amounts}\n")
+    options: dict[str, object] = {"scheme": "nvfp4", "method": "autoround", "data": recipe, "device": "cpu"}
+    report = fp4.quantize(model, tmp_path / "a", **options, options={"iters": 2})
+    assert report["seed"] == 7
+    assert "drawn with seed 7 " in report["data"]["description"]
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "| seed | 7 |" in card
+    fp4.quantize(model, tmp_path / "b", **options, options={"iters": 2}, seed=7)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert fp4.quantize(model, tmp_path / "c", **options, options={"iters": 2}, seed=8)["seed"] == 8
+
+
 def test_only_one_process_works_in_a_folder(tmp_path: Path) -> None:
     from fp4.checkpoint.io.staging import Staging
 
@@ -131,3 +149,108 @@ def test_only_one_process_works_in_a_folder(tmp_path: Path) -> None:
         Staging(tmp_path / "out", {"a": 1}, False)
     first.release()
     assert Staging(tmp_path / "out", {"a": 1}, False).resumed
+
+
+@pytest.fixture
+def calibrated(tmp_path: Path) -> dict[str, object]:
+    """Arguments of a job of three blocks."""
+    save_small("llama", tmp_path / "model")
+    settings: dict[str, object] = {"scheme": "nvfp4", "method": "gptq", "data": save_text(tmp_path), "device": "cpu"}
+    return {"model": tmp_path / "model", "samples": 2, "seq_len": 32, **settings}
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """Ctrl-C when block ``number`` is quantized for the first time; returns the blocks that are quantized."""
+    from fp4.pipeline.calibrate import BlockCalibration
+
+    computed: list[int] = []
+    original = BlockCalibration._quantize
+
+    def interrupted(self: BlockCalibration, at: int, *arguments: object) -> object:
+        computed.append(at)
+        if at == number and computed.count(number) == 1:
+            raise KeyboardInterrupt
+        return original(self, at, *arguments)
+
+    monkeypatch.setattr(BlockCalibration, "_quantize", interrupted)
+    return computed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"skip": ["layers.2.mlp.up_proj"]},
+        {"overrides": {"layers.2.mlp.up_proj": "fp8_dynamic"}},
+    ],
+)
+def test_what_is_asked_of_blocks_to_come_may_change(
+    change: dict[str, object], calibrated: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = stop_at(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt, match=r"what is finished is kept in .*; the same command goes on from there"):
+        fp4.quantize(out=tmp_path / "out", **calibrated)  # type: ignore[arg-type]
+    report = fp4.quantize(out=tmp_path / "out", **calibrated, **change)  # type: ignore[arg-type]
+    assert computed == [0, 1, 2, 2]
+    assert report.get("skip") == change.get("skip", [])
+    fp4.quantize(out=tmp_path / "whole", **calibrated, **change)  # type: ignore[arg-type]
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "whole/config.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change", [{"skip": ["layers.1.mlp.up_proj"]}, {"rule": "abs_max"}, {"options": {"damping": 0.1}}]
+)
+def test_what_was_asked_of_finished_blocks_may_not(
+    change: dict[str, object], calibrated: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = stop_at(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        fp4.quantize(out=tmp_path / "out", **calibrated)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"another request \(it differs in {next(iter(change))}\)"):
+        fp4.quantize(out=tmp_path / "out", **calibrated, **change)  # type: ignore[arg-type]
+    fp4.quantize(out=tmp_path / "out", **calibrated)  # type: ignore[arg-type]
+    assert computed == [0, 1, 2, 2]
+
+
+def test_of_nothing_finished_nothing_is_kept(
+    calibrated: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt, match="nothing was finished yet, so nothing is kept"):
+        fp4.quantize(out=tmp_path / "out", **calibrated)  # type: ignore[arg-type]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_shards_that_are_finished_stay_when_others_are_planned_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    from fp4.pipeline.stream import StreamedRounding
+
+    loaded = AutoModelForCausalLM.from_pretrained(save_small("llama", tmp_path / "small"))
+    loaded.save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    layer = "model.layers.2.mlp.down_proj"
+    index = json.loads((tmp_path / "model/model.safetensors.index.json").read_text())["weight_map"]
+    shard = tmp_path / "model" / index[f"{layer}.weight"]
+    tensors = load_file(shard)
+    tensors[f"{layer}.weight"][0, 0] = float("nan")
+    save_file(tensors, shard, {"format": "pt"})
+    written: list[str] = []
+    original = StreamedRounding._write
+
+    def write(self: StreamedRounding, pool: object, shard: Path) -> object:
+        written.append(shard.name)
+        return original(self, pool, shard)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(StreamedRounding, "_write", write)
+    call = {"model": tmp_path / "model", "out": tmp_path / "out", "scheme": "mxfp4a16", "method": "rtn"}
+    with pytest.raises(ValueError, match=rf"skip=\['{layer}'\]; what is finished is kept"):
+        fp4.quantize(**call)  # type: ignore[arg-type]
+    finished = {path.name for path in (tmp_path / "out.partial").glob("*.safetensors")}
+    assert finished
+    written.clear()
+    fp4.quantize(**call, skip=[layer])  # type: ignore[arg-type]
+    assert finished.isdisjoint(written)
+    assert len(finished) + len(written) == len(set(index.values()))

@@ -302,6 +302,7 @@ def test_state_dict_round_trip(llama: Path, token_ids: torch.Tensor) -> None:
     assert torch.equal(model(token_ids).logits, other(token_ids).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4-w4a4"])
 def test_compiles_without_graph_breaks_for_any_length(

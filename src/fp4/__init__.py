@@ -1,10 +1,16 @@
-"""fp4: models in 4-bit floating point. Importing it registers the quantizer with Transformers."""
+"""fp4: models in 4-bit floating point.
 
-from fp4.config import FPQuantConfig
-from fp4.integrations.transformers import CheckpointConfig, CheckpointHfQuantizer, FPQuantHfQuantizer, register
-from fp4.nn import FP4Experts, FP4Linear
-from fp4.numerics.formats import MXFP4, NVFP4, Format, QuantizedTensor, dequantize
-from fp4.pipeline import quantize
+Importing it, in any order with Transformers, registers the quantizers. It takes no time: neither torch nor Transformers
+is imported before one of the names below, or Transformers itself, is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
+
+from fp4 import registration
 
 __version__ = "0.1.0"
 
@@ -23,4 +29,35 @@ __all__ = [
     "quantize",
 ]
 
-register()
+if TYPE_CHECKING:
+    from fp4.config import FPQuantConfig
+    from fp4.integrations.transformers import CheckpointConfig, CheckpointHfQuantizer, FPQuantHfQuantizer
+    from fp4.nn import FP4Experts, FP4Linear
+    from fp4.numerics.formats import MXFP4, NVFP4, Format, QuantizedTensor, dequantize
+    from fp4.pipeline import quantize
+else:
+    _MODULES = {
+        "fp4.config": ("FPQuantConfig",),
+        "fp4.numerics.formats": ("MXFP4", "NVFP4", "Format", "QuantizedTensor", "dequantize"),
+        "fp4.nn": ("FP4Experts", "FP4Linear"),
+        "fp4.pipeline": ("quantize",),
+        "fp4.integrations.transformers": ("CheckpointConfig", "CheckpointHfQuantizer", "FPQuantHfQuantizer"),
+    }
+    _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+    def __getattr__(name):
+        """Import a public name, or a module of the package, when it is first asked for (PEP 562)."""
+        if name in _MODULE_OF:
+            value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+            globals()[name] = value
+            return value
+        module = f"{__name__}.{name}"
+        if not name.startswith("_") and importlib.util.find_spec(module) is not None:
+            return importlib.import_module(module)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__all__})
+
+
+registration.when_transformers_is_imported()

@@ -43,6 +43,15 @@ class Scheme:
         return FP8 if self.activations == "fp8" else self.format
 
     @property
+    def bits_per_weight(self) -> float:
+        """Bits of code and block scale per element: 4.5 for ``nvfp4``, 4.25 for ``nvfp4a8``, whose blocks are of 32.
+
+        Scales of rows and global scales are not counted.
+        """
+        block_size = self.block_size or self.format.block_size
+        return self.format.code_bits + (8 / block_size if block_size else 0)
+
+    @property
     def k_multiple(self) -> int:
         """What the number of columns must be a multiple of."""
         own = max(self.block_size, self.format.k_multiple)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from fp4.scheme import Scheme
 
 _PANEL_ROWS = 16
 _LARGE_PAGE = 2 << 20  # bytes
+_ISAS = ("scalar", "avx2", "avx512")
 
 try:
     importlib.import_module("fp4._C_cpu")
@@ -30,9 +32,16 @@ except ImportError as error:
 def isa() -> str | None:
     """The instruction set that the kernels run with (``scalar``, ``avx2``, ``avx512``), None where they are not built.
 
-    The environment variable ``FP4_CPU_ISA`` chooses a narrower one than the CPU has.
+    The environment variable ``FP4_CPU_ISA`` chooses a narrower one than the CPU has. ValueError if it names another.
     """
+    _require_known_isa()
     return None if _UNAVAILABLE else str(torch.ops.fp4.cpu_isa())
+
+
+def _require_known_isa() -> None:
+    wanted = os.environ.get("FP4_CPU_ISA")
+    if wanted is not None and wanted not in _ISAS:
+        raise ValueError(f"FP4_CPU_ISA is {wanted!r}; expected one of {', '.join(_ISAS)}, or leave it unset")
 
 
 def _panels(rows: Tensor) -> Tensor:
@@ -68,6 +77,7 @@ class CpuBackend(Backend):
     keeps_layout = False
 
     def unavailable(self) -> str | None:
+        _require_known_isa()
         return _UNAVAILABLE
 
     def refuses(self, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:

@@ -14,7 +14,6 @@ from torch.nn.functional import linear as linear_function
 
 from fp4 import backends
 from fp4.backends.base import Backend
-from fp4.calibration.expert_linears import every_token
 from fp4.numerics.formats import FP8, QuantizedTensor, fake_quantize_fp8
 from fp4.numerics.rotation import rotate, rotation_for
 from fp4.scheme import Scheme
@@ -119,6 +118,9 @@ def capture_inputs(block: Block, layers: Iterable[str], see: Callable[[str, Tens
 
     Experts see every token within it, not only those of the router (:mod:`fp4.calibration.expert_linears`).
     """
+    # Not at the top: it imports the packed modules, and those this package, since they round to nearest.
+    from fp4.calibration.expert_linears import every_token
+
     with ExitStack() as stack:
         stack.enter_context(every_token(block.module))
         for layer in layers:
@@ -162,6 +164,10 @@ class Method:
 
     Attributes:
         memory: at its peak, the dense block included, in sizes of that block in float32: as measured on experts.
+        passes: over all samples, for each block, two of which hand hidden states on: dense and quantized.
+        sweeps: products of a weight with a matrix ``[K, K]``, in multiples of ``N K^2`` operations; 0 without second
+            moments.
+        steps: name of the option that says how many steps of gradient descent there are.
     """
 
     name: str
@@ -170,3 +176,6 @@ class Method:
     cost: str
     needs_data: bool
     memory: float
+    passes: float
+    sweeps: float = 0
+    steps: str | None = None

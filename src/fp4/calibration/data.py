@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.resources
+import itertools
+import json
 import logging
 import math
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp4.calibration.chat_template import BoundedTemplate
 from fp4.calibration.formatters import detect, formatter
 from fp4.calibration.recipe import Amounts, DatasetRecipe, Recipe, read_recipe
 
@@ -22,6 +27,7 @@ logger = logging.getLogger("fp4")
 DEFAULT_TEXT = "default.txt"
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".txt": "text"}
 _SHUFFLE_BUFFER = 10_000
+_EXCERPT = 60  # characters of a row that has no number
 
 
 @dataclass
@@ -85,6 +91,14 @@ def load_samples(
         recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=chosen)})
         return from_recipe(recipe, tokenizer, path.parent)
     return from_recipe(Recipe(datasets=[DatasetRecipe(path=str(data))], calibration=Amounts(**chosen)), tokenizer)
+
+
+def seed_of(data: str | Path | None) -> int:
+    """The seed of ``data`` where it is a recipe, 0 for anything else. ValueError for a mistake in the recipe."""
+    path = None if data is None else Path(data)
+    if path is None or path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return 0
+    return read_recipe(path).calibration.seed
 
 
 def _plain_text(path: Path | None) -> tuple[str, str]:
@@ -167,16 +181,19 @@ def _draw(dataset: DatasetRecipe, wanted: int, amounts: Amounts, tokenizer: Any,
     rows = _rows(dataset, wanted, amounts.seed, base)
     found: list[Tensor] = []
     to_text = None
-    for row in rows:
+    for number, row in rows:
         if to_text is None:
             name = dataset.formatter or detect(row)
-            to_text = formatter(name, dataset.columns, row, tokenizer)
+            to_text = formatter(name, dataset.columns, row, BoundedTemplate(tokenizer))
             # A chat template writes the special tokens itself.
             special = name in ("raw_text", "prompt_answer")
         try:
             text = to_text(row)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"a row does not have the form of {name}: {error!r}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            where = _place(dataset, base, number, row)
+            raise ValueError(f"{where} does not have the form of {name}: {error!r}") from error
+        except ValueError as error:
+            raise ValueError(f"{_place(dataset, base, number, row)}: {error}") from error
         ids = _tokenize(tokenizer, text, add_special_tokens=special)[: amounts.max_seq_len] if text else ()
         if len(ids) >= amounts.min_token_length:
             found.append(torch.as_tensor(ids))
@@ -187,24 +204,72 @@ class _Mistake(ValueError):
     """What the user named wrongly, told apart from the errors of the libraries that read it."""
 
 
-def _rows(dataset: DatasetRecipe, wanted: int, seed: int, base: Path) -> list[dict[str, Any]]:
-    """``wanted`` rows in random order, or as many as there are."""
+def _place(dataset: DatasetRecipe, base: Path, number: int | None, row: dict[str, Any]) -> str:
+    """Where a row is, as its reader would look for it."""
+    path = base / Path(dataset.path).expanduser()
+    if number is None:
+        return f"the row {str(row)[:_EXCERPT]}..."
+    if path.suffix != ".jsonl" or not path.is_file():
+        return f"row {number} (counted from 0)"
+    with path.open(encoding="utf-8", errors="replace") as file:
+        filled = (line for line, text in enumerate(file, start=1) if text.strip())
+        return f"line {next(itertools.islice(filled, number, None))}"
+
+
+def _bad_line(path: Path) -> str | None:
+    """What is wrong with the first line of a jsonl file that is no JSON object, or empty where all others are."""
+    empty = None
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                empty = empty or f"line {number} is empty"  # which datasets takes in some files
+                continue
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                return f"line {number} is no valid JSON: {error}"
+            if not isinstance(found, dict):
+                return f"line {number} holds {type(found).__name__}; expected an object"
+    return empty
+
+
+def _rows(dataset: DatasetRecipe, wanted: int, seed: int, base: Path) -> Sequence[tuple[int | None, dict[str, Any]]]:
+    """``wanted`` rows in random order, or as many as there are, each with its number, which streams do not know."""
     import datasets
+    import numpy
 
     try:
-        loaded = _load(dataset, base)
+        with _unlogged():
+            loaded = _load(dataset, base)
         if isinstance(loaded, (datasets.DatasetDict, datasets.IterableDatasetDict)):
             if dataset.split not in loaded:
                 raise _Mistake(f"it has no split {dataset.split!r}; its splits are {', '.join(loaded)}")
             loaded = loaded[dataset.split]
         if isinstance(loaded, datasets.IterableDataset):
-            return list(loaded.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER).take(wanted))
-        return list(loaded.shuffle(seed=seed).select(range(min(wanted, len(loaded)))))
+            return [(None, row) for row in loaded.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER).take(wanted)]
+        # As Dataset.shuffle orders them, which keeps the numbers to itself.
+        order = numpy.random.default_rng(seed).permutation(len(loaded))[:wanted].tolist()
+        return list(zip(order, loaded.select(order), strict=True))
     except _Mistake:
         raise
     except Exception as error:  # datasets raises errors of many libraries, each with its own base class
+        path = base / Path(dataset.path).expanduser()
+        if path.suffix == ".jsonl" and path.is_file() and (bad := _bad_line(path)):
+            raise ValueError(bad) from error
         first = str(error).strip().splitlines()
         raise ValueError(f"it cannot be loaded: {first[0] if first else type(error).__name__}") from error
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without what datasets logs of a file that it cannot read: the error that follows says it."""
+    library = logging.getLogger("datasets")
+    level = library.level
+    library.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        library.setLevel(level)
 
 
 def _load(dataset: DatasetRecipe, base: Path) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -123,10 +125,67 @@ def _chat(
     role, content = ("from", "value") if name == "sharegpt" else ("role", "content")
 
     def text(row: Row) -> str:
-        turns = []
-        for turn in row[column]:
-            speaker = str(turn[role])
-            turns.append({"role": _ROLES.get(speaker.lower(), speaker), "content": turn[content]})
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+        turns = [_turn(turn, role, content, number) for number, turn in enumerate(row[column])]
+        return _rendered(tokenizer, turns, _tools(row))
 
     return text
+
+
+def _turn(turn: Row, role: str, content: str, number: int) -> dict[str, Any]:
+    """One turn as chat templates expect it: role, content, and what else was said of it (tool calls, their ids)."""
+    speaker = str(turn[role])
+    made: dict[str, Any] = {"role": _ROLES.get(speaker.lower(), speaker)}
+    # Datasets fill in every field that any row has.
+    made |= {key: value for key, value in turn.items() if key not in (role, content) and value is not None}
+    if "tool_calls" in made:
+        made["tool_calls"] = [_tool_call(call) for call in made["tool_calls"]]
+    said = turn.get(content) if made.get("tool_calls") else turn[content]
+    if said is None and not made.get("tool_calls"):
+        raise ValueError(f"turn {number} ({speaker}) has neither content nor tool calls")
+    if isinstance(said, Sequence) and not isinstance(said, str):
+        said = _joined(said, f"turn {number} ({speaker})")
+    return made | {"content": said}
+
+
+def _tool_call(call: Row) -> dict[str, Any]:
+    """A call whose arguments are an object, as templates print it, and not the JSON in a string that OpenAI writes."""
+    function = {key: value for key, value in (call.get("function") or {}).items() if value is not None}
+    with contextlib.suppress(TypeError, ValueError):
+        if isinstance(arguments := json.loads(function["arguments"]), dict):
+            function["arguments"] = arguments
+    return {key: value for key, value in call.items() if value is not None} | {"function": function}
+
+
+def _joined(parts: Sequence[Any], where: str) -> str:
+    """The text of OpenAI's content parts."""
+    for part in parts:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise ValueError(f"{where} has a part of type {kind!r}; calibration reads parts of type 'text' alone")
+    return "".join(part["text"] for part in parts)
+
+
+def _tools(row: Row) -> list[Any] | None:
+    """The tools that a row offers, which some datasets keep as JSON in a string."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        with contextlib.suppress(ValueError):
+            tools = json.loads(tools)
+    return tools if isinstance(tools, list) and tools else None
+
+
+def _rendered(tokenizer: Any, turns: list[dict[str, Any]], tools: list[Any] | None) -> str:
+    """What the tokenizer's chat template makes of the turns. ValueError with its reason where it refuses them."""
+    silent = [turn for turn in turns if turn["content"] is None]
+    if silent and "tool_calls" not in str(tokenizer.chat_template):
+        raise ValueError("a turn calls a tool and says nothing, and the chat template has no place for tool calls")
+    filled = [{**turn, "content": turn["content"] or ""} for turn in turns]
+    refusal = ""
+    for attempt in (turns, filled) if silent else (turns,):
+        try:
+            return str(tokenizer.apply_chat_template(attempt, tools=tools, tokenize=False))
+        except ValueError:
+            raise
+        except Exception as error:  # a template is a program from elsewhere, and may fail like any
+            refusal = refusal or " ".join(str(error).split()) or type(error).__name__
+    raise ValueError(f"the chat template refuses it: {refusal}")

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fp4.plain_yaml import read_yaml
+
 Formatter = Literal["raw_text", "prompt_answer", "sharegpt", "chat_completion"]
 
 
@@ -70,12 +72,11 @@ def read_recipe(path: Path) -> Recipe:
         ValueError: it is no YAML or no recipe; the message lists every mistake with its line and key.
         OSError: it cannot be read.
     """
-    text = path.read_text(encoding="utf-8")
     try:
-        content = yaml.safe_load(text)
-        lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+        content, node = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+    lines = _lines(node)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}; expected a mapping with the key 'datasets'")
     try:

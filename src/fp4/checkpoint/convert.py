@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fp4.checkpoint import CODECS, Codec, LayerScheme, codec_for
+from fp4.checkpoint.formats.codec import InexactScale
 from fp4.checkpoint.io.headers import INDEX_NAME, Checkpoint, TensorInfo, load, read_header, read_json
 from fp4.checkpoint.io.hub import local_folder
 from fp4.checkpoint.io.shards import ShardWriter, Spec, spec_of, write_json
 from fp4.checkpoint.kv_cache import cache_tensors, renamed, require_place
 from fp4.checkpoint.layers import dense_matrices, other_quantized, packed_layers, peek
+from fp4.errors import OptionError
 
 FORMATS = tuple(CODECS)
 
@@ -105,8 +107,8 @@ def convert(
         source: a folder or a hub id.
         target: a folder that does not exist, or one to replace with ``overwrite``.
         to: one of ``FORMATS``.
-        allow_rounding: accept global scales that the target holds only rounded, which moves dequantized values by at
-            most one unit in the last place of float32. Otherwise such a scale is refused.
+        allow_rounding: accept global scales that the target holds only rounded, which moves the float32 product of
+            block and global scale by at most one unit in the last place. Otherwise such a scale is refused.
         weight_only: drop what the source says about activations (W4A4 becomes W4A16) and the KV cache.
         revision, token, cache_dir: for a hub id, as everywhere in huggingface_hub.
         progress: called with bytes written so far and in all.
@@ -121,7 +123,7 @@ def convert(
     folder = local_folder(source, revision=revision, token=token, cache_dir=cache_dir)
     target = Path(target)
     if target.exists() and not overwrite:
-        raise ValueError(f"{target} exists; name another folder, or allow it to be overwritten")
+        raise OptionError(f"{target} exists; name another folder, or replace it with", "overwrite")
     if target.exists() and (not target.is_dir() or target.resolve() == folder.resolve()):
         raise ValueError(f"{target} is {'the source itself' if target.is_dir() else 'a file'}; name another folder")
     checkpoint = Checkpoint.open(folder)
@@ -161,6 +163,10 @@ def convert(
     except ValueError:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(
+            f"interrupted; what is finished is kept in {staging}; the same command goes on from there"
+        ) from error
     (staging / _STATE).unlink()
     _replace(staging, target)
     return result
@@ -176,11 +182,14 @@ def _layers(plan: _Plan, groups: Mapping[str, Mapping[str, TensorInfo]], weight_
         raise ValueError(f"the checkpoint has no FP4 layer (no tensor named *{reader.marker})")
     layers: dict[str, _Layer] = {}
     problems: dict[str, list[str]] = {}
+    rounded: dict[str, InexactScale] = {}
     for layer, infos in groups.items():
         try:
             stored, scheme = peek(reader, layer, infos)
             becomes = replace(scheme, activations="model") if weight_only else scheme
             tensors = writer.write(stored, becomes, plan.allow_rounding)
+        except InexactScale as error:
+            rounded[layer] = error
         except ValueError as error:
             problems.setdefault(str(error), []).append(layer)
         else:
@@ -191,6 +200,15 @@ def _layers(plan: _Plan, groups: Mapping[str, Mapping[str, TensorInfo]], weight_
         shown = "\n".join(f"  {_name_some(named)}: {problem}" for problem, named in list(problems.items())[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{count} of {len(groups)} layers cannot be converted to {writer.name}:\n{shown}{more}")
+    if rounded:
+        layer, first = next(iter(rounded.items()))
+        raise OptionError(
+            f"{writer.name} holds the global scales of {len(rounded)} of {len(groups)} layers only rounded; accept "
+            "that with",
+            "allow_rounding",
+            after=", which costs at most one unit in the last place of the float32 product of block and global scale "
+            f"({layer} first: {first})",
+        )
     return layers
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fp4.checkpoint import Codec, codec_for
+from fp4.checkpoint.contradictions import contradictions, tokenizer_problem
 from fp4.checkpoint.fusing import fused_groups
 from fp4.checkpoint.io.headers import Checkpoint, TensorInfo
 from fp4.checkpoint.io.hub import open_headers
@@ -102,6 +103,9 @@ def inspect(
             _inspect_layers(result, codec, groups, readable, readable and values)
             _expect_packed(result, codec, checkpoint, groups)
             _note_fused_layers(result, dense_matrices(checkpoint.tensors, groups))
+    result.problems += contradictions(checkpoint.config, checkpoint.tensors)
+    if readable and (broken := tokenizer_problem(checkpoint.folder)) is not None:
+        result.problems.append(broken)
     others = other_quantized(checkpoint.tensors, groups)
     if others and result.format != "none":
         dtype = checkpoint.tensors.get(f"{others[0]}.weight")

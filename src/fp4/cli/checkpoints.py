@@ -9,14 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
-from rich.table import Table
-from rich.text import Text
 
-from fp4.checkpoint.convert import FORMATS
-from fp4.checkpoint.convert import convert as convert_checkpoint
-from fp4.checkpoint.inspect import inspect as inspect_checkpoint
-from fp4.cli.console import console, errors
+from fp4.cli.choices import FORMATS, one_of
+from fp4.cli.console import console, errors, interruptible
 
 LAYER_NUMBER = r"(?<=\.)\d+(?=\.)"
 
@@ -29,7 +24,9 @@ Token = Annotated[
 def convert(
     source: Annotated[str, typer.Argument(help="Folder or hub id of an FP4 checkpoint.")],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
-    to: Annotated[str, typer.Option(help=f"Format to write: {', '.join(FORMATS)}.")],
+    to: Annotated[
+        str, typer.Option(help=f"Format to write: {', '.join(FORMATS)}.", callback=one_of("target format", FORMATS))
+    ],
     allow_rounding: Annotated[
         bool, typer.Option(help="Accept global scales that the format holds only rounded (one unit in the last place).")
     ] = False,
@@ -44,9 +41,13 @@ def convert(
 
     Interrupted, the same command goes on from the last complete file. What the format cannot hold is refused.
     """
-    columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=errors, transient=True) as bar:
-        task = bar.add_task(f"writing {to}", total=None)
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
+    from fp4.checkpoint.convert import convert as convert_checkpoint
+    from fp4.progress import shown
+
+    with interruptible(), shown(errors, DownloadColumn(), TransferSpeedColumn(), transient=True) as progress:
+        progress("reading", 0, 0)
         result = convert_checkpoint(
             source,
             target,
@@ -56,7 +57,7 @@ def convert(
             overwrite=overwrite,
             revision=revision,
             token=token,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda done, total: progress(f"writing {to}", done, total),
         )
     resumed = f", {result.resumed_shards} of them from an earlier run" if result.resumed_shards else ""
     console.print(
@@ -82,6 +83,11 @@ def inspect(
 
     Exits with 1 where problems are found.
     """
+    from rich.table import Table
+    from rich.text import Text
+
+    from fp4.checkpoint.inspect import inspect as inspect_checkpoint
+
     found = inspect_checkpoint(source, values=values, revision=revision, token=token)
     if as_json:
         console.print_json(json.dumps(found.to_dict()))

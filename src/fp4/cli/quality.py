@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-from rich.table import Table
 
-from fp4.checkpoint.io.hub import is_hub_id
 from fp4.cli.checkpoints import Token
 from fp4.cli.console import console, errors
-from fp4.quality.evaluate import Evaluation
+
+if TYPE_CHECKING:
+    from fp4.quality.evaluate import Evaluation
 
 Activations = Literal["auto", "fp4", "model"]
 Model = Annotated[str, typer.Argument(help="Folder or hub id of any model that from_pretrained loads with fp4.")]
@@ -50,16 +49,17 @@ def evaluate(
 
         fp4 evaluate out --against Qwen/Qwen3-8B --data wikitext.txt --activations fp4 --save
     """
-    from transformers.utils import logging as transformers_logging
-
-    from fp4.quality.evaluate import evaluate as measure
-
     if save and not Path(model).is_dir():
         raise ValueError(f"--save keeps the numbers beside the model, but {model} is no folder")
+    from rich.progress import MofNCompleteColumn, TimeElapsedColumn
+    from transformers.utils import logging as transformers_logging
+
+    from fp4.progress import shown
+    from fp4.quality.evaluate import evaluate as measure
+
     transformers_logging.disable_progress_bar()  # two bars would write over each other
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True) as bar:
-        task = bar.add_task("loading", total=None)
+    with shown(errors, MofNCompleteColumn(), TimeElapsedColumn(), transient=True) as progress:
+        progress("loading", 0, 0)
         found = measure(
             model,
             data,
@@ -73,7 +73,7 @@ def evaluate(
             revision=revision,
             token=token,
             trust_remote_code=trust_remote_code,
-            progress=lambda done, total: bar.update(task, description="windows", completed=done, total=total),
+            progress=lambda done, total: progress("windows", done, total),
         )
     if as_json:
         console.print_json(json.dumps(found.to_dict()))
@@ -89,6 +89,8 @@ def evaluate(
 
 
 def _print(found: Evaluation) -> None:
+    from rich.table import Table
+
     table = Table("", Path(found.model).name)
     comparison = found.comparison
     if comparison is not None:
@@ -137,18 +139,22 @@ def report(
     except ModuleNotFoundError as error:
         raise ValueError(f"the plots need {error.name}, which is not installed: pip install {error.name}") from error
 
+    from rich.table import Table
+
+    from fp4.checkpoint.io.hub import is_hub_id
+    from fp4.progress import shown
+
     if output is None:
         name = Path(model).name
         output = Path(f"{name}-report.html") if is_hub_id(model) else Path(model) / "report.html"
-    with Progress(console=errors, transient=True) as bar:
-        task = bar.add_task("comparing weights", total=None)
+    with shown(errors, transient=True) as progress:
         found = write_report(
             model,
             output,
             source=source,
             revision=revision,
             token=token,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda done, total: progress("comparing weights", done, total),
         )
     measure = "output error" if found.measured == "output_error" else "weight error"
     table = Table("layer", "scheme", measure, "zero", "clipped", title=f"worst of {len(found.layers)} layers")

@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
-import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
 
-from fp4.checkpoint import CODECS
-from fp4.cli.console import console
-from fp4.methods import METHODS
-from fp4.pipeline import Hub, Job
-from fp4.scheme import SCHEMES
+from fp4.cli.choices import EXPERTS, FORMATS, METHODS, SCHEMES, one_of
+from fp4.cli.console import console, errors, interruptible
+
+if TYPE_CHECKING:
+    from fp4.pipeline import Job
 
 _LAYER_NUMBER = r"(?<=\.)\d+(?=\.)"
 _WHAT, _HOW, _DATA, _MACHINE = "What is quantized", "How", "Calibration data", "Machine and hub"
 
 
-def schemes() -> None:
-    """List the schemes: what each does, where it runs, which checkpoint formats hold it."""
+def schemes(as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False) -> None:
+    """List the schemes: what each does, where it runs, which checkpoint formats hold it; and the methods."""
+    from rich.table import Column, Table
+
+    from fp4.methods import METHODS
+    from fp4.scheme import SCHEMES
+
+    if as_json:
+        found = {
+            "schemes": [
+                {
+                    "name": name,
+                    "summary": preset.summary,
+                    "bits_per_weight": preset.scheme.format.bits_per_weight,
+                    "runs_on": preset.runs_on,
+                    "formats": list(preset.checkpoint_formats),
+                }
+                for name, preset in SCHEMES.items()
+            ],
+            "methods": [
+                {"name": name, "cost": method.cost, "needs_data": method.needs_data} for name, method in METHODS.items()
+            ],
+        }
+        console.print_json(json.dumps(found))
+        return
     table = Table(Column("scheme", style="bold"), "what it does", "bits", "runs on", "formats")
     for name, preset in SCHEMES.items():
-        bits = f"{preset.scheme.format.bits_per_weight:g}"
+        bits = f"{preset.scheme.bits_per_weight:g}"
         table.add_row(name, preset.summary, bits, preset.runs_on, ", ".join(preset.checkpoint_formats))
     console.print(table)
     methods = Table(Column("method", style="bold"), "cost")
@@ -39,6 +59,7 @@ def schemes() -> None:
 
 
 def quantize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub id of the model to quantize.")],
     out: Annotated[Path, typer.Argument(help="Folder to make. It appears when everything in it is complete.")],
     scheme: Annotated[
@@ -47,6 +68,7 @@ def quantize(
             "--scheme",
             "-s",
             envvar="FP4_SCHEME",
+            callback=one_of("scheme", SCHEMES),
             help=f"{', '.join(SCHEMES)}: see [bold]fp4 schemes[/bold].",
             rich_help_panel=_WHAT,
         ),
@@ -54,7 +76,9 @@ def quantize(
     skip: Annotated[
         list[str] | None,
         typer.Option(
-            help="Keep layers whose name fits this pattern, e.g. '*.down_proj'. Repeat for more.", rich_help_panel=_WHAT
+            help="Keep layers whose name fits this pattern, e.g. '*.down_proj', whatever the next two say. "
+            "Repeat for more.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
     only: Annotated[
@@ -64,7 +88,7 @@ def quantize(
     override: Annotated[
         list[str] | None,
         typer.Option(
-            help="Another scheme for some layers: '*.mamba.*=fp8_dynamic', or '=keep'. The first that fits wins.",
+            help="Another scheme for some of them: '*.mamba.*=fp8_dynamic', or '=keep'. The first that fits wins.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -78,10 +102,11 @@ def quantize(
             "--method",
             "-m",
             envvar="FP4_METHOD",
+            callback=one_of("method", METHODS),
             rich_help_panel=_HOW,
-            help="; ".join(f"[bold]{name}[/bold]: {entry.cost}" for name, entry in METHODS.items()),
+            help="; ".join(f"[bold]{name}[/bold]: {cost}" for name, cost in METHODS.items()),
         ),
-    ] = "best" if "best" in METHODS else "rtn",
+    ] = "best",
     option: Annotated[
         list[str] | None,
         typer.Option(help="An option of the method, NAME=VALUE. Repeat for more.", rich_help_panel=_HOW),
@@ -104,9 +129,10 @@ def quantize(
     format: Annotated[
         str | None,
         typer.Option(
-            help=f"Checkpoint format: {', '.join(CODECS)}. Default: compressed-tensors where it holds the "
+            help=f"Checkpoint format: {', '.join(FORMATS)}. Default: compressed-tensors where it holds the "
             "scheme, fp_quant for rotations. mxfp4, gpt-oss' own, holds experts alone.",
             envvar="FP4_FORMAT",
+            callback=one_of("format", FORMATS),
             rich_help_panel=_HOW,
         ),
     ] = None,
@@ -129,6 +155,7 @@ def quantize(
         str,
         typer.Option(
             help="Tokens that an expert is calibrated on: all, or routed, those that the router sends to it (faster).",
+            callback=one_of("experts", EXPERTS),
             rich_help_panel=_DATA,
         ),
     ] = "all",
@@ -176,7 +203,7 @@ def quantize(
         bool, typer.Option(help="Run model code that comes with the checkpoint.", rich_help_panel=_MACHINE)
     ] = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Only show what would be quantized, and what it would need.")
+        bool, typer.Option("--plan", help="Show what would be quantized and what it would need, and check all.")
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT, and unfinished work for another request.")] = False,
 ) -> None:
@@ -192,11 +219,16 @@ def quantize(
 
     Interrupted at any moment, the same command goes on from the last finished block and writes the same bytes; until
     everything is complete, work stays in OUT.partial. Every option with a variable beside it can also be set in the
-    environment or in a .env file here.
+    environment, tokens and the cache's folder in a .env file here too.
 
-    Exit codes: 0 done; 2 a mistake in the call, the model or the data; 3 the machine failed (disk, memory), and the
-    same command goes on.
+    Exit codes: 0 done; 2 a mistake in the call, the model or the data; 3 the machine failed (disk, memory), and 130
+    Ctrl-C, after both of which the same command goes on.
     """
+    # What is given with a mistake in its form is refused before anything large is imported.
+    options, pairs = _read_options(option or []), [*(override or []), *_read_overrides(overrides)]
+    from fp4.pipeline import Hub, Job
+    from fp4.progress import shown
+
     job = Job(
         model,
         scheme,
@@ -207,8 +239,8 @@ def quantize(
         rule=rule,
         skip=skip or [],
         only=only or [],
-        overrides=[*(override or []), *_read_overrides(overrides)],
-        options=_read_options(option or []),
+        overrides=pairs,
+        options=options,
         experts=experts,
         samples=samples,
         seq_len=seq_len,
@@ -220,60 +252,86 @@ def quantize(
     )
     if plan:
         show_plan(job)
+        job.check(out, overwrite)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        report = job.run(out, overwrite, shlex.join(["fp4", *sys.argv[1:]]), _drawn(bar))
+    with interruptible(), shown(errors) as progress:
+        report = job.run(out, overwrite, _recorded(context), progress)
     layers = report["layers"]
-    errors = sorted((row["output_error"], row["name"]) for row in layers if row["output_error"] is not None)
+    by_error = sorted((row["output_error"], row["name"]) for row in layers if row["output_error"] is not None)
     minutes, seconds = divmod(round(report["seconds"]), 60)
     console.print(
-        f"{len(layers)} layers to {scheme} by {method}, {len(report['kept'])} kept, in {minutes} min {seconds} s, "
+        f"{_counted(layers)} by {method}, {len(report['kept'])} kept, in {minutes} min {seconds} s, "
         f"{report['peak_memory_bytes'] / 1e9:.2f} GB: {out} ({report['format']})",
         highlight=False,
     )
     for warning in (report["data"] or {}).get("warnings", []):
         console.print(f"note: {warning}", highlight=False)
-    if errors:
-        worst = ", ".join(f"{name} {error:.1%}" for error, name in errors[:-4:-1])
+    if by_error:
+        worst = ", ".join(f"{name} {error:.1%}" for error, name in by_error[:-4:-1])
         console.print(f"largest output errors: {worst}", highlight=False)
 
 
-def _drawn(bar: Progress) -> Callable[[str, int, int], None]:
-    tasks: dict[str, TaskID] = {}
+def _counted(layers: Sequence[Mapping[str, Any]]) -> str:
+    """How many layers went to which scheme, the most frequent first."""
+    counts = Counter(str(layer["scheme"]) for layer in layers).most_common()
+    words = [f"{count} layers to {scheme}" for scheme, count in counts[:1]]
+    return ", ".join(words + [f"{count} to {scheme}" for scheme, count in counts[1:]])
 
-    def show(stage: str, done: int, total: int) -> None:
-        if stage not in tasks:
-            tasks[stage] = bar.add_task(stage, total=total)
-        bar.update(tasks[stage], completed=done, total=total)
 
-    return show
+def _recorded(context: typer.Context) -> str:
+    """The command as the report and the model card, which are published, name it.
+
+    It is written anew from what was chosen, on the command line or in the environment, so that no spelling of --token
+    gets through; where the hub's cache lies is left out too, since it decides about nothing.
+    """
+    words = ["fp4", str(context.info_name)]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source, value = context.get_parameter_source(name), context.params.get(name)
+        chosen = source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
+        if not chosen or name in ("token", "cache_dir"):
+            continue
+        option = max(parameter.opts, key=len)
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words.append(option if value else max(parameter.secondary_opts, key=len))
+        else:
+            for each in value if isinstance(value, (list, tuple)) else [value]:
+                words += [option, str(each)]
+    return shlex.join(words)
 
 
 def _read_overrides(path: Path | None) -> list[str]:
     if path is None:
         return []
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    from fp4.plain_yaml import read_yaml
+
+    content, _ = read_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}; expected lines of the form '\"*.down_proj\": mxfp4'")
     return [f"{pattern}={'keep' if scheme is None else scheme}" for pattern, scheme in content.items()]
 
 
 def _read_options(entries: list[str]) -> dict[str, Any]:
+
+    from fp4.plain_yaml import read_yaml
+
     options = {}
     for entry in entries:
         name, equals, value = entry.partition("=")
         if not equals:
             raise ValueError(f"option is {entry!r}; expected NAME=VALUE")
-        options[name.replace("-", "_")] = yaml.safe_load(value)
+        options[name.replace("-", "_")] = read_yaml(value, f"option {name}")[0]
     return options
 
 
 def show_plan(job: Job) -> None:
     """Print what a job would do."""
+    from rich.table import Table
+
+    from fp4.progress import duration
+
     table = Table(
         "layers",
         "count",
@@ -308,15 +366,10 @@ def show_plan(job: Job) -> None:
     )
     console.print(
         f"needs about {needs.memory / 1e9:.2g} GB of memory besides its libraries, {needs.disk / 1e9:.2g} GB of disk; "
-        f"{'forward passes' if job.calibrates else 'streaming'} about {_duration(needs.seconds)}",
+        f"takes about {duration(job.duration())} in all, from rates measured just now (right to a factor of two where "
+        "nothing else runs)",
         highlight=False,
     )
     if needs.memory > job.memory.allowed:
         allowed = f"{job.memory.allowed / 1e9:.2g} GB"
         console.print(f"note: that is more memory than the {allowed} that may be used", highlight=False)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"

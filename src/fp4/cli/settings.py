@@ -1,32 +1,41 @@
-"""Settings from the environment: ``FP4_*`` variables, and a ``.env`` file beside which the command is called."""
+"""Settings from a ``.env`` file in the folder where the command is called."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
-_PREFIXES = ("FP4_", "HF_")
+#: All that a file which may come with somebody's repository may set: it can neither send a token elsewhere
+#: (``HF_ENDPOINT``) nor change what is computed (``FP4_SCHEME``).
+ALLOWED = ("HF_TOKEN", "FP4_TOKEN", "HF_HOME", "HF_HUB_CACHE", "FP4_CACHE_DIR")
+
+_OURS = re.compile(r"(FP4|HF)_[A-Z0-9_]+")
 
 
 def load_env_file(path: Path) -> list[str]:
-    """Take ``FP4_*`` and ``HF_*`` (tokens, caches) from lines ``NAME=value``; what is set already stays.
+    """Take the variables of ``ALLOWED`` from lines ``NAME=value``; what is set already stays.
 
     Returns:
-        names of the variables that were set.
+        sentences, without values: which variables were taken, and which of FP4 and the hub are not read from a file.
 
     Raises:
-        ValueError: a line has another form; the message names it.
+        ValueError: the file is no text, or a variable has no value; the message names the line.
     """
     if not path.is_file():
         return []
-    taken = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    taken, ignored = [], []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8; expected lines NAME=value") from error
+    for number, line in enumerate(lines, start=1):
         text = line.strip().removeprefix("export ")
-        if not text or text.startswith("#"):
-            continue
         name, equals, value = (part.strip() for part in text.partition("="))
-        if not name.startswith(_PREFIXES):
-            continue  # the file may serve other programs too
+        if name not in ALLOWED:  # the file may serve other programs too
+            if equals and _OURS.fullmatch(name):
+                ignored.append(name)
+            continue
         if not equals:
             raise ValueError(f"{path}, line {number}: {name} has no value; expected NAME=value")
         if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
@@ -34,4 +43,10 @@ def load_env_file(path: Path) -> list[str]:
         if name not in os.environ:
             os.environ[name] = value
             taken.append(name)
-    return taken
+    notes = [f"{path} gave {', '.join(taken)}"] if taken else []
+    if ignored:
+        notes.append(
+            f"{path} names {', '.join(ignored)}, not read from a file (only {', '.join(ALLOWED)} are); "
+            "set it in the environment"
+        )
+    return notes

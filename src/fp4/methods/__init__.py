@@ -14,7 +14,13 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method(
-            "rtn", rtn_block, RTNOptions, "seconds; no data but for static input scales", needs_data=False, memory=1.5
+            "rtn",
+            rtn_block,
+            RTNOptions,
+            "seconds; no data but for static input scales",
+            needs_data=False,
+            memory=1.5,
+            passes=3,
         ),
         Method(
             "gptq",
@@ -23,6 +29,8 @@ METHODS: dict[str, Method] = {
             "one pass over the samples and a sweep over the columns of every layer",
             needs_data=True,
             memory=1.7,
+            passes=4.5,
+            sweeps=1,
         ),
         Method(
             "autoround",
@@ -31,6 +39,8 @@ METHODS: dict[str, Method] = {
             "iters forward and backward passes over a batch of samples",
             needs_data=True,
             memory=10.5,
+            passes=5,
+            steps="iters",
         ),
         Method(
             "best",
@@ -39,6 +49,8 @@ METHODS: dict[str, Method] = {
             "as gptq, and sweeps of descent that cost twice that of a layer",
             needs_data=True,
             memory=3.5,
+            passes=4.5,
+            sweeps=5,
         ),
     )
 }

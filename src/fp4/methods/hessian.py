@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fp4.calibration.observers import SecondMoments
+from fp4.errors import NotQuantizable
 from fp4.methods.grid import reordered
 
 logger = logging.getLogger("fp4")
@@ -52,14 +53,15 @@ def objective(moments: SecondMoments, damping: float, name: str, block_size: int
             of matrices as large there is no other then.
 
     Raises:
-        ValueError: the Hessian of ``name`` holds NaN or infinity, or cannot be factorised at any damping.
+        NotQuantizable: the Hessian of ``name`` holds NaN or infinity, or cannot be factorised at any damping.
     """
     count = max(moments.count, 1)
     hessian = moments.hessian / count if keep else moments.hessian.div_(count)
     if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(hessian)):
-        raise ValueError(
-            f"the Hessian of {name} holds NaN or infinity: its inputs overflow. Check the calibration data and the "
-            "layers before it, or leave the layer out with --skip"
+        raise NotQuantizable(
+            f"the Hessian of {name} holds NaN or infinity because its inputs overflow; check the calibration data and "
+            "the layers before it",
+            name,
         )
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(dim=-1, keepdim=True)
@@ -84,7 +86,9 @@ def objective(moments: SecondMoments, damping: float, name: str, block_size: int
             return Objective(diagonal, order, factor, hessian if keep else None)
         _mirror_(factor)
         share = max(10 * share, 1e-6)
-    raise ValueError(f"the Hessian of {name} cannot be factorised at any damping; leave the layer out with --skip")
+    raise NotQuantizable(
+        f"the Hessian of {name} cannot be factorised at any damping; give other or more calibration data", name
+    )
 
 
 def _panels(size: int) -> list[slice]:

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fp4.errors import NotQuantizable
 from fp4.numerics.elements import (
     E2M1_MAX,
     E4M3_MAX,
@@ -138,12 +139,13 @@ def format_of(scales: Tensor) -> Format:
 
 
 def require_finite(tensor: Tensor, name: str) -> None:
-    """Raises ValueError naming ``name`` if ``tensor`` holds NaN or infinity."""
+    """Raises :class:`NotQuantizable` (a ValueError) naming the weight ``name`` if ``tensor`` holds NaN or infinity."""
     bad = tensor.numel() - int(torch.isfinite(tensor).sum())
     if bad:
-        raise ValueError(
-            f"{name} holds {bad} NaN or infinite values out of {tensor.numel()}; such a weight cannot be quantized. "
-            "Check that the checkpoint is intact, or keep the layer as it is through modules_to_not_convert"
+        raise NotQuantizable(
+            f"{name} holds {bad} NaN or infinite values out of {tensor.numel()}, and such a weight cannot be "
+            "quantized; check that the checkpoint is intact",
+            name.removesuffix(".weight"),
         )
 
 

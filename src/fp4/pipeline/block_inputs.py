@@ -12,12 +12,26 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from fp4.pipeline.skeleton import Skeleton
 
 
 class _Enough(Exception):
     """All blocks have been reached; what follows in the decoder is of no interest."""
+
+
+def encodes(skeleton: Skeleton) -> str | None:
+    """Why the model is no decoder, whose blocks need nothing but the tokens before; None where it is one."""
+    config = skeleton.model.config
+    if config.is_encoder_decoder:
+        return f"{type(skeleton.model).__name__} has an encoder beside its decoder, and text alone does not run both"
+    # What is left undeclared (Mamba, models with code of their own) is taken for a decoder.
+    causal = [module.is_causal for module in skeleton.decoder.modules() if hasattr(module, "is_causal")]
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if masked or (causal and not any(causal)):
+        return f"{type(skeleton.model).__name__} is an encoder: its attention sees what comes after a token"
+    return None
 
 
 class Call(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fp4 import backends
 from fp4.calibration.block import capture_inputs, emulated, quantized_input
-from fp4.calibration.data import load_samples
+from fp4.calibration.data import Samples
 from fp4.calibration.global_scales import has_static_input_scale, input_scale
 from fp4.checkpoint import Codec, LayerScheme, StoredLinear
 from fp4.checkpoint.io.headers import DTYPES, load
@@ -52,7 +52,7 @@ class BlockCalibration:
         method: Method,
         options: Any,
         memory: Memory,
-        seed: int | None,
+        seed: int,
         experts: str,
         progress: Progress,
     ) -> None:
@@ -64,12 +64,9 @@ class BlockCalibration:
         #: Arguments of each block besides hidden states, one list of blocks a batch; equal ones are one object.
         self.calls: list[list[Call]] = []
 
-    def prepare(self, data: str | None, samples: int | None, seq_len: int | None) -> dict[str, Any]:
-        """Read the samples, or what an interrupted run read; returns what the report says of them."""
-        folder = self.skeleton.checkpoint.folder
-        found = stored_samples(
-            self.staging, folder, lambda tokenizer: load_samples(data, tokenizer, samples, seq_len, self.seed)
-        )
+    def prepare(self, read: Callable[[Any], Samples]) -> dict[str, Any]:
+        """``read(tokenizer)`` the samples, or what an interrupted run read; returns what the report says of them."""
+        found = stored_samples(self.staging, self.skeleton.checkpoint.folder, read)
         self.batches = batches_of(found.tokens, self.skeleton.model.config.get_text_config().vocab_size)
         return {
             "description": found.description,
@@ -192,7 +189,7 @@ class BlockCalibration:
                 inputs,
                 originals,
                 run,
-                (self.seed or 0) + number,
+                self.seed + number,
                 self.skeleton.dtype,
             )
             # The dense block goes first, since a method may change its norms.
@@ -321,6 +318,14 @@ def _fill_input_scales(block: Block, results: dict[str, LayerResult]) -> list[st
             results[layer] = result._replace(input_global_scale=scale)
             unseen.append(layer)
     return unseen
+
+
+def block_parts(skeleton: Skeleton, plan: LayerPlan) -> dict[str, str]:
+    """What is planned for each block, as a digest, by the name of the note that says that it is finished."""
+    names: list[list[str]] = [[] for _ in skeleton.blocks]
+    for name, layer in plan.layers.items():
+        names[layer.block].append(name)
+    return {_note(number): plan.digest(own) for number, own in enumerate(names)}
 
 
 def _note(number: int) -> str:

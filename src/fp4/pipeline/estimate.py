@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -16,8 +15,6 @@ from fp4.pipeline.memory_budget import Memory
 from fp4.pipeline.plan import LayerPlan
 from fp4.pipeline.skeleton import Skeleton
 
-# Bytes of bfloat16 that are read, rounded and written a second, from page cache to page cache on two cores.
-_STREAMED_A_SECOND = 1.0e9
 # What passes through a block with a batch of tokens, in the measure of the block's own bytes: as found on small models.
 _BATCH_BYTES = 1 << 25
 
@@ -29,13 +26,15 @@ class Estimate:
     Attributes:
         memory: peak, in bytes.
         disk: of output and work files together, in bytes.
-        seconds: None where a method's own cost decides.
+        written: of the output's weights, in bytes.
+        tokens: to calibrate on; 0 where nothing is calibrated.
         bits_per_weight: of the quantized layers.
     """
 
     memory: int
     disk: int
-    seconds: float
+    written: int
+    tokens: int
     bits_per_weight: float
 
 
@@ -48,11 +47,11 @@ def estimate(
     seq_len: int | None,
     memory: Memory,
 ) -> Estimate:
-    """Estimate memory, disk and time of a job. The time of a calibration is that of its forward passes alone."""
+    """Estimate memory and disk of a job."""
     tensors = skeleton.checkpoint.tensors
     stored = sum(info.nbytes for info in tensors.values())
     weights = sum(layer.shape[0] * layer.shape[1] for layer in plan.layers.values())
-    bits = sum(layer.shape[0] * layer.shape[1] * layer.scheme.format.bits_per_weight for layer in plan.layers.values())
+    bits = sum(layer.shape[0] * layer.shape[1] * layer.scheme.bits_per_weight for layer in plan.layers.values())
     dense = sum(tensors[key].nbytes for key in {key for layer in plan.layers.values() for key in layer.keys})
     written = stored - dense + int(bits / 8)
     if not calibrates:
@@ -62,7 +61,7 @@ def estimate(
             for layer in plan.layers.values()
             if layer.stack and layer.block == next(iter(plan.layers.values())).block
         )
-        return Estimate(_streamed(skeleton, plan) + stacked, written, stored / _STREAMED_A_SECOND, bits / weights)
+        return Estimate(_streamed(skeleton, plan) + stacked, written, written, 0, bits / weights)
     amounts = Amounts()
     tokens = (samples or amounts.max_samples) * (seq_len or amounts.max_seq_len)
     config = skeleton.model.config.get_text_config()
@@ -74,9 +73,9 @@ def estimate(
     block = int(method.memory * (max(blocks) * torch.float32.itemsize + _BATCH_BYTES))
     kept = 4 * hidden if memory.keeps(hidden) else 0
     peak = max(block + kept, _outside(skeleton, tokens))
-    # Dense and quantized once each over all tokens, and once for what the method looks at.
-    seconds = 3 * 2 * tokens * weights / _flops(memory.device)
-    return Estimate(peak, 2 * written + 4 * hidden, seconds, bits / weights)
+    # Blocks and what is put together of them; hidden states before and after a block, of its inputs and originals.
+    kinds = 2 if method.needs_data else 1
+    return Estimate(peak, 2 * written + 2 * kinds * hidden, written, tokens, bits / weights)
 
 
 def _streamed(skeleton: Skeleton, plan: LayerPlan) -> int:
@@ -98,15 +97,3 @@ def _outside(skeleton: Skeleton, tokens: int) -> int:
         embedding, stored = table
         sizes[stored] = min(tokens, embedding.num_embeddings) * embedding.embedding_dim
     return sum(sizes.values()) * skeleton.dtype.itemsize
-
-
-def _flops(device: torch.device) -> float:
-    """Operations a second of a matmul, measured for a moment."""
-    size = 1024
-    x = torch.ones(size, size, device=device)
-    x @ x
-    started, rounds = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.1:
-        (x @ x).sum().item()
-        rounds += 1
-    return 2 * size**3 * rounds / (time.perf_counter() - started)

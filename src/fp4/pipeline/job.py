@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
-import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from fp4.calibration.data import Samples, load_samples, seed_of
 from fp4.checkpoint import CODECS
+from fp4.checkpoint.contradictions import tokenizer_problem
 from fp4.checkpoint.io.headers import Checkpoint
 from fp4.checkpoint.io.hub import is_hub_id, local_folder
 from fp4.checkpoint.io.shards import write_json
-from fp4.checkpoint.io.staging import Staging, identity_of, plain_errors
+from fp4.checkpoint.io.staging import Staging, identity_of, plain_errors, refuse_existing, require_room
 from fp4.methods import METHODS
-from fp4.pipeline.calibrate import BlockCalibration
+from fp4.pipeline.block_inputs import encodes
+from fp4.pipeline.calibrate import BlockCalibration, block_parts
+from fp4.pipeline.duration import calibration_seconds, streaming_seconds
 from fp4.pipeline.estimate import Estimate, estimate
 from fp4.pipeline.memory_budget import Memory
 from fp4.pipeline.plan import Choice, parse_overrides, plan_layers, rotated, ruled, stored_as
 from fp4.pipeline.report import build_report, kept_rows, peak_memory
+from fp4.pipeline.samples import batches_of, read_samples
 from fp4.pipeline.side_files import (
     REPORT,
+    UNCALIBRATED,
     choose_format,
     has_static_input,
     holds,
@@ -35,18 +41,23 @@ from fp4.pipeline.side_files import (
     write_side_files,
 )
 from fp4.pipeline.skeleton import Skeleton
-from fp4.pipeline.stream import Progress, StreamedRounding
+from fp4.pipeline.stream import Progress, StreamedRounding, shard_parts
+from fp4.progress import shown
 from fp4.quality.model_card import write_model_card
+from fp4.spelling import hint, names_nearest
 
 logger = logging.getLogger("fp4")
+
+# What decides about the plan of layers and nothing else.
+_PLANNING = ("scheme", "rotation", "rule", "skip", "only", "overrides")
 
 
 @dataclass(frozen=True)
 class Hub:
-    """Where a model of the hub comes from, as everywhere in huggingface_hub."""
+    """Where a model of the hub comes from, as everywhere in huggingface_hub; the token is in no repr."""
 
     revision: str | None = None
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     cache_dir: str | Path | None = None
 
 
@@ -83,11 +94,11 @@ class Job:
         hub: Hub = Hub(),
     ) -> None:
         if method not in METHODS:
-            raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+            raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}{hint(method, METHODS)}")
         if experts not in ("all", "routed"):
             raise ValueError(f"experts is {experts!r}; expected 'all' or 'routed'")
         self.experts = experts
-        self.model, self.data, self.seed = str(model), None if data is None else str(data), seed
+        self.model, self.data = str(model), None if data is None else str(data)
         self.samples, self.seq_len = samples, seq_len
         self.method = METHODS[method]
         self.options = _options(method, options or {})
@@ -99,6 +110,9 @@ class Job:
             raise ValueError(
                 f"{model} is quantized already; name the original, or use `fp4 convert` for another format"
             )
+        broken = tokenizer_problem(folder)
+        if broken is not None:
+            raise ValueError(broken)
         self.memory = Memory.of(max_memory, device)
         # Streaming never computes with the model, so it keeps the dtype of the checkpoint.
         self.skeleton = Skeleton(checkpoint, checkpoint.dtype, trust_remote_code)
@@ -114,7 +128,11 @@ class Job:
         self.format = choose_format(format, layers)
         self.plan = stored_as(self.plan, CODECS[self.format])
         self.calibrates = self.method.needs_data or any(has_static_input(layer.scheme) for layer in layers)
+        # One seed for the samples and for the method: the caller's, or the recipe's.
+        self.seed = seed if seed is not None else seed_of(self.data) if self.calibrates else 0
         if self.calibrates:
+            if (encoder := encodes(self.skeleton)) is not None:
+                raise ValueError(f"{model} cannot be calibrated, since {encoder}; {UNCALIBRATED}")
             self.skeleton = Skeleton(checkpoint, self.memory.compute_dtype(checkpoint.dtype), trust_remote_code)
 
     @property
@@ -131,22 +149,55 @@ class Job:
             "skip": list(self.choice.skip),
             "only": list(self.choice.only),
             "overrides": [list(pair) for pair in self.choice.overrides],
-            "seed": self.seed or 0,
+            "seed": self.seed,
         }
         if self.calibrates:
             request |= {
                 "data": _data_identity(self.data),
                 "samples": self.samples,
                 "seq_len": self.seq_len,
-                "data_seed": self.seed,
                 "experts": self.experts,
                 "device": self.memory.device.type,
             }
         return request
 
+    def _parts(self) -> dict[str, str]:
+        """What is planned for each part of the work that is finished at once: a block, or a shard."""
+        return (block_parts if self.calibrates else shard_parts)(self.skeleton, self.plan)
+
+    def _pattern(self, layer: str) -> str:
+        """What to skip for a layer to be kept: its name, or the experts that it is quantized with."""
+        planned = self.plan.layers.get(layer)
+        return layer if planned is None or planned.expert is None else f"{planned.expert.module.name}.*"
+
     def estimate(self) -> Estimate:
         """What the job needs, without doing it."""
         return estimate(self.skeleton, self.plan, self.method, self.calibrates, self.samples, self.seq_len, self.memory)
+
+    def duration(self) -> float:
+        """Seconds that the whole job will take, about (:mod:`fp4.pipeline.duration`); finding out takes some itself."""
+        checkpoint, needs = self.skeleton.checkpoint, self.estimate()
+        if not self.calibrates:
+            return streaming_seconds(checkpoint, self.plan, needs.written)
+        return calibration_seconds(
+            checkpoint, self.plan, needs.written, self.method, self.options, needs.tokens, self.memory
+        )
+
+    def check(self, out: str | Path, overwrite: bool = False) -> None:
+        """Everything that :meth:`run` finds out before it computes: the target, the disk, the data.
+
+        Raises:
+            ValueError: ``out`` may not be made, or the data cannot be read.
+            OSError: the disk of ``out`` is too small.
+        """
+        refuse_existing(Path(out), overwrite)
+        require_room(Path(out), self.estimate().disk)
+        if self.calibrates:
+            found = read_samples(self.skeleton.checkpoint.folder, self._samples)
+            batches_of(found.tokens, self.skeleton.model.config.get_text_config().vocab_size)
+
+    def _samples(self, tokenizer: Any) -> Samples:
+        return load_samples(self.data, tokenizer, self.samples, self.seq_len, self.seed)
 
     def run(
         self, out: str | Path, overwrite: bool = False, command: str | None = None, progress: Progress | None = None
@@ -162,9 +213,10 @@ class Job:
                 needed / 1e9,
                 self.memory.allowed / 1e9,
             )
+        require_room(Path(out), self.estimate().disk)
         identity = identity_of(self.skeleton.checkpoint)
-        staging = Staging(Path(out), self.request | {"checkpoint": identity}, overwrite)
-        with plain_errors(staging):
+        staging = Staging(Path(out), self.request | {"checkpoint": identity}, overwrite, self._parts(), _PLANNING)
+        with plain_errors(staging, self._pattern):
             writer = CODECS[self.format]({"config_groups": {}}, self.skeleton.checkpoint.dtype)
             data = None
             if self.calibrates:
@@ -180,7 +232,7 @@ class Job:
                     self.experts,
                     progress,
                 )
-                data = blocks.prepare(self.data, self.samples, self.seq_len)
+                data = blocks.prepare(self._samples)
                 rows, schemes = blocks.run()
             else:
                 rows = StreamedRounding(self.skeleton, self.plan, writer, staging, progress).run()
@@ -191,10 +243,12 @@ class Job:
             quantization = CODECS[self.format].configuration(schemes | stacks, sorted(kept), {})
             files = write_side_files(self.skeleton.checkpoint, staging.folder, CODECS[self.format], quantization)
             report = build_report(
-                self.request | {"data": data, "base_model": self.model if is_hub_id(self.model) else None},
+                self.request
+                | {"data": data, "architectures": self.skeleton.model.config.architectures}
+                | {"base_model": self.model if is_hub_id(self.model) else None},
                 rows,
                 kept_rows(self.skeleton, self.plan),
-                command=command or _called(),
+                command=command,
                 seconds=round(time.perf_counter() - started, 3),
                 peak_memory_bytes=peak_memory(),
             )
@@ -210,7 +264,7 @@ def _options(method: str, given: Mapping[str, Any]) -> Any:
     unknown = sorted(set(given) - known)
     if unknown:
         has = f"it has {', '.join(sorted(known))}" if known else "it has none"
-        raise ValueError(f"method {method} has no option {', '.join(unknown)}; {has}")
+        raise ValueError(f"method {method} has no option {', '.join(unknown)}; {has}{hint(unknown[0], known)}")
     return cls(**given)
 
 
@@ -223,10 +277,7 @@ def _data_identity(data: str | None) -> Any:
     return [data, status.st_size, status.st_mtime_ns]
 
 
-def _called() -> str:
-    return shlex.join(["python", *sys.argv])
-
-
+@names_nearest
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -234,10 +285,24 @@ def quantize(
     method: str = "best",
     data: str | Path | None = None,
     *,
+    format: str | None = None,
+    rotation: str = "auto",
+    rule: str | None = None,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    overrides: Mapping[str, str | None] | Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    experts: Literal["all", "routed"] = "all",
+    samples: int | None = None,
+    seq_len: int | None = None,
+    seed: int | None = None,
+    device: str | torch.device | None = None,
+    max_memory: str | Mapping[str, str | int] | None = None,
+    trust_remote_code: bool = False,
+    hub: Hub = Hub(),
     overwrite: bool = False,
     command: str | None = None,
-    progress: Progress | None = None,
-    **options: Any,
+    progress: bool | Progress = True,
 ) -> dict[str, Any]:
     """Quantize a checkpoint of any Transformers decoder model, in memory far smaller than the model.
 
@@ -253,25 +318,25 @@ def quantize(
         method: a name of ``fp4.methods.METHODS``: rtn, gptq, autoround, best.
         data: what to calibrate on: a recipe (YAML), a file (txt, jsonl, parquet), a folder, a hub id; None for the
             text that comes with fp4 (:func:`fp4.calibration.data.load_samples`).
-        overwrite: replace ``out``, and unfinished work for another request.
-        command: what to name in the report as the command.
-        progress: called with the name of a stage, and how much of how much of it is done.
-
-    Keyword options:
         format: of the checkpoint; by default compressed-tensors where it can hold the scheme, fp_quant for rotations.
         rotation: block rotation of weights and inputs: ``"none"``, ``"hadamard64"``, ``"gsr64"``, ...; ``"auto"`` is
             what measurement shows best (none for NVFP4, hadamard64 for MXFP4), none in a ``format`` without rotations.
         rule: how block scales of weights are chosen, in place of the scheme's own: ``"abs_max"`` is fastest.
-        skip, only: patterns of layers to keep, or to quantize alone.
-        overrides: pattern -> scheme, or None to keep; the first that fits wins.
+        skip, only: patterns of layers to keep, or to quantize alone; what both name is kept.
+        overrides: pattern -> scheme, or None to keep, for layers that these leave; the first that fits wins.
         options: of the method, by name.
         experts: which tokens an expert is calibrated on: ``"all"``, or ``"routed"``, those that the router sends to it,
             which takes less time; one that gets none is rounded to nearest then.
-        samples, seq_len: of calibration (default 128 of 512 tokens); seed: of everything random.
+        samples, seq_len: of calibration (default 128 of 512 tokens, or the recipe's).
+        seed: of everything random (default 0, or the recipe's).
         device: where blocks are computed; default a GPU if there is one.
         max_memory: ``"gpu:60GiB,cpu:200GiB"`` or a mapping; default what is free.
         trust_remote_code: run model code that comes with the checkpoint.
         hub: revision, token and cache of a hub id.
+        overwrite: replace ``out``, and unfinished work for another request.
+        command: what to name in the report as the command.
+        progress: True shows a bar in a terminal, a widget in a notebook, and elsewhere a line a minute on stderr; False
+            shows nothing; a function is called with the name of a stage, and how much of how much of it is done.
 
     Returns:
         what report.json holds: per layer error, share of clipped and zero codes, scale rule, time; and what was kept.
@@ -280,9 +345,31 @@ def quantize(
         ValueError: a mistake in the call, or a model, data or weight that cannot be quantized.
         OSError: a file cannot be read or written, or memory ran out; finished work is kept.
     """
-    job = Job(model, scheme, method, data, **options)
-    called = command or f"fp4.quantize({', '.join(_arguments(model, out, scheme, method, data, options))})"
-    return job.run(out, overwrite, called, progress)
+    chosen: dict[str, Any] = {
+        "format": format,
+        "rotation": rotation,
+        "rule": rule,
+        "skip": skip,
+        "only": only,
+        "overrides": overrides,
+        "options": options,
+        "experts": experts,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "device": device,
+        "max_memory": max_memory,
+        "trust_remote_code": trust_remote_code,
+        "hub": hub,
+    }
+    job = Job(model, scheme, method, data, **chosen)
+    defaults = inspect.signature(Job).parameters
+    given = {name: value for name, value in chosen.items() if value != defaults[name].default}
+    called = command or f"fp4.quantize({', '.join(_arguments(model, out, scheme, method, data, given))})"
+    if callable(progress):
+        return job.run(out, overwrite, called, progress)
+    with shown() if progress else nullcontext() as report:
+        return job.run(out, overwrite, called, report)
 
 
 def _arguments(model: Any, out: Any, scheme: str, method: str, data: Any, options: Mapping[str, Any]) -> list[str]:

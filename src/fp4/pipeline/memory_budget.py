@@ -43,6 +43,8 @@ class Memory:
             raise ValueError(
                 f"device is {str(device)!r}, which cannot be used: {str(error).splitlines()[0]}"
             ) from error
+        if "gpu" in limits and chosen.type == "cpu" and not torch.accelerator.is_available():
+            raise ValueError("max_memory names gpu, but this machine has none that torch can use")
         free = get_max_memory()
         number = chosen.index or 0
         gpu = 0 if chosen.type == "cpu" else limits.get("gpu", int(free.get(number, 0) * _SHARE))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fp4.checkpoint import Codec
 from fp4.checkpoint.fusing import fused_groups
+from fp4.integrations.transformers.precision import stays_in_float32
 from fp4.numerics.formats import FORMATS
 from fp4.numerics.rotation import ROTATIONS
 from fp4.pipeline.expert_layers import ExpertMatrix, ExpertsModule, find_experts
 from fp4.pipeline.skeleton import Skeleton
 from fp4.scheme import SCHEMES, Scheme
+from fp4.spelling import hint
 
 # Routers decide which expert runs; an error there is not an error of a few percent.
 _ROUTERS = ("router", "gate", "gating", "shared_expert_gate")
@@ -72,6 +75,17 @@ class LayerPlan:
     kept: list[KeptLayer] = field(default_factory=list)
     groups: list[list[str]] = field(default_factory=list)
 
+    def digest(self, names: Collection[str]) -> str:
+        """Of everything that the plan says about the layers ``names``: equal digests give equal bytes."""
+        layers = [self.layers[name] for name in names]
+        said = [(layer.name, layer.preset, repr(layer.scheme), layer.stack) for layer in layers]
+        groups = [
+            [(member, repr(self.layers[member].scheme)) for member in group]
+            for group in self.groups
+            if not {*group}.isdisjoint(names)
+        ]
+        return hashlib.sha256(json.dumps([said, groups]).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -79,9 +93,9 @@ class Choice:
 
     Attributes:
         scheme: name of the scheme for all layers that no override names.
-        skip: layers to keep.
-        only: where given, all others are kept.
-        overrides: pattern and scheme name, or None to keep; the first that fits wins.
+        skip: layers to keep, whatever else names them.
+        only: where given, all others are kept, whatever an override says of them.
+        overrides: pattern and scheme name, or None to keep, for the layers left; the first that fits wins.
     """
 
     scheme: str
@@ -92,18 +106,18 @@ class Choice:
     def __post_init__(self) -> None:
         for name in (self.scheme, *(scheme for _, scheme in self.overrides)):
             if name is not None and name not in SCHEMES:
-                raise ValueError(f"scheme is {name!r}; expected one of {', '.join(SCHEMES)}")
+                raise ValueError(f"scheme is {name!r}; expected one of {', '.join(SCHEMES)}{hint(name, SCHEMES)}")
 
     def of(self, name: str) -> tuple[str | None, str]:
         """Scheme name of the layer, or None with the reason why it is kept."""
-        for pattern, scheme in self.overrides:
-            if fits(name, pattern):
-                return scheme, f"override {pattern}"
         for pattern in self.skip:
             if fits(name, pattern):
                 return None, f"skipped by {pattern}"
         if self.only and not any(fits(name, pattern) for pattern in self.only):
             return None, "not among the layers chosen"
+        for pattern, scheme in self.overrides:
+            if fits(name, pattern):
+                return scheme, f"override {pattern}"
         return self.scheme, ""
 
     def require_used(self, names: Sequence[str]) -> None:
@@ -257,8 +271,7 @@ def _must_keep(skeleton: Skeleton, name: str, module: nn.Linear, tied: set[str],
         return "router"
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} may compute something else than nn.Linear"
-    in_float32 = list(skeleton.model._keep_in_fp32_modules or [])
-    if in_float32 and not should_convert_module(name, in_float32):
+    if stays_in_float32(skeleton.model, name):
         return "the model keeps it in float32"
     if f"{name}.weight" not in skeleton.sources:
         return "the checkpoint has no weight of its own for it"

@@ -13,6 +13,7 @@ from fp4.calibration.data import Samples
 from fp4.checkpoint.io.headers import load, read_header
 from fp4.checkpoint.io.shards import ShardWriter, spec_of
 from fp4.checkpoint.io.staging import Staging
+from fp4.pipeline.side_files import UNCALIBRATED
 
 _FILE = "samples.safetensors"
 _NOTE = "samples.json"
@@ -32,11 +33,7 @@ def stored_samples(staging: Staging, folder: Path, read: Callable[[Any], Samples
     if note is not None:
         header = read_header(staging.folder / _FILE)
         return Samples([load(header.tensors[name]) for name in sorted(header.tensors)], **note)
-    try:
-        samples = read(_tokenizer(folder))
-    except ValueError:
-        staging.discard()  # nothing was computed yet
-        raise
+    samples = read_samples(folder, read)
     tensors = {f"{number:09}": sample.clone() for number, sample in enumerate(samples.tokens)}
     with ShardWriter(staging.folder / _FILE, {name: spec_of(tensor) for name, tensor in tensors.items()}, {}) as file:
         for name, tensor in tensors.items():
@@ -45,14 +42,25 @@ def stored_samples(staging: Staging, folder: Path, read: Callable[[Any], Samples
     return samples
 
 
+def read_samples(folder: Path, read: Callable[[Any], Samples]) -> Samples:
+    """``read(tokenizer)`` with the tokenizer in ``folder``. ValueError if there is none, or what ``read`` raises."""
+    return read(_tokenizer(folder))
+
+
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        found = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         first = str(error).strip().splitlines()
-        raise ValueError(f"{folder} has no tokenizer that can be read ({first[0] if first else error!r})") from error
+        raise ValueError(
+            f"{folder} has no tokenizer that can be read ({first[0] if first else error!r}); {UNCALIBRATED}"
+        ) from error
+    # For some model types Transformers makes one up that knows nothing but special tokens.
+    if len(found) <= len(found.all_special_tokens):
+        raise ValueError(f"{folder} has no tokenizer: that of its model type has no vocabulary there; {UNCALIBRATED}")
+    return found
 
 
 def batches_of(tokens: list[Tensor], vocabulary: int) -> list[Tensor]:

@@ -19,12 +19,14 @@ from fp4.numerics.formats import Format, QuantizedTensor
 from fp4.numerics.rotation import rotation_for
 from fp4.pipeline.expert_layers import Stack
 from fp4.pipeline.plan import PlannedLayer
+from fp4.quality.model_card import EVALUATION
 from fp4.scheme import SCHEMES, Scheme
 
 REPORT = "report.json"
 
-# Weights, and what describes how they are stored, are made anew.
-_NOT_COPIED = ("config.json", "hf_quant_config.json", "quantization_config.json", INDEX_NAME, REPORT, "README.md")
+# Weights, and what describes how they are stored and how good they are, are made anew.
+_DESCRIBED = ("config.json", "hf_quant_config.json", "quantization_config.json", INDEX_NAME)
+_NOT_COPIED = (*_DESCRIBED, REPORT, EVALUATION, "README.md")
 _COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".yaml", ".py", ".tiktoken")
 
 
@@ -86,6 +88,11 @@ def scheme_in_file(layer: PlannedLayer, rotation: torch.Tensor | None) -> LayerS
 def has_static_input(scheme: Scheme) -> bool:
     """Whether activations are quantized under a global scale that calibration finds."""
     return scheme.activations != "model" and scheme.format.needs_global_scale
+
+
+_STREAMED = ", ".join(name for name, preset in SCHEMES.items() if not has_static_input(preset.scheme))
+#: What to do about a model that cannot be calibrated, for the end of a message.
+UNCALIBRATED = f"method rtn with a scheme that needs no calibration ({_STREAMED}) quantizes it"
 
 
 def rotation_of(layer: PlannedLayer) -> torch.Tensor | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -26,12 +29,18 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from fp4.checkpoint.contradictions import refuse_endless
 from fp4.checkpoint.io.headers import Checkpoint, TensorInfo, load
 from fp4.host_memory import tells_out_of_memory
 from fp4.pipeline.token_embeddings import reads_rows, rows_filled
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+# Modules that a model may have beside its stored tensors: activations, dropouts, experts that are stored in stacks.
+_MODULES = 50_000
+_MODULES_A_TENSOR = 30
 
 
 class _Lazy:
@@ -73,11 +82,12 @@ class Skeleton:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
-        self.model = _build(checkpoint.folder, dtype, trust_remote_code)
+        self.model = _build(checkpoint, dtype, trust_remote_code)
         self.decoder_name, self.decoder = _decoder(self.model)
         self.blocks = find_blocks(self.decoder, self.decoder_name)
         self.conversions = get_model_conversion_mapping(self.model)
         self.sources = self._sources()
+        self._refuse_contradictions()
 
     def _sources(self) -> dict[str, Source]:
         renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
@@ -95,6 +105,37 @@ class Skeleton:
                 source.keys.append(key)
                 source.converter = None if pattern is None else by_pattern[pattern]
         return sources
+
+    def _refuse_contradictions(self) -> None:
+        """ValueError where tensors do not have the shapes that config.json gives them, or blocks lack some."""
+        parameters = self.model.state_dict()
+        problems = []
+        for name, source in self.sources.items():
+            stored = self.checkpoint.tensors[source.keys[0]].shape
+            if source.converter is None and stored != tuple(parameters[name].shape):
+                problems.append(f"{source.keys[0]} is stored as {stored}, expected {tuple(parameters[name].shape)}")
+        if problems:
+            raise ValueError(
+                f"config.json contradicts the weights: {len(problems)} tensors have other shapes ({problems[0]}); "
+                "take both from the same model"
+            )
+        # Of what Transformers splits a tensor into only the first part is among the sources; what is tied needs none.
+        targets = [target for entry in self.conversions for target in entry.target_patterns[1:]]
+        needless = [re.escape(re.split(r"\\\d|[*^$]", target.rstrip("$"))[-1]) for target in targets]
+        needless += self.model._keys_to_ignore_on_load_missing or []
+        absent = [
+            name
+            for name, _ in self.model.named_parameters()
+            if _below(name, self.blocks[0].rpartition(".")[0])
+            and name not in self.sources
+            and name not in self.model.all_tied_weights_keys
+            and not any(re.search(pattern, name) for pattern in needless)
+        ]
+        if absent:
+            raise ValueError(
+                f"config.json contradicts the weights: it describes {len(self.blocks)} blocks, and the checkpoint has "
+                f"no weight for {absent[0]} ({len(absent)} are missing in all); take both from the same model"
+            )
 
     def keys_below(self, name: str) -> list[str]:
         """Stored tensors of everything in the module ``name``."""
@@ -128,7 +169,12 @@ class Skeleton:
             MemoryError: there was no room for what a tensor is made of.
         """
         state = {key: _Lazy(self.checkpoint.tensors[key]) for key in keys}
-        options = LoadStateDictConfig(device_map={"": device}, dtype=self.dtype, weight_mapping=self.conversions)
+        options = LoadStateDictConfig(
+            device_map={"": device},
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),  # routers that stay in float32
+            weight_mapping=self.conversions,
+        )
         with _quiet():
             found, _ = convert_and_load_state_dict_in_model(self.model, state, options)
         if found.conversion_errors or found.mismatched_keys:
@@ -193,7 +239,8 @@ class Skeleton:
             if empty:
                 for value in module.parameters(recurse=False):
                     setattr(value, "_is_hf_initialized", True)  # noqa: B010  (Transformers leaves such ones alone)
-                self.model._init_weights(module)
+                with torch.no_grad():  # Transformers up to 5.23 saw to it itself
+                    self.model._init_weights(module)
         missing = [key for key, value in part.named_parameters(recurse=recurse) if value.is_meta]
         if missing:
             raise ValueError(
@@ -217,7 +264,40 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _build(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """The model that config.json describes.
+
+    Raises:
+        ValueError: no model can be built from it, or only one far larger than the checkpoint.
+    """
+    refuse_endless(checkpoint.config, len(checkpoint.tensors))
+    try:
+        with _few_modules(_MODULES + _MODULES_A_TENSOR * len(checkpoint.tensors)):
+            return _built(checkpoint.folder, dtype, trust_remote_code)
+    except (MemoryError, OSError, ImportError):
+        raise
+    except Exception as error:  # classes of models raise whatever their arithmetic comes to
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"no model can be built from {checkpoint.folder / 'config.json'}: {said}") from error
+
+
+@contextlib.contextmanager
+def _few_modules(limit: int) -> Iterator[None]:
+    """ValueError once more than ``limit`` modules were put together, which take time and memory on meta too."""
+    count = itertools.count(1)
+
+    def check(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        if next(count) > limit:
+            raise ValueError(f"it would have more than {limit} modules ({name} of {type(parent).__name__}, ...)")
+
+    handle = register_module_module_registration_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _built(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     import transformers
 
     config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

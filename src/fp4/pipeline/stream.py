@@ -18,6 +18,7 @@ from fp4.checkpoint import Codec, StoredLinear
 from fp4.checkpoint.io.headers import DTYPES, load
 from fp4.checkpoint.io.shards import ShardWriter, Spec
 from fp4.checkpoint.io.staging import Staging
+from fp4.errors import NotQuantizable
 from fp4.numerics.formats import QuantizedTensor
 from fp4.pipeline.expert_layers import ExpertReader
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
@@ -91,8 +92,7 @@ class StreamedRounding:
         self.tensors = skeleton.checkpoint.tensors
         self.experts = ExpertReader(skeleton)
         self.room = _Room(2 * max(info.nbytes for info in self.tensors.values()))
-        #: Of each stack, a stored tensor of the first matrix.
-        self.first_keys = {layer.stack: layer.keys[0] for layer in reversed(plan.layers.values()) if layer.stack}
+        self.homes = _homes(skeleton, plan)
         self.done = 0
         self.total = sum(info.nbytes for info in self.tensors.values())
         self._counting, self._filling = threading.Lock(), threading.Lock()
@@ -116,7 +116,7 @@ class StreamedRounding:
         return sorted(rows, key=lambda row: order[str(row["name"])])
 
     def _shard(self, pool: ThreadPoolExecutor, number: int, shard: Path) -> list[dict[str, object]]:
-        note = f"shard-{number:05}.json"
+        note = _note(number)
         found = self.staging.read(note)
         if found is None or not (self.staging.folder / shard.name).is_file():
             found = {"layers": self._write(pool, shard)}
@@ -127,7 +127,7 @@ class StreamedRounding:
         return rows
 
     def _write(self, pool: ThreadPoolExecutor, shard: Path) -> list[dict[str, object]]:
-        layers = {layer.name: layer for layer in self.plan.layers.values() if self._home(layer) == shard}
+        layers = {layer.name: layer for layer in self.plan.layers.values() if self.homes[layer.name] == shard}
         used = {key for layer in self.plan.layers.values() for key in layer.keys}
         copied = [name for name, info in self.tensors.items() if info.file == shard and name not in used]
         specs = {name: Spec(self.tensors[name].dtype, self.tensors[name].shape) for name in copied}
@@ -157,10 +157,6 @@ class StreamedRounding:
         if layer.expert is not None:
             return layer.shape[0] * layer.shape[1] * self._dtype(layer).itemsize
         return sum(self.tensors[key].nbytes for key in layer.keys)
-
-    def _home(self, layer: PlannedLayer) -> Path:
-        """The shard that a layer is written to: that of its first stored tensor, or that of its stack's."""
-        return self.tensors[layer.keys[0] if layer.stack is None else self.first_keys[layer.stack]].file
 
     def _dtype(self, layer: PlannedLayer) -> torch.dtype:
         return DTYPES[self.tensors[layer.keys[0]].dtype]
@@ -209,6 +205,8 @@ class StreamedRounding:
                 weight = weights.pop(layer.name) if fits else self._weight(layer)
                 try:
                     quantized = quantize_weight(weight, layer, shared)
+                except NotQuantizable:
+                    raise
                 except ValueError as error:
                     raise ValueError(f"{layer.name}: {error}") from error
                 for name, tensor in complete.of(layer, StoredLinear(quantized, None, rotation_of(layer))).items():
@@ -223,6 +221,28 @@ class StreamedRounding:
         with self._counting:
             self.done += nbytes
             self.progress("rounding", self.done, self.total)
+
+
+def shard_parts(skeleton: Skeleton, plan: LayerPlan) -> dict[str, str]:
+    """What is planned for each shard, as a digest, by the name of the note that says that it is finished."""
+    homes = _homes(skeleton, plan)
+    return {
+        _note(number): plan.digest([name for name, home in homes.items() if home == shard])
+        for number, shard in enumerate(skeleton.checkpoint.shards)
+    }
+
+
+def _homes(skeleton: Skeleton, plan: LayerPlan) -> dict[str, Path]:
+    """The shard that each layer is written to: that of its first stored tensor, or that of its stack's."""
+    first = {layer.stack: layer.keys[0] for layer in reversed(plan.layers.values()) if layer.stack}
+    return {
+        name: skeleton.checkpoint.tensors[first[layer.stack] if layer.stack else layer.keys[0]].file
+        for name, layer in plan.layers.items()
+    }
+
+
+def _note(number: int) -> str:
+    return f"shard-{number:05}.json"
 
 
 def _tiles(weight: Tensor) -> list[slice]:
@@ -243,14 +263,12 @@ def _global_scale(weight: Tensor, layer: PlannedLayer) -> Tensor | None:
 
 def quantize_weight(weight: Tensor, layer: PlannedLayer, global_scale: Tensor | None = None) -> QuantizedTensor:
     """Round ``weight`` ``[N, K]`` to nearest, a rotated one some rows at a time because rotating makes it float32."""
-    rotation = rotation_of(layer)
+    rotation, name = rotation_of(layer), f"{layer.name}.weight"
     if rotation is None:
-        return round_to_nearest(weight, layer.scheme, None, "its weight", global_scale)
+        return round_to_nearest(weight, layer.scheme, None, name, global_scale)
     if global_scale is None:
         global_scale = _global_scale(weight, layer)
-    parts = [
-        round_to_nearest(weight[tile], layer.scheme, rotation, "its weight", global_scale) for tile in _tiles(weight)
-    ]
+    parts = [round_to_nearest(weight[tile], layer.scheme, rotation, name, global_scale) for tile in _tiles(weight)]
     scales = torch.cat([part.scales.view(torch.uint8) for part in parts]).view(parts[0].scales.dtype)
     return QuantizedTensor(torch.cat([part.codes for part in parts]), scales, parts[0].global_scale)
 

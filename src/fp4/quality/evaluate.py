@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from fp4.checkpoint.contradictions import refuse_endless
+from fp4.checkpoint.io.hub import checked_token, open_headers
+from fp4.host_memory import is_out_of_memory
 from fp4.nn.activations import describe_activations, set_activations
 
 if TYPE_CHECKING:
@@ -230,14 +233,19 @@ def evaluate(
         device: as ``device_map`` of ``from_pretrained``; ``"auto"`` is the GPU where there is one.
 
     Raises:
-        ValueError: what :func:`compare` raises, no such file, dtype or device, or no BOS token.
+        ValueError: what :func:`compare` raises, no such file, dtype or device, no BOS token, or a model whose
+            configuration contradicts its weights.
     """
     if activations not in ("auto", "fp4", "model"):
         raise ValueError(f"activations is {activations!r}; expected 'auto', 'fp4' or 'model'")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; expected 'auto', 'float32', 'bfloat16' or 'float16'")
     text, described = _read_text(Path(data))
-    hub = {"token": token, "trust_remote_code": trust_remote_code}
+    hub = {"token": checked_token(token), "trust_remote_code": trust_remote_code}
+    for source, version in ((model, revision), (against, None)):
+        if source is not None:
+            headers, _ = open_headers(source, revision=version, token=token)
+            refuse_endless(headers.config, len(headers.tensors))
     tokenizer = _tokenizer(model, against, revision, hub)
     if bos and tokenizer.bos_token_id is None:
         raise ValueError(f"the tokenizer of {model} has no BOS token to start windows with")
@@ -278,11 +286,14 @@ def _tokenizer(model: str | Path, against: str | Path | None, revision: str | No
 
     try:
         return AutoTokenizer.from_pretrained(model, revision=revision, **hub)
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a configuration that is refused has an error of its own
         if against is None:
+            said = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(
-                f"{model} has no tokenizer that can be read ({str(error).strip().splitlines()[0]}); copy the "
-                "original's into it, or name the original to compare with"
+                f"{model} has no tokenizer that can be read ({said}); copy the original's into it, or name the "
+                "original to compare with"
             ) from error
         return AutoTokenizer.from_pretrained(against, **hub)
 
@@ -290,7 +301,13 @@ def _tokenizer(model: str | Path, against: str | Path | None, revision: str | No
 def _load(source: str | Path, options: dict[str, Any]) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, **options).eval()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, **options).eval()
+    except Exception as error:  # weights of other shapes, a configuration that is refused: each has its own error
+        if is_out_of_memory(error) or isinstance(error, (OSError, ImportError)):
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{source} cannot be loaded: {said}") from error
     return model
 
 

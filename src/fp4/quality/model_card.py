@@ -10,12 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from fp4.checkpoint.io.headers import read_json
+from fp4.report.engines import VERSIONS, serving
 
 REPORT = "report.json"
 EVALUATION = "evaluation.json"
 
 # What a quantized model inherits of its original's card.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+# By the end of an architecture's name; what is not here generates text, or gives features.
+_TASKS = {
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
+_COMPARED = ("original_perplexity", "kl_mean", "kl_p99", "top1_agreement")
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -32,12 +41,41 @@ def write_model_card(folder: Path, report: Mapping[str, Any], source: Path | Non
         card = None if place is None else place / "README.md"
         if not inherited and card is not None and card.is_file():
             inherited = {key: value for key, value in _metadata(card).items() if key in _INHERITED}
-    evaluation = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
+    evaluation = read_evaluation(folder)
     temporary = folder / ".README.md.partial"
     temporary.write_text(
         model_card(report, evaluation, inherited, folder.name.removesuffix(".partial")), encoding="utf-8"
     )
     os.replace(temporary, folder / "README.md")
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """What ``fp4 evaluate --save`` left in ``folder``, None where it was not called.
+
+    Raises:
+        ValueError: the file holds something else; the message says what is missing.
+    """
+    if not (folder / EVALUATION).is_file():
+        return None
+    content = read_json(folder / EVALUATION)
+    comparison = content.get("comparison") or {}
+    parts = {"data": content.get("data") or {}, "runs": content.get("runs") or {}, "comparison": comparison}
+    wrong = [key for key, value in parts.items() if not isinstance(value, dict)]
+    if not wrong:
+        numbers = {"perplexity": content.get("perplexity")}
+        if comparison:
+            numbers |= {key: comparison.get(key) for key in _COMPARED}
+        wrong = [
+            key
+            for key, value in numbers.items()
+            if not isinstance(value, (int, float)) or (key.endswith("perplexity") and not value)
+        ]
+    if wrong:
+        raise ValueError(
+            f"{folder / EVALUATION} says nothing usable as {', '.join(wrong)}; remove it, or measure again with "
+            "`fp4 evaluate --save`"
+        )
+    return content
 
 
 def refresh_model_card(folder: Path) -> bool:
@@ -50,12 +88,12 @@ def refresh_model_card(folder: Path) -> bool:
 
 def _metadata(card: Path) -> dict[str, Any]:
     """The YAML at the top of a card; empty where there is none, or none that can be read."""
-    import yaml
+    from fp4.plain_yaml import read_yaml
 
     found = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
-        content = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+        content = read_yaml(found[1], card.name)[0] if found else None
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -78,7 +116,8 @@ def model_card(
 
     base = report.get("base_model")
     scheme, fmt = str(report.get("scheme") or "FP4"), str(report.get("format") or "")
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", **(inherited or {})}
+    task, auto = _task(report)
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task, **(inherited or {})}
     metadata["tags"] = list(dict.fromkeys(tag for tag in ("fp4", scheme.lower(), fmt) if tag))
     if base:
         metadata |= {"base_model": base, "base_model_relation": "quantized"}
@@ -86,11 +125,12 @@ def model_card(
     original = f"[{base}](https://huggingface.co/{base})" if base else f"`{Path(str(report.get('source'))).name}`"
     sections = [
         f"---\n{front}\n---\n\n# {name}\n",
-        f"{original} quantized to **{scheme}** by [fp4](https://pypi.org/project/fp4/).\n",
+        f"{original} quantized to **{scheme}** by fp4.\n",
         _how_made(report),
         _what_is_inside(report),
         _quality(evaluation),
-        _how_to_load(name, fmt, scheme),
+        _how_to_load(name, auto),
+        *([_engines(name, fmt, _schemes(report))] if auto == "AutoModelForCausalLM" else []),
     ]
     if "license" not in metadata:
         sections.append(
@@ -161,21 +201,54 @@ def _quality(evaluation: Mapping[str, Any] | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _how_to_load(name: str, fmt: str, scheme: str) -> str:
+def _task(report: Mapping[str, Any]) -> tuple[str, str]:
+    """What the model is for, as the hub calls it, and the class that loads it."""
+    named = report.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else ""
+    for suffix, task in _TASKS.items():
+        if architecture.endswith(suffix):
+            return task, f"AutoModel{suffix}"
+    if architecture.endswith("Model") and not architecture.endswith("LMHeadModel"):
+        return "feature-extraction", "AutoModel"
+    return "text-generation", "AutoModelForCausalLM"
+
+
+def _how_to_load(name: str, auto: str) -> str:
     lines = [
         "## How to load it\n",
         "With Transformers, and fp4 installed. Weights stay packed on GPUs and CPUs:\n",
         "```python",
         "import fp4  # registers the quantizer",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto}, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = {auto}.from_pretrained({name!r}, dtype="auto", device_map="auto")',
+        f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
         "```",
     ]
-    if fmt in ("compressed-tensors", "modelopt"):
-        lines += ["", f"With vLLM, which reads {fmt}:\n", "```bash", f"vllm serve {name}", "```"]
     return "\n".join(lines) + "\n"
+
+
+def _schemes(report: Mapping[str, Any]) -> list[str]:
+    """The schemes of the layers, or the one that was asked for where no layer is listed."""
+    layers = [layer for layer in report.get("layers") or [] if isinstance(layer, Mapping)]
+    return list(dict.fromkeys(str(layer.get("scheme")) for layer in layers)) or [str(report.get("scheme"))]
+
+
+def _engines(name: str, fmt: str, schemes: list[str]) -> str:
+    """How other engines load it, where that has been tried."""
+    paragraphs = []
+    if (vllm := serving("vllm", fmt, schemes)) is not None:
+        if vllm.served:
+            paragraphs += [f"With vLLM, which reads {fmt}:", f"```bash\nvllm serve {name}\n```"]
+            paragraphs += [vllm.note] if vllm.note else []
+        else:
+            paragraphs.append(f"Not with vLLM ({VERSIONS['vllm']}): {vllm.note}")
+    llama = serving("llama.cpp", fmt, schemes)
+    if llama is not None and llama.served:
+        paragraphs.append(
+            f"With llama.cpp, where it knows the architecture, after `python convert_hf_to_gguf.py {name}`."
+        )
+    return "\n\n".join(paragraphs) + "\n" if paragraphs else ""
 
 
 def _cell(value: object) -> str:

@@ -18,7 +18,7 @@ from fp4.checkpoint.io.headers import Checkpoint, TensorInfo, load, read_json
 from fp4.checkpoint.io.hub import local_folder
 from fp4.checkpoint.layers import packed_layers
 from fp4.quality.layer_statistics import layer_statistics
-from fp4.quality.model_card import EVALUATION, REPORT
+from fp4.quality.model_card import REPORT, read_evaluation
 
 _NUMBERS = ("output_error", "weight_error", "weight_snr_db", "clipped", "zero", "bits_per_weight", "seconds")
 
@@ -118,8 +118,7 @@ def gather(
     report.sizes = _sizes(folder)
     report.facts = _facts(stored or {}, found.format, found.bits_per_weight, source)
     report.notes += found.problems
-    if (folder / EVALUATION).is_file():
-        report.evaluation = read_json(folder / EVALUATION)
+    report.evaluation = read_evaluation(folder)
     unknown = sum(layer[report.measured] is None for layer in report.layers)
     if unknown:
         report.notes.append(f"no error is known of {unknown} of {len(report.layers)} layers")

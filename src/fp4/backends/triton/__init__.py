@@ -41,11 +41,11 @@ def _register() -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed; CUDA builds of torch for Linux bring it"
         return f"the package triton cannot be imported: {error}"
-    from fp4.backends.triton import linear, magnitude, quantize
+    from fp4.backends.triton import largest_magnitude, linear, quantize
 
     functions = (
         linear.linear, linear.linear_w4a4, linear.grouped_linear, linear.grouped_linear_w4a4,
-        quantize.quantize, quantize.dequantize, magnitude.largest_magnitude,
+        quantize.quantize, quantize.dequantize, largest_magnitude.largest_magnitude,
     )  # fmt: skip
     for function in functions:
         ops.implement(f"triton_{function.__name__}", _on_its_device(function), "CUDA")

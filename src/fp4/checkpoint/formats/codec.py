@@ -219,11 +219,13 @@ def _same_effective_scales(a: Tensor, b: Tensor) -> bool:
     return torch.equal((_E4M3_POSITIVE * a).float(), (_E4M3_POSITIVE * b).float())
 
 
-def _rounding_error(name: str, wanted: Tensor, held: Tensor) -> ValueError:
-    return ValueError(
-        f"{name} {wanted.item():.17g} cannot be stored exactly: the nearest that the format holds is "
-        f"{held.item():.17g}, under which some dequantized values differ in the last bit of float32. Pass "
-        "allow_rounding to accept that"
+class InexactScale(ValueError):
+    """A global scale has no exact place in a format. Only ``allow_rounding`` lets it be stored."""
+
+
+def _rounding_error(name: str, wanted: Tensor, held: Tensor) -> InexactScale:
+    return InexactScale(
+        f"{name} {wanted.item():.17g} cannot be stored exactly, the nearest that the format holds is {held.item():.17g}"
     )
 
 

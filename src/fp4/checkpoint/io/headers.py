@@ -202,6 +202,7 @@ class Checkpoint:
         """Read all headers. ValueError for anything missing, damaged or suspicious."""
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder with a checkpoint")
+        _require_target(folder / "config.json")
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} has no config.json")
         config = read_json(folder / "config.json")
@@ -210,6 +211,7 @@ class Checkpoint:
         checkpoint = cls(folder, config, [], {}, {})
         for name in names:
             path = folder / name
+            _require_target(path)
             if not path.is_file():
                 raise ValueError(f"{INDEX_NAME} names {name}, which is missing from {folder}")
             checkpoint.add(path, read_header(path))
@@ -259,6 +261,12 @@ def read_index(path: Path) -> dict[str, str]:
         if Path(file).name != file or "\\" in file or "\0" in file or not file.endswith(".safetensors"):
             raise ValueError(f"{path.name} names {file!r}; expected the name of a safetensors file beside it")
     return weight_map
+
+
+def _require_target(path: Path) -> None:
+    """ValueError for a symbolic link that leads nowhere, as they are left by a cache that was cleaned."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to {path.readlink()}, which does not exist; fetch or copy the file anew")
 
 
 def _single_file(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,28 @@ def is_hub_id(source: str | Path) -> bool:
     return source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
 
 
+def checked_token(token: str | bool | None) -> str | bool | None:
+    """``token`` without white space around it, checked, as is the one that huggingface_hub would find by itself.
+
+    An HTTP client's error about a token that no header can hold would show the token.
+
+    Raises:
+        ValueError: it holds a space or a character beyond ASCII; the message does not show it.
+    """
+    from huggingface_hub import get_token
+
+    if isinstance(token, str):
+        token = token.strip() or None
+    used = (get_token() or "") if token is None or token is True else token or ""
+    wrong = re.search(r"[^\x21-\x7e]", used)
+    if wrong is not None:
+        raise ValueError(
+            f"the hub's token has a space or a character beyond ASCII at position {wrong.start() + 1} of {len(used)}; "
+            "copy it anew from the hub's settings"
+        )
+    return token
+
+
 def local_folder(
     source: str | Path,
     *,
@@ -30,6 +53,7 @@ def local_folder(
         return Path(source)
     from huggingface_hub import snapshot_download
 
+    token = checked_token(token)
     try:
         folder = snapshot_download(
             str(source), revision=revision, token=token, cache_dir=cache_dir, allow_patterns=_WANTED
@@ -54,7 +78,7 @@ def open_headers(
         return Checkpoint.open(Path(source)), True
     from huggingface_hub import HfFileSystem, hf_hub_download, model_info
 
-    repo = str(source)
+    repo, token = str(source), checked_token(token)
     try:
         names = [file.rfilename for file in model_info(repo, revision=revision, token=token).siblings or []]
         small = [name for name in ("config.json", "hf_quant_config.json", INDEX_NAME) if name in names]

@@ -8,16 +8,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from fp4.checkpoint.io.headers import Checkpoint, read_json
 from fp4.checkpoint.io.shards import write_json
+from fp4.errors import NotQuantizable, OptionError
 from fp4.host_memory import is_out_of_memory
 
 _REQUEST = "request.json"
 _LOCK = "lock"
+_PARTS = "parts"
 
 
 def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -30,6 +32,33 @@ def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"config": digest, "files": files}
 
 
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """ValueError where ``out`` may not be made: it is a file, or it exists and may not be replaced."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; name a folder")
+    if out.exists() and not overwrite:
+        raise OptionError(f"{out} exists; name another folder, or replace it with", "overwrite")
+
+
+def require_room(out: Path, needed: int) -> None:
+    """OSError (ENOSPC) if the disk that ``out`` will be on has not ``needed`` bytes, unfinished work included."""
+    place = next(parent for parent in out.absolute().parents if parent.is_dir())
+    partial = _partial(out)
+    # What an earlier run left is written already, or makes room.
+    there = sum(path.stat().st_size for path in partial.iterdir() if path.is_file()) if partial.is_dir() else 0
+    free = shutil.disk_usage(place).free + there
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk of {place} is too small: it has {free / 1e9:.3g} GB free, and output and work files need about "
+            f"{needed / 1e9:.3g} GB; make room, or name a folder elsewhere",
+        )
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
+
+
 class Staging:
     """``<out>.partial``: finished parts of the output and the journal of a job, until :meth:`publish` renames it.
 
@@ -38,41 +67,68 @@ class Staging:
         request: everything that decides about the bytes of the output. A later call with the same goes on with what
             is there; with another it is refused, so that no work is lost by mistake.
         overwrite: whether an existing ``out``, or the unfinished work for another request, may be replaced.
+        parts: what is planned for each part of the output, as a digest, by the name of the part's note.
+        planning: keys of ``request`` that decide about nothing but ``parts``. They may change while the parts that are
+            finished stay as they were planned.
 
     Raises:
         ValueError: ``out`` exists, unfinished work belongs to another request, or another process works on it.
     """
 
-    def __init__(self, out: Path, request: Mapping[str, Any], overwrite: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        request: Mapping[str, Any],
+        overwrite: bool,
+        parts: Mapping[str, str] | None = None,
+        planning: Collection[str] = (),
+    ) -> None:
         self.out = out
-        self.folder = out.with_name(f"{out.name}.partial")
+        self.folder = _partial(out)
         self.overwrite = overwrite
+        self.parts = dict(parts or {})
+        self.published = False
+        self._planning = planning
         self._lock: IO[str] | None = None
-        if out.exists() and not overwrite:
-            raise ValueError(f"{out} exists; name another folder, or allow it to be overwritten")
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"{out} is a file; name a folder")
+        refuse_existing(out, overwrite)
         self.resumed = self._claim(json.loads(json.dumps(request)))
 
     def _claim(self, request: dict[str, Any]) -> bool:
         state = self.folder / _REQUEST
+        wanted = {**request, _PARTS: self.parts}
+        resumed = False
         if self.folder.exists():
             self._take_lock()
             found = read_json(state) if state.is_file() else {}
-            if found == request:
-                return True
-            if found and not self.overwrite:
-                changed = sorted(key for key in {*found, *request} if found.get(key) != request.get(key))
-                raise ValueError(
-                    f"{self.folder} holds unfinished work for another request (it differs in {', '.join(changed)}); "
-                    "finish that one with its own command, remove the folder, or allow it to be overwritten"
-                )
-            self.release()
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True)
-        self._take_lock()
-        _write_durably(state, request)
-        return False
+            resumed = bool(found) and self._goes_on(found, wanted)
+            if not resumed:
+                self.release()
+                if found and not self.overwrite:
+                    changed = sorted(key for key in {*found, *request} - {_PARTS} if found.get(key) != request.get(key))
+                    differs = ", ".join(changed) or "what is planned for its layers"
+                    raise OptionError(
+                        f"{self.folder} holds unfinished work for another request (it differs in {differs}); finish "
+                        "that one with its own command, or replace it with",
+                        "overwrite",
+                    )
+                shutil.rmtree(self.folder)
+        if not resumed:
+            self.folder.mkdir(parents=True)
+            self._take_lock()
+        _write_durably(state, wanted)
+        return resumed
+
+    def _goes_on(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+        """Whether everything that is there would be made alike for the request ``wanted``."""
+        free = {_PARTS, *self._planning}
+        if any(found.get(key) != wanted.get(key) for key in {*found, *wanted} - free):
+            return False
+        before = found.get(_PARTS) or {}
+        return all(before.get(part) == self.parts[part] for part in self.finished())
+
+    def finished(self) -> list[str]:
+        """The parts that are complete."""
+        return [part for part in self.parts if (self.folder / part).is_file()]
 
     def _take_lock(self) -> None:
         self._lock = (self.folder / _LOCK).open("w")
@@ -108,6 +164,7 @@ class Staging:
 
     def publish(self, files: list[str]) -> None:
         """Remove all but ``files`` and give the folder its final name."""
+        self.published = True
         for path in self.folder.iterdir():
             if path.name not in files:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -132,12 +189,24 @@ def _write_durably(path: Path, content: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def plain_errors(staging: Staging) -> Iterator[None]:
-    """Turn what the machine lacks into one sentence that says what to do; work so far stays where it is."""
-    kept = f"what is finished is kept in {staging.folder}; the same command goes on from there"
+def plain_errors(staging: Staging, pattern: Callable[[str], str] = str) -> Iterator[None]:
+    """Turn what the machine lacks, and a user's interruption, into one sentence that says what to do.
+
+    Finished parts stay where they are. Where there is none, nothing stays.
+
+    Args:
+        pattern: from the name of a layer that cannot be quantized to what keeps it when it is skipped.
+    """
     try:
         yield
-    except (MemoryError, OSError, RuntimeError) as error:
+    except BaseException as error:
+        kept = _kept(staging)
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted; {kept}") from error
+        if isinstance(error, NotQuantizable):
+            kept = _kept(staging, "the same command with it")
+            option = "skip", pattern(error.layer), f"; {kept}" if staging.finished() else ""
+            raise OptionError(f"{error}, or keep the layer as it is with", *option) from error
         if is_out_of_memory(error):
             first = next(iter(str(error).splitlines()), "no more is to be had")
             advice = "free some, or allow less with max_memory or fewer samples"
@@ -148,4 +217,12 @@ def plain_errors(staging: Staging) -> Iterator[None]:
             raise OSError(error.errno, f"the disk of {staging.folder} is full; make room; {kept}") from error
         raise OSError(error.errno or errno.EIO, f"{error}; {kept}") from error
     finally:
+        if not staging.published and not staging.finished():
+            staging.discard()
         staging.release()
+
+
+def _kept(staging: Staging, command: str = "the same command") -> str:
+    if not staging.finished():
+        return f"nothing was finished yet, so nothing is kept, and {command} starts anew"
+    return f"what is finished is kept in {staging.folder}; {command} goes on from there"

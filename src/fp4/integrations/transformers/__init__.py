@@ -1,7 +1,9 @@
-"""What ``from_pretrained`` and ``save_pretrained`` call: the quantizers that fp4 registers with Transformers."""
+"""What ``from_pretrained`` and ``save_pretrained`` call. Importing this registers it with Transformers."""
 
 from fp4.integrations.transformers.prequantized import CheckpointHfQuantizer, register
 from fp4.integrations.transformers.prequantized_config import CheckpointConfig
 from fp4.integrations.transformers.quantizer import FPQuantHfQuantizer
 
 __all__ = ["CheckpointConfig", "CheckpointHfQuantizer", "FPQuantHfQuantizer", "register"]
+
+register()

@@ -5,19 +5,15 @@ Transformers looks into config.json only. Without help it would take the packed 
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import cached_file
 
 from fp4.checkpoint.formats.modelopt import flatten
 from fp4.checkpoint.io.headers import read_json
 
 _SIDE_FILE = "hf_quant_config.json"
-# What says where and as whom to look for a file.
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
 
 
 def stored_beside(name: str, commit: str | None = None, **hub: Any) -> dict[str, Any] | None:
@@ -44,27 +40,3 @@ def stored_beside(name: str, commit: str | None = None, **hub: Any) -> dict[str,
         except OSError:
             found = None  # config.json came from somewhere else, a cache for instance
     return None if found is None else flatten(read_json(Path(found)))
-
-
-def register() -> None:
-    """Let configurations of models find hf_quant_config.json where config.json says nothing. Idempotent."""
-    stock: Any = PreTrainedConfig.get_config_dict
-    if getattr(stock, "_fp4", False):
-        return
-
-    @functools.wraps(stock.__func__)
-    def get_config_dict(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        config, rest = stock.__func__(cls, pretrained_model_name_or_path, **kwargs)
-        holders = [config, config.get("text_config")]
-        said = any(isinstance(holder, dict) and holder.get("quantization_config") for holder in holders)
-        if config.get("architectures") and not said:
-            hub = {key: kwargs.get(key) for key in _HUB_OPTIONS}
-            commit = config.get("_commit_hash") or kwargs.get("revision")
-            found = stored_beside(str(pretrained_model_name_or_path), commit, **hub)
-            if found is not None:
-                config["quantization_config"] = found
-        return config, rest
-
-    wrapped: Any = get_config_dict
-    wrapped._fp4 = True
-    PreTrainedConfig.get_config_dict = classmethod(wrapped)

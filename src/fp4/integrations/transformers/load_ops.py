@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from fp4.errors import NotQuantizable
 from fp4.integrations.transformers.model_state import Packing
+from fp4.integrations.transformers.precision import float32_parameters
 from fp4.nn import FP4Experts, FP4Linear, PackedWeight
 from fp4.numerics.rotation import share
 from fp4.rounding import global_scale_of
@@ -73,7 +76,7 @@ class RoundToNearest(LoadOp):
             parameters = packed.round(experts.dense_rows(weight), name)
             parameters = parameters if split is None else split.of(parameters)
         except ValueError as error:
-            self.hf_quantizer.problems[name] = str(error)
+            self.hf_quantizer.problems[name] = _with_remedy(error, name.rpartition(".")[0])
             return {}
         self.hf_quantizer.loaded.add(name)
         return {f"{name}.{parameter}": tensor for parameter, tensor in parameters.items()}
@@ -91,11 +94,17 @@ class RoundToNearest(LoadOp):
             try:
                 parameters = modules[layer].share(modules[layer].round(weight, f"{layer}.weight", shared))
             except ValueError as error:
-                self.hf_quantizer.problems[layer] = str(error)
+                self.hf_quantizer.problems[layer] = _with_remedy(error, layer)
                 continue
             self.hf_quantizer.loaded.add(layer)
             found |= {f"{layer}.{parameter}": tensor for parameter, tensor in parameters.items()}
         return found
+
+
+def _with_remedy(error: ValueError, module: str) -> str:
+    if not isinstance(error, NotQuantizable):
+        return str(error)
+    return f"{error}, or keep the layer as it is by adding {module!r} to modules_to_not_convert"
 
 
 class ReadLayer(LoadOp):
@@ -163,9 +172,11 @@ def zero_biases(model: nn.Module, missing: set[str]) -> dict[str, str]:
     return problems
 
 
-def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
-    """Of the floating-point parameters, by name."""
-    return {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+def dtypes_of(model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """Dtypes that the floating-point parameters have once they are loaded, by name; taken before loading."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    in_float32 = float32_parameters(model, model.dtype)
+    return dtypes | {name: torch.float32 for name in dtypes if in_float32(name)}
 
 
 def restore_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:

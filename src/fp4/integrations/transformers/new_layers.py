@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from fp4.nn import FP4Linear
@@ -31,6 +32,7 @@ def initialize(model: PreTrainedModel, names: Iterable[str]) -> None:
         assert isinstance(packed, FP4Linear)
         bias, device = packed.bias is not None, packed.weight.device
         dense = nn.Linear(packed.in_features, packed.out_features, bias, dtype=model.dtype, device=device)
-        model._init_weights(dense)
+        with torch.no_grad():  # Transformers up to 5.23 saw to it itself
+            model._init_weights(dense)
         model.set_submodule(name, dense)
     logger.warning("not in the checkpoint, so newly initialized and unquantized: %s", ", ".join(names))

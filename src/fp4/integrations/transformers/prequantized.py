@@ -8,7 +8,6 @@ a model that is to be quantized while loading by Transformers' own ``Mxfp4Config
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -23,11 +22,11 @@ from fp4.checkpoint import codec_for
 from fp4.checkpoint.io.headers import TensorInfo, load
 from fp4.checkpoint.kv_cache import cache_tensors
 from fp4.config import FPQuantConfig
-from fp4.integrations.transformers import hf_quant_config
 from fp4.integrations.transformers.prequantized_config import CheckpointConfig
 from fp4.integrations.transformers.quantizer import FPQuantHfQuantizer
 from fp4.nn import FP4Linear
 from fp4.nn.expert_layout import ExpertsLayout
+from fp4.registration import is_switched_off
 from fp4.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -148,15 +147,14 @@ def _quantizer_dispatcher(stock: type, stock_config: type) -> type:
 
 
 def register() -> None:
-    """Make Transformers know fp4's quantizers. FP4_TAKE_OVER=0 in the environment leaves its own in place."""
+    """Make Transformers know fp4's quantizers, unless FP4_TAKE_OVER=0 in the environment says not to. Idempotent."""
+    if is_switched_off():
+        return
     quantizers, configs = auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     quantizers["modelopt"], configs["modelopt"] = CheckpointHfQuantizer, CheckpointConfig
     for config in (FPQuantConfig, CheckpointConfig):
         if config not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
             auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config,)
-    hf_quant_config.register()
-    if os.environ.get("FP4_TAKE_OVER", "1") == "0":
-        return
     # `register_quantizer` refuses names that are taken.
     quantizers["fp_quant"], configs["fp_quant"] = FPQuantHfQuantizer, FPQuantConfig
     for method in _TAKEN_OVER:

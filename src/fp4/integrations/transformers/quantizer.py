@@ -24,6 +24,7 @@ from fp4.checkpoint.fusing import fused_groups
 from fp4.checkpoint.io.headers import TensorInfo
 from fp4.config import FPQuantConfig
 from fp4.integrations.transformers import expert_stacking, parallel_plan
+from fp4.integrations.transformers.counting import count_unpacked
 from fp4.integrations.transformers.coverage import coverage_of
 from fp4.integrations.transformers.load_ops import (
     ReadLayer,
@@ -35,6 +36,7 @@ from fp4.integrations.transformers.load_ops import (
 )
 from fp4.integrations.transformers.model_state import Packing, SharedScale
 from fp4.integrations.transformers.new_layers import initialize, may_lack_layers
+from fp4.integrations.transformers.precision import stays_in_float32
 from fp4.integrations.transformers.prequantized_config import CheckpointConfig
 from fp4.integrations.transformers.resize_embeddings import resize_with_dense_head
 from fp4.integrations.transformers.saving import save_atomically
@@ -95,13 +97,18 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
         patterns = [*config.modules_to_not_convert, *(model._keep_in_fp32_modules or [])]
 
+        def kept(name: str) -> bool:
+            # A checkpoint says itself what is packed in it, by releases that knew fewer layers to keep too.
+            in_float32 = not self.pre_quantized and stays_in_float32(model, name)
+            return in_float32 or not should_convert_module(name, patterns)
+
         def choose(name: str) -> tuple[Scheme, str] | None:
             asked.append(name)
-            return config.scheme_for(name) if name not in tied and should_convert_module(name, patterns) else None
+            return None if name in tied or kept(name) else config.scheme_for(name)
 
         def choose_experts(name: str, layout: ExpertsLayout) -> dict[str, tuple[Scheme, str]] | None:
             asked.append(name)
-            if not should_convert_module(name, patterns):
+            if kept(name):
                 return None
             self.expert_names[name] = names_on_disk(name, layout, conversions)
             self.stack_names[name] = stacks_on_disk(name, layout, conversions)
@@ -314,9 +321,10 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         return model
 
     def _equip(self, model: PreTrainedModel) -> None:
-        """Give ``model`` what depends on which of its layers are packed: how it is saved, resized and trained."""
+        """Give ``model`` what depends on which layers are packed: how it is saved, counted, resized and trained."""
         model._ddp_params_and_buffers_to_ignore = parallel_plan.same_on_every_rank(model)
         resize_with_dense_head(model)
+        count_unpacked(model)
         save_atomically(model, self.codec.side_files(self.quantization_config.to_dict()))
 
     def _initialize_new_layers(self, model: PreTrainedModel) -> None:

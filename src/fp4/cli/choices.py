@@ -1,0 +1,36 @@
+"""What options of the command may be: the names in fp4's registries, without importing those, and torch with them.
+
+The help lists these names and a mistake in one is told at once; a test holds them equal to the registries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import typer
+
+from fp4.spelling import hint
+
+SCHEMES = ("nvfp4", "nvfp4a16", "nvfp4a8", "mxfp4", "mxfp4a16", "fp8_dynamic")
+#: Names of checkpoint formats.
+FORMATS = ("fp_quant", "compressed-tensors", "modelopt", "auto-round", "mxfp4")
+#: Methods, with what they cost.
+METHODS = {
+    "rtn": "seconds; no data but for static input scales",
+    "gptq": "one pass over the samples and a sweep over the columns of every layer",
+    "autoround": "iters forward and backward passes over a batch of samples",
+    "best": "as gptq, and sweeps of descent that cost twice that of a layer",
+}
+EXPERTS = ("all", "routed")
+
+
+def one_of(what: str, names: Iterable[str]) -> Callable[[typer.Context, str | None], str | None]:
+    """A callback that refuses any value but ``names``, before the command imports what it works with."""
+    known = tuple(names)
+
+    def check(context: typer.Context, value: str | None) -> str | None:
+        if value is not None and value not in known and not context.resilient_parsing:
+            raise ValueError(f"{what} is {value!r}; expected one of {', '.join(known)}{hint(value, known)}")
+        return value
+
+    return check

@@ -1,0 +1,42 @@
+"""How many parameters a model with packed weights has: what the weights stand for, not the bytes that hold them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fp4.nn import PackedWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PACKED = ("weight", "weight_scale", "global_scale", "input_global_scale")
+
+
+def count_unpacked(model: PreTrainedModel) -> None:
+    """Make ``num_parameters`` of ``model``, and of the models within it, count what packed weights stand for.
+
+    The method is replaced on these instances alone; it counts again with every call, so layers may become dense.
+    """
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.num_parameters = _Counting(module)
+
+
+@dataclass
+class _Counting:
+    """``num_parameters`` of one model; of a class, so that the model can be pickled."""
+
+    model: PreTrainedModel
+
+    def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        count: int = type(self.model).num_parameters(self.model, only_trainable, exclude_embeddings)
+        for module in self.model.modules():
+            if isinstance(module, PackedWeight) and not only_trainable:
+                packed = (module._parameters.get(name) for name in _PACKED)
+                count += math.prod((*module.lead, module.out_features, module.in_features))
+                count -= sum(parameter.numel() for parameter in packed if parameter is not None)
+        return count

@@ -1,0 +1,119 @@
+"""Registering with Transformers when it is imported, so that ``import fp4`` need not import it.
+
+Whoever imports fp4 first and Transformers later gets fp4's quantizers at the moment at which Transformers has its own;
+whoever imports Transformers first gets them at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.abc
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# What says where and as whom to look for a file.
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
+
+
+def is_switched_off() -> bool:
+    """Whether FP4_TAKE_OVER=0 in the environment says that Transformers is to stay as it is."""
+    return os.environ.get("FP4_TAKE_OVER", "1") == "0"
+
+
+def when_transformers_is_imported() -> None:
+    """Register what fp4 adds to Transformers, now where it is imported and otherwise when it will be. Idempotent."""
+    if is_switched_off():
+        return
+    hooks: dict[str, Callable[[Any], None]] = {
+        "transformers.configuration_utils": _read_older_modelopt,
+        "transformers.quantizers.auto": _register_quantizers,
+    }
+    later = {}
+    for name, hook in hooks.items():
+        if name in sys.modules:
+            hook(importlib.import_module(name))  # which waits where another thread is importing it
+        else:
+            later[name] = hook
+    if later and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(later))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Calls hooks with modules that have just been imported; how those are found and loaded stays as it is.
+
+    PyPI's wrapt does the same, but importing it takes as long as everything else that ``fp4 --help`` does.
+    """
+
+    def __init__(self, hooks: dict[str, Callable[[Any], None]]) -> None:
+        self.hooks = hooks
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self.hooks:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _ThenHook(spec.loader, self.hooks[fullname])
+                return spec
+        return None
+
+
+class _ThenHook(importlib.abc.Loader):
+    """Loads as ``loader`` does and calls ``hook``; the module never shows this loader but its own."""
+
+    def __init__(self, loader: Any, hook: Callable[[Any], None]) -> None:
+        self.loader, self.hook = loader, hook
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        created: ModuleType | None = self.loader.create_module(spec)
+        return created
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        self.hook(module)
+
+
+def _register_quantizers(auto: Any) -> None:
+    # The package registers itself when it is complete. Where it is being imported already, because it needs this very
+    # module of Transformers, that is later than now.
+    importlib.import_module("fp4.integrations.transformers")
+
+
+def _read_older_modelopt(configuration_utils: Any) -> None:
+    """Let configurations of models find hf_quant_config.json where config.json says nothing. Idempotent.
+
+    It must not wait for the quantizers: a configuration that is read before them is passed to ``from_pretrained``.
+    """
+    stock: Any = configuration_utils.PreTrainedConfig.get_config_dict
+    if getattr(stock, "_fp4", False):
+        return
+
+    @functools.wraps(stock.__func__)
+    def get_config_dict(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        config, rest = stock.__func__(cls, pretrained_model_name_or_path, **kwargs)
+        holders = [config, config.get("text_config")]
+        said = any(isinstance(holder, dict) and holder.get("quantization_config") for holder in holders)
+        if config.get("architectures") and not said:
+            from fp4.integrations.transformers.hf_quant_config import stored_beside
+
+            hub = {key: kwargs.get(key) for key in _HUB_OPTIONS}
+            commit = config.get("_commit_hash") or kwargs.get("revision")
+            found = stored_beside(str(pretrained_model_name_or_path), commit, **hub)
+            if found is not None:
+                config["quantization_config"] = found
+        return config, rest
+
+    wrapped: Any = get_config_dict
+    wrapped._fp4 = True
+    configuration_utils.PreTrainedConfig.get_config_dict = classmethod(wrapped)
