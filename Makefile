@@ -30,6 +30,7 @@ test-all: test pytest-slow pytest-oldest pytest-triton pytest-lm-eval parity pyt
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
 
 types: $(VENV)/test
 	$(VENV)/bin/mypy

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from fp4.quality import engines
 from fp4.quality.model_card import model_card, refresh_model_card, write_model_card
-from fp4.report import engines
 from fp4.scheme import SCHEMES
 
 REPORT: dict[str, Any] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4.checkpoint.io.headers import read_json
-from fp4.report.engines import VERSIONS, serving
+from fp4.quality.engines import VERSIONS, serving
 
 REPORT = "report.json"
 EVALUATION = "evaluation.json"

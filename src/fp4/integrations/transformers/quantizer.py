@@ -24,8 +24,8 @@ from fp4.checkpoint.fusing import fused_groups
 from fp4.checkpoint.io.headers import TensorInfo
 from fp4.config import FPQuantConfig
 from fp4.integrations.transformers import expert_stacking, parallel_plan
-from fp4.integrations.transformers.counting import count_unpacked
 from fp4.integrations.transformers.coverage import coverage_of
+from fp4.integrations.transformers.keep_in_float32 import stays_in_float32
 from fp4.integrations.transformers.load_ops import (
     ReadLayer,
     RoundToNearest,
@@ -36,7 +36,7 @@ from fp4.integrations.transformers.load_ops import (
 )
 from fp4.integrations.transformers.model_state import Packing, SharedScale
 from fp4.integrations.transformers.new_layers import initialize, may_lack_layers
-from fp4.integrations.transformers.precision import stays_in_float32
+from fp4.integrations.transformers.parameter_count import count_unpacked
 from fp4.integrations.transformers.prequantized_config import CheckpointConfig
 from fp4.integrations.transformers.resize_embeddings import resize_with_dense_head
 from fp4.integrations.transformers.saving import save_atomically
