@@ -13,7 +13,7 @@ from torch import nn
 
 from fp4.checkpoint import Codec
 from fp4.checkpoint.fusing import fused_groups
-from fp4.integrations.transformers.keep_in_float32 import stays_in_float32
+from fp4.nn.keep_in_float32 import stays_in_float32
 from fp4.numerics.formats import FORMATS
 from fp4.numerics.rotation import ROTATIONS
 from fp4.pipeline.expert_layers import ExpertMatrix, ExpertsModule, find_experts

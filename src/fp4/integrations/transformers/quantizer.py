@@ -25,7 +25,6 @@ from fp4.checkpoint.io.headers import TensorInfo
 from fp4.config import FPQuantConfig
 from fp4.integrations.transformers import expert_stacking, parallel_plan
 from fp4.integrations.transformers.coverage import coverage_of
-from fp4.integrations.transformers.keep_in_float32 import stays_in_float32
 from fp4.integrations.transformers.load_ops import (
     ReadLayer,
     RoundToNearest,
@@ -43,6 +42,7 @@ from fp4.integrations.transformers.saving import save_atomically
 from fp4.integrations.transformers.weight_files import read_headers, require_inside
 from fp4.nn import FP4Experts, FP4Linear, PackedWeight, swap_experts, swap_linears
 from fp4.nn.expert_layout import ExpertsLayout
+from fp4.nn.keep_in_float32 import stays_in_float32
 from fp4.numerics.formats import FP8, QuantizedTensor
 from fp4.scheme import Scheme
 
