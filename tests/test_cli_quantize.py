@@ -276,7 +276,6 @@ def test_failures_of_the_machine_exit_with_3(
     assert "the machine failed" in error
 
 
-@pytest.mark.xfail(reason="fp4.cli imports huggingface_hub, which reads its folders then", strict=True)
 def test_folders_of_the_hub_come_from_an_env_file(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(f"HF_HOME={tmp_path / 'hub'}\n")
     code = (

@@ -105,11 +105,10 @@ def _read_older_modelopt(configuration_utils: Any) -> None:
         holders = [config, config.get("text_config")]
         said = any(isinstance(holder, dict) and holder.get("quantization_config") for holder in holders)
         if config.get("architectures") and not said:
-            from fp4.integrations.transformers.hf_quant_config import stored_beside
-
+            reader = importlib.import_module("fp4.integrations.transformers.hf_quant_config")
             hub = {key: kwargs.get(key) for key in _HUB_OPTIONS}
             commit = config.get("_commit_hash") or kwargs.get("revision")
-            found = stored_beside(str(pretrained_model_name_or_path), commit, **hub)
+            found = reader.stored_beside(str(pretrained_model_name_or_path), commit, **hub)
             if found is not None:
                 config["quantization_config"] = found
         return config, rest

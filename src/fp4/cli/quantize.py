@@ -35,7 +35,7 @@ def schemes(as_json: Annotated[bool, typer.Option("--json", help="Print everythi
                 {
                     "name": name,
                     "summary": preset.summary,
-                    "bits_per_weight": preset.scheme.format.bits_per_weight,
+                    "bits_per_weight": preset.scheme.bits_per_weight,
                     "runs_on": preset.runs_on,
                     "formats": list(preset.checkpoint_formats),
                 }
