@@ -22,6 +22,7 @@ METHODS: dict[str, Method] = {
             "one pass over the samples and a sweep over the columns of every layer",
             needs_data=True,
             memory=1.7,
+            needs_originals=lambda options: options.shift > 0,
         ),
         Method(
             "autoround",
@@ -30,6 +31,7 @@ METHODS: dict[str, Method] = {
             "iters forward and backward passes over a batch of samples",
             needs_data=True,
             memory=10.5,
+            needs_originals=lambda options: options.iters > 0,
         ),
         Method(
             "best",
@@ -38,6 +40,7 @@ METHODS: dict[str, Method] = {
             "as gptq, and sweeps of descent that cost twice that of a layer",
             needs_data=True,
             memory=3.5,
+            needs_originals=lambda options: options.shift > 0,
         ),
     )
 }

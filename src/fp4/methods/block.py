@@ -50,7 +50,8 @@ class Block:
         layers: name within ``module`` -> scheme; all are ``nn.Linear``.
         fused: groups of ``layers`` that share one global scale (and one input).
         inputs: hidden states ``[batch, tokens, hidden]``, one entry a batch, from the quantized prefix of the model.
-        originals: the same from the original prefix. The block's target for batch i is ``run(originals[i], i)``.
+        originals: the same from the original prefix. The block's target for batch i is ``run(originals[i], i)``. Empty
+            for a method that does not read them (:attr:`Method.needs_originals`).
         run: ``run(hidden, i)`` is the block's output for batch i, with that batch's mask and positions.
         seed: of everything random.
         dtype: what the module computes in.
@@ -161,6 +162,8 @@ class Method:
     """A way to quantize a block: ``run(block, options)``, with options an instance of the class named here.
 
     Attributes:
+        needs_originals: whether the method reads ``block.originals`` under the given options. They cost a forward pass
+            of every dense block over all samples, and room for a second set of hidden states.
         memory: at its peak, the dense block included, in sizes of that block in float32: as measured on experts.
     """
 
@@ -170,3 +173,4 @@ class Method:
     cost: str
     needs_data: bool
     memory: float
+    needs_originals: Callable[[Any], bool] = lambda options: False

@@ -47,8 +47,13 @@ def estimate(
     samples: int | None,
     seq_len: int | None,
     memory: Memory,
+    originals: bool,
 ) -> Estimate:
-    """Estimate memory, disk and time of a job. The time of a calibration is that of its forward passes alone."""
+    """Estimate memory, disk and time of a job. The time of a calibration is that of its forward passes alone.
+
+    Args:
+        originals: whether hidden states of the original prefix are computed as well.
+    """
     tensors = skeleton.checkpoint.tensors
     stored = sum(info.nbytes for info in tensors.values())
     weights = sum(layer.shape[0] * layer.shape[1] for layer in plan.layers.values())
@@ -72,11 +77,13 @@ def estimate(
         for name in skeleton.blocks
     ]
     block = int(method.memory * (max(blocks) * torch.float32.itemsize + _BATCH_BYTES))
-    kept = 4 * hidden if memory.keeps(hidden) else 0
+    # Before and after a block, of each kind.
+    states = (4 if originals else 2) * hidden
+    kept = states if memory.keeps(hidden) else 0
     peak = max(block + kept, _outside(skeleton, tokens))
-    # Dense and quantized once each over all tokens, and once for what the method looks at.
-    seconds = 3 * 2 * tokens * weights / _flops(memory.device)
-    return Estimate(peak, 2 * written + 4 * hidden, seconds, bits / weights)
+    # Quantized and, for the originals, dense over all tokens, and once for what the method looks at.
+    seconds = (3 if originals else 2) * 2 * tokens * weights / _flops(memory.device)
+    return Estimate(peak, 2 * written + states, seconds, bits / weights)
 
 
 def _streamed(skeleton: Skeleton, plan: LayerPlan) -> int:

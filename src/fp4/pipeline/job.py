@@ -146,7 +146,16 @@ class Job:
 
     def estimate(self) -> Estimate:
         """What the job needs, without doing it."""
-        return estimate(self.skeleton, self.plan, self.method, self.calibrates, self.samples, self.seq_len, self.memory)
+        return estimate(
+            self.skeleton,
+            self.plan,
+            self.method,
+            self.calibrates,
+            self.samples,
+            self.seq_len,
+            self.memory,
+            self.method.needs_originals(self.options),
+        )
 
     def run(
         self, out: str | Path, overwrite: bool = False, command: str | None = None, progress: Progress | None = None
