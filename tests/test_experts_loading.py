@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from moe import FAMILIES, make_moe
+from naive_model import compressed_tensors_weight
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig
@@ -177,6 +178,50 @@ def test_every_family_is_converted_there_and_back(
     first, last = (load_file(folder / "model.safetensors") for folder in (tmp_path / "compressed-tensors", previous))
     assert first.keys() == last.keys()
     assert all(same_bytes(first[key], last[key]) for key in first)
+
+
+def test_gate_and_up_with_global_scales_of_their_own_are_run_apart_with_their_own_biases(
+    dense: Callable[[str], Path], token_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """gpt-oss, against Transformers' own module with weights that are decoded naively, expert by expert."""
+    config = FPQuantConfig(activation_dtype="model", checkpoint_format="compressed-tensors")
+    load_moe(dense("gpt_oss"), config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("up_proj.weight_global_scale"):
+            tensor.mul_(2)  # the reciprocal: values are halved
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    packed, reference = load_moe(tmp_path, dtype=torch.float32), load_moe(dense("gpt_oss"), dtype=torch.float32)
+    for name, experts in experts_of(packed).items():
+        assert set(experts.packed()) == {"gate_proj", "up_proj", "down_proj"}
+        stacks = reference.get_submodule(name)
+        for expert in range(8):
+            gate, up, down = (
+                compressed_tensors_weight(tensors, f"{name}.{expert}.{part}")
+                for part in ("gate_proj", "up_proj", "down_proj")
+            )
+            stacks.gate_up_proj.data[expert, :, 0::2], stacks.gate_up_proj.data[expert, :, 1::2] = gate.T, up.T
+            stacks.down_proj.data[expert] = down.T
+    for name, module in reference.named_modules():
+        if isinstance(packed.get_submodule(name), FP4Linear):
+            module.weight.data.copy_(compressed_tensors_weight(tensors, name))
+    with torch.no_grad():
+        torch.testing.assert_close(packed(token_ids).logits, reference(token_ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_input_scales_of_gate_and_up_that_differ_are_kept(shared: Callable[[str], Path], tmp_path: Path) -> None:
+    source = shared("fixtures/llmcompressor-NVFP4-qwen3moe")
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".experts." in name and name.endswith("up_proj.input_global_scale"):
+            tensor.mul_(2)
+    (tmp_path / "model").mkdir()
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "model" / "config.json").write_text((source / "config.json").read_text())
+    load_moe(tmp_path / "model").save_pretrained(tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(same_bytes(found[name], tensor) for name, tensor in tensors.items())
 
 
 # --- gpt-oss's own MXFP4

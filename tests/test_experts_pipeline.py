@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from moe import FAMILIES, make_moe
+from naive_model import power_of_two_scale
 from safetensors.torch import load_file
 from small_models import save_text, tokenizer
 from torch import Tensor, nn
@@ -184,6 +185,13 @@ def test_an_expert_without_tokens_falls_back_to_its_weight_and_the_report_says_s
         noted = [row for row in report["layers"] if "note" in row]
         assert bool(noted) == (experts == "routed")
         assert all("no calibration token" in row["note"] and row["scale_rule"] != "gptq" for row in noted)
+        unseen = [row["name"] for row in noted if "its input scale from the range of its weight" in row["note"]]
+        assert bool(unseen) == (experts == "routed" and scheme == "nvfp4")
+        if unseen:
+            tensors, weights = (load_file(tmp_path / name / "model.safetensors") for name in (experts, "model"))
+            for layer in unseen:
+                largest = float(weights[f"{layer}.weight"].abs().max())
+                assert 1 / float(tensors[f"{layer}.input_global_scale"]) == power_of_two_scale(largest), layer
         packed = load_moe(tmp_path / experts)
         with torch.no_grad():
             assert torch.isfinite(packed(torch.arange(3, 20)[None]).logits).all()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import naive
+import naive_model as naive
 import pytest
 import torch
+from moe import make_moe
 from safetensors.torch import load_file, save_file
+from shards import assert_index_fits, sharded
 from small_models import save_small, save_text, tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -20,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import fp4
 from fp4.calibration.data import load_samples
 from fp4.methods import METHODS, Block, LayerResult, Method
+from fp4.pipeline import assemble, rounding
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 PARTS = (
@@ -374,3 +378,126 @@ def test_rows_of_the_report_by_hand(model: Path, tmp_path: Path) -> None:
         assert row["zero"] == pytest.approx(float((values == 0).float().mean()))
     assert any(row["clipped"] not in (0, row["zero"]) for row in report["layers"])
     assert report["kept"] == [{"name": "lm_head", "dtype": "BF16", "shape": [320, 64], "reason": "output embedding"}]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format", "listed"),
+    [
+        ("nvfp4a16", "compressed-tensors", lambda config: config["ignore"]),
+        ("nvfp4", "compressed-tensors", lambda config: config["ignore"]),
+        ("nvfp4a16", "modelopt", lambda config: config["ignore"]),
+        ("nvfp4a16", "fp_quant", lambda config: config["modules_to_not_convert"]),
+        ("nvfp4a16", "auto-round", lambda config: [name for name, own in config["extra_config"].items()]),
+    ],
+)
+def test_layers_are_reported_in_the_order_of_the_model_and_kept_ones_are_listed(
+    scheme: str, format: str, listed: Callable[[dict[str, Any]], list[str]], model: Path, text: Path, tmp_path: Path
+) -> None:
+    """Of three files that layers are dealt out to one by one, so that none has them in the model's order."""
+    source = sharded(model, tmp_path / "model")
+    few = {"samples": 2, "seq_len": 32, "device": "cpu"}
+    report = fp4.quantize(source, tmp_path / "out", scheme, "rtn", text, format=format, skip=["*.1.mlp.*"], **few)
+    linears = [name for name, module in dense_model(model).named_modules() if isinstance(module, nn.Linear)]
+    kept = [name for name in linears if ".1.mlp." in name or name == "lm_head"]
+    assert [row["name"] for row in report["layers"]] == [name for name in linears if name not in kept]
+    assert [row["name"] for row in report["kept"]] == kept
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    # auto-round names the blocks that it quantizes, and the head is in none of them.
+    assert sorted(listed(config)) == sorted(name for name in kept if format != "auto-round" or name != "lm_head")
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4a16", "nvfp4"])
+def test_the_index_says_where_each_tensor_is_and_how_large_all_are(
+    scheme: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble, "_SHARD_BYTES", 50_000)
+    source = sharded(model, tmp_path / "model")
+    fp4.quantize(source, tmp_path / "out", scheme, "rtn", text, samples=2, seq_len=32, device="cpu")
+    assert_index_fits(tmp_path / "out")
+
+
+def test_a_tied_head_is_kept_and_not_stored_twice(text: Path, tmp_path: Path) -> None:
+    source = save_small("llama-tied", tmp_path / "model")
+    for scheme in ("nvfp4a16", "nvfp4"):
+        report = fp4.quantize(source, tmp_path / scheme, scheme, "rtn", text, samples=2, seq_len=32, device="cpu")
+        assert [(row["name"], row["shape"]) for row in report["kept"]] == [("lm_head", [320, 64])]
+        tensors = load_file(tmp_path / scheme / "model.safetensors")
+        assert "lm_head.weight" not in tensors
+        assert torch.equal(
+            tensors["model.embed_tokens.weight"], load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+        )
+        config = json.loads((tmp_path / scheme / "config.json").read_text())["quantization_config"]
+        assert config["ignore"] == ["lm_head"]
+
+
+def test_statistics_of_a_large_weight_are_of_rows_spread_over_it(tmp_path: Path) -> None:
+    """128 x 1024 elements are four times as many as are looked at: every fourth row."""
+    source = save_small("llama", tmp_path / "model", hidden_size=128, intermediate_size=1024, num_hidden_layers=1)
+    report = fp4.quantize(source, tmp_path / "out", "nvfp4a16", "rtn")
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    for row in (row for row in report["layers"] if "mlp" in row["name"]):
+        weight = before[f"{row['name']}.weight"].float()[::4]
+        values = naive.compressed_tensors_weight(after, row["name"])[::4]
+        assert row["weight_snr_db"] == pytest.approx(-20 * math.log10(distance(values, weight)), rel=1e-5)
+
+
+def test_only_layers_of_one_scheme_share_a_global_scale(uneven: Path, text: Path, tmp_path: Path) -> None:
+    few = {"samples": 2, "seq_len": 32, "device": "cpu"}
+    fp4.quantize(uneven, tmp_path / "out", "nvfp4a16", "rtn", text, overrides=["k_proj=nvfp4"], **few)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for parts in (PARTS[0:3:2], PARTS[1:2]):
+        layers = [f"model.layers.2.{part}" for part in parts]
+        expected = naive.power_of_two_scale(amax_of(uneven, layers))
+        assert [1 / float(tensors[f"{layer}.weight_global_scale"]) for layer in layers] == [expected] * len(layers)
+
+
+def test_a_rotated_weight_is_rounded_some_rows_at_a_time_to_the_same_bytes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest value is in the last rows of every weight."""
+    source = tmp_path / "model"
+    source.mkdir()
+    for path in model.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight"):
+            tensor[-1].mul_(8)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    written = []
+    for elements in (1 << 22, 640):
+        monkeypatch.setattr(rounding, "_TILE_ELEMENTS", elements)
+        fp4.quantize(source, tmp_path / str(elements), "nvfp4a16", "rtn", rotation="hadamard16")
+        written.append((tmp_path / str(elements) / "model.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_layers_whose_columns_do_not_divide_are_not_rotated(tmp_path: Path) -> None:
+    """down_proj reads 96 channels, gate and up write them."""
+    source = save_small("llama", tmp_path / "model", intermediate_size=96, num_hidden_layers=1)
+    report = fp4.quantize(source, tmp_path / "out", "mxfp4a16", "rtn", rotation="hadamard64", format="fp_quant")
+    rotations = {row["name"].rpartition(".")[2]: row["rotation"] for row in report["layers"]}
+    assert rotations.pop("down_proj") is None
+    assert rotations.keys() >= {"gate_proj", "up_proj", "o_proj"}
+    assert set(rotations.values()) == {"hadamard64"}
+
+
+# --- experts
+
+
+def test_biases_of_experts_that_a_method_changed_are_written_in_their_places(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt-oss keeps biases of gate and up in one stack, in which they take turns."""
+    Spy(monkeypatch)
+    make_moe("gpt_oss").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    few = {"samples": 2, "seq_len": 16, "device": "cpu"}
+    fp4.quantize(tmp_path / "model", tmp_path / "out", "nvfp4a16", "spy", text, **few)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
+    biases = [name for name in before if name.endswith("bias") and ".layers." in name]
+    assert any("gate_up_proj_bias" in name for name in biases)
+    for name in biases:
+        assert after[name].dtype == before[name].dtype
+        # A bias of the router is one of the block too, and halved with the others.
+        assert torch.equal(after[name], before[name] / 2), name

@@ -62,6 +62,7 @@ class Staging:
             if found == request:
                 return True
             if found and not self.overwrite:
+                self.release()
                 changed = sorted(key for key in {*found, *request} if found.get(key) != request.get(key))
                 raise ValueError(
                     f"{self.folder} holds unfinished work for another request (it differs in {', '.join(changed)}); "
