@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import naive_model as naive
 import pytest
 import torch
 import transformers
 from moe import FAMILIES, make_moe
-from naive_model import compressed_tensors_weight
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig
@@ -192,19 +192,10 @@ def test_gate_and_up_with_global_scales_of_their_own_are_run_apart_with_their_ow
             tensor.mul_(2)  # the reciprocal: values are halved
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     packed, reference = load_moe(tmp_path, dtype=torch.float32), load_moe(dense("gpt_oss"), dtype=torch.float32)
-    for name, experts in experts_of(packed).items():
+    for experts in experts_of(packed).values():
         assert set(experts.packed()) == {"gate_proj", "up_proj", "down_proj"}
-        stacks = reference.get_submodule(name)
-        for expert in range(8):
-            gate, up, down = (
-                compressed_tensors_weight(tensors, f"{name}.{expert}.{part}")
-                for part in ("gate_proj", "up_proj", "down_proj")
-            )
-            stacks.gate_up_proj.data[expert, :, 0::2], stacks.gate_up_proj.data[expert, :, 1::2] = gate.T, up.T
-            stacks.down_proj.data[expert] = down.T
-    for name, module in reference.named_modules():
-        if isinstance(packed.get_submodule(name), FP4Linear):
-            module.weight.data.copy_(compressed_tensors_weight(tensors, name))
+    naive.fill_experts(reference, tensors)
+    naive.fill_linears(reference, tensors, [n for n, module in packed.named_modules() if isinstance(module, FP4Linear)])
     with torch.no_grad():
         torch.testing.assert_close(packed(token_ids).logits, reference(token_ids).logits, rtol=1e-4, atol=1e-4)
 

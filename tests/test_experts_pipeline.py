@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import naive_model as naive
 import pytest
 import torch
 import transformers
 from moe import FAMILIES, make_moe
-from naive_model import power_of_two_scale
 from safetensors.torch import load_file
 from small_models import save_text, tokenizer
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fp4
 from fp4 import FPQuantConfig
 from fp4.calibration.experts import SeparateExperts, every_token
-from fp4.nn import FP4Experts
+from fp4.nn import FP4Experts, FP4Linear
 from fp4.nn.layout import layout_of
 from fp4.pipeline import Job
 
@@ -135,10 +135,10 @@ def test_streamed_rounding_equals_quantizing_on_the_fly(
 def test_calibrated_experts_load_and_compute_what_they_should(
     family: str, dense: Callable[[str], Path], text: Path, token_ids: Tensor, tmp_path: Path
 ) -> None:
+    """On the CPU inputs stay as they are, so that it computes what Transformers does with naively decoded weights."""
     report = fp4.quantize(dense(family), tmp_path / "out", "nvfp4", "rtn", text, samples=4, seq_len=48, device="cpu")
     rows = {row["name"]: row for row in report["layers"]}
     assert not any("note" in row for row in rows.values())
-    assert all(0 < row["output_error"] < 0.5 for row in rows.values())
     packed = load_moe(tmp_path / "out", dtype=torch.float32)
     experts = {name: module for name, module in packed.named_modules() if isinstance(module, FP4Experts)}
     assert experts.keys() == experts_of(make_moe(family)).keys()
@@ -146,9 +146,11 @@ def test_calibrated_experts_load_and_compute_what_they_should(
         for projection in module.packed().values():
             assert projection.input_global_scale is not None
             assert projection.input_global_scale.shape == (8,)
+    reference, tensors = load_moe(dense(family), dtype=torch.float32), load_file(tmp_path / "out" / "model.safetensors")
+    naive.fill_experts(reference, tensors)
+    naive.fill_linears(reference, tensors, [n for n, module in packed.named_modules() if isinstance(module, FP4Linear)])
     with torch.no_grad():
-        expected, found = load_moe(dense(family), dtype=torch.float32)(token_ids).logits, packed(token_ids).logits
-    assert nn.functional.cosine_similarity(expected.flatten(), found.flatten(), dim=0) > 0.8
+        torch.testing.assert_close(packed(token_ids).logits, reference(token_ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["gptq", "autoround", "best"])
@@ -191,7 +193,7 @@ def test_an_expert_without_tokens_falls_back_to_its_weight_and_the_report_says_s
             tensors, weights = (load_file(tmp_path / name / "model.safetensors") for name in (experts, "model"))
             for layer in unseen:
                 largest = float(weights[f"{layer}.weight"].abs().max())
-                assert 1 / float(tensors[f"{layer}.input_global_scale"]) == power_of_two_scale(largest), layer
+                assert 1 / float(tensors[f"{layer}.input_global_scale"]) == naive.power_of_two_scale(largest), layer
         packed = load_moe(tmp_path / experts)
         with torch.no_grad():
             assert torch.isfinite(packed(torch.arange(3, 20)[None]).logits).all()

@@ -76,13 +76,12 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Stored:
-    """How a scheme's default checkpoint format holds a layer, and what the layer makes of its input.
+    """What a layer of a scheme makes of its input, and where the default checkpoint format has the scale for that.
 
     Attributes:
         input_scale: from the largest magnitude of a layer's input.
     """
 
-    weight: Callable[[dict[str, Tensor], str], Tensor]
     stored_input_scale: Callable[[dict[str, Tensor], str], float]
     input_scale: Callable[[float], float]
     read: Callable[[Tensor, float], Tensor]
@@ -90,13 +89,11 @@ class Stored:
 
 STORED = {
     "nvfp4": Stored(
-        naive.compressed_tensors_weight,
         lambda tensors, layer: 1 / float(tensors[f"{layer}.input_global_scale"]),
         naive.power_of_two_scale,
         naive.nvfp4,
     ),
     "nvfp4a8": Stored(
-        naive.modelopt_weight,
         lambda tensors, layer: float(tensors[f"{layer}.input_scale"]),
         lambda amax: float(torch.tensor(amax, dtype=torch.float32) / 448),
         naive.fp8,
@@ -121,7 +118,7 @@ def test_input_scales_and_errors_are_those_of_the_dense_block_behind_quantized_o
             layer = f"model.layers.{block}.{part}"
             scale = how.stored_input_scale(tensors, layer)
             assert scale == how.input_scale(max(float(x.abs().max()) for x in seen[part])), layer
-            linear, weight = reference.get_submodule(layer), how.weight(tensors, layer)
+            linear, weight = reference.get_submodule(layer), naive.stored_weight(tensors, layer)
             x = seen[part][0].flatten(0, 1)[:512]
             exact = x @ linear.weight.T
             error = distance(how.read(x, scale) @ weight.T, exact)
@@ -181,7 +178,7 @@ def test_a_method_sees_the_quantized_prefix_and_the_original_one(
     for layer in (f"model.layers.{block}.{part}" for block in range(3) for part in PARTS):
         scale = how.stored_input_scale(after, layer)
         naive.computes(
-            reference.get_submodule(layer), how.weight(after, layer), lambda x, scale=scale: how.read(x, scale)
+            reference.get_submodule(layer), naive.stored_weight(after, layer), lambda x, scale=scale: how.read(x, scale)
         )
     with torch.no_grad():
         for index, batch in enumerate(ids):
@@ -352,6 +349,9 @@ def test_the_global_scale_of_fused_layers_is_that_of_the_largest(
             layers = [f"model.layers.{block}.{part}" for part in group]
             expected = naive.power_of_two_scale(amax_of(uneven, layers))
             assert [1 / float(tensors[f"{layer}.weight_global_scale"]) for layer in layers] == [expected] * len(layers)
+            inputs = [tensors[name] for layer in layers if (name := f"{layer}.input_global_scale") in tensors]
+            assert len(inputs) == (len(layers) if scheme == "nvfp4" and method else 0)
+            assert all(torch.equal(scale, inputs[0]) for scale in inputs), "they read the same"
         first = naive.power_of_two_scale(amax_of(uneven, [f"model.layers.{block}.self_attn.q_proj"]))
         assert first < 1 / float(tensors[f"model.layers.{block}.self_attn.q_proj.weight_global_scale"])
 
@@ -366,7 +366,7 @@ def test_rows_of_the_report_by_hand(model: Path, tmp_path: Path) -> None:
     assert [row["name"] for row in report["layers"]] == [name for name in names if name != "lm_head"]
     for row in report["layers"]:
         weight = before[f"{row['name']}.weight"].float()
-        values = naive.compressed_tensors_weight(after, row["name"])
+        values = naive.stored_weight(after, row["name"])
         scale = 1 / float(after[f"{row['name']}.weight_global_scale"])
         limit = 6 * (after[f"{row['name']}.weight_scale"].double() * scale).float().repeat_interleave(16, dim=1)
         assert row["shape"] == list(weight.shape)
@@ -437,7 +437,7 @@ def test_statistics_of_a_large_weight_are_of_rows_spread_over_it(tmp_path: Path)
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     for row in (row for row in report["layers"] if "mlp" in row["name"]):
         weight = before[f"{row['name']}.weight"].float()[::4]
-        values = naive.compressed_tensors_weight(after, row["name"])[::4]
+        values = naive.stored_weight(after, row["name"])[::4]
         assert row["weight_snr_db"] == pytest.approx(-20 * math.log10(distance(values, weight)), rel=1e-5)
 
 
