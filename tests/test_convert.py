@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import assert_same_files
 from conftest import make_llama
 from safetensors.torch import load_file, save_file
 from shards import assert_index_fits, sharded, tensors_of
@@ -21,15 +22,6 @@ from fp4.checkpoint.layers import packed_layers
 from fp4.checkpoint.writing import ShardWriter, Spec
 from fp4.convert import FORMATS, convert
 from fp4.formats import dequantize
-
-
-def assert_same_bytes(found: Path, expected: Path) -> None:
-    a, b = tensors_of(found), tensors_of(expected)
-    assert set(a) == set(b)
-    for name in b:
-        assert a[name].dtype == b[name].dtype, name
-        assert a[name].shape == b[name].shape, name
-        assert a[name].reshape(-1).view(torch.uint8).equal(b[name].reshape(-1).view(torch.uint8)), name
 
 
 def values_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -97,7 +89,7 @@ def test_every_way_there_and_back_is_byte_exact_or_refused(
         assert (there.source_format, there.target_format) == (back, to)
         assert_same_values(tmp_path / to, source)
         convert(tmp_path / to, tmp_path / f"{to}-back", back)
-        assert_same_bytes(tmp_path / f"{to}-back", source)
+        assert_same_files(tmp_path / f"{to}-back", source)
     assert {path.name for path in tmp_path.iterdir()} == {*holders, *(f"{to}-back" for to in holders)}
 
 
@@ -149,7 +141,7 @@ def test_what_fp4_writes_converts_to_every_format_and_back(
         assert_same_values(folder, packed)
         assert torch.equal(logits_of(folder, token_ids), expected), to
         previous = folder
-    assert_same_bytes(previous, packed)
+    assert_same_files(previous, packed)
 
 
 def test_refusals_come_before_anything_is_written(shared: Callable[[str], Path], tmp_path: Path) -> None:
@@ -206,7 +198,7 @@ def test_gpt_oss_experts_come_back(tmp_path: Path) -> None:
     config = {"dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm"]}}
     (source / "config.json").write_text(json.dumps(config))
     convert(source, tmp_path / "out", "mxfp4")
-    assert_same_bytes(tmp_path / "out", source)
+    assert_same_files(tmp_path / "out", source)
     with pytest.raises(ValueError, match=r"stacks matrices \(4,\), for which compressed-tensors has no place"):
         convert(source, tmp_path / "bad", "compressed-tensors")
 
@@ -224,7 +216,7 @@ def test_layers_split_over_shards(packed: Path, tmp_path: Path) -> None:
             assert (info.start - 8) % {"F32": 4, "BF16": 2}.get(info.dtype, 1) == 0
         assert header.metadata == {"format": "pt"}
     convert(tmp_path / "out", tmp_path / "back", "fp_quant")
-    assert_same_bytes(tmp_path / "back", packed)
+    assert_same_files(tmp_path / "back", packed)
 
 
 def test_an_interrupted_conversion_goes_on(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,15 +11,17 @@ import naive_model as naive
 import pytest
 import torch
 import transformers
+from comparing import assert_same_files, assert_same_tensors, packed, packed_experts
 from moe import FAMILIES, make_moe
 from safetensors.torch import load_file
+from shards import tensors_of
 from small_models import save_text, tokenizer
 from torch import Tensor, nn
 
 import fp4
 from fp4 import FPQuantConfig
 from fp4.calibration.experts import SeparateExperts, every_token
-from fp4.nn import FP4Experts, FP4Linear
+from fp4.nn import FP4Experts
 from fp4.nn.layout import layout_of
 from fp4.pipeline import Job
 
@@ -46,10 +48,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def load_moe(path: Path, **options: Any) -> nn.Module:
     (name,) = transformers.AutoConfig.from_pretrained(path).architectures
     return getattr(transformers, name).from_pretrained(path, **options).eval()
-
-
-def bytes_of(folder: Path) -> dict[str, Tensor]:
-    return {name: value.flatten().view(torch.uint8) for name, value in load_file(folder / "model.safetensors").items()}
 
 
 def experts_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -121,10 +119,11 @@ def test_streamed_rounding_equals_quantizing_on_the_fly(
         modules_to_not_convert=[row["name"] for row in report["kept"]],
     )
     load_moe(dense(family), quantization_config=config).save_pretrained(tmp_path / "fly")
-    streamed, fly = bytes_of(tmp_path / "out"), bytes_of(tmp_path / "fly")
-    assert streamed.keys() == fly.keys()
+    streamed, fly = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "fly")
     # Transformers saves a bias of DeepSeek's router in float32; streaming leaves it as it is stored.
-    assert all(torch.equal(streamed[name], fly[name]) for name in fly if not name.endswith("e_score_correction_bias"))
+    for name in [name for name in fly if name.endswith("e_score_correction_bias")]:
+        fly[name] = fly[name].to(streamed[name].dtype)
+    assert_same_tensors(streamed, fly)
     assert sum("experts" in row["name"] for row in report["layers"]) >= 3 * 8
 
 
@@ -139,8 +138,8 @@ def test_calibrated_experts_load_and_compute_what_they_should(
     report = fp4.quantize(dense(family), tmp_path / "out", "nvfp4", "rtn", text, samples=4, seq_len=48, device="cpu")
     rows = {row["name"]: row for row in report["layers"]}
     assert not any("note" in row for row in rows.values())
-    packed = load_moe(tmp_path / "out", dtype=torch.float32)
-    experts = {name: module for name, module in packed.named_modules() if isinstance(module, FP4Experts)}
+    loaded = load_moe(tmp_path / "out", dtype=torch.float32)
+    experts = packed_experts(loaded)
     assert experts.keys() == experts_of(make_moe(family)).keys()
     for module in experts.values():
         for projection in module.packed().values():
@@ -148,9 +147,9 @@ def test_calibrated_experts_load_and_compute_what_they_should(
             assert projection.input_global_scale.shape == (8,)
     reference, tensors = load_moe(dense(family), dtype=torch.float32), load_file(tmp_path / "out" / "model.safetensors")
     naive.fill_experts(reference, tensors)
-    naive.fill_linears(reference, tensors, [n for n, module in packed.named_modules() if isinstance(module, FP4Linear)])
+    naive.fill_linears(reference, tensors, packed(loaded))
     with torch.no_grad():
-        torch.testing.assert_close(packed(token_ids).logits, reference(token_ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loaded(token_ids).logits, reference(token_ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["gptq", "autoround", "best"])
@@ -223,9 +222,7 @@ def test_every_format_holds_experts(
     packed = load_moe(tmp_path / "out")
     assert any(isinstance(module, FP4Experts) for module in packed.modules())
     packed.save_pretrained(tmp_path / "again")
-    saved, again = bytes_of(tmp_path / "out"), bytes_of(tmp_path / "again")
-    assert saved.keys() == again.keys()
-    assert all(torch.equal(saved[name], again[name]) for name in saved)
+    assert_same_files(tmp_path / "out", tmp_path / "again")
 
 
 # --- what is chosen
@@ -269,9 +266,7 @@ def test_granites_fp8_experts_are_written_as_the_stacks_that_vllm_loads(
     config = FPQuantConfig(scheme="fp8_dynamic", checkpoint_format="compressed-tensors")
     fly = load_moe(dense("granitemoehybrid"), quantization_config=config)
     fly.save_pretrained(tmp_path / "fly")
-    saved, expected = bytes_of(tmp_path / "out"), bytes_of(tmp_path / "fly")
-    assert saved.keys() == expected.keys()
-    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+    assert_same_files(tmp_path / "out", tmp_path / "fly")
     with torch.no_grad():
         assert torch.equal(load_moe(tmp_path / "out")(token_ids).logits, fly(token_ids).logits)
 
@@ -325,9 +320,7 @@ def test_experts_are_written_in_gpt_oss_own_format(
     assert tensors[f"{experts}.gate_up_proj_scales"].shape == (8, rows, columns // 32)
     assert not any(name.endswith(("gate_up_proj", "down_proj", "gate_proj.weight")) for name in tensors)
     load_moe(tmp_path / "out").save_pretrained(tmp_path / "again")
-    saved, again = bytes_of(tmp_path / "out"), bytes_of(tmp_path / "again")
-    assert saved.keys() == again.keys()
-    assert all(torch.equal(saved[name], again[name]) for name in saved)
+    assert_same_files(tmp_path / "out", tmp_path / "again")
     packed = load_moe(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         logits = packed(token_ids).logits

@@ -10,7 +10,9 @@ from typing import Any
 import naive_model as naive
 import pytest
 import torch
+from comparing import assert_same_files
 from safetensors.torch import load_file, save_file
+from shards import tensors_of
 from small_models import ARCHITECTURES, save_small, save_text, save_vision_language, tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -21,24 +23,6 @@ from fp4.checkpoint.files import Checkpoint
 from fp4.pipeline import Job
 from fp4.pipeline.capture import capture, output_of, result_form
 from fp4.pipeline.skeleton import Skeleton
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
-
-
-def same_bytes(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))
-        for name in a
-    )
-
-
-def all_bytes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor if tensor.ndim else tensor[None] for name, tensor in tensors.items()}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +37,7 @@ def test_streamed_rounding_equals_quantizing_on_the_fly(architecture: str, tmp_p
     config = FPQuantConfig(activation_dtype="model", scale_rule="abs_max", checkpoint_format="compressed-tensors")
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, quantization_config=config)
     loaded.save_pretrained(tmp_path / "fly")
-    assert same_bytes(all_bytes(tensors_of(tmp_path / "out")), all_bytes(tensors_of(tmp_path / "fly")))
+    assert_same_files(tmp_path / "out", tmp_path / "fly")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -215,8 +199,7 @@ def test_several_shards(tmp_path: Path, text: Path) -> None:
     for scheme in ("nvfp4a16", "nvfp4"):
         for source in ("model", "split"):
             fp4.quantize(tmp_path / source, tmp_path / f"{source}-{scheme}", scheme, "rtn", text, samples=2, seq_len=32)
-        both = [all_bytes(tensors_of(tmp_path / f"{source}-{scheme}")) for source in ("model", "split")]
-        assert same_bytes(*both)
+        assert_same_files(tmp_path / f"split-{scheme}", tmp_path / f"model-{scheme}")
 
 
 # --- what is refused
