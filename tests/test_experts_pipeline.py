@@ -15,7 +15,6 @@ import transformers
 from comparing import assert_same_files, assert_same_tensors, packed, packed_experts
 from moe import FAMILIES, make_moe
 from safetensors.torch import load_file, save_file
-from safetensors.torch import load_file
 from shards import tensors_of
 from small_models import save_text, tokenizer
 from torch import Tensor, nn

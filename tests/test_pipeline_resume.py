@@ -287,7 +287,7 @@ CHANGES: dict[str, tuple[object, str]] = {
     "skip": (["down_proj"], "skip"),
     "only": (["down_proj"], "only"),
     "overrides": (["down_proj=keep"], "overrides"),
-    "seed": (1, "data_seed, seed"),
+    "seed": (1, "seed"),
     "samples": (3, "samples"),
     "seq_len": (16, "seq_len"),
     "experts": ("routed", "experts"),
