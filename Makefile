@@ -100,7 +100,7 @@ clean:
 
 # --- environments. Each installs exact versions, from a lock in requirements/ that `make lock` refreshes.
 
-BUILD_INPUTS := pyproject.toml setup.py setup_cuda.py csrc/binding_cpu.cpp $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h)
+BUILD_INPUTS := pyproject.toml setup.py $(wildcard build_tools/*.py) csrc/binding_cpu.cpp $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 MEET_TRANSFORMERS := tests/test_quantizer.py tests/test_damaged.py tests/test_saving.py tests/test_new_layers.py \
 	tests/test_training.py tests/test_gradient.py tests/test_hostile.py tests/test_experts.py \
 	tests/test_experts_loading.py tests/test_fp8_experts.py tests/test_resizing.py tests/test_adapters.py \

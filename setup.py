@@ -18,11 +18,8 @@ other; 2.13 is what has been tested.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import re
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -30,33 +27,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT))  # setup_cuda, which an isolated build would not find
+sys.path.insert(0, str(ROOT))  # An isolated build does not look for modules beside setup.py.
 
-import setup_cuda  # noqa: E402
-
-OLDEST_TORCH = (2, 11)
-STABLE_ABI = [
-    ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # OLDEST_TORCH
-    ("Py_LIMITED_API", "0x030A0000"),  # requires-python
-]
-
-
-def _version(torch: Path) -> tuple[int, ...]:
-    text = (torch / "version.py").read_text()
-    match = re.search(r"__version__ = '(\d+)\.(\d+)", text)
-    return tuple(map(int, match.groups())) if match else (0, 0)
-
-
-def find_torch() -> Path:
-    """The torch to build against: that of the environment, which an isolated build does not see, or the build's own."""
-    candidates = [Path(sysconfig.get_path("purelib")) / "torch"]
-    spec = importlib.util.find_spec("torch")
-    if spec is not None and spec.origin is not None:
-        candidates.append(Path(spec.origin).parent)
-    for torch in candidates:
-        if (torch / "include").is_dir() and _version(torch) >= OLDEST_TORCH:
-            return torch
-    raise CompileError(f"no torch >= {'.'.join(map(str, OLDEST_TORCH))} with headers in {[str(c) for c in candidates]}")
+from build_tools import cuda, libtorch  # noqa: E402
 
 
 class BuildKernels(build_ext):
@@ -66,7 +39,7 @@ class BuildKernels(build_ext):
         try:
             if sys.platform == "win32":
                 raise CompileError("the kernels are written for GCC and Clang")
-            torch = find_torch()
+            torch = libtorch.find_torch()
             ext.include_dirs.append(str(torch / "include"))
             ext.library_dirs.append(str(torch / "lib"))
             if ext.name == "fp4._C_cuda":
@@ -93,12 +66,10 @@ def cpu_extension() -> list[Extension]:
             "fp4._C_cpu",
             sources,
             depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.h")),
-            define_macros=list(STABLE_ABI),
+            define_macros=list(libtorch.STABLE_ABI),
             # No contraction: quantization is exact to the bit; matmuls name their FMAs.
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"],
-            # torch is loaded before the kernels; the reference must stay even though no symbol is taken directly.
-            extra_link_args=["-Wl,--no-as-needed"] if sys.platform == "linux" else [],
-            libraries=["torch", "torch_cpu"],
+            extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"],
+            extra_link_args=libtorch.link_arguments(),
             py_limited_api=True,
             optional=choice is None,
         )
@@ -111,7 +82,7 @@ def cuda_extension() -> list[Extension]:
         raise ValueError(
             f"FP4_CUDA is {choice!r}; expected 0 (no CUDA kernels), 1 (fail without them), pypi or nothing"
         )
-    reason = setup_cuda.left_out(choice)
+    reason = cuda.left_out(choice)
     if reason is not None:
         print(f"fp4: CUDA kernels left out: {reason}", file=sys.stderr)
         return []
@@ -122,11 +93,11 @@ def cuda_extension() -> list[Extension]:
             "fp4._C_cuda",
             sources,
             depends=sorted(str(p.relative_to(ROOT)) for p in folder.glob("*.[ch]*")),
-            define_macros=list(STABLE_ABI),
-            extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-Wno-unknown-pragmas"],
-            extra_link_args=["-Wl,--no-as-needed"],
+            define_macros=list(libtorch.STABLE_ABI),
+            extra_compile_args=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Wno-unknown-pragmas"],
+            extra_link_args=libtorch.link_arguments(),
             # The static runtime, so that the library loads where there is no driver and no CUDA.
-            libraries=["torch", "torch_cpu", "cudart_static", "dl", "rt", "pthread"],
+            libraries=["cudart_static", "dl", "rt", "pthread"],
             py_limited_api=True,
             optional=choice is None,
         )
@@ -135,7 +106,7 @@ def cuda_extension() -> list[Extension]:
 
 def add_cuda(ext: Extension) -> None:
     """Compile the CUDA sources of the extension, which setuptools cannot."""
-    built = setup_cuda.build(os.environ.get("FP4_CUDA"))
+    built = cuda.build(os.environ.get("FP4_CUDA"))
     ext.extra_objects = [str(path) for path in built.objects]
     ext.depends = [*ext.depends, *ext.extra_objects, str(built.stamp)]
     ext.define_macros += built.macros

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -46,14 +47,9 @@ def see_gpus(programs: Path, *capabilities: str) -> None:
 
 
 @pytest.fixture
-def build(machine: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("setup_cuda", ROOT / "setup_cuda.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["setup_cuda"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+def build(machine: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("build_tools.cuda")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: 
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     library = tmp_path_factory.mktemp("cuda") / "check.so"
     sources = ["-x", "c++", str(CSRC / "quantize.cu"), str(CSRC / "host" / "check.cpp")]
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", f"-I{CSRC / 'host'}", f"-I{CSRC}"]
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", f"-I{CSRC / 'host'}", f"-I{CSRC}"]
     subprocess.run(["g++", *flags, *sources, "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     for name in ("quantize", "dequantize", "largest_magnitude"):

@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "layout.h"
+#include "operands.h"
 
 namespace fp4::cpu {
 
@@ -35,31 +36,31 @@ struct Residual {
 // Columns of a panel that are decoded at a time where there are many rows of x: 16 KB, half of a first-level cache.
 constexpr int64_t kFixedPointChunk = 512;
 
+// The kernels of one format of weights.
+struct FixedPointFormatKernels {
+  float unit;  // the sums of the kernels below are to be multiplied by this, besides the global scale
+
+  // Writes one row of x into a tile and appends its residuals; returns their number. x[0] is in column `first_column`.
+  int64_t (*split)(const float* x, int64_t blocks, int32_t first_column, const TileRow& to, Residual* residuals);
+
+  // sum[m][16] += sum over k of x[m][k] * value[k][16], without the residuals. The tile x is of as many blocks as w.
+  void (*multiply)(const PackedBlocks& w, const uint8_t* x, int rows, float* sum);
+
+  // Decodes codes to int16, 16 for each column, and block scales, 16 for each block. `multiply_decoded` is `multiply` on
+  // these, for more rows.
+  void (*decode)(const PackedBlocks& w, int16_t* values, float* scales);
+  void (*multiply_decoded)(const DecodedBlocks<int16_t>& w, const uint8_t* x, int rows, float* sum);
+
+  // sum[16] += sum over residuals. The panel begins with the first block of w.
+  void (*add_residuals)(const PackedBlocks& w, const Residual* residuals, int64_t count, float* sum);
+};
+
 struct FixedPointKernels {
-  int rows;           // most rows that `multiply` takes
-  int decoded_rows;   // most rows that `multiply_decoded` takes
-  float unit[2];      // by Format: what the sums of the kernels below are to be multiplied by, beside the global scale
+  int rows;          // most rows that `multiply` takes
+  int decoded_rows;  // most rows that `multiply_decoded` takes
+  PerFormat<FixedPointFormatKernels> formats;
 
-  // One row of x, as row m (`to` is moved there) of a tile of `rows`. Appends what is left over; returns its number.
-  // `first_column` is that of x[0].
-  int64_t (*split[2])(const float* x, int64_t blocks, int rows, uint8_t* to, int m, int32_t first_column,
-                      Residual* residuals);
-
-  // sum[m][16] += sum over k of x[m][k] * value[k][16], but for residuals. Both x and weights are of `blocks` blocks.
-  void (*multiply[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, const uint8_t* x, int rows,
-                      float* sum);
-
-  // For more rows: the codes of some blocks as int16 (16 for each column) and their scales (16 for each block), and the
-  // same on these.
-  void (*decode[2])(const uint8_t* codes, const uint8_t* scales, int64_t blocks, int16_t* out, float* out_scales);
-  void (*multiply_decoded[2])(const int16_t* w, const float* w_scales, int64_t blocks, const uint8_t* x, int rows,
-                              float* sum);
-
-  // sum[16] += sum over residuals. codes and scales are those of the panel's first block.
-  void (*add_residuals[2])(const uint8_t* codes, const uint8_t* scales, const Residual* residuals, int64_t count,
-                           float* sum);
-
-  // The same on the weights' values over `unit`: 16 for each column, from `first_column` on.
+  // `add_residuals` on the weights' values over `unit`: 16 for each column, from `first_column` on.
   void (*add_residuals_to_values)(const float* values, int32_t first_column, const Residual* residuals, int64_t count,
                                   float* sum);
 };

@@ -60,7 +60,7 @@ float round_e4m3(float value) {
 
 }  // namespace
 
-const Fp8Kernels kScalarFp8 = {1, gemv, decode};
+const Fp8Kernels kScalarFp8 = {.gemv_rows = 1, .gemv = gemv, .decode = decode};
 
 Fp8WeightOnly::Fp8WeightOnly(const Product& product, Dtype scale_dtype, const Input& input, uint8_t* memory)
     : WeightOnly(product, input, memory),

@@ -1,4 +1,5 @@
 #include "fp8.h"
+#include "kernels_by_rows.h"
 #include "matmul_avx2.h"
 
 #ifdef FP4_X86
@@ -46,7 +47,7 @@ AVX2_INLINE __m256i load_one(const uint8_t* codes) {
   return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
 }
 
-// False for codes that mean NaN. With few rows, neighbouring columns have sums of their own, so that additions do not
+// Returns false where a code means NaN. With few rows, neighbouring columns have sums of their own, so that additions do not
 // wait for each other.
 template <int M>
 AVX2 bool gemv_rows(const uint8_t* codes, const float* scales, int64_t k, const float* x, float* y) {
@@ -101,15 +102,10 @@ AVX2 bool gemv_rows(const uint8_t* codes, const float* scales, int64_t k, const 
   return true;
 }
 
-AVX2 void gemv(const uint8_t* codes, const float* scales, int64_t k, const float* x, int rows, float* y) {
-  bool done;
-  switch (rows) {
-    case 1: done = gemv_rows<1>(codes, scales, k, x, y); break;
-    case 2: done = gemv_rows<2>(codes, scales, k, x, y); break;
-    case 3: done = gemv_rows<3>(codes, scales, k, x, y); break;
-    default: done = gemv_rows<4>(codes, scales, k, x, y);
-  }
-  if (!done) kScalarFp8.gemv(codes, scales, k, x, rows, y);
+constexpr auto kGemv = kernels_by_rows<4>([](auto m) { return gemv_rows<m>; });
+
+void gemv(const uint8_t* codes, const float* scales, int64_t k, const float* x, int rows, float* y) {
+  if (!kGemv[rows - 1](codes, scales, k, x, y)) kScalarFp8.gemv(codes, scales, k, x, rows, y);
 }
 
 AVX2 void decode(const uint8_t* codes, const float* scales, int64_t k, float* out) {
@@ -140,7 +136,7 @@ AVX2 void decode(const uint8_t* codes, const float* scales, int64_t k, float* ou
 
 }  // namespace
 
-const Fp8Kernels kAvx2Fp8 = {4, gemv, decode};
+const Fp8Kernels kAvx2Fp8 = {.gemv_rows = kGemv.size(), .gemv = gemv, .decode = decode};
 
 }  // namespace fp4::cpu
 

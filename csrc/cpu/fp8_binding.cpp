@@ -8,7 +8,7 @@ namespace fp4::cpu {
 
 namespace {
 
-// x [.., K], in its own dtype, as float32 of what FP8 makes of its rows.
+// Rounds the rows of x [.., K] to FP8; returns their values in float32.
 Tensor fake_quantized(const Tensor& x, const std::optional<Tensor>& scale) {
   const int64_t k = x.size(x.dim() - 1), rows = x.numel() / k;
   float static_scale = 0;
@@ -59,7 +59,14 @@ Tensor multiply_fp8(const Tensor& x, const Tensor& weight, const Tensor& weight_
   Tensor out = torch::stable::new_empty(x, shape);
   if (rows == 0 || n == 0) return out;
 
-  Product product{Format::nvfp4, n, k, Dtype::float32, dtype, out.mutable_data_ptr(), {}};
+  Product product{
+      .format = Format::nvfp4,  // FP8 has no blocks, and Fp8WeightOnly reads no format.
+      .n = n,
+      .k = k,
+      .bias_dtype = Dtype::float32,
+      .out_dtype = dtype,
+      .out = out.mutable_data_ptr(),
+  };
   add_segments(product, ranges, weight, weight_scale, std::vector<double>(experts, 1.0), bias_values);
   Tensor source = dense(x);
   std::optional<Tensor> matrix;
@@ -67,7 +74,7 @@ Tensor multiply_fp8(const Tensor& x, const Tensor& weight, const Tensor& weight_
     check_rotation(*rotation, x);
     matrix = dense(torch::stable::to(*rotation, ScalarType::Float));
   }
-  Input input{nullptr, dtype, nullptr, 0};
+  Input input{.x = nullptr, .dtype = dtype};
   if (activation.quantizes) {
     // Quantized activations keep the float32 of a rotation; unquantized ones are rounded to the dtype of x first.
     source = fake_quantized(rotation.has_value() ? torch::stable::reshape(rotated(x, *rotation), {-1, k}) : source,

@@ -17,6 +17,7 @@ constexpr int64_t kRowsPerTask = 144;
 Matmul::Matmul(const Product& product, TileSize tile, int64_t chunk)
     : product_(product),
       kernels_(matmul_kernels()),
+      format_kernels_(kernels_.formats[product.format]),
       tile_(tile),
       chunk_(chunk),
       panels_(panels_of(product.n)),
@@ -38,14 +39,20 @@ Matmul::Piece Matmul::piece_at(int64_t task, int64_t end) const {
   const Segment& segment = product_.segments[index];
   const int64_t within = task - starts_[index], batch = within / panels_, panel = within % panels_;
   const Tiling batches = this->batches(segment);
-  return {&segment, batches.start(batch), batches.start(batch + 1), panel, std::min(panels_, panel + end - task)};
+  return {
+      .segment = &segment,
+      .first_tile = batches.start(batch),
+      .last_tile = batches.start(batch + 1),
+      .first_panel = panel,
+      .last_panel = std::min(panels_, panel + end - task),
+  };
 }
 
 Matmul::Tile Matmul::tile_at(int64_t task) const {
   const auto& starts = prepare_starts_;
   const size_t index = std::upper_bound(starts.begin(), starts.end(), task) - starts.begin() - 1;
   const Segment& segment = product_.segments[index];
-  return {&segment, tiling(segment), task - starts[index]};
+  return {.segment = &segment, .tiling = tiling(segment), .index = task - starts[index]};
 }
 
 void Matmul::load_row(const Input& input, int64_t row, float* to) const {

@@ -22,9 +22,9 @@ struct Segment {
   int64_t rows;
   const uint8_t* codes;
   const uint8_t* scales;
-  double global_scale;         // 1 where there is none
-  const void* bias;            // [n], or null
-  const Quantizer* quantizer;  // W4A4: of these rows
+  double global_scale;                   // 1 where there is none
+  const void* bias = nullptr;            // [n], or null
+  const Quantizer* quantizer = nullptr;  // W4A4: of these rows
 };
 
 // out [.., n] = x [.., k] weight^T + bias, rounded once to out_dtype.
@@ -35,7 +35,7 @@ struct Product {
   Dtype bias_dtype;
   Dtype out_dtype;
   void* out;
-  std::vector<Segment> segments;
+  std::vector<Segment> segments = {};
 };
 
 // Cuts `rows` rows into tiles of at most `most`, as even as possible: a lone last row would waste a whole tile's time.
@@ -61,11 +61,11 @@ struct TileSize {
 struct Input {
   const void* x;
   Dtype dtype;
-  const float* rotation;
-  int64_t h;
+  const float* rotation = nullptr;
+  int64_t h = 0;
 };
 
-// What the products below share: the tasks of a call, the way of x in and of sums out.
+// The base of the products below: it cuts a call into tasks, loads rows of x and stores sums.
 class Matmul {
  public:
   // `k` rows of a tile are stored chunk after chunk of K (`chunk` columns), so that what the inner loop reads is
@@ -93,15 +93,26 @@ class Matmul {
   Tile tile_at(int64_t task) const;
   Tiling tiling(const Segment& segment) const { return Tiling(segment.rows, tile_.of(segment.rows)); }
 
-  // Row `row` of x, k values.
+  // Loads the k values of row `row` of x.
   void load_row(const Input& input, int64_t row, float* to) const;
 
   // Writes the 16 sums, times unit, of each of `rows` rows (from `row` on) as columns of `panel`.
   void finish(const Segment& segment, int64_t row, int64_t rows, int64_t panel, const float* sums,
               float unit = 1) const;
 
+  // The `columns` columns from `column` on of a panel; both are multiples of the block size.
+  PackedBlocks blocks_of(const Segment& segment, int64_t panel, int64_t column, int64_t columns) const {
+    const int64_t first = blocks_in(product_.format, panel * product_.k + column);
+    return {
+        .codes = segment.codes + first * block_bytes(product_.format),
+        .scales = segment.scales + first * kPanelRows,
+        .count = blocks_in(product_.format, columns),
+    };
+  }
+
   const Product& product_;
   const MatmulKernels& kernels_;
+  const FormatKernels& format_kernels_;
   const TileSize tile_;
   const int64_t chunk_;
   const int64_t panels_;
@@ -124,7 +135,7 @@ class WeightOnly : public Matmul {
   void run(int64_t begin, int64_t end) const;
 
  protected:
-  // What a format of weights brings (fp8.h has another one): the kernels of MatmulKernels, for one panel.
+  // How one panel of FP4 weights is multiplied and decoded; Fp8WeightOnly (fp8.h) overrides these.
   virtual int gemv_rows() const { return kernels_.gemv_rows; }
   virtual void gemv(const Segment& segment, int64_t panel, const float* x, float* sums) const;
   virtual void decode(const Segment& segment, int64_t panel, int64_t column, int64_t columns, float* out) const;
@@ -153,14 +164,14 @@ class FixedPoint : public Matmul {
   void run_tiles(const Piece& piece) const;
   void add_residuals(const Segment& segment, int64_t panel, int64_t first_row, int64_t rows, float* sums) const;
   static int64_t residual_chunks(int64_t k);
-  const uint8_t* codes(const Segment& segment, int64_t panel, int64_t column) const;
-  const uint8_t* scales(const Segment& segment, int64_t panel, int64_t column) const;
   Residual* residuals(int64_t row) const { return residuals_ + row * product_.k; }
   // Where the residuals of each chunk (of its own size) of a row begin, then their number.
   int32_t* residual_starts(int64_t row) const { return residual_starts_ + row * (residual_chunks(product_.k) + 1); }
   float unit(const Segment& segment) const;
 
   const Input& input_;
+  const FixedPointKernels& fixed_point_;
+  const FixedPointFormatKernels& fixed_point_format_;
   uint8_t* tiles_;
   Residual* residuals_;  // room for k of each row
   int32_t* residual_starts_;

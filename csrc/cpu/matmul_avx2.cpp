@@ -1,5 +1,7 @@
 #include "matmul_avx2.h"
 
+#include "kernels_by_rows.h"
+
 #ifdef FP4_X86
 
 #include <cstring>
@@ -10,19 +12,20 @@ using namespace avx2;
 
 namespace {
 
-// `kept` are the bits of a correction that are stored.
+// Writes a row into a tile (matmul_kernels.h). `kept` are the bits of a correction that are stored.
 template <Format F, uint32_t kept>
-AVX2_INLINE void lay_out(const int8_t* codes, const float* scales, int64_t blocks, int rows, int m, uint8_t* to) {
+AVX2_INLINE void lay_out(const int8_t* codes, const float* scales, int64_t blocks, const TileRow& to) {
   constexpr int size = block_size(F);
+  auto [tile, rows, m] = to;
   const __m128i columns = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);  // kIntegerColumn
-  for (int64_t b = 0; b < blocks; ++b, codes += size, to += integer_block_bytes(F, rows)) {
+  for (int64_t b = 0; b < blocks; ++b, codes += size, tile += integer_block_bytes(F, rows)) {
     __m128i correction = _mm_setzero_si128();
     for (int i = 0; i < size; i += 16) {
       const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
       const __m128i pairs = _mm_maddubs_epi16(_mm_set1_epi8(1), values);
       correction = _mm_add_epi32(correction, _mm_madd_epi16(pairs, _mm_set1_epi16(-kCodeBias)));
       const __m128i fours = _mm_shuffle_epi8(values, columns);
-      uint8_t* four = to + (i / 4 * rows + m) * 4;
+      uint8_t* four = tile + (i / 4 * rows + m) * 4;
       _mm_storeu_si32(four, fours);
       _mm_storeu_si32(four + rows * 4, _mm_shuffle_epi32(fours, 0x55));
       _mm_storeu_si32(four + rows * 8, _mm_shuffle_epi32(fours, 0xAA));
@@ -30,15 +33,15 @@ AVX2_INLINE void lay_out(const int8_t* codes, const float* scales, int64_t block
     }
     correction = _mm_add_epi32(correction, _mm_shuffle_epi32(correction, 0x4E));
     correction = _mm_add_epi32(correction, _mm_shuffle_epi32(correction, 0xB1));
-    _mm_storeu_si32(to + rows * size + m * 4, _mm_and_si128(correction, _mm_set1_epi32(static_cast<int>(kept))));
-    std::memcpy(to + rows * (size + 4) + m * 4, &scales[b], 4);
+    _mm_storeu_si32(tile + rows * size + m * 4, _mm_and_si128(correction, _mm_set1_epi32(static_cast<int>(kept))));
+    std::memcpy(tile + rows * (size + 4) + m * 4, &scales[b], 4);
   }
 }
 
 template <Format F, int M>
-AVX2 void gemv_rows(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const float* x,
-                    float* y) {
+AVX2 void gemv_rows(const PackedBlocks& panel, float global_scale, const float* x, float* y) {
   constexpr int size = block_size(F);
+  auto [codes, scales, blocks] = panel;
   const __m256 unit = scale_unit<F>(global_scale);
   __m256 low[M], high[M];
   for (int m = 0; m < M; ++m) low[m] = high[m] = _mm256_setzero_ps();
@@ -77,15 +80,17 @@ AVX2 void gemv_rows(const uint8_t* codes, const uint8_t* scales, int64_t blocks,
 }
 
 template <Format F>
-AVX2 void gemv(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const float* x,
-               int rows, float* y) {
-  if (rows == 1) return gemv_rows<F, 1>(codes, scales, blocks, global_scale, x, y);
-  gemv_rows<F, 2>(codes, scales, blocks, global_scale, x, y);
+constexpr auto kGemv = kernels_by_rows<2>([](auto m) { return gemv_rows<F, m>; });
+
+template <Format F>
+void gemv(const PackedBlocks& w, float global_scale, const float* x, int rows, float* y) {
+  kGemv<F>[rows - 1](w, global_scale, x, y);
 }
 
 template <Format F>
-AVX2 void decode_float(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, float* out) {
+AVX2 void decode_float(const PackedBlocks& panel, float global_scale, float* out) {
   constexpr int size = block_size(F);
+  auto [codes, scales, blocks] = panel;
   const __m256 unit = scale_unit<F>(global_scale);
   for (int64_t b = 0; b < blocks; ++b, scales += kPanelRows) {
     const Scales s = load_scales<F>(scales, unit);
@@ -127,26 +132,21 @@ AVX2 void multiply_float_rows(const float* x, const float* w, int64_t k, float* 
   }
 }
 
-AVX2 void multiply_float(const float* x, int rows, const float* w, int64_t k, float* sum) {
-  switch (rows) {
-    case 1: return multiply_float_rows<1>(x, w, k, sum);
-    case 2: return multiply_float_rows<2>(x, w, k, sum);
-    case 3: return multiply_float_rows<3>(x, w, k, sum);
-    case 4: return multiply_float_rows<4>(x, w, k, sum);
-    case 5: return multiply_float_rows<5>(x, w, k, sum);
-    default: return multiply_float_rows<6>(x, w, k, sum);
-  }
+constexpr auto kMultiplyFloat = kernels_by_rows<6>([](auto m) { return multiply_float_rows<m>; });
+
+void multiply_float(const float* x, int rows, const float* w, int64_t k, float* sum) {
+  kMultiplyFloat[rows - 1](x, w, k, sum);
 }
 
 template <Format F>
-AVX2 void lay_out_integer(const int8_t* codes, const float* scales, int64_t blocks, int rows, int m, uint8_t* to) {
-  lay_out<F, 0x0000FFFF>(codes, scales, blocks, rows, m, to);
+AVX2 void lay_out_integer(const int8_t* codes, const float* scales, int64_t blocks, const TileRow& to) {
+  lay_out<F, 0x0000FFFF>(codes, scales, blocks, to);
 }
 
 template <Format F>
-AVX2 void decode_integer(const uint8_t* codes, const uint8_t* scales, int64_t blocks, uint8_t* out,
-                         float* out_scales) {
+AVX2 void decode_integer(const PackedBlocks& panel, uint8_t* out, float* out_scales) {
   constexpr int size = block_size(F);
+  auto [codes, scales, blocks] = panel;
   const __m256 unit = scale_unit<F>(1.0f);
   const __m256i table = biased_table();
   for (int64_t b = 0; b < blocks; ++b, scales += kPanelRows, out_scales += kPanelRows) {
@@ -164,11 +164,11 @@ AVX2 void decode_integer(const uint8_t* codes, const uint8_t* scales, int64_t bl
 
 alignas(32) constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-// `whole`: w_scales are those of WholeScales, or else float32.
+// The scales of the decoded weights are those of WholeScales (`whole`) or float32.
 template <Format F, int M, bool whole>
-AVX2 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const float* w_scales, int64_t blocks,
-                                float* sum) {
+AVX2 void multiply_integer_rows(const uint8_t* x, const DecodedBlocks<uint8_t>& decoded, float* sum) {
   constexpr int size = block_size(F);
+  auto [w, w_scales, blocks] = decoded;
   __m256 low[M], high[M];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
@@ -221,13 +221,11 @@ AVX2 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const float*
 }
 
 template <Format F, bool whole>
-AVX2 void multiply_integer(const uint8_t* x, int rows, const uint8_t* w, const float* w_scales, int64_t blocks,
-                           float* sum) {
-  switch (rows) {
-    case 1: return multiply_integer_rows<F, 1, whole>(x, w, w_scales, blocks, sum);
-    case 2: return multiply_integer_rows<F, 2, whole>(x, w, w_scales, blocks, sum);
-    default: return multiply_integer_rows<F, 3, whole>(x, w, w_scales, blocks, sum);
-  }
+constexpr auto kMultiplyInteger = kernels_by_rows<3>([](auto m) { return multiply_integer_rows<F, m, whole>; });
+
+template <Format F, bool whole>
+void multiply_integer(const uint8_t* x, int rows, const DecodedBlocks<uint8_t>& w, float* sum) {
+  kMultiplyInteger<F, whole>[rows - 1](x, w, sum);
 }
 
 // E4M3 scales from 2^-3 on are whole numbers of 2^-6, of which 448 fits into 16 bits. Smaller ones are rare: those of
@@ -251,7 +249,11 @@ AVX2 bool convert_scales(float* scales, int64_t blocks) {
   return true;
 }
 
-constexpr WholeScales kWholeScales = {kScaleUnit, convert_scales, multiply_integer<Format::nvfp4, true>};
+constexpr WholeScales kWholeScales = {
+    .unit = kScaleUnit,
+    .convert = convert_scales,
+    .multiply = multiply_integer<Format::nvfp4, true>,
+};
 
 template <int N>
 AVX2_INLINE void rotate_columns(const float* x, const float* rotation, int64_t h, float* out) {
@@ -320,35 +322,40 @@ AVX2 void store(const float* from, Dtype dtype, int64_t n, void* to) {
   kScalarMatmul.store(from + whole, dtype, n - whole, half + whole);
 }
 
+template <Format F>
+constexpr FormatKernels kFormatKernels = {
+    .gemv = gemv<F>,
+    .decode_float = decode_float<F>,
+    .lay_out_integer = lay_out_integer<F>,
+    .decode_integer = decode_integer<F>,
+    .multiply_integer = multiply_integer<F, /*whole=*/false>,
+    .whole_scales = F == Format::nvfp4 ? &kWholeScales : nullptr,
+};
+
 }  // namespace
 
 namespace avx2 {
 
 template <Format F>
-AVX2 void lay_out_integer_32(const int8_t* codes, const float* scales, int64_t blocks, int rows, int m, uint8_t* to) {
-  lay_out<F, 0xFFFFFFFF>(codes, scales, blocks, rows, m, to);
+AVX2 void lay_out_integer_32(const int8_t* codes, const float* scales, int64_t blocks, const TileRow& to) {
+  lay_out<F, 0xFFFFFFFF>(codes, scales, blocks, to);
 }
 
-template AVX2 void lay_out_integer_32<Format::nvfp4>(const int8_t*, const float*, int64_t, int, int, uint8_t*);
-template AVX2 void lay_out_integer_32<Format::mxfp4>(const int8_t*, const float*, int64_t, int, int, uint8_t*);
+template AVX2 void lay_out_integer_32<Format::nvfp4>(const int8_t*, const float*, int64_t, const TileRow&);
+template AVX2 void lay_out_integer_32<Format::mxfp4>(const int8_t*, const float*, int64_t, const TileRow&);
 
 }  // namespace avx2
 
 const MatmulKernels kAvx2Matmul = {
-    &kFixedPointKernels,
-    {&kWholeScales, nullptr},
-    2,
-    6,
-    3,
-    {gemv<Format::nvfp4>, gemv<Format::mxfp4>},
-    {decode_float<Format::nvfp4>, decode_float<Format::mxfp4>},
-    multiply_float,
-    {lay_out_integer<Format::nvfp4>, lay_out_integer<Format::mxfp4>},
-    {decode_integer<Format::nvfp4>, decode_integer<Format::mxfp4>},
-    {multiply_integer<Format::nvfp4, false>, multiply_integer<Format::mxfp4, false>},
-    rotate,
-    load,
-    store,
+    .fixed_point = &kFixedPointKernels,
+    .gemv_rows = kGemv<Format::nvfp4>.size(),
+    .float_tile = kMultiplyFloat.size(),
+    .integer_tile = kMultiplyInteger<Format::nvfp4, false>.size(),
+    .formats = {.nvfp4 = kFormatKernels<Format::nvfp4>, .mxfp4 = kFormatKernels<Format::mxfp4>},
+    .multiply_float = multiply_float,
+    .rotate = rotate,
+    .load = load,
+    .store = store,
 };
 
 }  // namespace fp4::cpu

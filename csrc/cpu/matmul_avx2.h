@@ -131,7 +131,7 @@ extern const FixedPointKernels kFixedPointKernels;
 
 // lay_out_integer with corrections of 32 bits.
 template <Format F>
-AVX2 void lay_out_integer_32(const int8_t* codes, const float* scales, int64_t blocks, int rows, int m, uint8_t* to);
+AVX2 void lay_out_integer_32(const int8_t* codes, const float* scales, int64_t blocks, const TileRow& to);
 
 }  // namespace fp4::cpu::avx2
 

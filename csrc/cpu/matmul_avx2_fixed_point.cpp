@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "fixed_point.h"
+#include "kernels_by_rows.h"
 
 namespace fp4::cpu::avx2 {
 namespace {
@@ -22,12 +23,12 @@ AVX2_INLINE __m256 power_of_two(int exponent_field) {
 }
 
 template <Format F>
-AVX2 int64_t split(const float* x, int64_t blocks, int rows, uint8_t* to, int m, int32_t first_column,
-                   Residual* residuals) {
+AVX2 int64_t split(const float* x, int64_t blocks, int32_t first_column, const TileRow& to, Residual* residuals) {
   constexpr int size = block_size(F);
+  auto [tile, rows, m] = to;
   const __m256i pairs = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, -1, -1, -1, -1, -1, -1, -1, -1));
   Residual* const first = residuals;
-  for (int64_t b = 0; b < blocks; ++b, x += size, to += fixed_point_block_bytes(F, rows), first_column += size) {
+  for (int64_t b = 0; b < blocks; ++b, x += size, tile += fixed_point_block_bytes(F, rows), first_column += size) {
     __m256i largest = _mm256_setzero_si256();
     for (int i = 0; i < size; i += 8) {
       const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(x + i));
@@ -48,7 +49,7 @@ AVX2 int64_t split(const float* x, int64_t blocks, int rows, uint8_t* to, int m,
       if (finite) words = _mm256_cvtps_epi32(_mm256_mul_ps(values, per_unit));
       total = _mm256_add_epi32(total, words);
       const __m256i stored = _mm256_shuffle_epi8(_mm256_packs_epi32(words, words), pairs);
-      uint8_t* group = to + (i / 4 * rows + m) * 8;
+      uint8_t* group = tile + (i / 4 * rows + m) * 8;
       _mm_storel_epi64(reinterpret_cast<__m128i*>(group), _mm256_castsi256_si128(stored));
       _mm_storel_epi64(reinterpret_cast<__m128i*>(group + rows * 8), _mm256_extracti128_si256(stored, 1));
       const __m256 rest = _mm256_sub_ps(values, _mm256_mul_ps(_mm256_cvtepi32_ps(words), unit));
@@ -58,13 +59,13 @@ AVX2 int64_t split(const float* x, int64_t blocks, int rows, uint8_t* to, int m,
       _mm256_store_ps(residual, rest);
       for (; left != 0; left &= left - 1) {
         const int lane = __builtin_ctz(static_cast<unsigned>(left));
-        *residuals++ = {first_column + i + lane, residual[lane]};
+        *residuals++ = {.column = first_column + i + lane, .x = residual[lane]};
       }
     }
     const int32_t correction = -kCodeBias * sum(total);
     const float half_unit = 0.5f * _mm256_cvtss_f32(unit);
-    std::memcpy(to + rows * 2 * size + m * 4, &correction, 4);
-    std::memcpy(to + rows * (2 * size + 4) + m * 4, &half_unit, 4);
+    std::memcpy(tile + rows * 2 * size + m * 4, &correction, 4);
+    std::memcpy(tile + rows * (2 * size + 4) + m * 4, &half_unit, 4);
   }
   return residuals - first;
 }
@@ -77,8 +78,9 @@ AVX2_INLINE __m256 in_units(__m256i sums, const uint8_t* x, int m) {
 }
 
 template <Format F, int M>
-AVX2 void multiply_rows(const uint8_t* codes, const uint8_t* scales, int64_t blocks, const uint8_t* x, float* sum) {
+AVX2 void multiply_rows(const PackedBlocks& panel, const uint8_t* x, float* sum) {
   constexpr int size = block_size(F);
+  auto [codes, scales, blocks] = panel;
   const __m256i table = biased_table(), zero = _mm256_setzero_si256();
   __m256 low[M], high[M];
 #pragma GCC unroll 4
@@ -125,19 +127,17 @@ AVX2 void multiply_rows(const uint8_t* codes, const uint8_t* scales, int64_t blo
 }
 
 template <Format F>
-AVX2 void multiply(const uint8_t* codes, const uint8_t* scales, int64_t blocks, const uint8_t* x, int rows,
-                   float* sum) {
-  switch (rows) {
-    case 1: return multiply_rows<F, 1>(codes, scales, blocks, x, sum);
-    case 2: return multiply_rows<F, 2>(codes, scales, blocks, x, sum);
-    case 3: return multiply_rows<F, 3>(codes, scales, blocks, x, sum);
-    default: return multiply_rows<F, 4>(codes, scales, blocks, x, sum);
-  }
+constexpr auto kMultiply = kernels_by_rows<4>([](auto m) { return multiply_rows<F, m>; });
+
+template <Format F>
+void multiply(const PackedBlocks& w, const uint8_t* x, int rows, float* sum) {
+  kMultiply<F>[rows - 1](w, x, sum);
 }
 
 template <Format F>
-AVX2 void add_residuals(const uint8_t* codes, const uint8_t* scales, const Residual* residuals, int64_t count,
-                        float* sum) {
+AVX2 void add_residuals(const PackedBlocks& panel, const Residual* residuals, int64_t count, float* sum) {
+  const uint8_t* const codes = panel.codes;
+  const uint8_t* const scales = panel.scales;
   const __m256 magnitudes = _mm256_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6);
   const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x80000000u)), zero = _mm256_setzero_si256();
   __m256 low = _mm256_loadu_ps(sum), high = _mm256_loadu_ps(sum + 8);
@@ -161,7 +161,8 @@ AVX2 void add_residuals(const uint8_t* codes, const uint8_t* scales, const Resid
 // Signed int16 in the order in which `multiply_decoded` meets the words of x: per four columns the pairs (0, 2) of rows
 // 0-7 and of rows 8-15, then the pairs (1, 3).
 template <Format F>
-AVX2 void decode(const uint8_t* codes, const uint8_t* scales, int64_t blocks, int16_t* out, float* out_scales) {
+AVX2 void decode(const PackedBlocks& panel, int16_t* out, float* out_scales) {
+  auto [codes, scales, blocks] = panel;
   const __m256i table =
       _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
   const __m256i zero = _mm256_setzero_si256();
@@ -182,8 +183,9 @@ AVX2 void decode(const uint8_t* codes, const uint8_t* scales, int64_t blocks, in
 }
 
 template <Format F, int M>
-AVX2 void multiply_decoded_rows(const int16_t* w, const float* w_scales, int64_t blocks, const uint8_t* x, float* sum) {
+AVX2 void multiply_decoded_rows(const DecodedBlocks<int16_t>& decoded, const uint8_t* x, float* sum) {
   constexpr int size = block_size(F);
+  auto [w, w_scales, blocks] = decoded;
   for (int64_t b = 0; b < blocks; ++b, w_scales += kPanelRows) {
     __m256i low32[M], high32[M];
 #pragma GCC unroll 16
@@ -216,16 +218,11 @@ AVX2 void multiply_decoded_rows(const int16_t* w, const float* w_scales, int64_t
 }
 
 template <Format F>
-AVX2 void multiply_decoded(const int16_t* w, const float* w_scales, int64_t blocks, const uint8_t* x, int rows,
-                           float* sum) {
-  switch (rows) {
-    case 1: return multiply_decoded_rows<F, 1>(w, w_scales, blocks, x, sum);
-    case 2: return multiply_decoded_rows<F, 2>(w, w_scales, blocks, x, sum);
-    case 3: return multiply_decoded_rows<F, 3>(w, w_scales, blocks, x, sum);
-    case 4: return multiply_decoded_rows<F, 4>(w, w_scales, blocks, x, sum);
-    case 5: return multiply_decoded_rows<F, 5>(w, w_scales, blocks, x, sum);
-    default: return multiply_decoded_rows<F, 6>(w, w_scales, blocks, x, sum);
-  }
+constexpr auto kMultiplyDecoded = kernels_by_rows<6>([](auto m) { return multiply_decoded_rows<F, m>; });
+
+template <Format F>
+void multiply_decoded(const DecodedBlocks<int16_t>& w, const uint8_t* x, int rows, float* sum) {
+  kMultiplyDecoded<F>[rows - 1](w, x, sum);
 }
 
 AVX2 void add_residuals_to_values(const float* values, int32_t first_column, const Residual* residuals, int64_t count,
@@ -249,18 +246,23 @@ AVX2 void add_residuals_to_values(const float* values, int32_t first_column, con
   _mm256_storeu_ps(sum + 8, _mm256_add_ps(high[0], high[1]));
 }
 
+template <Format F>
+constexpr FixedPointFormatKernels kFormatKernels = {
+    .unit = kRawScaleUnit<F>,
+    .split = split<F>,
+    .multiply = multiply<F>,
+    .decode = decode<F>,
+    .multiply_decoded = multiply_decoded<F>,
+    .add_residuals = add_residuals<F>,
+};
+
 }  // namespace
 
 const FixedPointKernels kFixedPointKernels = {
-    4,
-    6,
-    {kRawScaleUnit<Format::nvfp4>, kRawScaleUnit<Format::mxfp4>},
-    {split<Format::nvfp4>, split<Format::mxfp4>},
-    {multiply<Format::nvfp4>, multiply<Format::mxfp4>},
-    {decode<Format::nvfp4>, decode<Format::mxfp4>},
-    {multiply_decoded<Format::nvfp4>, multiply_decoded<Format::mxfp4>},
-    {add_residuals<Format::nvfp4>, add_residuals<Format::mxfp4>},
-    add_residuals_to_values,
+    .rows = kMultiply<Format::nvfp4>.size(),
+    .decoded_rows = kMultiplyDecoded<Format::nvfp4>.size(),
+    .formats = {.nvfp4 = kFormatKernels<Format::nvfp4>, .mxfp4 = kFormatKernels<Format::mxfp4>},
+    .add_residuals_to_values = add_residuals_to_values,
 };
 
 }  // namespace fp4::cpu::avx2

@@ -1,4 +1,5 @@
-// AVX-512 kernels (F, BW, VL, DQ, VNNI): sixteen rows of a panel are one vector. What is not the inner loop is AVX2's.
+// AVX-512 kernels (F, BW, VL, DQ, VNNI), in which the sixteen rows of a panel are one vector. Kernels that are no inner
+// loop are those of AVX2.
 #include "matmul_avx2.h"
 
 #ifdef FP4_X86
@@ -10,6 +11,8 @@
 #include <immintrin.h>
 
 #include <cstring>
+
+#include "kernels_by_rows.h"
 
 #define AVX512 FP4_TARGET_AVX512
 #define AVX512_INLINE FP4_TARGET_AVX512 __attribute__((always_inline)) inline
@@ -52,9 +55,9 @@ AVX512_INLINE Columns load_columns(const uint8_t* codes) {
 }
 
 template <Format F, int M>
-AVX512 void gemv_rows(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const float* x,
-                      float* y) {
+AVX512 void gemv_rows(const PackedBlocks& panel, float global_scale, const float* x, float* y) {
   constexpr int size = block_size(F);
+  auto [codes, scales, blocks] = panel;
   const __m512 unit = scale_unit<F>(global_scale);
   __m512 sum[M];
   for (int m = 0; m < M; ++m) sum[m] = _mm512_setzero_ps();
@@ -79,19 +82,17 @@ AVX512 void gemv_rows(const uint8_t* codes, const uint8_t* scales, int64_t block
 }
 
 template <Format F>
-AVX512 void gemv(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const float* x,
-                 int rows, float* y) {
-  switch (rows) {
-    case 1: return gemv_rows<F, 1>(codes, scales, blocks, global_scale, x, y);
-    case 2: return gemv_rows<F, 2>(codes, scales, blocks, global_scale, x, y);
-    case 3: return gemv_rows<F, 3>(codes, scales, blocks, global_scale, x, y);
-    default: return gemv_rows<F, 4>(codes, scales, blocks, global_scale, x, y);
-  }
+constexpr auto kGemv = kernels_by_rows<4>([](auto m) { return gemv_rows<F, m>; });
+
+template <Format F>
+void gemv(const PackedBlocks& w, float global_scale, const float* x, int rows, float* y) {
+  kGemv<F>[rows - 1](w, global_scale, x, y);
 }
 
 template <Format F>
-AVX512 void decode_float(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, float* out) {
+AVX512 void decode_float(const PackedBlocks& panel, float global_scale, float* out) {
   constexpr int size = block_size(F);
+  auto [codes, scales, blocks] = panel;
   const __m512 unit = scale_unit<F>(global_scale);
   for (int64_t b = 0; b < blocks; ++b, scales += kPanelRows) {
     const __m512 s = load_scales<F>(scales, unit);
@@ -119,27 +120,16 @@ AVX512 void multiply_float_rows(const float* x, const float* w, int64_t k, float
   for (int m = 0; m < M; ++m) _mm512_storeu_ps(sum + m * kPanelRows, total[m]);
 }
 
-AVX512 void multiply_float(const float* x, int rows, const float* w, int64_t k, float* sum) {
-  switch (rows) {
-    case 1: return multiply_float_rows<1>(x, w, k, sum);
-    case 2: return multiply_float_rows<2>(x, w, k, sum);
-    case 3: return multiply_float_rows<3>(x, w, k, sum);
-    case 4: return multiply_float_rows<4>(x, w, k, sum);
-    case 5: return multiply_float_rows<5>(x, w, k, sum);
-    case 6: return multiply_float_rows<6>(x, w, k, sum);
-    case 7: return multiply_float_rows<7>(x, w, k, sum);
-    case 8: return multiply_float_rows<8>(x, w, k, sum);
-    case 9: return multiply_float_rows<9>(x, w, k, sum);
-    case 10: return multiply_float_rows<10>(x, w, k, sum);
-    case 11: return multiply_float_rows<11>(x, w, k, sum);
-    default: return multiply_float_rows<12>(x, w, k, sum);
-  }
+constexpr auto kMultiplyFloat = kernels_by_rows<12>([](auto m) { return multiply_float_rows<m>; });
+
+void multiply_float(const float* x, int rows, const float* w, int64_t k, float* sum) {
+  kMultiplyFloat[rows - 1](x, w, k, sum);
 }
 
 template <Format F, int M>
-AVX512 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const float* w_scales, int64_t blocks,
-                                  float* sum) {
+AVX512 void multiply_integer_rows(const uint8_t* x, const DecodedBlocks<uint8_t>& decoded, float* sum) {
   constexpr int size = block_size(F);
+  auto [w, w_scales, blocks] = decoded;
   __m512 total[M];
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m) total[m] = _mm512_loadu_ps(sum + m * kPanelRows);
@@ -174,35 +164,38 @@ AVX512 void multiply_integer_rows(const uint8_t* x, const uint8_t* w, const floa
 }
 
 template <Format F>
-AVX512 void multiply_integer(const uint8_t* x, int rows, const uint8_t* w, const float* w_scales, int64_t blocks,
-                             float* sum) {
-  switch (rows) {
-    case 1: return multiply_integer_rows<F, 1>(x, w, w_scales, blocks, sum);
-    case 2: return multiply_integer_rows<F, 2>(x, w, w_scales, blocks, sum);
-    case 3: return multiply_integer_rows<F, 3>(x, w, w_scales, blocks, sum);
-    case 4: return multiply_integer_rows<F, 4>(x, w, w_scales, blocks, sum);
-    case 5: return multiply_integer_rows<F, 5>(x, w, w_scales, blocks, sum);
-    default: return multiply_integer_rows<F, 6>(x, w, w_scales, blocks, sum);
-  }
+constexpr auto kMultiplyInteger = kernels_by_rows<6>([](auto m) { return multiply_integer_rows<F, m>; });
+
+template <Format F>
+void multiply_integer(const uint8_t* x, int rows, const DecodedBlocks<uint8_t>& w, float* sum) {
+  kMultiplyInteger<F>[rows - 1](x, w, sum);
+}
+
+template <Format F>
+FormatKernels format_kernels() {
+  return {
+      .gemv = gemv<F>,
+      .decode_float = decode_float<F>,
+      .lay_out_integer = avx2::lay_out_integer_32<F>,
+      .decode_integer = kAvx2Matmul.formats[F].decode_integer,
+      .multiply_integer = multiply_integer<F>,
+      .whole_scales = nullptr,
+  };
 }
 
 }  // namespace
 
+// kAvx2Matmul is a constant, so it is there before this table is filled when the library is loaded.
 const MatmulKernels kAvx512Matmul = {
-    nullptr,
-    {nullptr, nullptr},
-    4,
-    12,
-    6,
-    {gemv<Format::nvfp4>, gemv<Format::mxfp4>},
-    {decode_float<Format::nvfp4>, decode_float<Format::mxfp4>},
-    multiply_float,
-    {avx2::lay_out_integer_32<Format::nvfp4>, avx2::lay_out_integer_32<Format::mxfp4>},
-    {kAvx2Matmul.decode_integer[0], kAvx2Matmul.decode_integer[1]},
-    {multiply_integer<Format::nvfp4>, multiply_integer<Format::mxfp4>},
-    kAvx2Matmul.rotate,
-    kAvx2Matmul.load,
-    kAvx2Matmul.store,
+    .fixed_point = nullptr,
+    .gemv_rows = kGemv<Format::nvfp4>.size(),
+    .float_tile = kMultiplyFloat.size(),
+    .integer_tile = kMultiplyInteger<Format::nvfp4>.size(),
+    .formats = {.nvfp4 = format_kernels<Format::nvfp4>(), .mxfp4 = format_kernels<Format::mxfp4>()},
+    .multiply_float = multiply_float,
+    .rotate = kAvx2Matmul.rotate,
+    .load = kAvx2Matmul.load,
+    .store = kAvx2Matmul.store,
 };
 
 }  // namespace fp4::cpu

@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "../named_formats.h"
 #include "fp8_binding.h"
 #include "isa.h"
 #include "scratch.h"
@@ -12,22 +13,6 @@
 namespace fp4::cpu {
 
 namespace {
-
-Rule rule_of(Format format, const std::string& name) {
-  struct Named {
-    const char* name;
-    Rule rule;
-  };
-  constexpr Named kActivationRules[] = {{"abs_max", Rule::abs_max}, {"four_over_six", Rule::four_over_six},
-                                        {"mse", Rule::mse},         {"even", Rule::even},
-                                        {"ceil", Rule::ceil},       {"below_six", Rule::below_six},
-                                        {"quest", Rule::quest}};
-  for (const Named& named : kActivationRules) {
-    if (name == named.name && is_defined(format, named.rule)) return named.rule;
-  }
-  STD_TORCH_CHECK(false, "scale rule ", name, " is not defined for ", format == Format::nvfp4 ? "nvfp4" : "mxfp4");
-  return Rule::abs_max;
-}
 
 // The packed weight of a call, checked: [experts or none, panels, K / B, bytes of a block].
 struct PackedWeight {
@@ -104,7 +89,7 @@ struct Quantizers {
 
 Quantizers quantizers_for(const Activation& activation, const PackedWeight& weight, const std::vector<int64_t>& ranges,
                           const Tensor& x, Dtype dtype) {
-  const Rule rule = rule_of(weight.format, activation.rule);
+  const Rule rule = rule_named(weight.format, activation.rule);
   std::vector<double> scales = {1.0};
   if (activation.global_scale.has_value()) {
     const Tensor given = dense(torch::stable::to(*activation.global_scale, ScalarType::Double));
@@ -143,12 +128,19 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scal
   Tensor out = torch::stable::new_empty(x, shape);
   if (rows == 0 || packed.n == 0) return out;
 
-  Product product{packed.format, packed.n, packed.k, Dtype::float32, dtype, out.mutable_data_ptr(), {}};
+  Product product{
+      .format = packed.format,
+      .n = packed.n,
+      .k = packed.k,
+      .bias_dtype = Dtype::float32,
+      .out_dtype = dtype,
+      .out = out.mutable_data_ptr(),
+  };
   const std::vector<int64_t> experts = add_segments(product, ranges, weight, weight_scale, scales, bias_values);
 
   if (activation == nullptr) {
     const Tensor source = dense(x);
-    Input input{source.const_data_ptr(), dtype, nullptr, 0};
+    Input input{.x = source.const_data_ptr(), .dtype = dtype};
     std::optional<Tensor> matrix;
     if (rotation.has_value()) {
       check_rotation(*rotation, x);
@@ -186,7 +178,7 @@ Tensor linear_w4a4(const Tensor& x, const Tensor& weight, const Tensor& weight_s
                    const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias, int64_t out_features,
                    const std::optional<Tensor>& rotation, const std::optional<Tensor>& input_global_scale,
                    const std::string& rule) {
-  const Activation activation{input_global_scale, rule};
+  const Activation activation{.global_scale = input_global_scale, .rule = rule};
   return multiply(x, weight, weight_scale, global_scale, bias, std::nullopt, out_features, rotation, &activation);
 }
 
@@ -200,7 +192,7 @@ Tensor grouped_linear_w4a4(const Tensor& x, const Tensor& weight, const Tensor& 
                            const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias,
                            const Tensor& offsets, int64_t out_features, const std::optional<Tensor>& rotation,
                            const std::optional<Tensor>& input_global_scale, const std::string& rule) {
-  const Activation activation{input_global_scale, rule};
+  const Activation activation{.global_scale = input_global_scale, .rule = rule};
   return multiply(x, weight, weight_scale, global_scale, bias, offsets, out_features, rotation, &activation);
 }
 

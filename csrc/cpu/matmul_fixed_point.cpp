@@ -28,9 +28,13 @@ int64_t words_bytes(const Product& product) {
 
 FixedPoint::FixedPoint(const Product& product, const Input& input, int64_t rows, uint8_t* memory)
     : Matmul(product,
-             {matmul_kernels().fixed_point->rows, kFewRows, matmul_kernels().fixed_point->decoded_rows},
+             {.few = matmul_kernels().fixed_point->rows,
+              .few_rows = kFewRows,
+              .many = matmul_kernels().fixed_point->decoded_rows},
              kFixedPointChunk),
       input_(input),
+      fixed_point_(*kernels_.fixed_point),
+      fixed_point_format_(fixed_point_.formats[product.format]),
       tiles_(memory),
       residuals_(reinterpret_cast<Residual*>(memory + rows * words_bytes(product))),
       residual_starts_(reinterpret_cast<int32_t*>(residuals_ + rows * product.k)) {}
@@ -42,23 +46,13 @@ int64_t FixedPoint::memory_bytes(const Product& product, int64_t rows) {
 
 int64_t FixedPoint::residual_chunks(int64_t k) { return (k + kResidualChunk - 1) / kResidualChunk; }
 
-const uint8_t* FixedPoint::codes(const Segment& segment, int64_t panel, int64_t column) const {
-  const int block = block_size(product_.format);
-  return segment.codes + (panel * product_.k + column) / block * block_bytes(product_.format);
-}
-
-const uint8_t* FixedPoint::scales(const Segment& segment, int64_t panel, int64_t column) const {
-  return segment.scales + (panel * product_.k + column) / block_size(product_.format) * kPanelRows;
-}
-
 float FixedPoint::unit(const Segment& segment) const {
-  const float raw = kernels_.fixed_point->unit[static_cast<int>(product_.format)];
-  return raw * static_cast<float>(segment.global_scale);
+  return fixed_point_format_.unit * static_cast<float>(segment.global_scale);
 }
 
 void FixedPoint::prepare(int64_t begin, int64_t end) const {
   const int64_t k = product_.k;
-  const int f = static_cast<int>(product_.format), block = block_size(product_.format);
+  const int block = block_size(product_.format);
   auto values = scratch<float>(k);
   for (int64_t task = begin; task < end; ++task) {
     const Tile tile = tile_at(task);
@@ -74,9 +68,9 @@ void FixedPoint::prepare(int64_t begin, int64_t end) const {
         const int64_t blocks = std::min(chunk_, k - c) / block;
         uint8_t* to = tiles_ + segment.first_row * words_bytes(product_) +
                       fixed_point_block_bytes(product_.format, c / block * segment.rows + blocks * start);
-        const int64_t count = kernels_.fixed_point->split[f](values.get() + c, blocks, static_cast<int>(rows), to,
-                                                             static_cast<int>(m), static_cast<int32_t>(c),
-                                                             residuals(row) + left);
+        const int64_t count = fixed_point_format_.split(
+            values.get() + c, blocks, static_cast<int32_t>(c),
+            {.tile = to, .rows = static_cast<int>(rows), .row = static_cast<int>(m)}, residuals(row) + left);
         left += static_cast<int32_t>(count);
       }
       *starts = left;
@@ -99,8 +93,7 @@ void FixedPoint::run(int64_t begin, int64_t end) const {
 // Few rows: weights are decoded in registers, and for a lone tile read in one go.
 void FixedPoint::run_few_rows(const Piece& piece) const {
   const Segment& segment = *piece.segment;
-  const FixedPointKernels& kernels = *kernels_.fixed_point;
-  const int f = static_cast<int>(product_.format), block = block_size(product_.format);
+  const int block = block_size(product_.format);
   const Tiling tiles = tiling(segment);
   const int64_t k = product_.k, rows = segment.rows, chunk = tiles.count == 1 ? k : chunk_;
   const uint8_t* x = tiles_ + segment.first_row * words_bytes(product_);
@@ -111,9 +104,9 @@ void FixedPoint::run_few_rows(const Piece& piece) const {
       const int64_t at = c / block, blocks = std::min(chunk, k - c) / block;
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t start = tiles.start(t);
-        kernels.multiply[f](codes(segment, p, c), scales(segment, p, c), blocks,
-                            x + fixed_point_block_bytes(product_.format, at * rows + blocks * start),
-                            static_cast<int>(tiles.start(t + 1) - start), sums.get() + start * kPanelRows);
+        fixed_point_format_.multiply(blocks_of(segment, p, c, blocks * block),
+                                     x + fixed_point_block_bytes(product_.format, at * rows + blocks * start),
+                                     static_cast<int>(tiles.start(t + 1) - start), sums.get() + start * kPanelRows);
       }
     }
     add_residuals(segment, p, 0, rows, sums.get());
@@ -124,8 +117,7 @@ void FixedPoint::run_few_rows(const Piece& piece) const {
 // Many rows: a chunk of a panel is decoded once for all of them.
 void FixedPoint::run_tiles(const Piece& piece) const {
   const Segment& segment = *piece.segment;
-  const FixedPointKernels& kernels = *kernels_.fixed_point;
-  const int f = static_cast<int>(product_.format), block = block_size(product_.format);
+  const int block = block_size(product_.format);
   const int64_t k = product_.k, together = std::min(kPanelGroup, piece.last_panel - piece.first_panel);
   const Tiling tiles = tiling(segment);
   const int64_t first_row = tiles.start(piece.first_tile), rows = tiles.start(piece.last_tile) - first_row;
@@ -140,13 +132,14 @@ void FixedPoint::run_tiles(const Piece& piece) const {
       const int64_t at = c / block, blocks = std::min(chunk_, k - c) / block;
       for (int64_t p = 0; p < panels; ++p) {
         float* panel_sums = sums.get() + p * rows * kPanelRows;
-        kernels.decode[f](codes(segment, group + p, c), scales(segment, group + p, c), blocks, weights.get(),
-                          weight_scales.get());
+        fixed_point_format_.decode(blocks_of(segment, group + p, c, blocks * block), weights.get(),
+                                   weight_scales.get());
+        const DecodedBlocks<int16_t> decoded = {
+            .values = weights.get(), .scales = weight_scales.get(), .count = blocks};
         for (int64_t t = piece.first_tile; t < piece.last_tile; ++t) {
           const int64_t start = tiles.start(t);
-          kernels.multiply_decoded[f](
-              weights.get(), weight_scales.get(), blocks,
-              x + fixed_point_block_bytes(product_.format, at * segment.rows + blocks * start),
+          fixed_point_format_.multiply_decoded(
+              decoded, x + fixed_point_block_bytes(product_.format, at * segment.rows + blocks * start),
               static_cast<int>(tiles.start(t + 1) - start), panel_sums + (start - first_row) * kPanelRows);
         }
       }
@@ -162,26 +155,23 @@ void FixedPoint::run_tiles(const Piece& piece) const {
 // Adds the products of the residuals of `rows` rows (from `first_row` on) with a panel to its sums.
 void FixedPoint::add_residuals(const Segment& segment, int64_t panel, int64_t first_row, int64_t rows,
                                float* sums) const {
-  const FixedPointKernels& kernels = *kernels_.fixed_point;
-  const int f = static_cast<int>(product_.format), block = block_size(product_.format);
   const int64_t k = product_.k, row = segment.first_row + first_row;
   if (rows < kManyResidualRows) {
     for (int64_t m = 0; m < rows; ++m) {
       const int32_t count = residual_starts(row + m)[residual_chunks(k)];
       if (count == 0) continue;
-      kernels.add_residuals[f](codes(segment, panel, 0), scales(segment, panel, 0), residuals(row + m), count,
-                               sums + m * kPanelRows);
+      fixed_point_format_.add_residuals(blocks_of(segment, panel, 0, k), residuals(row + m), count,
+                                        sums + m * kPanelRows);
     }
     return;
   }
   auto values = scratch<float>(std::min(kResidualChunk, k) * kPanelRows);
   for (int64_t c = 0; c < k; c += kResidualChunk) {
-    const int64_t blocks = std::min(kResidualChunk, k - c) / block;
-    kernels_.decode_float[f](codes(segment, panel, c), scales(segment, panel, c), blocks, 1 / kernels.unit[f],
-                             values.get());
+    const int64_t columns = std::min(kResidualChunk, k - c);
+    format_kernels_.decode_float(blocks_of(segment, panel, c, columns), 1 / fixed_point_format_.unit, values.get());
     for (int64_t m = 0; m < rows; ++m) {
       const int32_t* starts = residual_starts(row + m) + c / kResidualChunk;
-      kernels.add_residuals_to_values(values.get(), static_cast<int32_t>(c), residuals(row + m) + starts[0],
+      fixed_point_.add_residuals_to_values(values.get(), static_cast<int32_t>(c), residuals(row + m) + starts[0],
                                       starts[1] - starts[0], sums + m * kPanelRows);
     }
   }

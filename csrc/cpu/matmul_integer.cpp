@@ -17,7 +17,7 @@ IntegerProduct::IntegerProduct(const Product& product, const void* x, Dtype x_dt
 
 void IntegerProduct::prepare(int64_t begin, int64_t end) const {
   const int64_t k = product_.k;
-  const int f = static_cast<int>(product_.format), block = block_size(product_.format);
+  const int block = block_size(product_.format);
   auto codes = scratch<int8_t>(k);
   auto effective = scratch<float>(k / block);
   for (int64_t task = begin; task < end; ++task) {
@@ -33,8 +33,8 @@ void IntegerProduct::prepare(int64_t begin, int64_t end) const {
         const int64_t length = std::min(chunk_, k - c);
         const int64_t per_row = length / block * integer_block_bytes(product_.format, 1);
         uint8_t* to = segment_tiles + c / block * integer_block_bytes(product_.format, segment.rows) + start * per_row;
-        kernels_.lay_out_integer[f](codes.get() + c, effective.get() + c / block, length / block,
-                                    static_cast<int>(rows), static_cast<int>(m), to);
+        format_kernels_.lay_out_integer(codes.get() + c, effective.get() + c / block, length / block,
+                                        {.tile = to, .rows = static_cast<int>(rows), .row = static_cast<int>(m)});
       }
     }
   }
@@ -43,9 +43,7 @@ void IntegerProduct::prepare(int64_t begin, int64_t end) const {
 void IntegerProduct::run(int64_t begin, int64_t end) const {
   const int64_t k = product_.k;
   const int block = block_size(product_.format);
-  const int f = static_cast<int>(product_.format);
-  const int64_t panel_codes = k / block * block_bytes(product_.format), panel_scales = k / block * kPanelRows;
-  const WholeScales* const whole = kernels_.whole_scales[f];
+  const WholeScales* const whole = format_kernels_.whole_scales;
   auto weights = scratch<uint8_t>(std::min(chunk_, k) * kPanelRows);
   auto weight_scales = scratch<float>(std::min(chunk_, k) / block * kPanelRows);
   while (begin < end) {
@@ -64,15 +62,16 @@ void IntegerProduct::run(int64_t begin, int64_t end) const {
         const uint8_t* chunk = x + at * integer_block_bytes(product_.format, segment.rows);
         const int64_t per_row = blocks * integer_block_bytes(product_.format, 1);
         for (int64_t p = 0; p < panels; ++p) {
-          kernels_.decode_integer[f](segment.codes + (group + p) * panel_codes + at * block_bytes(product_.format),
-                                     segment.scales + (group + p) * panel_scales + at * kPanelRows, blocks,
-                                     weights.get(), weight_scales.get());
+          format_kernels_.decode_integer(blocks_of(segment, group + p, c, blocks * block), weights.get(),
+                                         weight_scales.get());
           const bool is_whole = whole != nullptr && whole->convert(weight_scales.get(), blocks);
-          const auto multiply = is_whole ? whole->multiply : kernels_.multiply_integer[f];
+          const auto multiply = is_whole ? whole->multiply : format_kernels_.multiply_integer;
+          const DecodedBlocks<uint8_t> decoded = {
+              .values = weights.get(), .scales = weight_scales.get(), .count = blocks};
           for (int64_t t = piece.first_tile; t < piece.last_tile; ++t) {
             const int64_t start = tiles.start(t);
-            multiply(chunk + start * per_row, static_cast<int>(tiles.start(t + 1) - start), weights.get(),
-                     weight_scales.get(), blocks, sums.get() + (p * rows + start - first_row) * kPanelRows);
+            multiply(chunk + start * per_row, static_cast<int>(tiles.start(t + 1) - start), decoded,
+                     sums.get() + (p * rows + start - first_row) * kPanelRows);
           }
         }
       }

@@ -40,8 +40,9 @@ uint8_t nibble(const uint8_t* codes, int64_t k, int row) {
 }
 
 template <Format F>
-void decode_float(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, float* out) {
+void decode_float(const PackedBlocks& w, float global_scale, float* out) {
   constexpr int size = block_size(F);
+  auto [codes, scales, blocks] = w;
   for (int64_t b = 0; b < blocks; ++b, codes += block_bytes(F), scales += kPanelRows) {
     float effective[kPanelRows];
     for (int r = 0; r < kPanelRows; ++r) effective[r] = 0.5f * (block_scale<F>(scales[r]) * global_scale);
@@ -60,35 +61,37 @@ void multiply_float(const float* x, int rows, const float* w, int64_t k, float* 
 }
 
 template <Format F>
-void gemv(const uint8_t* codes, const uint8_t* scales, int64_t blocks, float global_scale, const float* x, int rows,
-          float* y) {
+void gemv(const PackedBlocks& w, float global_scale, const float* x, int rows, float* y) {
   constexpr int size = block_size(F);
-  float w[size * kPanelRows];
+  auto [codes, scales, blocks] = w;
+  float values[size * kPanelRows];
   for (int i = 0; i < rows * kPanelRows; ++i) y[i] = 0;
   for (int64_t b = 0; b < blocks; ++b, codes += block_bytes(F), scales += kPanelRows, x += rows * size) {
-    decode_float<F>(codes, scales, 1, global_scale, w);
-    multiply_float(x, rows, w, size, y);
+    decode_float<F>({.codes = codes, .scales = scales, .count = 1}, global_scale, values);
+    multiply_float(x, rows, values, size, y);
   }
 }
 
 template <Format F>
-void lay_out_integer(const int8_t* codes, const float* scales, int64_t blocks, int rows, int m, uint8_t* to) {
+void lay_out_integer(const int8_t* codes, const float* scales, int64_t blocks, const TileRow& to) {
   constexpr int size = block_size(F);
-  for (int64_t b = 0; b < blocks; ++b, codes += size, to += integer_block_bytes(F, rows)) {
+  auto [tile, rows, m] = to;
+  for (int64_t b = 0; b < blocks; ++b, codes += size, tile += integer_block_bytes(F, rows)) {
     int32_t correction = 0;
     for (int i = 0; i < size; ++i) {
       const int8_t code = codes[i / 4 * 4 + kIntegerColumn[i % 4]];
       correction -= kCodeBias * code;
-      to[(i / 4 * rows + m) * 4 + i % 4] = static_cast<uint8_t>(code);
+      tile[(i / 4 * rows + m) * 4 + i % 4] = static_cast<uint8_t>(code);
     }
-    std::memcpy(to + rows * size + m * 4, &correction, 4);
-    std::memcpy(to + rows * (size + 4) + m * 4, &scales[b], 4);
+    std::memcpy(tile + rows * size + m * 4, &correction, 4);
+    std::memcpy(tile + rows * (size + 4) + m * 4, &scales[b], 4);
   }
 }
 
 template <Format F>
-void decode_integer(const uint8_t* codes, const uint8_t* scales, int64_t blocks, uint8_t* out, float* out_scales) {
+void decode_integer(const PackedBlocks& w, uint8_t* out, float* out_scales) {
   constexpr int size = block_size(F);
+  auto [codes, scales, blocks] = w;
   for (int64_t b = 0; b < blocks; ++b, codes += block_bytes(F), scales += kPanelRows, out_scales += kPanelRows) {
     for (int r = 0; r < kPanelRows; ++r) out_scales[r] = block_scale<F>(scales[r]);
     for (int k = 0; k < size; k += 4) {
@@ -100,10 +103,10 @@ void decode_integer(const uint8_t* codes, const uint8_t* scales, int64_t blocks,
 }
 
 template <Format F>
-void multiply_integer(const uint8_t* x, int rows, const uint8_t* w, const float* w_scales, int64_t blocks,
-                      float* sum) {
+void multiply_integer(const uint8_t* x, int rows, const DecodedBlocks<uint8_t>& w, float* sum) {
   constexpr int size = block_size(F);
-  for (int64_t b = 0; b < blocks; ++b, x += integer_block_bytes(F, rows), w += size * kPanelRows) {
+  auto [values, scales, blocks] = w;
+  for (int64_t b = 0; b < blocks; ++b, x += integer_block_bytes(F, rows), values += size * kPanelRows) {
     for (int m = 0; m < rows; ++m) {
       int32_t correction;
       float scale;
@@ -113,9 +116,9 @@ void multiply_integer(const uint8_t* x, int rows, const uint8_t* w, const float*
         int32_t dot = correction;
         for (int k = 0; k < size; ++k) {
           const int8_t code = static_cast<int8_t>(x[(k / 4 * rows + m) * 4 + k % 4]);
-          dot += code * w[(k / 4 * kPanelRows + r) * 4 + k % 4];
+          dot += code * values[(k / 4 * kPanelRows + r) * 4 + k % 4];
         }
-        sum[m * kPanelRows + r] += static_cast<float>(dot) * scale * w_scales[b * kPanelRows + r];
+        sum[m * kPanelRows + r] += static_cast<float>(dot) * scale * scales[b * kPanelRows + r];
       }
     }
   }
@@ -178,23 +181,28 @@ void store(const float* from, Dtype dtype, int64_t n, void* to) {
   for (int64_t i = 0; i < n; ++i) half[i] = dtype == Dtype::float16 ? to_half(from[i]) : to_bfloat16(from[i]);
 }
 
+template <Format F>
+constexpr FormatKernels kFormatKernels = {
+    .gemv = gemv<F>,
+    .decode_float = decode_float<F>,
+    .lay_out_integer = lay_out_integer<F>,
+    .decode_integer = decode_integer<F>,
+    .multiply_integer = multiply_integer<F>,
+    .whole_scales = nullptr,
+};
+
 }  // namespace
 
 const MatmulKernels kScalarMatmul = {
-    nullptr,
-    {nullptr, nullptr},
-    1,
-    4,
-    4,
-    {gemv<Format::nvfp4>, gemv<Format::mxfp4>},
-    {decode_float<Format::nvfp4>, decode_float<Format::mxfp4>},
-    multiply_float,
-    {lay_out_integer<Format::nvfp4>, lay_out_integer<Format::mxfp4>},
-    {decode_integer<Format::nvfp4>, decode_integer<Format::mxfp4>},
-    {multiply_integer<Format::nvfp4>, multiply_integer<Format::mxfp4>},
-    rotate,
-    load,
-    store,
+    .fixed_point = nullptr,
+    .gemv_rows = 1,
+    .float_tile = 4,
+    .integer_tile = 4,
+    .formats = {.nvfp4 = kFormatKernels<Format::nvfp4>, .mxfp4 = kFormatKernels<Format::mxfp4>},
+    .multiply_float = multiply_float,
+    .rotate = rotate,
+    .load = load,
+    .store = store,
 };
 
 }  // namespace fp4::cpu

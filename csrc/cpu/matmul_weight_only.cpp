@@ -13,7 +13,7 @@ constexpr int64_t kChunk = 256;
 // Panels that share a pass over x: their sums fill the second-level cache together with a chunk of x.
 constexpr int64_t kPanelGroup = 8;
 
-constexpr int kMostGemvRows = 4;  // that any instruction set or format has
+constexpr int kMostGemvRows = 4;  // the largest gemv_rows of all instruction sets and formats
 
 }  // namespace
 
@@ -51,18 +51,13 @@ void WeightOnly::run(int64_t begin, int64_t end) const {
 }
 
 void WeightOnly::gemv(const Segment& segment, int64_t panel, const float* x, float* sums) const {
-  const int64_t blocks = product_.k / block_size(product_.format);
-  kernels_.gemv[static_cast<int>(product_.format)](
-      segment.codes + panel * blocks * block_bytes(product_.format), segment.scales + panel * blocks * kPanelRows,
-      blocks, static_cast<float>(segment.global_scale), x, static_cast<int>(segment.rows), sums);
+  format_kernels_.gemv(blocks_of(segment, panel, 0, product_.k), static_cast<float>(segment.global_scale), x,
+                       static_cast<int>(segment.rows), sums);
 }
 
 void WeightOnly::decode(const Segment& segment, int64_t panel, int64_t column, int64_t columns, float* out) const {
-  const int block = block_size(product_.format);
-  const int64_t at = (panel * product_.k + column) / block;
-  kernels_.decode_float[static_cast<int>(product_.format)](
-      segment.codes + at * block_bytes(product_.format), segment.scales + at * kPanelRows, columns / block,
-      static_cast<float>(segment.global_scale), out);
+  format_kernels_.decode_float(blocks_of(segment, panel, column, columns), static_cast<float>(segment.global_scale),
+                               out);
 }
 
 void WeightOnly::run_rows(const Piece& piece) const {

@@ -111,8 +111,8 @@ constexpr int64_t kStreamBytes = 1 << 20;
 void run_groups(const Quantizer& q, const void* x, int64_t first, int64_t last, void* codes, int64_t code_bytes,
                 uint8_t* scales, bool doubled) {
   const int block = block_size(q.format());
-  const QuantizeGroups run =
-      quantize_kernels().quantize[static_cast<int>(q.format())][static_cast<int>(q.dtype())][doubled ? 1 : 0];
+  const QuantizeKernels& kernels = quantize_kernels();
+  const QuantizeGroups run = (doubled ? kernels.doubled : kernels.packed)[q.format()][q.dtype()];
   uint8_t* out = static_cast<uint8_t*>(codes) + first * code_bytes;
   const int64_t groups = (last - first) / kBlockGroup;
   const bool stream = !doubled && groups * kBlockGroup * code_bytes >= kStreamBytes &&
@@ -161,11 +161,6 @@ uint16_t float_to_bfloat16(float value) {
 
 }  // namespace detail
 
-bool is_defined(Format format, Rule rule) {
-  if (rule == Rule::abs_max || rule == Rule::mse) return true;
-  return (rule == Rule::four_over_six) == (format == Format::nvfp4);
-}
-
 double global_scale_for(float amax, Rule rule) {
   const float scale = amax / (6.0f * (rule == Rule::four_over_six ? 256.0f : kE4m3Max));
   return scale == 0 ? 1.0 : static_cast<double>(scale);
@@ -210,7 +205,7 @@ void dequantize(Format format, const uint8_t* codes, const uint8_t* scales, doub
   float effective[256];
   for (int byte = 0; byte < 256; ++byte) effective[byte] = effective_scale(format, byte, global_scale);
   const int block = block_size(format);
-  value_kernels().dequantize[static_cast<int>(format)][static_cast<int>(dtype)](
+  value_kernels().dequantize[format][dtype](
       codes + first * (block / 2), scales + first, effective, last - first,
       static_cast<uint8_t*>(out) + first * block * element_size(dtype));
 }

@@ -10,13 +10,33 @@
 #include <cstdint>
 #include <memory>
 
+#include "../formats.h"
+
 namespace fp4::cpu {
 
-enum class Dtype { float32, bfloat16, float16 };
-enum class Format { nvfp4, mxfp4 };
-enum class Rule { abs_max, mse, four_over_six, even, ceil, below_six, quest };
+using fp4::block_size;
+using fp4::blocks_in;
+using fp4::Format;
+using fp4::Rule;
 
-constexpr int block_size(Format format) { return format == Format::nvfp4 ? 16 : 32; }
+enum class Dtype { float32, bfloat16, float16 };
+
+// A table with one entry for each format.
+template <typename T>
+struct PerFormat {
+  T nvfp4, mxfp4;
+  constexpr const T& operator[](Format format) const { return format == Format::nvfp4 ? nvfp4 : mxfp4; }
+};
+
+// A table with one entry for each dtype.
+template <typename T>
+struct PerDtype {
+  T float32, bfloat16, float16;
+  constexpr const T& operator[](Dtype dtype) const {
+    return dtype == Dtype::float32 ? float32 : dtype == Dtype::bfloat16 ? bfloat16 : float16;
+  }
+};
+
 constexpr int kBlockGroup = 8;  // blocks that a vector path handles at a time
 
 // What one block scale byte means for the elements under it: |x| gets code `number of thresholds below bits(|x|)`. Each
@@ -65,8 +85,6 @@ class Quantizer {
 
 // float32 global scale of formats.global_scale_for: amax / 2688 (1536 for four_over_six), 1 where that is zero.
 double global_scale_for(float amax, Rule rule);
-
-bool is_defined(Format format, Rule rule);
 
 // Values of blocks [first, last): codes and scales hold blocks from 0, and so does out.
 void dequantize(Format format, const uint8_t* codes, const uint8_t* scales, double global_scale, Dtype dtype,

@@ -385,20 +385,19 @@ FP4_TARGET_AVX2 void quantize_groups(const Quantizer& q, const void* elements, i
   if (stream) _mm_sfence();
 }
 
-template <int B, typename Bits, bool kIsHalf>
-constexpr QuantizeGroups kPacked = quantize_groups<B, Bits, kIsHalf, false>;
-template <int B, typename Bits, bool kIsHalf>
-constexpr QuantizeGroups kDoubled = quantize_groups<B, Bits, kIsHalf, true>;
+template <Format F, bool kIsDoubled>
+constexpr PerDtype<QuantizeGroups> kQuantize = {
+    .float32 = quantize_groups<block_size(F), uint32_t, /*kIsHalf=*/false, kIsDoubled>,
+    .bfloat16 = quantize_groups<block_size(F), uint16_t, /*kIsHalf=*/false, kIsDoubled>,
+    .float16 = quantize_groups<block_size(F), uint16_t, /*kIsHalf=*/true, kIsDoubled>,
+};
 
 }  // namespace
 
 const QuantizeKernels kAvx2Quantize = {
-    {{{kPacked<16, uint32_t, false>, kDoubled<16, uint32_t, false>},
-      {kPacked<16, uint16_t, false>, kDoubled<16, uint16_t, false>},
-      {kPacked<16, uint16_t, true>, kDoubled<16, uint16_t, true>}},
-     {{kPacked<32, uint32_t, false>, kDoubled<32, uint32_t, false>},
-      {kPacked<32, uint16_t, false>, kDoubled<32, uint16_t, false>},
-      {kPacked<32, uint16_t, true>, kDoubled<32, uint16_t, true>}}}};
+    .packed = {.nvfp4 = kQuantize<Format::nvfp4, false>, .mxfp4 = kQuantize<Format::mxfp4, false>},
+    .doubled = {.nvfp4 = kQuantize<Format::nvfp4, true>, .mxfp4 = kQuantize<Format::mxfp4, true>},
+};
 
 }  // namespace fp4::cpu::detail
 

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../named_formats.h"
 #include "quantize.h"
 
 namespace fp4::cpu {
@@ -25,21 +26,6 @@ Dtype dtype_of(ScalarType type, const char* what) {
   if (type == ScalarType::BFloat16) return Dtype::bfloat16;
   STD_TORCH_CHECK(type == ScalarType::Half, what, " must be float32, bfloat16 or float16");
   return Dtype::float16;
-}
-
-Format format_of(const std::string& name) {
-  if (name == "nvfp4") return Format::nvfp4;
-  STD_TORCH_CHECK(name == "mxfp4", "format is ", name, "; expected nvfp4 or mxfp4");
-  return Format::mxfp4;
-}
-
-Rule rule_of(Format format, const std::string& name) {
-  constexpr const char* kNames[] = {"abs_max", "mse", "four_over_six", "even", "ceil", "below_six", "quest"};
-  for (int i = 0; i < 7; ++i) {
-    if (name == kNames[i] && is_defined(format, static_cast<Rule>(i))) return static_cast<Rule>(i);
-  }
-  STD_TORCH_CHECK(false, "scale rule ", name, " is not defined for this format");
-  return Rule::abs_max;
 }
 
 std::vector<int64_t> shape_of(const Tensor& t) {
@@ -80,8 +66,8 @@ void for_each_range(const std::vector<double>& scales, int64_t blocks, int block
 
 std::tuple<Tensor, Tensor> quantize_tensor(const Tensor& x, const std::optional<Tensor>& global_scale,
                                            const std::string& format_name, const std::string& rule_name) {
-  const Format format = format_of(format_name);
-  const Rule rule = rule_of(format, rule_name);
+  const Format format = format_named(format_name);
+  const Rule rule = rule_named(format, rule_name);
   const Dtype dtype = dtype_of(x.scalar_type(), "x");
   const int block = block_size(format);
   std::vector<int64_t> shape = shape_of(x);

@@ -54,11 +54,11 @@ using DequantizeBlocks = void (*)(const uint8_t* codes, const uint8_t* scales, c
 using AbsMax = uint32_t (*)(const void* x, int64_t n);  // the largest pattern of |x|
 
 struct QuantizeKernels {
-  QuantizeGroups quantize[2][3][2];  // [Format][Dtype][doubled]
+  PerFormat<PerDtype<QuantizeGroups>> packed, doubled;
 };
 
 struct ValueKernels {
-  DequantizeBlocks dequantize[2][3];  // [Format][Dtype]
+  PerFormat<PerDtype<DequantizeBlocks>> dequantize;
   AbsMax abs_max16;
   AbsMax abs_max32;
 };

@@ -191,22 +191,31 @@ uint32_t abs_max_bits(const void* x, int64_t n) {
   return largest;
 }
 
-constexpr Dtype kF32 = Dtype::float32, kBf16 = Dtype::bfloat16, kF16 = Dtype::float16;
+template <Format F, bool kIsDoubled>
+constexpr PerDtype<QuantizeGroups> kQuantize = {
+    .float32 = quantize_groups<block_size(F), Dtype::float32, kIsDoubled>,
+    .bfloat16 = quantize_groups<block_size(F), Dtype::bfloat16, kIsDoubled>,
+    .float16 = quantize_groups<block_size(F), Dtype::float16, kIsDoubled>,
+};
+
+template <Format F>
+constexpr PerDtype<DequantizeBlocks> kDequantize = {
+    .float32 = dequantize_blocks<block_size(F), Dtype::float32>,
+    .bfloat16 = dequantize_blocks<block_size(F), Dtype::bfloat16>,
+    .float16 = dequantize_blocks<block_size(F), Dtype::float16>,
+};
 
 }  // namespace
 
 const QuantizeKernels kScalarQuantize = {
-    {{{quantize_groups<16, kF32, false>, quantize_groups<16, kF32, true>},
-      {quantize_groups<16, kBf16, false>, quantize_groups<16, kBf16, true>},
-      {quantize_groups<16, kF16, false>, quantize_groups<16, kF16, true>}},
-     {{quantize_groups<32, kF32, false>, quantize_groups<32, kF32, true>},
-      {quantize_groups<32, kBf16, false>, quantize_groups<32, kBf16, true>},
-      {quantize_groups<32, kF16, false>, quantize_groups<32, kF16, true>}}}};
+    .packed = {.nvfp4 = kQuantize<Format::nvfp4, false>, .mxfp4 = kQuantize<Format::mxfp4, false>},
+    .doubled = {.nvfp4 = kQuantize<Format::nvfp4, true>, .mxfp4 = kQuantize<Format::mxfp4, true>},
+};
 
 const ValueKernels kScalarValues = {
-    {{dequantize_blocks<16, kF32>, dequantize_blocks<16, kBf16>, dequantize_blocks<16, kF16>},
-     {dequantize_blocks<32, kF32>, dequantize_blocks<32, kBf16>, dequantize_blocks<32, kF16>}},
-    abs_max_bits<uint16_t>,
-    abs_max_bits<uint32_t>};
+    .dequantize = {.nvfp4 = kDequantize<Format::nvfp4>, .mxfp4 = kDequantize<Format::mxfp4>},
+    .abs_max16 = abs_max_bits<uint16_t>,
+    .abs_max32 = abs_max_bits<uint32_t>,
+};
 
 }  // namespace fp4::cpu::detail

@@ -99,15 +99,20 @@ FP4_TARGET_AVX2 uint32_t abs_max32(const void* x, int64_t n) {
   return largest;
 }
 
+template <Format F>
+constexpr PerDtype<DequantizeBlocks> kDequantize = {
+    .float32 = dequantize_blocks<block_size(F), Dtype::float32>,
+    .bfloat16 = dequantize_blocks<block_size(F), Dtype::bfloat16>,
+    .float16 = dequantize_blocks<block_size(F), Dtype::float16>,
+};
+
 }  // namespace
 
 const ValueKernels kAvx2Values = {
-    {{dequantize_blocks<16, Dtype::float32>, dequantize_blocks<16, Dtype::bfloat16>,
-      dequantize_blocks<16, Dtype::float16>},
-     {dequantize_blocks<32, Dtype::float32>, dequantize_blocks<32, Dtype::bfloat16>,
-      dequantize_blocks<32, Dtype::float16>}},
-    abs_max16,
-    abs_max32};
+    .dequantize = {.nvfp4 = kDequantize<Format::nvfp4>, .mxfp4 = kDequantize<Format::mxfp4>},
+    .abs_max16 = abs_max16,
+    .abs_max32 = abs_max32,
+};
 
 }  // namespace fp4::cpu::detail
 

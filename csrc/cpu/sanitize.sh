@@ -5,7 +5,7 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-flags="-std=c++17 -O1 -g -Wall -Wextra -ffp-contract=off -fno-omit-frame-pointer -I$here
+flags="-std=c++20 -O1 -g -Wall -Wextra -ffp-contract=off -fno-omit-frame-pointer -I$here
        -fsanitize=address,undefined -fno-sanitize-recover=all"
 for source in "$here"/*.cpp; do
     case $source in *_binding.cpp) continue ;; esac

@@ -1,4 +1,4 @@
-// The way from torch's tensors to the matmuls, for their bindings: checks and threads.
+// What the bindings of the matmuls share: they check tensors, turn them into a Product, and run it on torch's threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -16,7 +16,7 @@ namespace fp4::cpu {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Multiplications that a thread takes at least: below this a second thread costs more than it saves.
+// The fewest multiplications and elements for a thread: below this a second thread costs more than it saves.
 inline constexpr int64_t kGrainProducts = 1 << 16;
 inline constexpr int64_t kGrainElements = 1 << 15;
 
@@ -28,7 +28,7 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   return Dtype::float16;
 }
 
-// What is contiguous already is not sent through the dispatcher, which takes about as long as a small product.
+// The tensor itself where it is contiguous: a call through the dispatcher takes about as long as a small product.
 inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
@@ -75,8 +75,14 @@ inline std::vector<int64_t> add_segments(Product& product, const std::vector<int
   };
   for (int64_t e = 0; e < experts; ++e) {
     if (ranges[e] == ranges[e + 1]) continue;
-    product.segments.push_back({ranges[e], ranges[e + 1] - ranges[e], at(codes, e), at(scales, e), global_scales[e],
-                                bias.has_value() ? at(*bias, e) : nullptr, nullptr});
+    product.segments.push_back({
+        .first_row = ranges[e],
+        .rows = ranges[e + 1] - ranges[e],
+        .codes = at(codes, e),
+        .scales = at(scales, e),
+        .global_scale = global_scales[e],
+        .bias = bias.has_value() ? at(*bias, e) : nullptr,
+    });
     found.push_back(e);
   }
   return found;

@@ -1,4 +1,4 @@
-// What the operators share: from tensors to the plain types of quantize.h and gemm.h.
+// What the bindings share: they check tensors and turn them into the plain types of quantize.h and gemm.h.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,8 +19,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 Type type_of(ScalarType type, const char* what);
-Rule rule_of(Format format, const std::string& name);
-inline int block_size(Format format) { return format == Format::nvfp4 ? 16 : 32; }
 
 std::vector<int64_t> shape_of(const Tensor& tensor);
 std::string shape_text(const Tensor& tensor);
@@ -28,7 +26,7 @@ std::string shape_text(const Tensor& tensor);
 // Contiguous, and at an address that vector loads can take.
 Tensor readable(const Tensor& tensor);
 
-// Whether the tensor is on the GPU of x: a kernel that reads another GPU's memory fails long after the call, or is slow.
+// Whether the tensor is on the GPU of x. A kernel that reads another GPU's memory fails long after the call, or is slow.
 inline bool is_beside(const Tensor& tensor, const Tensor& x) {
   return tensor.is_cuda() && tensor.get_device_index() == x.get_device_index();
 }
@@ -36,7 +34,7 @@ inline bool is_beside(const Tensor& tensor, const Tensor& x) {
 // A global scale: float64 on the GPU of x with one of `counts` elements. Returns its data.
 const double* global_scale_data(const Tensor& scale, const Tensor& x, std::initializer_list<int64_t> counts);
 
-// Raises what a launch returned, unless null.
+// Raises an error unless the launch succeeded (`error` is null).
 void require_launched(const char* error, const char* what);
 
 // The GPU of a call, made current for its duration.

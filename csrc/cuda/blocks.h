@@ -2,11 +2,12 @@
 // numerics.h is.
 #pragma once
 
+#include "../formats.h"
 #include "numerics.h"
 
 namespace fp4::cuda {
 
-enum class Rule { abs_max, mse, four_over_six, even, ceil, below_six, quest };
+using fp4::Rule;
 
 constexpr int kE8m0Max = 252;                                       // 2^125: six times it is still finite
 constexpr float kQuestFactor = static_cast<float>(2.92247856 / 6);  // QuEST, arXiv 2502.05003
@@ -56,7 +57,7 @@ FP4_BOTH uint8_t quest_scale(const float (&values)[B], float unit) {
   return static_cast<uint8_t>(clamp_int(static_cast<int32_t>(bits_of(scale)) >> 23, 0, kE8m0Max));
 }
 
-// A search for the scale of least squared error; the earliest on a tie.
+// A search for the scale of least squared error; on a tie the one offered first wins.
 template <int B>
 struct Search {
   const float (&values)[B];

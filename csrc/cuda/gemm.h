@@ -10,9 +10,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../formats.h"
+
 namespace fp4::cuda {
 
-enum class Format { nvfp4, mxfp4 };
+using fp4::Format;
 enum class Output { bfloat16, float16, float32 };
 enum class Family { sm100, sm120 };  // compute capability 10.x and 11.0, or 12.x
 
@@ -46,7 +48,7 @@ struct GroupedProblem {
   int multiprocessors;
 };
 
-// One compiled kernel. Nothing here needs a GPU except run, which returns null or what went wrong.
+// One compiled kernel. Only `run` needs a GPU; it returns null, or what went wrong.
 struct Gemm {
   int tile_m, tile_n, tile_k;
   bool splits_k;
@@ -55,20 +57,26 @@ struct Gemm {
   const char* (*run)(const GemmProblem&, void* workspace, cudaStream_t);
 };
 
-// One configuration of tiles: its kernels by Format and Output.
-struct Gemms {
-  Gemm kernels[2][3];
-};
-
 struct GroupedGemm {
   bool (*can_implement)(const GroupedProblem&);
   size_t (*workspace_bytes)(const GroupedProblem&);
   const char* (*run)(const GroupedProblem&, void* workspace, cudaStream_t);
 };
 
-struct GroupedGemms {
-  GroupedGemm kernels[2][3];
+// The kernels of one configuration of tiles, one for each format and output.
+template <class Kernel>
+struct KernelTable {
+  constexpr Kernel& at(Format format, Output output) {
+    return kernels[static_cast<int>(format)][static_cast<int>(output)];
+  }
+  constexpr const Kernel& at(Format format, Output output) const {
+    return kernels[static_cast<int>(format)][static_cast<int>(output)];
+  }
+  Kernel kernels[2][3];
 };
+
+using Gemms = KernelTable<Gemm>;
+using GroupedGemms = KernelTable<GroupedGemm>;
 
 // The configuration for a shape, or null where none was built for this family, format and output. Sets problem.splits.
 const Gemm* choose(Family family, Format format, Output output, GemmProblem& problem);

@@ -37,7 +37,7 @@ struct AutoEpilogue {
 };
 
 template <class ArchTag, class Element, class OutputType, class TileShape, class ClusterShape, class Scheduler,
-          class EpilogueChoice>
+          class EpilogueChoice = AutoEpilogue>
 struct GemmConfig {
   using Operator = cutlass::arch::OpClassBlockScaledTensorOp;
   using RowMajor = cutlass::layout::RowMajor;
@@ -45,7 +45,7 @@ struct GemmConfig {
   static constexpr int kAlignCodes = 32;  // 16 bytes, as the tensor memory accelerator wants
   static constexpr int kAlignOutput = 128 / cutlass::sizeof_bits<OutputType>::value;
 
-  // What one multiprocessor stores of a tile that two may share.
+  // The number of multiprocessors that share a tile, and the part of the tile that each of them stores.
   static constexpr int kPerTile = cute::is_same_v<ArchTag, cutlass::arch::Sm100> && cute::size<0>(ClusterShape{}) % 2 == 0
                                       ? 2
                                       : 1;
@@ -100,24 +100,33 @@ struct GemmConfig {
     return status == cutlass::Status::kSuccess ? nullptr : cutlass::cutlassGetStatusString(status);
   }
 
-  static constexpr Gemm gemm() {
-    return {cute::size<0>(TileShape{}), cute::size<1>(TileShape{}), cute::size<2>(TileShape{}), kSplitsK,
-            can_implement, workspace_bytes, run};
+  static constexpr Gemm kernel() {
+    Gemm gemm{};
+    gemm.tile_m = cute::size<0>(TileShape{});
+    gemm.tile_n = cute::size<1>(TileShape{});
+    gemm.tile_k = cute::size<2>(TileShape{});
+    gemm.splits_k = kSplitsK;
+    gemm.can_implement = can_implement;
+    gemm.workspace_bytes = workspace_bytes;
+    gemm.run = run;
+    return gemm;
   }
 };
 
-// A configuration for both formats and all outputs: reading CUTLASS costs the compiler far more than another kernel.
-template <class ArchTag, class TileShape, class ClusterShape, class Scheduler, class EpilogueChoice = AutoEpilogue>
-constexpr Gemms gemms() {
+// Config<Element, Output>::kernel() for both formats and all outputs, in one source: reading CUTLASS costs the compiler
+// far more than another kernel does.
+template <class Kernel, template <class, class> class Config>
+constexpr KernelTable<Kernel> kernel_table() {
   using cutlass::bfloat16_t;
   using cutlass::half_t;
-  return {
-      {{GemmConfig<ArchTag, Nvfp4, bfloat16_t, TileShape, ClusterShape, Scheduler, EpilogueChoice>::gemm(),
-        GemmConfig<ArchTag, Nvfp4, half_t, TileShape, ClusterShape, Scheduler, EpilogueChoice>::gemm(),
-        GemmConfig<ArchTag, Nvfp4, float, TileShape, ClusterShape, Scheduler, EpilogueChoice>::gemm()},
-       {GemmConfig<ArchTag, Mxfp4, bfloat16_t, TileShape, ClusterShape, Scheduler, EpilogueChoice>::gemm(),
-        GemmConfig<ArchTag, Mxfp4, half_t, TileShape, ClusterShape, Scheduler, EpilogueChoice>::gemm(),
-        GemmConfig<ArchTag, Mxfp4, float, TileShape, ClusterShape, Scheduler, EpilogueChoice>::gemm()}}};
+  KernelTable<Kernel> table{};
+  table.at(Format::nvfp4, Output::bfloat16) = Config<Nvfp4, bfloat16_t>::kernel();
+  table.at(Format::nvfp4, Output::float16) = Config<Nvfp4, half_t>::kernel();
+  table.at(Format::nvfp4, Output::float32) = Config<Nvfp4, float>::kernel();
+  table.at(Format::mxfp4, Output::bfloat16) = Config<Mxfp4, bfloat16_t>::kernel();
+  table.at(Format::mxfp4, Output::float16) = Config<Mxfp4, half_t>::kernel();
+  table.at(Format::mxfp4, Output::float32) = Config<Mxfp4, float>::kernel();
+  return table;
 }
 
 }  // namespace fp4::cuda

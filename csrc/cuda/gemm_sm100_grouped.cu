@@ -1,4 +1,4 @@
-// Mixtures of experts.
+// The matmuls of the experts of a layer, in one launch.
 #include "grouped_config.cuh"
 
 namespace fp4::cuda {
@@ -12,6 +12,6 @@ using Config = GroupedConfig<cutlass::arch::Sm100, Element, Output, Shape<_128, 
                                                  cutlass::gemm::KernelPtrArrayTmaWarpSpecialized1SmMxf4Sm100>,
                              cutlass::epilogue::PtrArrayTmaWarpSpecialized1Sm>;
 
-extern const GroupedGemms kSm100Grouped = grouped_gemms<Config>();
+extern const GroupedGemms kSm100Grouped = kernel_table<GroupedGemm, Config>();
 
 }  // namespace fp4::cuda

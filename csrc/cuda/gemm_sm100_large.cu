@@ -12,7 +12,10 @@ struct Epilogue {
   using Schedule = cutlass::epilogue::TmaWarpSpecialized2Sm;
 };
 
-extern const Gemms kSm100Large =
-    gemms<cutlass::arch::Sm100, Shape<_256, _256, _256>, Shape<_2, _1, _1>, void, Epilogue>();
+template <class Element, class Output>
+using Config = GemmConfig<cutlass::arch::Sm100, Element, Output, Shape<_256, _256, _256>, Shape<_2, _1, _1>,
+                          void, Epilogue>;
+
+extern const Gemms kSm100Large = kernel_table<Gemm, Config>();
 
 }  // namespace fp4::cuda

@@ -5,7 +5,10 @@ namespace fp4::cuda {
 
 using namespace cute;
 
-extern const Gemms kSm100Small =
-    gemms<cutlass::arch::Sm100, Shape<_128, _64, _256>, Shape<_1, _1, _1>, cutlass::gemm::StreamKScheduler>();
+template <class Element, class Output>
+using Config = GemmConfig<cutlass::arch::Sm100, Element, Output, Shape<_128, _64, _256>, Shape<_1, _1, _1>,
+                          cutlass::gemm::StreamKScheduler>;
+
+extern const Gemms kSm100Small = kernel_table<Gemm, Config>();
 
 }  // namespace fp4::cuda

@@ -1,4 +1,4 @@
-// Mixtures of experts.
+// The matmuls of the experts of a layer, in one launch.
 #include "grouped_config.cuh"
 
 namespace fp4::cuda {
@@ -10,6 +10,6 @@ using Config = GroupedConfig<cutlass::arch::Sm120, Element, Output, Shape<_128, 
                              cutlass::gemm::collective::KernelScheduleAuto,
                              cutlass::epilogue::collective::EpilogueScheduleAuto>;
 
-extern const GroupedGemms kSm120Grouped = grouped_gemms<Config>();
+extern const GroupedGemms kSm120Grouped = kernel_table<GroupedGemm, Config>();
 
 }  // namespace fp4::cuda

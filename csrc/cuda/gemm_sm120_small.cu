@@ -5,7 +5,10 @@ namespace fp4::cuda {
 
 using namespace cute;
 
-extern const Gemms kSm120Small =
-    gemms<cutlass::arch::Sm120, Shape<_128, _128, _128>, Shape<_1, _1, _1>, cutlass::gemm::StreamKScheduler>();
+template <class Element, class Output>
+using Config = GemmConfig<cutlass::arch::Sm120, Element, Output, Shape<_128, _128, _128>, Shape<_1, _1, _1>,
+                          cutlass::gemm::StreamKScheduler>;
+
+extern const Gemms kSm120Small = kernel_table<Gemm, Config>();
 
 }  // namespace fp4::cuda

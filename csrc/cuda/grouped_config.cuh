@@ -36,7 +36,7 @@ struct GroupedConfig {
   using Layouts = typename Mainloop::Sm1xxBlkScaledConfig;
   using Shape = typename ProblemShape::UnderlyingProblemShape;
 
-  // What the kernel reads for one expert, in arrays over the experts.
+  // Arrays over the experts: the kernel reads one element of each for the matmul of an expert.
   struct Arrays {
     Shape* shapes;
     const Codes** a;
@@ -120,7 +120,7 @@ struct GroupedConfig {
   }
 
   static bool can_implement(const GroupedProblem& p) {
-    // The shapes are on the device, so that CUTLASS cannot look at them; what it would check of each is this.
+    // CUTLASS cannot look at the shapes, which are on the device; this is its check of the alignment of each.
     return p.k % kAlignCodes == 0 && p.n % kAlignOutput == 0 &&
            Device::can_implement(arguments(p, {})) == cutlass::Status::kSuccess;
   }
@@ -132,6 +132,14 @@ struct GroupedConfig {
   }
 
   static const char* run(const GroupedProblem& p, void* workspace, cudaStream_t stream);
+
+  static constexpr GroupedGemm kernel() {
+    GroupedGemm gemm{};
+    gemm.can_implement = can_implement;
+    gemm.workspace_bytes = workspace_bytes;
+    gemm.run = run;
+    return gemm;
+  }
 };
 
 template <class Config>
@@ -151,22 +159,6 @@ const char* GroupedConfig<ArchTag, Element, OutputType, TileShape, MainloopSched
   cutlass::Status status = device.initialize(arguments(p, arrays), rest, stream);
   if (status == cutlass::Status::kSuccess) status = device.run(stream);
   return status == cutlass::Status::kSuccess ? nullptr : cutlass::cutlassGetStatusString(status);
-}
-
-template <class Config>
-constexpr GroupedGemm grouped_gemm() {
-  return {Config::can_implement, Config::workspace_bytes, Config::run};
-}
-
-// Config<Element, Output> for both formats and all outputs.
-template <template <class, class> class Config>
-constexpr GroupedGemms grouped_gemms() {
-  using cutlass::bfloat16_t;
-  using cutlass::half_t;
-  return {{{grouped_gemm<Config<Nvfp4, bfloat16_t>>(), grouped_gemm<Config<Nvfp4, half_t>>(),
-            grouped_gemm<Config<Nvfp4, float>>()},
-           {grouped_gemm<Config<Mxfp4, bfloat16_t>>(), grouped_gemm<Config<Mxfp4, half_t>>(),
-            grouped_gemm<Config<Mxfp4, float>>()}}};
 }
 
 }  // namespace fp4::cuda

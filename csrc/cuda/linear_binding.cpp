@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "../named_formats.h"
 #include "binding.h"
 #include "gemm.h"
 #include "swizzle.h"
@@ -48,7 +49,7 @@ struct Call {
                     shape_text(weight), " and weight_scale ", shape_text(weight_scale), " are not the cutlass layout of ",
                     n, " x ", k, ": expected contiguous [", lead ? "experts, " : "", n, ", ", k / 2, "] and [",
                     lead ? "experts, " : "", padded_rows(n), ", ", padded_columns(columns), "] on the GPU of x");
-    rule = rule_of(format, rule_name);
+    rule = rule_named(format, rule_name);
     if (!rotation.has_value()) return;
     group = rotation->size(0);
     STD_TORCH_CHECK(rotation->scalar_type() == ScalarType::Float && rotation->is_contiguous() && is_beside(*rotation, x) &&
@@ -231,7 +232,7 @@ std::string configurations() { return FP4_CUDA_CONFIGURATIONS; }
 // where there is none for the shape. Needs no GPU. `experts` is 0 for a plain matmul.
 int64_t workspace_bytes(int64_t major, int64_t multiprocessors, const std::string& format, ScalarType dtype, int64_t m,
                         int64_t n, int64_t k, int64_t experts) {
-  const Format of = format == "nvfp4" ? Format::nvfp4 : Format::mxfp4;
+  const Format of = format_named(format);
   const Family family = family_of(static_cast<int>(major));
   if (experts > 0) {
     GroupedProblem problem{};
@@ -262,8 +263,7 @@ std::vector<int64_t> configuration(int64_t major, int64_t multiprocessors, const
   problem.n = static_cast<int>(n);
   problem.k = static_cast<int>(k);
   problem.multiprocessors = static_cast<int>(multiprocessors);
-  const Gemm* gemm = choose(family_of(static_cast<int>(major)), format == "nvfp4" ? Format::nvfp4 : Format::mxfp4,
-                            output_of(dtype), problem);
+  const Gemm* gemm = choose(family_of(static_cast<int>(major)), format_named(format), output_of(dtype), problem);
   if (gemm == nullptr) return {};
   return {gemm->tile_m, gemm->tile_n, gemm->tile_k, problem.splits};
 }

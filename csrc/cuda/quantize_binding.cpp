@@ -5,6 +5,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "../named_formats.h"
 #include "binding.h"
 
 // Exported by CUDA builds of torch alone: weak, so that the library loads into the others too.
@@ -17,26 +18,6 @@ Type type_of(ScalarType type, const char* what) {
   if (type == ScalarType::BFloat16) return Type::bfloat16;
   STD_TORCH_CHECK(type == ScalarType::Half, what, " must be float32, bfloat16 or float16");
   return Type::float16;
-}
-
-Rule rule_of(Format format, const std::string& name) {
-  struct Named {
-    const char* name;
-    Rule rule;
-    bool nvfp4, mxfp4;
-  };
-  constexpr Named kRules[] = {{"abs_max", Rule::abs_max, true, true},
-                              {"mse", Rule::mse, true, true},
-                              {"four_over_six", Rule::four_over_six, true, false},
-                              {"even", Rule::even, false, true},
-                              {"ceil", Rule::ceil, false, true},
-                              {"below_six", Rule::below_six, false, true},
-                              {"quest", Rule::quest, false, true}};
-  for (const Named& named : kRules) {
-    if (name == named.name && (format == Format::nvfp4 ? named.nvfp4 : named.mxfp4)) return named.rule;
-  }
-  STD_TORCH_CHECK(false, "scale rule ", name, " is not defined for ", format == Format::nvfp4 ? "nvfp4" : "mxfp4");
-  return Rule::abs_max;
 }
 
 std::vector<int64_t> shape_of(const Tensor& tensor) {
@@ -99,12 +80,6 @@ Device::~Device() {
 
 namespace {
 
-Format format_of(const std::string& name) {
-  if (name == "nvfp4") return Format::nvfp4;
-  STD_TORCH_CHECK(name == "mxfp4", "format is ", name, "; expected nvfp4 or mxfp4");
-  return Format::mxfp4;
-}
-
 // Matrices of a tensor [..., N, K].
 int64_t matrices_of(const std::vector<int64_t>& shape) {
   int64_t matrices = 1;
@@ -114,7 +89,7 @@ int64_t matrices_of(const std::vector<int64_t>& shape) {
 
 std::tuple<Tensor, Tensor> quantize_tensor(const Tensor& x, const std::optional<Tensor>& global_scale,
                                            const std::string& format_name, const std::string& rule_name) {
-  const Format format = format_of(format_name);
+  const Format format = format_named(format_name);
   const int block = block_size(format);
   std::vector<int64_t> shape = shape_of(x);
   STD_TORCH_CHECK(!shape.empty() && shape.back() % block == 0, "the last axis of x must be a multiple of ", block);
@@ -127,7 +102,7 @@ std::tuple<Tensor, Tensor> quantize_tensor(const Tensor& x, const std::optional<
   task.k = shape.back();
   task.rows = task.k ? x.numel() / task.k : 0;
   task.format = format;
-  task.rule = rule_of(format, rule_name);
+  task.rule = rule_named(format, rule_name);
   task.rows_per_scale = task.rows;
   if (global_scale.has_value()) {
     const int64_t matrices = matrices_of(shape);

@@ -1,5 +1,5 @@
-// The kernels behind quantize.h. Besides nvcc, a host compiler builds this file for the tests, with the few names of
-// CUDA that it uses provided by host/emulate.h.
+// The kernels that quantize.cu launches. Besides nvcc, a host compiler builds this file for the tests, where
+// host/cuda_runtime_api.h stands in for CUDA.
 #pragma once
 
 #include <type_traits>
@@ -69,9 +69,10 @@ __device__ __forceinline__ uint32_t largest_of_block(uint32_t bits) {
   return bits;
 }
 
-// --- what quantizing has in common -----------------------------------------------------------------------------------
+// --- shared by the kernels that quantize -----------------------------------------------------------------------------------
 
-// Rows from the last expert's end on are nobody's: even a global scale that is taken from the data must not see them.
+// The number of rows that belong to an expert. Rows after the last expert's hold anything, so even a global scale that is
+// taken from the data must not see them.
 __device__ __forceinline__ int64_t used_rows(int64_t rows, const int32_t* end) {
   return end == nullptr || *end > rows ? rows : *end;
 }
@@ -96,7 +97,7 @@ __device__ __forceinline__ double shared_global_scale(const QuantizeTask& task) 
   return scale;
 }
 
-// What the matmul after this kernel needs besides codes and scales.
+// Writes the factors and the float32 bias that the matmul after this kernel reads besides codes and scales.
 __device__ __forceinline__ void prepare_matmul(const QuantizeTask& task, double global_scale) {
   const int64_t threads = static_cast<int64_t>(gridDim.x) * gridDim.y * (kWarps * kWarp);
   const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
@@ -110,11 +111,11 @@ __device__ __forceinline__ void prepare_matmul(const QuantizeTask& task, double 
   }
 }
 
-// Where a row of x belongs.
+// Whether and where the scales of a row of x are stored, and its global scale.
 struct Place {
-  bool is_used;
-  int64_t scale_row;  // of the swizzled scales
-  double global_scale;
+  bool is_used = false;
+  int64_t scale_row = 0;  // of the swizzled scales
+  double global_scale = 1.0;
 };
 
 __device__ __forceinline__ Place place_of(const QuantizeTask& task, int64_t row, double shared_scale) {
@@ -122,7 +123,7 @@ __device__ __forceinline__ Place place_of(const QuantizeTask& task, int64_t row,
     const bool is_shared = task.rows_per_scale >= task.rows;
     return {true, row, is_shared ? shared_scale : task.global_scale[row / task.rows_per_scale]};
   }
-  if (row >= task.offsets[task.experts]) return {false, 0, 1.0};
+  if (row >= task.offsets[task.experts]) return Place{};  // no expert's
   int expert = 0, end = task.experts;  // offsets[expert] <= row < offsets[end]
   while (end - expert > 1) {
     const int middle = (expert + end) / 2;
@@ -352,7 +353,7 @@ struct Rotation {
           __syncwarp();
           constexpr int kBlocks = 32 / B;  // of a staged row
           const int64_t at = row + lane / kBlocks;
-          Place place{false, 0, 1.0};
+          Place place;
           if (lane < kTileRows * kBlocks && at < rows) place = place_of(task, at, global_scale);
           if (place.is_used) {
             float values[B];
@@ -377,13 +378,14 @@ struct Rotation {
   }
 };
 
-// Asked for no number of CTAs, ptxas spills a few registers in some of these to fit one more.
+// The second number, CTAs of a multiprocessor, is the one that fits anyway: without it ptxas spills a few registers in
+// some of these kernels to fit one more.
 template <typename T, int B, int H, bool kOnlyMagnitude>
 __global__ void __launch_bounds__(kWarps* kWarp, H <= 32 ? 4 : 2) rotate_blocks(QuantizeTask task) {
   Rotation<T, B, H, kOnlyMagnitude>::run(task);
 }
 
-// --- back ------------------------------------------------------------------------------------------------------------
+// --- dequantizing ------------------------------------------------------------------------------------------------------------
 
 // A thread takes eight codes, four bytes.
 template <typename T, int B>

@@ -1,5 +1,5 @@
-// Drives the matmuls over odd shapes for sanitize.sh. All memory is from the heap, of exactly the size that is
-// promised.
+// Runs the matmuls over odd shapes, for sanitize.sh. Every buffer is from the heap and of exactly the size that the
+// headers ask for.
 #include "fp8.h"
 #include "matmul.h"
 
@@ -52,10 +52,17 @@ void run(Format format, Dtype dtype, int64_t m, int64_t n, int64_t k, bool integ
   const auto out = exactly<uint8_t>(rows * n * element_size(dtype));
   std::memset(out.get(), 0xFF, rows * n * element_size(dtype));  // NaN, so that a place never written shows
   const int64_t half_codes = panels * kPanelRows * k / 2, half_scales = panels * kPanelRows * k / block;
-  Product product{format, n, k, dtype, dtype, out.get(), {}};
-  product.segments.push_back({0, m, codes.get(), scales.get(), 0.01, nullptr, nullptr});
-  product.segments.push_back({m, rows - m, codes.get() + half_codes, scales.get() + half_scales, 0.02,
-                              bias.get() + n * element_size(dtype), nullptr});
+  Product product{.format = format, .n = n, .k = k, .bias_dtype = dtype, .out_dtype = dtype, .out = out.get()};
+  product.segments.push_back(
+      {.first_row = 0, .rows = m, .codes = codes.get(), .scales = scales.get(), .global_scale = 0.01});
+  product.segments.push_back({
+      .first_row = m,
+      .rows = rows - m,
+      .codes = codes.get() + half_codes,
+      .scales = scales.get() + half_scales,
+      .global_scale = 0.02,
+      .bias = bias.get() + n * element_size(dtype),
+  });
   const auto drive = [&](const auto& work) {
     work.prepare(0, work.prepare_tasks());
     const int64_t middle = work.tasks() / 2;
@@ -73,7 +80,7 @@ void run(Format format, Dtype dtype, int64_t m, int64_t n, int64_t k, bool integ
     const auto rotation = exactly<float>(16 * 16);
     for (int i = 0; i < 16 * 16; ++i) rotation[i] = i % 17 == 0 ? 1.0f : 0.01f;
     for (const bool rotates : {false, true}) {
-      const Input input{x.get(), dtype, rotates ? rotation.get() : nullptr, 16};
+      const Input input{.x = x.get(), .dtype = dtype, .rotation = rotates ? rotation.get() : nullptr, .h = 16};
       if (FixedPoint::runs(dtype)) {
         const auto memory = exactly<uint8_t>(FixedPoint::memory_bytes(product, rows));
         drive(FixedPoint(product, input, rows, memory.get()));
@@ -101,11 +108,18 @@ void run_fp8(Dtype dtype, int64_t m, int64_t n, int64_t k) {
   kScalarMatmul.store(values.get(), dtype, rows * k, x.get());
   const auto out = exactly<uint8_t>(rows * n * element_size(dtype));
   std::memset(out.get(), 0xFF, rows * n * element_size(dtype));
-  Product product{Format::nvfp4, n, k, dtype, dtype, out.get(), {}};
-  product.segments.push_back({0, m, codes.get(), scales.get(), 1, nullptr, nullptr});
-  product.segments.push_back({m, rows - m, codes.get() + panels * kPanelRows * k,
-                              scales.get() + panels * kPanelRows * element_size(dtype), 1, nullptr, nullptr});
-  const Input input{x.get(), dtype, nullptr, 0};
+  Product product{
+      .format = Format::nvfp4, .n = n, .k = k, .bias_dtype = dtype, .out_dtype = dtype, .out = out.get()};
+  product.segments.push_back(
+      {.first_row = 0, .rows = m, .codes = codes.get(), .scales = scales.get(), .global_scale = 1});
+  product.segments.push_back({
+      .first_row = m,
+      .rows = rows - m,
+      .codes = codes.get() + panels * kPanelRows * k,
+      .scales = scales.get() + panels * kPanelRows * element_size(dtype),
+      .global_scale = 1,
+  });
+  const Input input{.x = x.get(), .dtype = dtype};
   const auto memory = exactly<uint8_t>(Fp8WeightOnly::memory_bytes(product, rows));
   const Fp8WeightOnly work(product, dtype, input, memory.get());
   work.prepare(0, work.prepare_tasks());

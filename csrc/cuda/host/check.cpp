@@ -12,18 +12,49 @@ const char* check_quantize(const void* x, int type, int64_t rows, int64_t k, int
                            int scale_of_expert, float* maxima, uint8_t* codes, uint8_t* scales, int swizzled, const int32_t* offsets,
                            int experts, const double* weight_scale, float* alpha, int alphas, const void* bias,
                            int bias_type, float* wide_bias, int64_t bias_elements, int multiprocessors) {
-  const QuantizeTask task{x, static_cast<Type>(type), rows, k, static_cast<Format>(format), static_cast<Rule>(rule),
-                          rotation, group, global_scale, rows_per_scale, scale_of_expert != 0, maxima, 0, codes, scales, swizzled != 0,
-                          offsets, experts, weight_scale, alpha, alphas, bias, static_cast<Type>(bias_type),
-                          wide_bias, bias_elements};
+  const QuantizeTask task{
+      .x = x,
+      .type = static_cast<Type>(type),
+      .rows = rows,
+      .k = k,
+      .format = static_cast<Format>(format),
+      .rule = static_cast<Rule>(rule),
+      .rotation = rotation,
+      .group = group,
+      .global_scale = global_scale,
+      .rows_per_scale = rows_per_scale,
+      .scale_of_expert = scale_of_expert != 0,
+      .maxima = maxima,
+      .maxima_count = 0,
+      .codes = codes,
+      .scales = scales,
+      .swizzled = swizzled != 0,
+      .offsets = offsets,
+      .experts = experts,
+      .weight_scale = weight_scale,
+      .alpha = alpha,
+      .alphas = alphas,
+      .bias = bias,
+      .bias_type = static_cast<Type>(bias_type),
+      .wide_bias = wide_bias,
+      .bias_elements = bias_elements,
+  };
   return quantize(task, multiprocessors, nullptr);
 }
 
 const char* check_dequantize(const uint8_t* codes, const uint8_t* scales, const double* global_scale, int64_t blocks,
                              int64_t blocks_per_scale, int format, int type, void* out) {
-  return dequantize({codes, scales, global_scale, blocks, blocks_per_scale, static_cast<Format>(format),
-                     static_cast<Type>(type), out},
-                    2, nullptr);
+  const DequantizeTask task{
+      .codes = codes,
+      .scales = scales,
+      .global_scale = global_scale,
+      .blocks = blocks,
+      .blocks_per_scale = blocks_per_scale,
+      .format = static_cast<Format>(format),
+      .type = static_cast<Type>(type),
+      .out = out,
+  };
+  return dequantize(task, 2, nullptr);
 }
 
 const char* check_largest_magnitude(const void* x, int type, int64_t matrices, int64_t elements, float* largest) {

@@ -1,4 +1,4 @@
-"""The CUDA kernels' part of setup.py: finds nvcc and CUTLASS, and compiles csrc/cuda with nvcc.
+"""Find nvcc and CUTLASS, and compile csrc/cuda with them: what setuptools cannot do.
 
 Objects are kept under a key made of everything that they are compiled from, so that a build repeats only what changed:
 in build/cuda, or in the folder that FP4_BUILD_CACHE names.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from setuptools.errors import CompileError
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 OLDEST_NVCC = (12, 8)  # the first that knows Blackwell
 OLDEST_CAPABILITY = 80  # bfloat16 on tensor cores

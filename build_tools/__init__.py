@@ -1,0 +1,1 @@
+"""What setup.py needs to build the kernels; nothing of it is installed."""
