@@ -19,6 +19,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 Type type_of(ScalarType type, const char* what);
+Format format_of(const std::string& name);
+ScalarType scale_type(Format format);  // of block scales
 Rule rule_of(Format format, const std::string& name);
 inline int block_size(Format format) { return format == Format::nvfp4 ? 16 : 32; }
 

@@ -15,7 +15,7 @@ from torch.nn.functional import linear as linear_function
 from fp4 import backends
 from fp4.backends.base import Backend
 from fp4.calibration.expert_linears import every_token
-from fp4.numerics.formats import FP8, QuantizedTensor, fake_quantize_fp8
+from fp4.numerics.formats import QuantizedTensor
 from fp4.numerics.rotation import rotate, rotation_for
 from fp4.scheme import Scheme
 
@@ -105,12 +105,8 @@ def quantized_input(x: Tensor, scheme: Scheme, rotation: Tensor | None, input_gl
     values = x.float() if rotation is None else rotate(x, rotation)
     if not quantizes_activations(scheme):
         return values
-    if scheme.input_format is FP8:
-        return fake_quantize_fp8(values, input_global_scale)
     backend = backends.for_device(x.device)
-    rows = values.reshape(-1, values.shape[-1])
-    quantized = backend.quantize(rows, scheme.format, scheme.activation_rule, input_global_scale)
-    return backend.dequantize(quantized, torch.float32).view_as(values)
+    return backend.fake_quantize(values, scheme.input_format, scheme.activation_rule, input_global_scale)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def estimate(
     if not calibrates:
         # Of a block's experts, which are gathered in stacks where they are stored so.
         stacked = sum(
-            layer.shape[0] * layer.shape[1] * layer.scheme.format.code_bits // 8
+            layer.shape[0] * layer.shape[1] * layer.scheme.format.element.bits // 8
             for layer in plan.layers.values()
             if layer.stack and layer.block == next(iter(plan.layers.values())).block
         )
