@@ -189,7 +189,7 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_moe("gpt_oss").save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        codes, scales, _ = quantize(tensors.pop(name).transpose(1, 2).contiguous(), MXFP4, "even")
+        codes, scales, _, _ = quantize(tensors.pop(name).transpose(1, 2).contiguous(), MXFP4, "even")
         tensors[f"{name}_blocks"] = codes.unflatten(-1, (-1, 16))
         tensors[f"{name}_scales"] = scales.view(torch.uint8)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

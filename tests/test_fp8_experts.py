@@ -23,7 +23,7 @@ from fp4.checkpoint.inspect import inspect
 from fp4.checkpoint.io.headers import Checkpoint
 from fp4.cli import app
 from fp4.nn import FP4Experts, FP4GroupedLinear
-from fp4.numerics.formats import FP8, NVFP4, dequantize, fake_quantize_fp8
+from fp4.numerics.formats import FP8, NVFP4, dequantize
 from fp4.scheme import SCHEMES
 
 FIXTURE = "fixtures/llmcompressor-FP8_DYNAMIC-granitemoehybrid"
@@ -244,7 +244,7 @@ def test_fp8_activations_of_experts_are_emulated_where_asked(weights: str, grani
         projection.input_global_scale = None if scales is None else nn.Parameter(scales, requires_grad=False)
         for expert, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
             own = None if scales is None else scales[expert]
-            expected[start:end] = fake_quantize_fp8(x[start:end], own) @ values[expert].T
+            expected[start:end] = FP8.fake_quantize(x[start:end], global_scale=own) @ values[expert].T
         torch.testing.assert_close(projection(x, offsets)[:11], expected, rtol=1e-4, atol=1e-4)
 
 

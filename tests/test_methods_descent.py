@@ -10,12 +10,12 @@ from fp4.methods.descent import Rounded, descend, forward_sweep
 from fp4.methods.gptq import gptq
 from fp4.methods.grid import assemble
 from fp4.methods.hessian import Objective, objective
-from fp4.numerics import formats
+from fp4.numerics import block_scales, formats
 from fp4.numerics.formats import NVFP4, Format, QuantizedTensor
 
 
 def canonical(rounded: Rounded, unit: torch.Tensor | None) -> QuantizedTensor:
-    return assemble(rounded.values.transpose(-1, -2), rounded.scales.transpose(-1, -2).contiguous(), unit)
+    return assemble(rounded.values.transpose(-1, -2), rounded.scales.transpose(-1, -2).contiguous(), unit, NVFP4)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
@@ -38,7 +38,9 @@ def test_experts_at_once_are_experts_one_by_one(fmt: Format) -> None:
     weights = torch.stack([weight_of(16, 64, seed) for seed in range(3)])
     goals = [objective(moments_of(correlated(200, 64, seed)), 0.01, "layer", fmt.block_size) for seed in range(3)]
     together = Objective(*(torch.stack(parts) for parts in zip(*goals, strict=True)))
-    unit = torch.stack([formats.portable_global_scale_for(w.abs().amax()) for w in weights]) if fmt is NVFP4 else None
+    unit = (
+        torch.stack([block_scales.portable_global_scale_for(w.abs().amax()) for w in weights]) if fmt == NVFP4 else None
+    )
     batched = forward_sweep(weights, together, fmt, unit)
     batched = descend(weights, batched, together, fmt, unit, 2)
     for i in range(3):

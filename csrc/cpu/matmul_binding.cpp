@@ -1,5 +1,5 @@
-// fp4::cpu_linear, cpu_linear_quantized and their grouped forms: checks, and the way from tensors to matmul.h. Schemas are
-// in src/fp4/ops.py.
+// fp4::cpu_linear, cpu_linear_quantized and their grouped forms: checks, and the way from tensors to matmul.h.
+// Schemas are in src/fp4/ops.py.
 #include <torch/csrc/stable/library.h>
 
 #include <memory>

@@ -232,7 +232,7 @@ def test_pseudo_quantized_module(
     rotated, codes, scales, _ = fp4_of(inputs[f"{name}.weight"], matrix, fmt, method)
     found = recover(state["dqweight"], form, unit_of(reciprocal))
     assert found.exact.all()
-    assert torch.equal(dequantize(found.codes, found.scales, unit_of(reciprocal), BF16), state["dqweight"])
+    assert torch.equal(form.dequantize(found.codes, found.scales, unit_of(reciprocal), BF16), state["dqweight"])
     same_scale = found.scales.float() == scales
     assert same_scale.float().mean() > 0.98  # two scales explain a few blocks equally
     tied = near_a_tie(rotated.double() * (reciprocal or 1.0) / per_element(scales, fmt).double())

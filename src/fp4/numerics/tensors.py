@@ -13,9 +13,9 @@ INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE_ELEMENTS = 1 << 20  # rows are handled so many at once, so that temporaries stay small beside the tensor itself
 
 
-def row_tiles(rows: int, columns: int, multiple: int = 1, elements: int = _TILE_ELEMENTS) -> Iterator[slice]:
+def row_tiles(rows: int, columns: int, multiple: int = 1, elements: int | None = None) -> Iterator[slice]:
     """Slices of ``rows`` rows, about so many ``elements`` each and a multiple of ``multiple`` rows."""
-    step = max(1, elements // max(1, columns) // multiple) * multiple
+    step = max(1, (elements or _TILE_ELEMENTS) // max(1, columns) // multiple) * multiple
     for start in range(0, rows, step):
         yield slice(start, start + step)
 
