@@ -43,7 +43,7 @@ def experts_block(scheme: Scheme, all_tokens: bool) -> Block:
         "model.layers.1",
         module,
         dict.fromkeys(layers, scheme),
-        fused if scheme.format is NVFP4 else [],
+        fused if scheme.format == NVFP4 else [],
         inputs,
         inputs,
         lambda hidden, batch: module(hidden),

@@ -181,7 +181,7 @@ def code_values(values: Tensor, scales: Tensor, fmt: str, method: str) -> Tensor
     spread = per_element(scales, fmt)
     codes = (values.double() * reciprocal / spread).nan_to_num().float()
     codes = (codes * 2).round() / 2  # every E2M1 value is a multiple of a half
-    expected = codes * spread / reciprocal if form is NVFP4 else codes * (spread / reciprocal)  # its own order
+    expected = codes * spread / reciprocal if form == NVFP4 else codes * (spread / reciprocal)  # its own order
     assert torch.equal(values, expected)
     return codes
 
