@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fp4 import backends, ops
 from fp4.backends.base import Backend, expert_of_rows
-from fp4.numerics.formats import QuantizedTensor, format_named
+from fp4.numerics.formats import Format, QuantizedTensor, format_named
 from fp4.numerics.rotation import rotate
 from fp4.numerics.tensors import row_tiles
 
@@ -130,26 +130,30 @@ def _of_bias(gradient: Tensor, shape: torch.Size, dtype: torch.dtype, offsets: T
     return sums.index_add(0, experts, gradient.float()).to(dtype)
 
 
+def needs_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a product of these has to go through :func:`packed_matmul`."""
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
 def packed_matmul(
     x: Tensor,
     bias: Tensor | None,
     run: Run,
     backend: Backend,
-    weight: tuple[Tensor, Tensor, Tensor | None, str],
+    weight: tuple[Tensor, Tensor, Tensor | None, Format],
     rotation: Tensor | None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """``run(x, bias)``, with a gradient for x ``[..., K]`` and bias where one is asked for.
+    """``run(x, bias)`` with gradients for x ``[..., K]`` and bias.
 
     Args:
         run: the layer's own multiplication.
         backend: whose layout the weight has.
-        weight: codes and block scales as ``backend`` lays them out, global scale, and the name of the format that it
-            runs them as.
+        weight: codes and block scales as ``backend`` lays them out, global scale, and format.
         rotation: float32 ``[h, h]`` that x is multiplied with first, or None.
         offsets: int32 ``[E + 1]``, the rows of each expert, for stacks of experts.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        found: Tensor = _PackedMatmul.apply(x, bias, run, backend.name, *weight, rotation, offsets)
-        return found
-    return run(x, bias)
+    *tensors, fmt = weight
+    name = backend.runs_as(fmt)
+    found: Tensor = _PackedMatmul.apply(x, bias, run, backend.name, *tensors, name, rotation, offsets)
+    return found

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fp4.nn.autograd import packed_matmul
+from fp4.nn.autograd import needs_gradient, packed_matmul
 from fp4.nn.expert_layout import GATE_UP, ExpertsLayout, layout_of
 from fp4.nn.packed_weight import PackedWeight, Values, frozen
 from fp4.nn.rank_share import Split
@@ -54,7 +54,9 @@ class FP4GroupedLinear(PackedWeight):
 
         ``bias`` is ``[E, N]``. It and x get gradients, the packed weights do not.
         """
-        weight = (self.weight, self.weight_scale, self.global_scale, self.backend.runs_as(self.scheme.format))
+        if not needs_gradient(x, bias):
+            return self._multiply(offsets, x, bias)
+        weight = (self.weight, self.weight_scale, self.global_scale, self.scheme.format)
         run = functools.partial(self._multiply, offsets)
         return packed_matmul(x, bias, run, self.backend, weight, self.rotation, offsets)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fp4.nn.autograd import packed_matmul
+from fp4.nn.autograd import needs_gradient, packed_matmul
 from fp4.nn.packed_weight import PackedWeight, frozen
 from fp4.scheme import Scheme
 
@@ -52,8 +52,11 @@ class FP4Linear(PackedWeight, nn.Linear):  # type: ignore[misc]
 
         x and bias get gradients, the packed weight does not.
         """
-        weight = (self.weight, self.weight_scale, self.global_scale, self.backend.runs_as(self.scheme.format))
-        return packed_matmul(x, self.bias, self._multiply, self.backend, weight, self.rotation)
+        bias = self.bias
+        if not needs_gradient(x, bias):
+            return self._multiply(x, bias)
+        weight = (self.weight, self.weight_scale, self.global_scale, self.scheme.format)
+        return packed_matmul(x, bias, self._multiply, self.backend, weight, self.rotation)
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         scheme, rows = self.scheme, self.shape[-2]
