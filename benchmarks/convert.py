@@ -48,7 +48,7 @@ def make_checkpoint(folder: Path, layers: int, hidden: int) -> int:
                 codes = words.view(torch.uint8)
                 scales = torch.randint(8, 120, (4 * hidden, hidden // 16), dtype=torch.uint8, generator=generator)
                 scale = torch.tensor(2.0**-9, dtype=torch.float64)
-                weight = QuantizedTensor(codes, scales.view(torch.float8_e4m3fn), scale)
+                weight = QuantizedTensor(codes, scales.view(torch.float8_e4m3fn), scale, NVFP4)
                 full = f"model.layers.{layer}.{name}"
                 names.append(full)
                 for suffix, tensor in codec.write(StoredLinear(weight, None, None), scheme).items():

@@ -30,15 +30,15 @@ def measure_case(n: int, k: int, m: int, repetitions: int, clock: Callable[[], f
     x = torch.randn(m, k, generator=generator).bfloat16()
     backend = CpuBackend()
     quantized = backend.quantize(weight, FP8)
-    codes, scales = backend.pack(quantized.codes, quantized.scales)
+    codes, scales = backend.pack(quantized.codes, quantized.scales, quantized.format)
     copies = [(codes.clone(), scales.clone()) for _ in range(copies_of(codes.nbytes))]
     read, read_bytes = read_pass()
 
     def weight_only(i: int) -> object:
-        return backend.linear(x, *copies[i % len(copies)], None, None, n)
+        return backend.linear(x, *copies[i % len(copies)], None, FP8, None, n)
 
     def quantizing(i: int) -> object:
-        return backend.linear_w4a4(x, *copies[i % len(copies)], None, None, n, None, None, "abs_max")
+        return backend.linear_quantized(x, *copies[i % len(copies)], None, FP8, None, n, None, None, "abs_max")
 
     contenders: dict[str, Operation] = {"read": read, "w8a16": weight_only, "w8a8": quantizing}
     contenders |= {"torch bf16": dense(weight, x), "torch fp32": dense(weight.float(), x.float())}

@@ -26,7 +26,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fp4.backends.cpu import CpuBackend, isa
-from fp4.numerics.formats import FORMATS, Format, global_scale_for, largest_magnitude
+from fp4.numerics.block_scales import global_scale_for
+from fp4.numerics.formats import FORMATS, Format
+from fp4.numerics.tensors import largest_magnitude
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # N x K: a 7B to 8B model's projections
 ROWS = (1, 8, 128)
@@ -40,20 +42,19 @@ class Fp4Weights:
         backend = CpuBackend()
         quantized = backend.quantize(weight, fmt)
         self.bytes = quantized.codes.nbytes + quantized.scales.nbytes
-        self._copies = [backend.pack(quantized.codes, quantized.scales) for _ in range(copies_of(self.bytes))]
-        self._global_scale = quantized.global_scale
+        canonical = quantized.codes, quantized.scales, quantized.format
+        self._copies = [backend.pack(*canonical) for _ in range(copies_of(self.bytes))]
+        self._rest = quantized.global_scale, quantized.format
         self._n = weight.shape[0]
         self._backend = backend
 
     def weight_only(self, x: Tensor) -> Operation:
         run = self._backend.linear
-        return lambda i: run(x, *self._copies[i % len(self._copies)], self._global_scale, None, self._n)
+        return lambda i: run(x, *self._copies[i % len(self._copies)], *self._rest, None, self._n)
 
     def w4a4(self, x: Tensor) -> Operation:
-        run = self._backend.linear_w4a4
-        return lambda i: run(
-            x, *self._copies[i % len(self._copies)], self._global_scale, None, self._n, None, None, "abs_max"
-        )
+        run = self._backend.linear_quantized
+        return lambda i: run(x, *self._copies[i % len(self._copies)], *self._rest, None, self._n, None, None, "abs_max")
 
 
 def copies_of(weight_bytes: int) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fp4 import backends
-from fp4.backends import reference
+from fp4.backends import REFERENCE
 from fp4.numerics import rotation
 from fp4.numerics.formats import FORMATS, Format, QuantizedTensor, dequantize
 from fp4.scheme import Scheme
@@ -71,24 +71,20 @@ class Packed:
     """Copies of one packed weight in a backend's layout, as FP4Linear holds it."""
 
     def __init__(self, weight: QuantizedTensor, backend: backends.Backend) -> None:
-        codes, scales = backend.pack(weight.codes, weight.scales)
+        codes, scales = backend.pack(weight.codes, weight.scales, weight.format)
         self.bytes = codes.nbytes + scales.nbytes
         self.copies = copies_of(self.bytes, codes.device)
         self._copies = [(codes.clone(), scales.clone()) for _ in range(self.copies)]
-        self._global_scale, self._n, self._backend = weight.global_scale, weight.codes.shape[0], backend
+        self._rest, self._n, self._backend = (weight.global_scale, weight.format), weight.codes.shape[0], backend
 
     def weight_only(self, x: Tensor) -> Contender:
         run = self._backend.linear
-        return Contender(
-            lambda i: run(x, *self._copies[i % self.copies], self._global_scale, None, self._n), self.copies
-        )
+        return Contender(lambda i: run(x, *self._copies[i % self.copies], *self._rest, None, self._n), self.copies)
 
     def w4a4(self, x: Tensor, matrix: Tensor | None) -> Contender:
-        run = self._backend.linear_w4a4
+        run = self._backend.linear_quantized
         return Contender(
-            lambda i: run(
-                x, *self._copies[i % self.copies], self._global_scale, None, self._n, matrix, None, "abs_max"
-            ),
+            lambda i: run(x, *self._copies[i % self.copies], *self._rest, None, self._n, matrix, None, "abs_max"),
             self.copies,
         )
 
@@ -120,7 +116,9 @@ def measure_layer(
     for fmt in FORMATS.values():
         canonical = backends.for_device(device, fmt).quantize(weight, fmt)
         runs = [("w4a16", b) for b in backends_for(fmt, "model", device, n, k)]
-        runs += [("w4a4", b) for b in backends_for(fmt, "fp4", device, n, k) if emulated or b.multiplies_fp4(device)]
+        runs += [
+            ("w4a4", b) for b in backends_for(fmt, "fp4", device, n, k) if emulated or b.prefers_quantized_input(device)
+        ]
         for kind, backend in runs:
             packed[f"{fmt.name} {kind} {backend.name}"] = (kind, Packed(canonical, backend), canonical)
     others = {}
@@ -143,7 +141,7 @@ def measure_layer(
             else:
                 matrix = rotation.hadamard(ROTATION[name.split()[0]]).float().to(device)
                 contenders[name] = weights.w4a4(x, matrix)
-                expected = reference.linear_w4a4(x, *canonical, None, n, matrix, None, "abs_max")
+                expected = REFERENCE.linear_quantized(x, *canonical, None, n, matrix, None, "abs_max")
                 check(name, contenders[name].operation(0), expected)
         for name, (product, copies) in others.items():
             contenders[name] = Contender(lambda i, x=x, product=product: product(x, i), copies)

@@ -1,6 +1,7 @@
-// Formats and rules by the names that operators take, for the bindings of both libraries.
+// Formats and rules by the names that operators take, and the dtypes of their tensors, for the bindings of both libraries.
 #pragma once
 
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <string>
@@ -15,6 +16,12 @@ inline Format format_named(const std::string& name) {
   if (name == name_of(Format::nvfp4)) return Format::nvfp4;
   STD_TORCH_CHECK(name == name_of(Format::mxfp4), "format is ", name, "; expected nvfp4 or mxfp4");
   return Format::mxfp4;
+}
+
+// The dtype of block scales.
+inline torch::headeronly::ScalarType scale_type(Format format) {
+  using torch::headeronly::ScalarType;
+  return format == Format::nvfp4 ? ScalarType::Float8_e4m3fn : ScalarType::Float8_e8m0fnu;
 }
 
 inline Rule rule_named(Format format, const std::string& name) {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fp4.numerics.elements import E2M1_VALUES
 from fp4.numerics.formats import FORMATS, NVFP4, Format
+from fp4.numerics.rotation import rotate
 
 RULES = [(fmt, rule) for fmt in FORMATS.values() for rule in fmt.rules]
 RULE_SET = ("abs_max", "even", "ceil", "below_six")
@@ -42,6 +43,13 @@ def blocks_of(fmt: Format, seed: int = 0, count: int = 64) -> Tensor:
 def bits(x: Tensor) -> Tensor:
     """The bytes of ``x``, so that NaN and the sign of zero count in comparisons."""
     return x.contiguous().view(torch.uint8)
+
+
+def quantized_activation(
+    x: Tensor, fmt: Format, rotation: Tensor | None, global_scale: Tensor | None, rule: str
+) -> Tensor:
+    """float32 of the values that quantized products multiply: x ``[T, K]`` rotated, quantized and dequantized."""
+    return fmt.fake_quantize(x if rotation is None else rotate(x, rotation), rule, global_scale)
 
 
 def nearest_e2m1(value: float) -> int:
@@ -81,7 +89,7 @@ def naive_error(block: list[float], scale: float) -> float:
 def naive_scale(block: list[float], fmt: Format, rule: str, unit: float) -> float:
     """Block scale (global scale not included) of the rules that are formulas."""
     amax = max(map(abs, block))
-    if fmt.name == NVFP4.name:
+    if fmt.family == NVFP4.family:
         return nearest_e4m3(f32(amax / f32(6 * unit)))
     if rule == "quest":
         mean = math.fsum(block) / len(block)

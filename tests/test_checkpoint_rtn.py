@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from fp4.checkpoint.formats.codec import StoredLinear
 from fp4.checkpoint.fusing import fused_groups
 from fp4.checkpoint.io.headers import Checkpoint, load
 from fp4.checkpoint.layers import packed_layers
+from fp4.numerics.block_scales import effective_scales, global_scale_for
 from fp4.numerics.elements import decode_e2m1, encode_e2m1, encode_e4m3, pack_codes, unpack_codes
-from fp4.numerics.formats import FP8, MXFP4, NVFP4, QuantizedTensor, effective_scales, global_scale_for, quantize
+from fp4.numerics.formats import FP8, MXFP4, NVFP4, QuantizedTensor, quantize
 from fp4.numerics.rotation import rotate
 from fp4.numerics.tool_rounding import TOOL_RULES, tool_quantize
 
@@ -45,6 +45,7 @@ def layers_of(folder: Path, source: Path) -> list[tuple[torch.Tensor, torch.Tens
 def assert_same(ours: QuantizedTensor, theirs: QuantizedTensor) -> None:
     assert torch.equal(ours.scales.view(torch.uint8), theirs.scales.view(torch.uint8))
     assert torch.equal(ours.codes, theirs.codes)
+    assert ours.format == theirs.format
     assert ours.global_scale is theirs.global_scale is None or ours.global_scale == theirs.global_scale
 
 
@@ -56,12 +57,10 @@ def test_modelopt_nvfp4_is_abs_max_under_a_shared_scale(name: str, shared: Calla
 
 def test_modelopt_w4a8_is_abs_max_in_blocks_of_32_under_amax_over_448(shared: Callable[[str], Path]) -> None:
     """Code x block scale then stays below 448, since engines turn it into FP8."""
-    wide = dataclasses.replace(NVFP4, block_size=32)
+    wide = NVFP4.wide(32)
     folder = shared("fixtures/modelopt-W4A8_NVFP4_FP8")
     for weight, amax, theirs in layers_of(folder, shared("fixtures/source-llama")):
-        codes, scales, global_scale = quantize(weight, wide, "abs_max", (amax.float() / 448).double())
-        repeated = scales.view(torch.uint8).repeat_interleave(2, dim=-1).view(torch.float8_e4m3fn)
-        assert_same(QuantizedTensor(codes, repeated, global_scale), theirs.weight)
+        assert_same(quantize(weight, wide, "abs_max", (amax.float() / 448).double()), theirs.weight)
 
 
 def test_llm_compressor_mxfp4_is_even(shared: Callable[[str], Path]) -> None:
@@ -81,7 +80,7 @@ def test_llm_compressor_nvfp4_is_abs_max_with_scales_in_the_models_dtype(
         scales = encode_e4m3((blocks.abs().amax(-1) / 6).float() * reciprocal)
         global_scale = 1 / reciprocal.double()
         codes = encode_e2m1(blocks.float() / effective_scales(scales, global_scale)[..., None])
-        assert_same(QuantizedTensor(pack_codes(codes.flatten(-2)), scales, global_scale), theirs.weight)
+        assert_same(QuantizedTensor(pack_codes(codes.flatten(-2)), scales, global_scale, NVFP4), theirs.weight)
 
 
 def test_modelopt_mxfp4_is_ceil_but_for_ties(shared: Callable[[str], Path]) -> None:
@@ -130,7 +129,10 @@ def test_auto_round_nvfp4_searches_its_scales_and_rounds_to_nearest(name: str, s
         assert not (other == 8).any()
         mine = torch.where(mine == 8, 0, mine)
         middle = (decode_e2m1(mine) + decode_e2m1(other)) / 2
-        scaled = weight.float().unflatten(-1, (-1, 16)) / effective_scales(*theirs.weight[1:])[..., None]
+        scaled = (
+            weight.float().unflatten(-1, (-1, 16))
+            / effective_scales(theirs.weight.scales, theirs.weight.global_scale)[..., None]
+        )
         differ = mine != other
         torch.testing.assert_close(scaled.flatten(-2)[differ], middle[differ], rtol=1e-6, atol=0)
         ties += int(differ.sum())
@@ -192,7 +194,7 @@ def test_tool_rules_keep_to_their_formats() -> None:
     with pytest.raises(ValueError, match="not defined for fp8"):
         tool_quantize(torch.zeros(1, 16), FP8, "modelopt")
     for rule in TOOL_RULES:
-        codes, scales, global_scale = tool_quantize(torch.zeros(2, 32), NVFP4, rule)
+        codes, scales, global_scale, _ = tool_quantize(torch.zeros(2, 32), NVFP4, rule)
         assert not codes.any()
         assert global_scale == 1
         assert scales.float().isfinite().all()

@@ -71,7 +71,7 @@ def expected_upstream_scheme(options: dict[str, Any]) -> Scheme:
     """What FP-Quant 0.3.2 computes: a fixed global scale of 3 (stored as reciprocal), none for QuEST."""
     fmt = FORMATS[options["forward_dtype"]]
     quest = options["forward_method"] == "quest"
-    rule = "quest" if quest else ("below_six" if fmt is MXFP4 else "abs_max")
+    rule = "quest" if quest else ("below_six" if fmt == MXFP4 else "abs_max")
     return Scheme(
         format=fmt,
         weight_rule=rule,

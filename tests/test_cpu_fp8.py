@@ -17,7 +17,7 @@ from test_cpu_kernels import BACKEND, DTYPES, assert_product, rotated
 from torch import Tensor
 
 from fp4.numerics import formats, rotation
-from fp4.numerics.formats import QuantizedTensor
+from fp4.numerics.formats import FP8, QuantizedTensor
 
 pytestmark = pytest.mark.skipif(BACKEND.unavailable() is not None, reason=str(BACKEND.unavailable()))
 
@@ -30,11 +30,11 @@ def random_weight(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 
     codes = torch.randint(0, 254, shape, generator=generator)
     codes += codes >= 127  # 0x7F and 0xFF are NaN
     scales = torch.randn((*shape[:-1], 1), generator=generator).mul(2).exp2() / 448
-    return QuantizedTensor(codes.to(torch.uint8).view(torch.float8_e4m3fn), scales.to(dtype), None)
+    return QuantizedTensor(codes.to(torch.uint8).view(torch.float8_e4m3fn), scales.to(dtype), None, FP8)
 
 
-def packed(weight: QuantizedTensor) -> tuple[Tensor, Tensor, None]:
-    return *BACKEND.pack(weight.codes, weight.scales), None
+def packed(weight: QuantizedTensor) -> tuple[Tensor, Tensor, None, str]:
+    return *BACKEND.pack(weight.codes, weight.scales, weight.format), None, weight.format.name
 
 
 # K need not be a multiple of anything; 256 and 257 cross the border of a chunk.
@@ -81,8 +81,8 @@ def test_activations_are_quantized(
     scale = torch.tensor(0.003, dtype=torch.float64) if static else None
     rotate = rotation.hadamard(16).float() if rotates else None
     x = (torch.randn(m, k) * 0.1).to(dtype)
-    out = ops.cpu_linear_w4a4(x, *packed(weight), None, n, rotate, scale, "abs_max")
-    seen = formats.fake_quantize_fp8(x if rotate is None else rotation.rotate(x, rotate), scale)
+    out = ops.cpu_linear_quantized(x, *packed(weight), None, n, rotate, scale, "abs_max")
+    seen = FP8.fake_quantize(x if rotate is None else rotation.rotate(x, rotate), global_scale=scale)
     assert_product(out, seen, formats.dequantize(*weight), None)
 
 
@@ -96,11 +96,11 @@ def test_activations_are_quantized_to_the_bit(dtype: torch.dtype, scale: float |
     x = (rows * torch.tensor([[1.0], [0.0], [0.37]])).to(dtype)
     k = x.shape[1]
     codes = torch.eye(k).to(torch.float8_e4m3fn)
-    identity = QuantizedTensor(codes, torch.ones(k, 1), None)
+    identity = QuantizedTensor(codes, torch.ones(k, 1), None, FP8)
     static = None if scale is None else torch.tensor(scale, dtype=torch.float64)
     for m in (1, 3):
-        out = ops.cpu_linear_w4a4(x[:m], *packed(identity), None, k, None, static, "abs_max")
-        assert torch.equal(out, formats.fake_quantize_fp8(x[:m], static).to(dtype))
+        out = ops.cpu_linear_quantized(x[:m], *packed(identity), None, k, None, static, "abs_max")
+        assert torch.equal(out, FP8.fake_quantize(x[:m], global_scale=static).to(dtype))
 
 
 @settings(max_examples=40, deadline=None)
@@ -119,8 +119,8 @@ def test_grouped(counts: list[int], beyond: int, k: int, quantizes: bool, has_bi
     x, bias = torch.randn(sum(counts) + beyond, k), torch.randn(experts, n) if has_bias else None
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
     if quantizes:
-        out = ops.cpu_grouped_linear_w4a4(x, *packed(weight), bias, offsets, n, None, None, "abs_max")
-        x = formats.fake_quantize_fp8(x)
+        out = ops.cpu_grouped_linear_quantized(x, *packed(weight), bias, offsets, n, None, None, "abs_max")
+        x = FP8.fake_quantize(x)
     else:
         out = ops.cpu_grouped_linear(x, *packed(weight), bias, offsets, n)
     values = formats.dequantize(*weight)
@@ -134,10 +134,10 @@ def test_every_code(m: int) -> None:
     """One-hot activations read each weight back, times one: all must come out exact, NaN included."""
     codes = torch.arange(256, dtype=torch.uint8).view(1, 256).expand(20, 256).contiguous()
     scales = torch.arange(20).sub(10).exp2()[:, None].float()
-    weight = QuantizedTensor(codes.view(torch.float8_e4m3fn), scales, None)
+    weight = QuantizedTensor(codes.view(torch.float8_e4m3fn), scales, None, FP8)
     values = formats.dequantize(*weight)
     numbers = codes[0] & 0x7F != 0x7F
-    finite = QuantizedTensor(weight.codes[:, numbers].contiguous(), scales, None)
+    finite = QuantizedTensor(weight.codes[:, numbers].contiguous(), scales, None, FP8)
     x = torch.eye(254)[-m:]
     assert torch.equal(ops.cpu_linear(x, *packed(finite), None, 20), values[:, numbers][:, -m:].T)
     assert ops.cpu_linear(torch.ones(m, 256), *packed(weight), None, 20).isnan().all()
@@ -146,9 +146,9 @@ def test_every_code(m: int) -> None:
 @pytest.mark.parametrize("shape", [(1, 32), (16, 64), (37, 95), (3, 5, 7), (2, 2, 17, 32)])
 def test_pack_is_exact_and_padding_is_dropped(shape: tuple[int, ...]) -> None:
     weight = random_weight(*shape)
-    codes, scales, _ = packed(weight)
+    codes, scales, _, _ = packed(weight)
     assert (codes.dtype, scales.dtype) == (torch.float8_e4m3fn, torch.bfloat16)
-    back, back_scales = BACKEND.unpack(codes, scales, shape[-2])
+    back, back_scales = BACKEND.unpack(codes, scales, FP8, shape[-2])
     assert torch.equal(back.view(torch.uint8), weight.codes.view(torch.uint8))
     assert torch.equal(back_scales, weight.scales)
     if shape[-2] % 16 == 0:
@@ -185,11 +185,11 @@ def test_results_do_not_depend_on_the_number_of_threads(m: int) -> None:
     ],
 )
 def test_bad_arguments_are_named(change, message: str) -> None:  # type: ignore[no-untyped-def]
-    codes, scales, unit = packed(random_weight(40, 64))
+    codes, scales, unit, _ = packed(random_weight(40, 64))
     a = {"x": torch.zeros(2, 64), "codes": codes, "scales": scales, "unit": unit, "bias": None, "n": 40}
     change(a)
     with pytest.raises(RuntimeError, match=message):
-        ops.cpu_linear(a["x"], a["codes"], a["scales"], a["unit"], a["bias"], a["n"])
+        ops.cpu_linear(a["x"], a["codes"], a["scales"], a["unit"], "fp8", a["bias"], a["n"])
 
 
 @pytest.mark.slow

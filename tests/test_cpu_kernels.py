@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from blocks import quantized_activation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp4.backends import cpu, reference
+from fp4.backends import cpu
 from fp4.numerics import elements, formats, rotation
 from fp4.numerics.formats import FORMATS, MXFP4, NVFP4, Format, QuantizedTensor
 
@@ -55,8 +56,8 @@ def assert_product(
     assert worst <= 1, f"error is {worst:.2f} times the bound"
 
 
-def packed(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    return *BACKEND.pack(weight.codes, weight.scales), weight.global_scale
+def packed(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None, str]:
+    return *BACKEND.pack(weight.codes, weight.scales, weight.format), weight.global_scale, weight.format.name
 
 
 def random_weight(fmt: Format, *shape: int, seed: int = 0) -> QuantizedTensor:
@@ -64,11 +65,11 @@ def random_weight(fmt: Format, *shape: int, seed: int = 0) -> QuantizedTensor:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8, generator=generator)
     # E4M3 from subnormal to 448, or from 2^-3, as those of trained weights: kernels tell the two apart.
-    low, high = (32 * (seed // 2 % 2), 127) if fmt is NVFP4 else (100, 140)
+    low, high = (32 * (seed // 2 % 2), 127) if fmt == NVFP4 else (100, 140)
     scales = torch.randint(low, high, (*shape[:-1], shape[-1] // fmt.block_size), generator=generator)
     unit = torch.rand(shape[:-2], dtype=torch.float64, generator=generator) * 0.01 + 1e-4
     has_unit = fmt.needs_global_scale or seed % 2 == 1  # MXFP4 may have one
-    return QuantizedTensor(codes, scales.to(torch.uint8).view(fmt.scale_dtype), unit if has_unit else None)
+    return QuantizedTensor(codes, scales.to(torch.uint8).view(fmt.scale_dtype), unit if has_unit else None, fmt)
 
 
 shapes = st.tuples(st.integers(0, 40), st.integers(1, 70), st.integers(1, 40))
@@ -114,7 +115,7 @@ def test_linear_rotates(shape: tuple[int, int, int], fmt: Format, dtype: torch.d
 
 @settings(max_examples=60, deadline=None)
 @given(shapes, formats_, dtypes, st.data())
-def test_linear_w4a4(shape: tuple[int, int, int], fmt: Format, dtype: torch.dtype, data: st.DataObject) -> None:
+def test_linear_quantized(shape: tuple[int, int, int], fmt: Format, dtype: torch.dtype, data: st.DataObject) -> None:
     m, n, k = shape[0], shape[1], shape[2] * fmt.block_size
     rule = data.draw(st.sampled_from(ACTIVATION_RULES[fmt.name]))
     rotate = rotation.hadamard(fmt.block_size).float() if data.draw(st.booleans()) else None
@@ -122,8 +123,8 @@ def test_linear_w4a4(shape: tuple[int, int, int], fmt: Format, dtype: torch.dtyp
     torch.manual_seed(k)
     weight = random_weight(fmt, n, k, seed=m)
     x = (torch.randn(m, k) * 0.1).to(dtype)
-    out = ops.cpu_linear_w4a4(x, *packed(weight), None, n, rotate, unit, rule)
-    seen = reference.quantize_activation(x, fmt, rotate, unit, rule)
+    out = ops.cpu_linear_quantized(x, *packed(weight), None, n, rotate, unit, rule)
+    seen = quantized_activation(x, fmt, rotate, unit, rule)
     assert out.dtype == dtype
     assert_product(out, seen, formats.dequantize(*weight), None)
 
@@ -145,11 +146,11 @@ def test_grouped(fmt: Format, counts: list[int], beyond: int, data: st.DataObjec
         rule = ACTIVATION_RULES[fmt.name][-1]
         units = torch.rand(experts, dtype=torch.float64) * 0.01 + 1e-4 if own_units else None
         after = bias, offsets, n, rotate, units, rule
-        results = [ops.cpu_grouped_linear_w4a4(x, *packed(weight), *after)]
+        results = [ops.cpu_grouped_linear_quantized(x, *packed(weight), *after)]
         if sum(counts):
-            results.append(ops.reference_grouped_linear_w4a4(x, *weight, *after))
+            results.append(ops.reference_grouped_linear_quantized(x, *weight[:3], fmt.name, *after))
             of_row = None if units is None else units.repeat_interleave(torch.tensor(counts))
-            x = reference.quantize_activation(x[: sum(counts)], fmt, rotate, of_row, rule)
+            x = quantized_activation(x[: sum(counts)], fmt, rotate, of_row, rule)
     else:
         results = [ops.cpu_grouped_linear(x, *packed(weight), bias, offsets, n, rotate)]
         if rotate is not None:
@@ -198,8 +199,8 @@ def test_adversarial_activations(fmt: Format, kind: str, m: int, dtype: torch.dt
     values = formats.dequantize(*weight)
     assert_product(ops.cpu_linear(x, *packed(weight), None, n), x, values, None)
     for rule in ACTIVATION_RULES[fmt.name]:
-        seen = reference.quantize_activation(x, fmt, None, None, rule)
-        out = ops.cpu_linear_w4a4(x, *packed(weight), None, n, None, None, rule)
+        seen = quantized_activation(x, fmt, None, None, rule)
+        out = ops.cpu_linear_quantized(x, *packed(weight), None, n, None, None, rule)
         assert_product(out, seen, values, None)
 
 
@@ -213,17 +214,17 @@ def test_non_finite_activations_finish(fmt: Format, bad: float, dtype: torch.dty
     out = ops.cpu_linear(x, *packed(weight), None, 20)
     assert out[[0, 1, 3, 4]].isfinite().all()
     assert not out[2].isfinite().all()
-    ops.cpu_linear_w4a4(x, *packed(weight), None, 20, None, None, "abs_max")
+    ops.cpu_linear_quantized(x, *packed(weight), None, 20, None, None, "abs_max")
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_every_code_and_scale(fmt: Format) -> None:
     """One-hot activations read each weight back, times one: codes and scales must come out exact."""
-    block, top = fmt.block_size, 127 if fmt is NVFP4 else 253  # beyond, MXFP4 values overflow float32
+    block, top = fmt.block_size, 127 if fmt == NVFP4 else 253  # beyond, MXFP4 values overflow float32
     codes = torch.arange(16, dtype=torch.uint8).repeat(top, block // 16)
     scales = torch.arange(top, dtype=torch.uint8)[:, None].view(fmt.scale_dtype)
     unit = torch.tensor(1.0, dtype=torch.float64) if fmt.needs_global_scale else None
-    weight = QuantizedTensor(elements.pack_codes(codes), scales, unit)
+    weight = QuantizedTensor(elements.pack_codes(codes), scales, unit, fmt)
     values = formats.dequantize(*weight)
     for m in (1, 2, block):
         x = torch.eye(block)[:m]
@@ -244,8 +245,8 @@ def test_one_small_scale_among_large_ones(smallest: float) -> None:
     weight.codes[5] = 0
     weight.codes[5, 70 * 8 : 71 * 8] = torch.arange(8, dtype=torch.uint8) * 0x21
     x = torch.randn(4, k).bfloat16()
-    seen = reference.quantize_activation(x, NVFP4, None, None, "abs_max")
-    out = ops.cpu_linear_w4a4(x, *packed(weight), None, n, None, None, "abs_max")
+    seen = quantized_activation(x, NVFP4, None, None, "abs_max")
+    out = ops.cpu_linear_quantized(x, *packed(weight), None, n, None, None, "abs_max")
     assert_product(out, seen, formats.dequantize(*weight), None)
 
 
@@ -263,10 +264,10 @@ def test_residuals_of_many_rows(fmt: Format, m: int) -> None:
 @pytest.mark.parametrize("shape", [(1, 32), (16, 64), (37, 96), (3, 5, 64), (2, 2, 17, 32), (2048, 8192)])
 def test_pack_is_exact_and_padding_is_dropped(fmt: Format, shape: tuple[int, ...]) -> None:
     weight = random_weight(fmt, *shape)
-    codes, scales, _ = packed(weight)
+    codes, scales, _, _ = packed(weight)
     assert codes.dtype == torch.uint8
     assert scales.dtype == fmt.scale_dtype
-    back, back_scales = BACKEND.unpack(codes, scales, shape[-2])
+    back, back_scales = BACKEND.unpack(codes, scales, fmt, shape[-2])
     assert torch.equal(back, weight.codes)
     assert torch.equal(back_scales.view(torch.uint8), weight.scales.view(torch.uint8))
     if shape[-2] % 16 == 0:
@@ -300,7 +301,7 @@ def test_results_do_not_depend_on_the_number_of_threads(fmt: Format, m: int, dty
             results.append(
                 (
                     ops.cpu_linear(x, *packed(weight), None, n),
-                    ops.cpu_linear_w4a4(x, *packed(weight), None, n, rotate, None, "abs_max"),
+                    ops.cpu_linear_quantized(x, *packed(weight), None, n, rotate, None, "abs_max"),
                 )
             )
     finally:
@@ -317,7 +318,7 @@ def test_compiles_without_graph_break(fmt: Format) -> None:
 
     def both(x: Tensor) -> Tensor:
         a = ops.cpu_linear(torch.relu(x), *arguments, None, 40)
-        return a + ops.cpu_linear_w4a4(x, *arguments, None, 40, None, None, "abs_max")
+        return a + ops.cpu_linear_quantized(x, *arguments, None, 40, None, None, "abs_max")
 
     x = torch.randn(3, 64)
     torch.testing.assert_close(torch.compile(both, fullgraph=True, backend="aot_eager")(x), both(x))
@@ -356,15 +357,19 @@ def test_the_interpreter_runs_on_while_a_kernel_works() -> None:
         (lambda a: a.update(unit=torch.ones(2).double()), "got 2 global scales"),
         (lambda a: a.update(bias=torch.zeros(41)), r"bias \[41\]"),
         (lambda a: a.update(codes=torch.zeros(3, 4, 128)), "weight must be uint8"),
-        (lambda a: a.update(scales=torch.zeros(3, 4, 16)), "weight_scale must be"),
+        (lambda a: a.update(scales=torch.zeros(3, 4, 16)), "weight_scale of nvfp4 must be float8_e4m3fn"),
+        (lambda a: a.update(format="mxfp4"), "weight_scale of mxfp4 must be float8_e8m0fnu"),
+        (lambda a: a.update(format="fp8", unit=None), "weight of fp8 must be float8_e4m3fn"),
+        (lambda a: a.update(format="int4"), "format is int4; expected nvfp4 or mxfp4"),
     ],
 )
 def test_bad_arguments_are_named(change, message: str) -> None:  # type: ignore[no-untyped-def]
-    codes, scales, unit = packed(random_weight(NVFP4, 40, 64))
+    codes, scales, unit, _ = packed(random_weight(NVFP4, 40, 64))
     a = {"x": torch.zeros(2, 64), "codes": codes, "scales": scales, "unit": unit, "bias": None, "n": 40}
+    a["format"] = "nvfp4"
     change(a)
     with pytest.raises(RuntimeError, match=message):
-        ops.cpu_linear(a["x"], a["codes"], a["scales"], a["unit"], a["bias"], a["n"])
+        ops.cpu_linear(a["x"], a["codes"], a["scales"], a["unit"], a["format"], a["bias"], a["n"])
 
 
 @pytest.mark.slow

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fp4 import ops
-from fp4.backends import reference
+from fp4.backends import REFERENCE
 from fp4.backends.cutlass import CutlassBackend
-from fp4.numerics import formats
+from fp4.numerics import formats, tensors
 from fp4.numerics.formats import FORMATS, NVFP4, Format, QuantizedTensor
 from fp4.numerics.rotation import hadamard
 from fp4.scheme import Scheme
@@ -49,7 +49,7 @@ def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
 
 def to_gpu(weight: QuantizedTensor) -> QuantizedTensor:
     unit = None if weight.global_scale is None else weight.global_scale.to(CUDA)
-    return QuantizedTensor(weight.codes.to(CUDA), weight.scales.to(CUDA), unit)
+    return QuantizedTensor(weight.codes.to(CUDA), weight.scales.to(CUDA), unit, weight.format)
 
 
 def assert_close(result: Tensor, expected: Tensor) -> None:
@@ -64,13 +64,13 @@ def assert_close(result: Tensor, expected: Tensor) -> None:
 def test_quantize_and_back(fmt: Format, rule: str, dtype: torch.dtype) -> None:
     x = gaussian(3, 70, 736, dtype=dtype) * torch.tensor([1, 30, 1e-3], dtype=dtype)[:, None, None]
     expected = to_gpu(formats.quantize(x, fmt, rule))
-    assert torch.equal(BACKEND.largest_magnitude(x.to(CUDA)).cpu(), formats.largest_magnitude(x))
+    assert torch.equal(BACKEND.largest_magnitude(x.to(CUDA)).cpu(), tensors.largest_magnitude(x))
     codes, scales = ops.operator("cutlass", "quantize")(x.to(CUDA), expected.global_scale, fmt.name, rule)
     assert torch.equal(codes, expected.codes)
     assert torch.equal(scales.view(torch.uint8), expected.scales.view(torch.uint8))
     values = BACKEND.dequantize(expected, dtype)
-    cpu = QuantizedTensor(*(None if t is None else t.cpu() for t in expected))  # type: ignore[arg-type]
-    assert torch.equal(values.cpu(), formats.dequantize(*cpu, dtype=dtype))
+    on_cpu = formats.dequantize(*formats.quantize(x, fmt, rule), dtype=dtype)
+    assert torch.equal(values.cpu(), on_cpu)
 
 
 @needs_matmul
@@ -86,12 +86,12 @@ def test_linear(fmt: Format, dtype: torch.dtype, size: int, m: int, n: int, k: i
     rotation = None if size == 0 else hadamard(size).to(dtype).float()
     fixed = torch.tensor(1e-3, dtype=torch.float64) if fmt.needs_global_scale else None
     for unit, some_bias in itertools.product((None, fixed), (None, bias)):
-        expected = reference.linear_w4a4(x, *weight, some_bias, n, rotation, unit, "abs_max")
+        expected = REFERENCE.linear_quantized(x, *weight, some_bias, n, rotation, unit, "abs_max")
         on_gpu = to_gpu(weight)
-        packed = BACKEND.pack(on_gpu.codes, on_gpu.scales)
+        packed = BACKEND.pack(on_gpu.codes, on_gpu.scales, on_gpu.format)
         rest = [t if t is None else t.to(CUDA) for t in (rotation, unit)]
         gpu_bias = None if some_bias is None else some_bias.to(CUDA)
-        result = BACKEND.linear_w4a4(x.to(CUDA), *packed, on_gpu.global_scale, gpu_bias, n, *rest, "abs_max")
+        result = BACKEND.linear_quantized(x.to(CUDA), *packed, on_gpu.global_scale, fmt, gpu_bias, n, *rest, "abs_max")
         assert result.dtype == dtype
         assert_close(result, expected)
 
@@ -107,14 +107,14 @@ def test_experts(fmt: Format, own_scales: bool) -> None:
     units = None
     if fmt.needs_global_scale:
         units = torch.full((len(counts),) if own_scales else (), 1.1e-3, dtype=torch.float64)
-    expected = reference.grouped_linear_w4a4(x, *weight, bias, offsets, n, None, units, "abs_max")
+    expected = REFERENCE.grouped_linear_quantized(x, *weight, bias, offsets, n, None, units, "abs_max")
     on_gpu = to_gpu(weight)
-    packed = BACKEND.pack(on_gpu.codes, on_gpu.scales)
+    packed = BACKEND.pack(on_gpu.codes, on_gpu.scales, on_gpu.format)
     gpu_units = None if units is None else units.to(CUDA)
     unused = torch.full((5, k), torch.nan, dtype=x.dtype)  # rows that belong to no expert
     rows, wide = torch.cat([x, unused]).to(CUDA), torch.stack([bias, bias], dim=1).to(CUDA)
-    result = BACKEND.grouped_linear_w4a4(
-        rows, *packed, on_gpu.global_scale, wide[:, 0], offsets.to(CUDA), n, None, gpu_units, "abs_max"
+    result = BACKEND.grouped_linear_quantized(
+        rows, *packed, on_gpu.global_scale, fmt, wide[:, 0], offsets.to(CUDA), n, None, gpu_units, "abs_max"
     )
     assert result.shape == (sum(counts) + 5, n)
     assert_close(result[: sum(counts)], expected)
@@ -123,14 +123,16 @@ def test_experts(fmt: Format, own_scales: bool) -> None:
 @needs_matmul
 def test_runs_on_the_current_stream() -> None:
     weight = to_gpu(formats.quantize(gaussian(4096, 4096, seed=1), NVFP4))
-    packed = BACKEND.pack(weight.codes, weight.scales)
+    packed = BACKEND.pack(weight.codes, weight.scales, weight.format)
     dense, x = gaussian(4096, 4096, dtype=torch.bfloat16).to(CUDA), gaussian(8, 4096, dtype=torch.bfloat16).to(CUDA)
 
     def run() -> Tensor:
         late = x
         for _ in range(20):  # so that whoever does not wait for them reads something else
             late = (late @ dense).clamp_(-3, 3)
-        out: Tensor = BACKEND.linear_w4a4(late, *packed, weight.global_scale, None, 4096, None, None, "abs_max")
+        out: Tensor = BACKEND.linear_quantized(
+            late, *packed, weight.global_scale, weight.format, None, 4096, None, None, "abs_max"
+        )
         return out
 
     expected = run()
@@ -173,12 +175,12 @@ def test_rows_of_nan_and_infinity_do_no_harm(fmt: Format) -> None:
 @pytest.mark.parametrize("mode", ["default", "max-autotune"])
 def test_compiled(mode: str) -> None:
     weight = to_gpu(formats.quantize(gaussian(512, 512, seed=1), NVFP4))
-    packed = BACKEND.pack(weight.codes, weight.scales)
+    packed = BACKEND.pack(weight.codes, weight.scales, weight.format)
     rotation = hadamard(32).float().to(CUDA)
 
     def run(x: Tensor) -> Tensor:
-        out: Tensor = BACKEND.linear_w4a4(
-            x * 2, *packed, weight.global_scale, None, 512, rotation, None, "four_over_six"
+        out: Tensor = BACKEND.linear_quantized(
+            x * 2, *packed, weight.global_scale, weight.format, None, 512, rotation, None, "four_over_six"
         )
         return out + 1
 
@@ -194,11 +196,13 @@ def test_in_a_cuda_graph() -> None:
         gaussian(4, 512, dtype=torch.bfloat16).to(CUDA),
         to_gpu(formats.quantize(gaussian(512, 512, seed=1), NVFP4)),
     )
-    packed = BACKEND.pack(weight.codes, weight.scales)
+    packed = BACKEND.pack(weight.codes, weight.scales, weight.format)
     rotation = hadamard(16).float().to(CUDA)
 
     def run() -> Tensor:
-        out: Tensor = BACKEND.linear_w4a4(x, *packed, weight.global_scale, None, 512, rotation, None, "abs_max")
+        out: Tensor = BACKEND.linear_quantized(
+            x, *packed, weight.global_scale, weight.format, None, 512, rotation, None, "abs_max"
+        )
         return out
 
     expected = run()

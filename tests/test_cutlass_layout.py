@@ -86,13 +86,13 @@ def test_swizzled_offset_is_where_cutlass_looks(layout: ctypes.CDLL, fmt: Format
 def test_matmul_of_packed_operands(layout: ctypes.CDLL, fmt: Format, m: int, n: int, k: int) -> None:
     """Both operands through pack, multiplied in the order that CUTLASS reads them: what the reference multiplies."""
     a, b = random_weight(fmt, m, k, seed=1), random_weight(fmt, n, k, seed=2)
-    packed_a, packed_b = BACKEND.pack(*a), BACKEND.pack(*b)
+    packed_a, packed_b = BACKEND.pack(*a, fmt), BACKEND.pack(*b, fmt)
     d = torch.empty(m, n, dtype=torch.float64)
     layout.layout_multiply(
         fmt.block_size, at(packed_a[0]), at(packed_b[0]), at(packed_a[1]), at(packed_b[1]), m, n, k, at(d)
     )
-    assert torch.equal(d, formats.dequantize(*a).double() @ formats.dequantize(*b).double().T) or torch.allclose(
-        d, formats.dequantize(*a).double() @ formats.dequantize(*b).double().T, rtol=1e-12, atol=0
+    assert torch.equal(d, fmt.dequantize(*a).double() @ fmt.dequantize(*b).double().T) or torch.allclose(
+        d, fmt.dequantize(*a).double() @ fmt.dequantize(*b).double().T, rtol=1e-12, atol=0
     )
 
 
@@ -105,11 +105,11 @@ def test_matmul_of_packed_operands(layout: ctypes.CDLL, fmt: Format, m: int, n: 
 )
 def test_unpack_inverts_pack(fmt: Format, n: int, blocks: int, lead: list[int]) -> None:
     codes, scales = random_weight(fmt, *lead, n, blocks * 32)
-    weight, weight_scale = BACKEND.pack(codes, scales)
+    weight, weight_scale = BACKEND.pack(codes, scales, fmt)
     assert weight_scale.dtype == fmt.scale_dtype
     assert weight_scale.is_contiguous()
     assert (weight_scale.shape[-2] % 128, weight_scale.shape[-1] % 4) == (0, 0)
-    again = BACKEND.unpack(weight, weight_scale, n)
+    again = BACKEND.unpack(weight, weight_scale, fmt, n)
     assert torch.equal(again[0], codes)
     assert again[1].dtype == fmt.scale_dtype
     assert torch.equal(again[1].view(torch.uint8), scales.view(torch.uint8))

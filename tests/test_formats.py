@@ -16,20 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fp4 import backends
-from fp4.numerics import formats
+from fp4.numerics import tensors
+from fp4.numerics.block_scales import effective_scales, global_scale_for
 from fp4.numerics.elements import E2M1_VALUES, decode_e2m1, encode_e2m1, pack_codes, unpack_codes
-from fp4.numerics.formats import (
-    MXFP4,
-    NVFP4,
-    WEIGHT_FORMATS,
-    Format,
-    dequantize,
-    effective_scales,
-    global_scale_for,
-    largest_magnitude,
-    quantize,
-)
+from fp4.numerics.formats import MXFP4, NVFP4, WEIGHT_FORMATS, Format, dequantize, quantize
 from fp4.numerics.rotation import hadamard, rotate
+from fp4.numerics.tensors import largest_magnitude
 from fp4.rounding import round_to_nearest
 from fp4.scheme import Scheme
 
@@ -95,13 +87,13 @@ def test_encode_e2m1_is_monotonic_and_sign_symmetric(values: list[float]) -> Non
 @each_rule
 def test_codes_are_nearest_under_the_chosen_scale(fmt: Format, rule: str) -> None:
     x = blocks_of(fmt, seed=5, count=32)
-    codes, scales, global_scale = quantize(x, fmt, rule)
+    codes, scales, global_scale, _ = quantize(x, fmt, rule)
     effective = effective_scales(scales, global_scale)
     quotients = (x / effective).tolist()
     expected = [[nearest_e2m1(q) | (math.copysign(1, q) < 0) << 3 for q in row] for row in quotients]
     assert unpack_codes(codes).tolist() == expected
     values = torch.tensor([[(-1 if c > 7 else 1) * E2M1_VALUES[c % 8] for c in row] for row in expected])
-    assert torch.equal(bits(dequantize(codes, scales, global_scale)), bits(values * effective))
+    assert torch.equal(bits(fmt.dequantize(codes, scales, global_scale)), bits(values * effective))
 
 
 @pytest.mark.parametrize(
@@ -117,8 +109,8 @@ def test_quantizing_what_was_dequantized_changes_nothing(fmt: Format, rule: str,
     values = st.tuples(magnitudes, st.sampled_from([-1, 1])).map(math.prod)
     size = 2 * fmt.block_size
     x = torch.tensor(data.draw(st.lists(values, min_size=size, max_size=size))).view(1, size)
-    codes, scales, global_scale = quantize(x, fmt, rule)
-    once = dequantize(codes, scales, global_scale)
+    codes, scales, global_scale, _ = quantize(x, fmt, rule)
+    once = fmt.dequantize(codes, scales, global_scale)
     assert torch.equal(bits(dequantize(*quantize(once, fmt, rule, global_scale))), bits(once))
 
 
@@ -158,9 +150,9 @@ def test_copies_of_a_format_are_equal_by_value_and_the_named_ones_are_themselves
 @each_rule
 def test_every_canonical_triple_survives_its_own_scale(fmt: Format, rule: str) -> None:
     x = blocks_of(fmt, seed=17)
-    codes, scales, global_scale = quantize(x, fmt, rule)
+    codes, scales, global_scale, _ = quantize(x, fmt, rule)
     effective = effective_scales(scales, global_scale)
-    assert torch.equal(pack_codes(encode_e2m1(dequantize(codes, scales, global_scale) / effective)), codes)
+    assert torch.equal(pack_codes(encode_e2m1(fmt.dequantize(codes, scales, global_scale) / effective)), codes)
 
 
 @each_rule
@@ -191,10 +183,10 @@ def test_half_precision_input_gives_the_result_of_its_float32_copy(fmt: Format, 
 @each_rule
 def test_leading_axes_are_matrices_of_their_own(fmt: Format, rule: str) -> None:
     x = torch.randn(2, 3, 5, 64, generator=torch.Generator().manual_seed(9)) * torch.logspace(0, 3, 3)[:, None, None]
-    codes, scales, global_scale = quantize(x, fmt, rule)
+    codes, scales, global_scale, _ = quantize(x, fmt, rule)
     assert codes.shape == (2, 3, 5, 32)
     assert scales.shape == (2, 3, 5, 64 // fmt.block_size)
-    values = dequantize(codes, scales, global_scale)
+    values = fmt.dequantize(codes, scales, global_scale)
     assert values.shape == x.shape
     for index in [(i, j) for i in range(2) for j in range(3)]:
         alone = quantize(x[index], fmt, rule)
@@ -210,17 +202,17 @@ def test_leading_axes_are_matrices_of_their_own(fmt: Format, rule: str) -> None:
 def test_rows_are_independent_of_the_tile_they_fall_in(fmt: Format, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 37, 96, generator=torch.Generator().manual_seed(10))
     whole = quantize(x, fmt, rule)
-    monkeypatch.setattr(formats, "_TILE_ELEMENTS", 96 * 5)
+    monkeypatch.setattr(tensors, "_TILE_ELEMENTS", 96 * 5)
     tiled = quantize(x, fmt, rule)
     assert torch.equal(whole.codes, tiled.codes)
     assert torch.equal(bits(whole.scales), bits(tiled.scales))
 
 
 def test_more_rows_than_one_tile_holds() -> None:
-    rows = formats._TILE_ELEMENTS // 1024 + 3
+    rows = tensors._TILE_ELEMENTS // 1024 + 3
     x = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(11))
     unit = global_scale_for(largest_magnitude(x))
-    codes, scales, _ = quantize(x, NVFP4)
+    codes, scales, _, _ = quantize(x, NVFP4)
     last = quantize(x[-5:], NVFP4, "abs_max", unit)
     assert torch.equal(codes[-5:], last.codes)
     assert torch.equal(bits(scales[-5:]), bits(last.scales))
@@ -261,9 +253,9 @@ def test_w4a4_is_the_product_of_independently_quantized_matrices(fmt: Format, ru
     else:
         x_rotated = x
     units = (None, None)
-    if fmt is NVFP4:
+    if fmt == NVFP4:
         assert triple.global_scale is not None
         units = (triple.global_scale.item(), f32(x_rotated.abs().max().item() / 2688))
     expected = emulated(x_rotated, fmt, rule, units[1]) @ emulated(weight, fmt, rule, units[0]).T + bias.double()
-    result = backends.REFERENCE.linear_w4a4(x, *triple, bias, 24, rotation, None, rule)
+    result = backends.REFERENCE.linear_quantized(x, *triple, bias, 24, rotation, None, rule)
     assert (result.double() - expected).abs().max() <= 1e-5 * expected.abs().max()

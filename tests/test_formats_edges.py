@@ -10,17 +10,9 @@ import torch
 from blocks import RULES, bits, each_format, each_rule
 
 from fp4.numerics.elements import unpack_codes
-from fp4.numerics.formats import (
-    FP8,
-    MXFP4,
-    NVFP4,
-    Format,
-    dequantize,
-    format_of,
-    quantize,
-    require_finite,
-)
+from fp4.numerics.formats import FP8, MXFP4, NVFP4, Format, dequantize, quantize
 from fp4.numerics.rotation import hadamard
+from fp4.numerics.tensors import require_finite
 from fp4.rounding import round_to_nearest
 from fp4.scheme import Scheme
 
@@ -30,9 +22,9 @@ from fp4.scheme import Scheme
 @each_rule
 def test_zeros_stay_zeros_of_their_sign(fmt: Format, rule: str) -> None:
     for zero in (0.0, -0.0):
-        codes, scales, global_scale = quantize(torch.full((2, 64), zero), fmt, rule)
+        codes, scales, global_scale, _ = quantize(torch.full((2, 64), zero), fmt, rule)
         assert (unpack_codes(codes) == (8 if math.copysign(1, zero) < 0 else 0)).all()
-        assert torch.equal(bits(dequantize(codes, scales, global_scale)), bits(torch.full((2, 64), zero)))
+        assert torch.equal(bits(fmt.dequantize(codes, scales, global_scale)), bits(torch.full((2, 64), zero)))
         assert (scales.float() > 0).all()
 
 
@@ -52,11 +44,11 @@ def test_tiny_and_subnormal_tensors_are_finite_and_no_larger_than_they_were(
 def test_one_huge_outlier_leaves_everything_defined(fmt: Format, rule: str) -> None:
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(13))
     x[2, 40] = -1e18 if rule == "quest" else -3e38
-    codes, scales, global_scale = quantize(x, fmt, rule)
-    values = dequantize(codes, scales, global_scale)
+    codes, scales, global_scale, _ = quantize(x, fmt, rule)
+    values = fmt.dequantize(codes, scales, global_scale)
     assert values.isfinite().all()
     assert values[2, 40] < x[2, 40] * (0.35 if rule == "quest" else 0.7)
-    if fmt is MXFP4:
+    if fmt == MXFP4:
         untouched = torch.ones(4, 2, dtype=torch.bool)
         untouched[2, 1] = False
         alone = quantize(x[:2], fmt, rule)
@@ -90,12 +82,12 @@ def test_nan_in_activations_shows_in_its_block(fmt: Format, rule: str) -> None:
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(15))
     x[1, 5] = math.nan
     x[2, 63] = -math.nan
-    unit = torch.tensor(0.01, dtype=torch.float64) if fmt is NVFP4 else None
+    unit = torch.tensor(0.01, dtype=torch.float64) if fmt == NVFP4 else None
     values = dequantize(*quantize(x, fmt, rule, unit))
     has_nan = values.isnan().view(3, -1, fmt.block_size).any(-1)
     expected = x.isnan().view(3, -1, fmt.block_size).any(-1)
     assert torch.equal(has_nan, expected)
-    if fmt is NVFP4:
+    if fmt == NVFP4:
         assert dequantize(*quantize(x, fmt, rule)).isnan().any(), "a dynamic global scale spreads it over the call"
 
 
@@ -135,10 +127,10 @@ def test_an_empty_weight_is_finite() -> None:
 
 @each_rule
 def test_no_rows_are_quantized_to_no_rows(fmt: Format, rule: str) -> None:
-    codes, scales, global_scale = quantize(torch.zeros(0, 64), fmt, rule)
+    codes, scales, global_scale, _ = quantize(torch.zeros(0, 64), fmt, rule)
     assert codes.shape == (0, 32)
     assert scales.shape == (0, 64 // fmt.block_size)
-    assert dequantize(codes, scales, global_scale).shape == (0, 64)
+    assert fmt.dequantize(codes, scales, global_scale).shape == (0, 64)
     assert quantize(torch.zeros(0, 5, 64), fmt, rule).codes.shape == (0, 5, 32)
 
 
@@ -174,11 +166,11 @@ def test_a_global_scale_of_the_wrong_shape_is_refused(fmt: Format) -> None:
 
 
 def test_dequantizing_by_a_global_scale_of_the_wrong_shape_is_refused() -> None:
-    codes, scales, global_scale = quantize(torch.randn(3, 4, 64), NVFP4)
+    codes, scales, global_scale, _ = quantize(torch.randn(3, 4, 64), NVFP4)
     assert global_scale is not None
     for wrong in (global_scale[:2], global_scale[:, None], global_scale[None]):
         with pytest.raises(ValueError, match=rf"global.scale.*{re.escape(str(tuple(wrong.shape)))}.*expected.*\(3,\)"):
-            dequantize(codes, scales, wrong)
+            NVFP4.dequantize(codes, scales, wrong)
 
 
 @each_format
@@ -189,28 +181,24 @@ def test_a_stack_of_one_keeps_its_axis_in_the_global_scale(fmt: Format) -> None:
     assert global_scale is not None
     assert global_scale.shape == (1,)
     triple = quantize(x, fmt, "abs_max", given_scale[0])
-    assert torch.equal(dequantize(*triple), dequantize(triple.codes, triple.scales, given_scale))
+    assert torch.equal(dequantize(*triple), fmt.dequantize(triple.codes, triple.scales, given_scale))
 
 
 def test_mismatched_codes_and_scales_are_refused() -> None:
-    codes, scales, global_scale = quantize(torch.randn(4, 64), NVFP4)
+    codes, scales, global_scale, _ = quantize(torch.randn(4, 64), NVFP4)
     with pytest.raises(ValueError, match=r"\(4, 32\).*\(4, 2\).*expected.*\(4, 4\)"):
-        dequantize(codes, scales[:, :2], global_scale)
+        NVFP4.dequantize(codes, scales[:, :2], global_scale)
     with pytest.raises(ValueError, match=r"\(3, 4\).*expected"):
-        dequantize(codes, scales[:3], global_scale)
-    with pytest.raises(ValueError, match=r"uint8.*float8_e4m3fn.*nvfp4.*float8_e8m0fnu.*mxfp4.*float32.*fp8"):
-        dequantize(codes, scales.view(torch.uint8), global_scale)
+        NVFP4.dequantize(codes, scales[:3], global_scale)
+    with pytest.raises(ValueError, match=r"scales have dtype torch.uint8; nvfp4 expects torch.float8_e4m3fn"):
+        NVFP4.dequantize(codes, scales.view(torch.uint8), global_scale)
     with pytest.raises(
         ValueError, match=r"codes have dtype torch.uint8; expected torch.float8_e4m3fn, one code a byte"
     ):
-        dequantize(codes, scales.half(), global_scale)
+        FP8.dequantize(codes, scales.half())
 
 
-def test_scale_dtypes_name_the_format() -> None:
-    assert format_of(torch.zeros(1).to(torch.float8_e4m3fn)) is NVFP4
-    assert format_of(torch.ones(1).to(torch.float8_e8m0fnu)) is MXFP4
+def test_bits_per_weight() -> None:
     assert NVFP4.bits_per_weight == 4.5
-    assert MXFP4.bits_per_weight == 4.25
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert format_of(torch.ones(1, dtype=dtype)) is FP8
+    assert MXFP4.bits_per_weight == NVFP4.wide(32).bits_per_weight == 4.25
     assert FP8.bits_per_weight == 8

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fp4 import backends
 from fp4.checkpoint.io.headers import Checkpoint, load
 from fp4.nn import FP4Linear
-from fp4.numerics.formats import FP8, NVFP4, dequantize, fake_quantize_fp8, quantize
+from fp4.numerics.formats import FP8, NVFP4, dequantize, quantize
 from fp4.rounding import round_to_nearest
 from fp4.scheme import Scheme
 
@@ -35,7 +35,7 @@ def every_e4m3() -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scale_and_quotient_have_the_dtype_of_the_source(dtype: torch.dtype) -> None:
     x = random(7, 40, dtype=dtype)
-    codes, scales, _ = quantize(x, FP8)
+    codes, scales, _, _ = quantize(x, FP8)
     expected = (x.float().abs().amax(-1, keepdim=True) / 448).to(dtype)
     assert torch.equal(scales, expected)
     quotient = (x.float() / expected.float()).to(dtype).float().clamp(-448, 448)
@@ -46,9 +46,9 @@ def test_codes_are_the_nearest_ties_to_even() -> None:
     grid = every_e4m3().unique()
     midpoints = (grid[1:] + grid[:-1]) / 2
     x = torch.cat([grid, midpoints])[None]  # the largest is 448, so the scale is 1
-    codes, scales, _ = quantize(x, FP8)
+    codes, scales, _, _ = quantize(x, FP8)
     assert scales.item() == 1
-    values = dequantize(codes, scales)
+    values = FP8.dequantize(codes, scales)
     distance = (x[0, :, None] - grid).abs()
     assert torch.equal((values - x)[0].abs(), distance.amin(-1))
     ties = (distance == distance.amin(-1, keepdim=True)).sum(-1) == 2
@@ -66,10 +66,10 @@ def test_every_value_survives(dtype: torch.dtype) -> None:
 def test_rows_of_zeros_and_subnormals(dtype: torch.dtype) -> None:
     x = torch.zeros(2, 16, dtype=dtype)
     x[1, 3] = torch.finfo(dtype).smallest_normal / 4
-    codes, scales, _ = quantize(x, FP8)
+    codes, scales, _, _ = quantize(x, FP8)
     assert scales[0].item() == torch.finfo(dtype).eps  # as compressed-tensors
     assert bool((scales > 0).all())
-    assert torch.equal(dequantize(codes, scales)[0], torch.zeros(16))
+    assert torch.equal(FP8.dequantize(codes, scales)[0], torch.zeros(16))
 
 
 def test_nan_and_infinity_are_never_hidden_and_never_crash() -> None:
@@ -85,7 +85,7 @@ def test_nan_and_infinity_are_never_hidden_and_never_crash() -> None:
 
 def test_leading_axes_and_empty_tensors() -> None:
     x = random(3, 2, 5, 24)
-    codes, scales, _ = quantize(x, FP8)
+    codes, scales, _, _ = quantize(x, FP8)
     for i in range(3):
         one = quantize(x[i], FP8)
         assert torch.equal(codes[i].view(torch.uint8), one.codes.view(torch.uint8))
@@ -95,7 +95,7 @@ def test_leading_axes_and_empty_tensors() -> None:
 
 def test_a_large_matrix_is_handled_in_tiles() -> None:
     x = random(1030, 2048, dtype=torch.bfloat16)
-    codes, scales, _ = quantize(x, FP8)
+    codes, scales, _, _ = quantize(x, FP8)
     scale = x.abs().amax(-1, keepdim=True) / 448
     assert torch.equal(scales, scale)
     assert torch.equal(codes.view(torch.uint8), (x / scale).clamp(-448, 448).to(codes.dtype).view(torch.uint8))
@@ -106,19 +106,19 @@ def test_mistakes_are_named() -> None:
         quantize(torch.ones(2, 16), FP8, "mse")
     with pytest.raises(ValueError, match="no global scale, but one was given"):
         quantize(torch.ones(2, 16), FP8, "abs_max", torch.ones((), dtype=torch.float64))
-    codes, scales, _ = quantize(torch.ones(2, 16), FP8)
+    codes, scales, _, _ = quantize(torch.ones(2, 16), FP8)
     with pytest.raises(ValueError, match=r"\(2, 16\).*\(1, 1\).*expected scales of shape \(2, 1\)"):
-        dequantize(codes, scales[:1])
+        FP8.dequantize(codes, scales[:1])
 
 
 def test_activations_are_quantized_in_float32_whatever_their_dtype() -> None:
     x = random(6, 64, dtype=torch.bfloat16)
     scale = x.float().abs().amax(-1, keepdim=True) / 448
     expected = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-    assert torch.equal(fake_quantize_fp8(x), expected)
-    assert torch.equal(fake_quantize_fp8(x.view(2, 3, 64)), expected.view(2, 3, 64))
+    assert torch.equal(FP8.fake_quantize(x), expected)
+    assert torch.equal(FP8.fake_quantize(x.view(2, 3, 64)), expected.view(2, 3, 64))
     static = torch.tensor(0.01, dtype=torch.float64)
-    values = fake_quantize_fp8(x, static)
+    values = FP8.fake_quantize(x, global_scale=static)
     assert float(values.abs().amax()) <= 448 * 0.01
     assert torch.equal(values, (x.float() / 0.01).clamp(-448, 448).to(torch.float8_e4m3fn).float() * static.float())
 
@@ -132,7 +132,7 @@ def test_rtn_gives_the_bytes_of_llm_compressor(shared: Callable[[str], Path]) ->
     layers = [name.removesuffix("_scale") for name in theirs if name.endswith(".weight_scale")]
     assert len(layers) == 14
     for name in layers:
-        codes, scales, _ = round_to_nearest(load(source[name]), Scheme(FP8))
+        codes, scales, _, _ = round_to_nearest(load(source[name]), Scheme(FP8))
         assert torch.equal(codes.view(torch.uint8), load(theirs[name]).view(torch.uint8))
         assert scales.dtype == torch.bfloat16
         assert torch.equal(scales, load(theirs[f"{name}_scale"]))
@@ -181,7 +181,7 @@ def test_w8a8_is_emulated_to_the_bit(dtype: torch.dtype) -> None:
     assert "activations=fp8" in module.extra_repr()
     x = random(5, 72, dtype=dtype)
     assert module.bias is not None
-    expected = (fake_quantize_fp8(x) @ module.dequantize().T + module.bias.float()).to(dtype)
+    expected = (FP8.fake_quantize(x) @ module.dequantize().T + module.bias.float()).to(dtype)
     assert torch.equal(module(x), expected)
 
 
@@ -189,12 +189,12 @@ def test_w8a8_means_what_hardware_computes() -> None:
     """The reference against torch's own scaled_mm, which has a CPU implementation of the same contract."""
     module = FP4Linear.from_linear(linear(64, 32), Scheme(FP8, activations="fp8"), "reference")
     x = random(16, 64, dtype=torch.bfloat16)
-    arguments = (x, module.weight, module.weight_scale, None, module.bias, 32, None, None, "abs_max")
-    native = torch.ops.fp4.scaled_mm_linear_w4a4(*arguments)
+    arguments = (x, module.weight, module.weight_scale, None, "fp8", module.bias, 32, None, None, "abs_max")
+    native = torch.ops.fp4.scaled_mm_linear_quantized(*arguments)
     assert native.dtype == torch.bfloat16
     assert torch.allclose(native.float(), module(x).float(), rtol=2**-6, atol=2**-7)
-    stacked = (x, module.weight[None], module.weight_scale[None], None, None, torch.tensor([0, 16], dtype=torch.int32))
-    grouped = torch.ops.fp4.scaled_mm_grouped_linear_w4a4(*stacked, 32, None, None, "abs_max")
+    stacked = (x, module.weight[None], module.weight_scale[None], None, "fp8", None, torch.tensor([0, 16]).int())
+    grouped = torch.ops.fp4.scaled_mm_grouped_linear_quantized(*stacked, 32, None, None, "abs_max")
     assert module.bias is not None
     assert torch.allclose(grouped.float() + module.bias.float(), native.float(), rtol=2**-6, atol=2**-6)
 
@@ -221,10 +221,10 @@ def test_w4a8_is_the_weight_only_product_of_quantized_activations() -> None:
     assert "activations=fp8" in module.extra_repr()
     x = random(5, 64, dtype=torch.bfloat16)
     assert module.bias is not None
-    expected = (fake_quantize_fp8(x) @ module.dequantize().T + module.bias.float()).to(x.dtype)
+    expected = (FP8.fake_quantize(x) @ module.dequantize().T + module.bias.float()).to(x.dtype)
     assert torch.allclose(module(x).float(), expected.float(), rtol=2**-7, atol=2**-8)
     module.input_global_scale = nn.Parameter(torch.tensor(0.005, dtype=torch.float64), requires_grad=False)
-    static = fake_quantize_fp8(x, module.input_global_scale) @ module.dequantize().T + module.bias.float()
+    static = FP8.fake_quantize(x, global_scale=module.input_global_scale) @ module.dequantize().T + module.bias.float()
     assert torch.allclose(module(x).float(), static, rtol=2**-7, atol=2**-8)
     assert not torch.allclose(static, expected.float(), rtol=2**-7, atol=2**-8)
 

@@ -100,8 +100,8 @@ def test_mixed_precision_is_saved_and_loaded(
 ) -> None:
     model = quantized(llama, scheme="nvfp4a16", overrides=MIXED, checkpoint_format=checkpoint_format)
     formats = {name: module.scheme.format for name, module in packed(model).items()}
-    assert formats["model.layers.0.self_attn.q_proj"] is FP8
-    assert formats["model.layers.0.mlp.up_proj"] is NVFP4
+    assert formats["model.layers.0.self_attn.q_proj"] == FP8
+    assert formats["model.layers.0.mlp.up_proj"] == NVFP4
     model.save_pretrained(tmp_path / "out")
     found = inspect(tmp_path / "out", values=True)
     assert found.schemes == {"fp8_dynamic": 8, "nvfp4a16": 6}

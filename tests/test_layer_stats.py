@@ -25,7 +25,7 @@ def test_errors_and_clipping_by_hand() -> None:
     one = torch.full((1, 1), 127, dtype=torch.uint8).view(torch.float8_e8m0fnu)  # a block scale of 1
     codes = torch.zeros(1, 16, dtype=torch.uint8)
     codes[0, 0], codes[0, 1] = 7, 10  # 6, 0, -1
-    found = layer_statistics(weight, QuantizedTensor(codes, one, None))
+    found = layer_statistics(weight, QuantizedTensor(codes, one, None, MXFP4))
     error = math.sqrt((4 + 0.04) / (64 + 0.04 + 1))
     assert found.weight_error == pytest.approx(error, rel=1e-6)
     assert found.weight_snr_db == pytest.approx(-20 * math.log10(error), rel=1e-6)

@@ -10,7 +10,8 @@ from fp4.methods.autoround import AutoRoundOptions, autoround_block, into_cells,
 from fp4.methods.grid import nearest
 from fp4.methods.rtn import RTNOptions, rtn_block
 from fp4.numerics import elements
-from fp4.numerics.formats import MXFP4, NVFP4, Format, effective_scales
+from fp4.numerics.block_scales import effective_scales
+from fp4.numerics.formats import MXFP4, NVFP4, Format
 from fp4.scheme import Scheme
 
 

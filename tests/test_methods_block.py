@@ -72,10 +72,10 @@ def test_every_method_gives_canonical_layers(method: str, scheme: Scheme) -> Non
             weight = rotate(weight, result.rotation)
         error = (formats.dequantize(*result.weight) - weight).norm() / weight.norm()
         assert error < 0.35
-        assert formats.format_of(result.weight.scales) is scheme.format
+        assert result.weight.format == scheme.format
         assert (result.rotation is None) == (scheme.rotation == "identity")
-        assert (result.input_global_scale is not None) == (scheme.format is NVFP4 and scheme.activations == "fp4")
-    if scheme.format is NVFP4:
+        assert (result.input_global_scale is not None) == (scheme.format == NVFP4 and scheme.activations == "fp4")
+    if scheme.format == NVFP4:
         assert torch.equal(results["gate_proj"].weight.global_scale, results["up_proj"].weight.global_scale)
 
 

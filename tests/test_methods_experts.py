@@ -43,7 +43,7 @@ def experts_block(scheme: Scheme, all_tokens: bool) -> Block:
         "model.layers.1",
         module,
         dict.fromkeys(layers, scheme),
-        fused if scheme.format is NVFP4 else [],
+        fused if scheme.format == NVFP4 else [],
         inputs,
         inputs,
         lambda hidden, batch: module(hidden),
@@ -54,7 +54,7 @@ def differing(a: dict[str, LayerResult], b: dict[str, LayerResult]) -> list[str]
     """Layers whose canonical triples, input scales or rules are not the same to the bit."""
 
     def bits(result: LayerResult) -> list[Tensor]:
-        codes, scales, global_scale = result.weight
+        codes, scales, global_scale, _ = result.weight
         optional = [tensor for tensor in (global_scale, result.input_global_scale) if tensor is not None]
         return [codes, scales.view(torch.uint8), *optional]
 

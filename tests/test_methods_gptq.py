@@ -8,7 +8,7 @@ from fp4.calibration.observers import SecondMoments
 from fp4.methods.gptq import gptq, search_scales
 from fp4.methods.grid import nearest
 from fp4.methods.hessian import Objective, objective, shifted
-from fp4.numerics import elements, formats
+from fp4.numerics import block_scales, elements, formats
 from fp4.numerics.formats import MXFP4, NVFP4, Format, QuantizedTensor
 
 FORMATS = [NVFP4, MXFP4]
@@ -31,7 +31,7 @@ def weight_of(rows: int, columns: int, seed: int = 1) -> Tensor:
 
 
 def unit_of(weight: Tensor, fmt: Format) -> Tensor | None:
-    return formats.portable_global_scale_for(weight.abs().amax()) if fmt is NVFP4 else None
+    return block_scales.portable_global_scale_for(weight.abs().amax()) if fmt == NVFP4 else None
 
 
 def cost(quantized: QuantizedTensor, weight: Tensor, goal: Objective) -> float:
@@ -43,7 +43,7 @@ def naive_gptq(weight: Tensor, goal: Objective, fmt: Format, unit: Tensor | None
     """Column by column as in the paper, all of the later columns updated at once, in float64."""
     order = sorted(range(weight.shape[1]), key=lambda j: -float(goal.hessian[j, j]))
     scales = search_scales(weight, goal.hessian.diagonal(), fmt, unit)
-    effective = formats.effective_scales(scales, unit).double().repeat_interleave(fmt.block_size, dim=1)
+    effective = block_scales.effective_scales(scales, unit).double().repeat_interleave(fmt.block_size, dim=1)
     inverse = torch.linalg.inv(goal.hessian.double())[order][:, order]
     factor = torch.linalg.cholesky(inverse, upper=True)
     left = weight.double()[:, order]
@@ -80,7 +80,7 @@ def test_a_hessian_without_correlations_rounds_to_nearest(fmt: Format) -> None:
     unit = unit_of(weight, fmt)
     goal = Objective(torch.ones(64), torch.arange(64), torch.eye(64), None)
     scales = search_scales(weight, torch.ones(64), fmt, unit)
-    scale = formats.effective_scales(scales, unit).repeat_interleave(fmt.block_size, dim=1)
+    scale = block_scales.effective_scales(scales, unit).repeat_interleave(fmt.block_size, dim=1)
     assert torch.equal(formats.dequantize(*gptq(weight, goal, fmt, unit)), nearest(weight / scale) * scale)
 
 
@@ -89,7 +89,9 @@ def test_experts_at_once_are_experts_one_by_one(fmt: Format) -> None:
     weights = torch.stack([weight_of(16, 64, seed) for seed in range(3)])
     goals = [objective(moments_of(correlated(200, 64, seed)), 0.01, "layer") for seed in range(3)]
     together = Objective(*(torch.stack(parts) for parts in zip(*goals, strict=True)))
-    unit = torch.stack([formats.portable_global_scale_for(w.abs().amax()) for w in weights]) if fmt is NVFP4 else None
+    unit = (
+        torch.stack([block_scales.portable_global_scale_for(w.abs().amax()) for w in weights]) if fmt == NVFP4 else None
+    )
     batched = gptq(weights, together, fmt, unit)
     for i in range(3):
         alone = gptq(weights[i], goals[i], fmt, None if unit is None else unit[i])
@@ -176,9 +178,9 @@ def test_scale_search_is_exhaustive_over_its_candidates_and_weighted() -> None:
     importance = torch.ones(32)
     importance[5] = 1e4  # one column that must come out well
     scales = search_scales(weight, importance, NVFP4, unit)
-    scale = formats.effective_scales(scales, unit)[:, 0]
+    scale = block_scales.effective_scales(scales, unit)[:, 0]
     error = (nearest(weight[:, 5] / scale) * scale - weight[:, 5]).abs()
-    plain = formats.effective_scales(search_scales(weight, torch.ones(32), NVFP4, unit), unit)[:, 0]
+    plain = block_scales.effective_scales(search_scales(weight, torch.ones(32), NVFP4, unit), unit)[:, 0]
     assert (error <= (nearest(weight[:, 5] / plain) * plain - weight[:, 5]).abs() + 1e-7).all()
 
 

@@ -22,7 +22,7 @@ def assert_same_values(fmt: Format, values: torch.Tensor, unit: torch.Tensor | N
     assert codes.dtype == torch.uint8
     assert scales.shape == (*values.shape[:-1], values.shape[-1] // fmt.block_size)
     assert scales.dtype == fmt.scale_dtype
-    again = dequantize(codes, scales, unit, values.dtype)
+    again = fmt.dequantize(codes, scales, unit, values.dtype)
     bits = torch.int32 if values.dtype == torch.float32 else torch.int16
     assert torch.equal(again.view(bits), values.view(bits))
 
@@ -34,8 +34,8 @@ def test_nvfp4_codes_and_scales_come_back(dtype: torch.dtype, unit: float | None
     weight = torch.randn(64, 512) * torch.logspace(-1, 0, 64)[:, None]
     scale = torch.tensor(unit or 1 / 64, dtype=torch.float64)
     weight = weight * (scale.item() * 64)
-    codes, scales, _ = quantize(weight, NVFP4, "abs_max", scale)
-    values = dequantize(codes, scales, scale, dtype)
+    codes, scales, _, _ = quantize(weight, NVFP4, "abs_max", scale)
+    values = NVFP4.dequantize(codes, scales, scale, dtype)
     if dtype == torch.float16:
         values = values.where(values.abs() >= 2.0**-14, 0.0)  # subnormals of float16 have too few bits to tell
     assert_same_values(NVFP4, values, scale)
@@ -49,9 +49,9 @@ def test_nvfp4_codes_and_scales_come_back(dtype: torch.dtype, unit: float | None
 @pytest.mark.parametrize("unit", [None, 1 / 3])
 def test_mxfp4_codes_and_scales_come_back(rule: str, unit: float | None) -> None:
     torch.manual_seed(0)
-    codes, scales, _ = quantize(torch.randn(128, 512) * torch.logspace(-6, 6, 128)[:, None], MXFP4, rule)
+    codes, scales, _, _ = quantize(torch.randn(128, 512) * torch.logspace(-6, 6, 128)[:, None], MXFP4, rule)
     scale = None if unit is None else torch.tensor(unit, dtype=torch.float64)
-    values = dequantize(codes, scales, scale, torch.bfloat16)
+    values = MXFP4.dequantize(codes, scales, scale, torch.bfloat16)
     assert_same_values(MXFP4, values, scale)
     found = recover(values, MXFP4, scale)
     same = (found.scales.view(torch.uint8) == scales.view(torch.uint8)).float().mean()
@@ -64,12 +64,12 @@ def test_any_codes_under_any_scale_are_found(data: st.DataObject, fmt: Format) -
     """Whatever a tool wrote, not only what an abs_max quantizer would: every code pattern, every normal scale."""
     blocks = 3
     raw = data.draw(st.binary(min_size=blocks * fmt.block_size // 2, max_size=blocks * fmt.block_size // 2))
-    low, high = (1, 126) if fmt is NVFP4 else (8, 240)
+    low, high = (1, 126) if fmt == NVFP4 else (8, 240)
     scale_bytes = data.draw(st.lists(st.integers(low, high), min_size=blocks, max_size=blocks))
     reciprocal = data.draw(st.sampled_from([1.0, 3.0, 2688.0, 9672.0, 0.001]))
     codes, scales = triple(fmt, torch.tensor(list(raw))[None], torch.tensor(scale_bytes)[None])
     unit = torch.tensor(1 / reciprocal, dtype=torch.float64)
-    assert_same_values(fmt, dequantize(codes, scales, unit, torch.bfloat16), unit)
+    assert_same_values(fmt, fmt.dequantize(codes, scales, unit, torch.bfloat16), unit)
 
 
 @pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=lambda f: f.name)

@@ -30,7 +30,7 @@ def test_formats_and_activations() -> None:
     assert found == {
         "nvfp4": (NVFP4, "fp4"),
         "nvfp4a16": (NVFP4, "model"),
-        "nvfp4a8": (NVFP4, "fp8"),
+        "nvfp4a8": (NVFP4.wide(32), "fp8"),
         "mxfp4": (MXFP4, "fp4"),
         "mxfp4a16": (MXFP4, "model"),
         "fp8_dynamic": (FP8, "fp8"),
@@ -38,29 +38,27 @@ def test_formats_and_activations() -> None:
 
 
 def test_input_formats() -> None:
-    assert Scheme(NVFP4).input_format is NVFP4
-    assert Scheme(NVFP4, activations="fp8").input_format is FP8
-    assert Scheme(FP8).input_format is FP8
+    assert Scheme(NVFP4).input_format == NVFP4
+    assert Scheme(NVFP4, activations="fp8").input_format == FP8
+    assert Scheme(FP8).input_format == FP8
 
 
 def test_what_k_must_be_a_multiple_of() -> None:
     assert Scheme(NVFP4).k_multiple == 16
-    assert Scheme(NVFP4, block_size=32).k_multiple == 32
+    assert Scheme(NVFP4.wide(32)).k_multiple == 32
     assert Scheme(NVFP4, rotation="hadamard", group_size=64).k_multiple == 64
     assert Scheme(FP8).k_multiple == 1
 
 
 def test_wide_blocks_share_the_scale_of_all_their_elements() -> None:
     weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
-    codes, scales, global_scale = round_to_nearest(weight, Scheme(NVFP4, block_size=32))
-    assert scales.shape == (8, 8)
-    pairs = scales.view(torch.uint8).unflatten(-1, (-1, 2))
-    assert torch.equal(pairs[..., 0], pairs[..., 1])
+    codes, scales, global_scale, _ = round_to_nearest(weight, Scheme(NVFP4.wide(32)))
+    assert scales.shape == (8, 4)
     # The largest element of each wide block is 6 times its scale, as far as E4M3 holds that.
     wide = weight.unflatten(-1, (-1, 32)).abs().amax(-1)
-    effective = pairs[..., 0].contiguous().view(torch.float8_e4m3fn).float() * global_scale
+    effective = scales.float() * global_scale
     assert torch.allclose((effective * 6).float(), wide, rtol=2**-4)
-    error = (dequantize(codes, scales, global_scale) - weight).norm() / weight.norm()
+    error = (NVFP4.wide(32).dequantize(codes, scales, global_scale) - weight).norm() / weight.norm()
     assert error < 0.2
 
 
@@ -69,9 +67,9 @@ def test_the_preferred_format_holds_it(name: str) -> None:
     preset = SCHEMES[name]
     weight = round_to_nearest(torch.randn(32, 64), preset.scheme)
     input_scale = None
-    if preset.scheme.activations != "model" and preset.scheme.format is NVFP4:
+    if preset.scheme.activations != "model" and preset.scheme.format.needs_global_scale:
         input_scale = torch.tensor(2.0**-8, dtype=torch.float64)
-    scheme = LayerScheme(preset.scheme.format, preset.scheme.activations, block_size=preset.scheme.block_size)
+    scheme = LayerScheme(preset.scheme.format, preset.scheme.activations)
     codec = CODECS[preset.checkpoint_formats[0]]({"config_groups": {}})
     tensors = codec.write(StoredLinear(weight, input_scale, None), scheme)
     reader = type(codec)(codec.configuration({"layer": scheme}, [], {}))
@@ -82,14 +80,14 @@ def test_the_preferred_format_holds_it(name: str) -> None:
 
 
 def test_fp8_has_one_scale_a_row() -> None:
-    codes, scales, global_scale = quantize(torch.randn(3, 5, 24), FP8)
+    codes, scales, global_scale, _ = quantize(torch.randn(3, 5, 24), FP8)
     assert (codes.shape, codes.dtype) == ((3, 5, 24), torch.float8_e4m3fn)
     assert (scales.shape, scales.dtype) == ((3, 5, 1), torch.float32)
     assert global_scale is None
 
 
 def test_bits_count_the_blocks_that_share_a_scale() -> None:
-    bits = {name: preset.scheme.bits_per_weight for name, preset in SCHEMES.items()}
+    bits = {name: preset.scheme.format.bits_per_weight for name, preset in SCHEMES.items()}
     assert bits == {
         "nvfp4": 4.5,
         "nvfp4a16": 4.5,

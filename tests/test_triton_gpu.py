@@ -16,13 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from blocks import quantized_activation
 from test_triton_kernels import BACKEND, FORMAT, RULES, assert_product, packed, random_weight
 from torch import Tensor, nn
 
-from fp4.backends import BACKENDS, reference
+from fp4.backends import BACKENDS
 from fp4.nn.linear import FP4Linear
 from fp4.numerics import formats, rotation
-from fp4.numerics.formats import MXFP4, NVFP4, Format
+from fp4.numerics.formats import MXFP4, NVFP4, Format, QuantizedTensor
 from fp4.scheme import Scheme
 
 pytestmark = pytest.mark.skipif(
@@ -40,18 +41,23 @@ def on_gpu(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a.cuda() if isinstance(a, Tensor) else a for a in arguments)
 
 
+def operands_of(weight: QuantizedTensor) -> tuple[Any, ...]:
+    """The weight as the backend's methods take it."""
+    return *packed(weight)[:3], weight.format
+
+
 @pytest.mark.parametrize(("fmt", "rule"), RULES, ids=[f"{fmt.name}-{rule}" for fmt, rule in RULES])
 def test_large_tensors_are_quantized_to_the_bit(fmt: Format, rule: str) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(517, 1056, generator=generator) * 10 ** torch.randn(517, 1, generator=generator)
     for dtype in (torch.bfloat16, torch.float32):
         expected = formats.quantize(x.to(dtype), fmt, rule)
-        codes, scales, unit = BACKEND.quantize(x.to(dtype).cuda(), fmt, rule)
+        codes, scales, unit, _ = BACKEND.quantize(x.to(dtype).cuda(), fmt, rule)
         assert torch.equal(codes.cpu(), expected.codes)
         assert torch.equal(scales.cpu().view(torch.uint8), expected.scales.view(torch.uint8))
         if unit is not None:
             assert torch.equal(unit.cpu(), expected.global_scale)
-        values = BACKEND.dequantize(formats.QuantizedTensor(codes, scales, unit), dtype)
+        values = BACKEND.dequantize(QuantizedTensor(codes, scales, unit, fmt), dtype)
         assert torch.equal(values.cpu(), formats.dequantize(*expected, dtype=dtype))
 
 
@@ -62,12 +68,12 @@ def test_every_tiling(fmt: Format, m: int, dtype: torch.dtype) -> None:
     n, k = 1000, 4096 + 32
     weight = random_weight(fmt, n, k)
     values, bias = formats.dequantize(*weight).cuda(), torch.randn(n, device="cuda")
-    operands = on_gpu(packed(weight))
+    operands = on_gpu(operands_of(weight))
     x = torch.randn(m, k, device="cuda").to(dtype)
     assert_product(BACKEND.linear(x, *operands, bias, n, None), x, values, bias)
-    result = BACKEND.linear_w4a4(x, *operands, bias, n, None, None, "abs_max")
-    assert_product(result, reference.quantize_activation(x, fmt, None, None, "abs_max"), values, bias)
-    assert torch.equal(result, BACKEND.linear_w4a4(x, *operands, bias, n, None, None, "abs_max"))
+    result = BACKEND.linear_quantized(x, *operands, bias, n, None, None, "abs_max")
+    assert_product(result, quantized_activation(x, fmt, None, None, "abs_max"), values, bias)
+    assert torch.equal(result, BACKEND.linear_quantized(x, *operands, bias, n, None, None, "abs_max"))
 
 
 @FORMAT
@@ -75,10 +81,10 @@ def test_every_tiling(fmt: Format, m: int, dtype: torch.dtype) -> None:
 def test_rotations(fmt: Format, group: int) -> None:
     weight, x = random_weight(fmt, 256, 1024), torch.randn(40, 1024, device="cuda").bfloat16()
     matrix, values = rotation.hadamard(group).float().cuda(), formats.dequantize(*weight).cuda()
-    result = BACKEND.linear_w4a4(x, *on_gpu(packed(weight)), None, 256, matrix, None, "abs_max")
-    expected = reference.quantize_activation(x, fmt, matrix, None, "abs_max") @ values.T
+    result = BACKEND.linear_quantized(x, *on_gpu(operands_of(weight)), None, 256, matrix, None, "abs_max")
+    expected = quantized_activation(x, fmt, matrix, None, "abs_max") @ values.T
     assert (result.float() - expected).norm() < 0.02 * expected.norm()
-    plain = BACKEND.linear(x, *on_gpu(packed(weight)), None, 256, matrix)
+    plain = BACKEND.linear(x, *on_gpu(operands_of(weight)), None, 256, matrix)
     assert_product(plain, rotation.rotate(x, matrix).to(x.dtype), values)
 
 
@@ -87,12 +93,12 @@ def test_rotations(fmt: Format, group: int) -> None:
 def test_experts_of_any_size(fmt: Format, counts: list[int]) -> None:
     experts, n, k = len(counts), 200, 512
     weight = random_weight(fmt, experts, n, k)
-    values, operands = formats.dequantize(*weight).cuda(), on_gpu(packed(weight))
+    values, operands = formats.dequantize(*weight).cuda(), on_gpu(operands_of(weight))
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
     x = torch.randn(sum(counts), k, device="cuda").bfloat16()
     plain = BACKEND.grouped_linear(x, *operands, None, offsets.cuda(), n, None)
-    w4a4 = BACKEND.grouped_linear_w4a4(x, *operands, None, offsets.cuda(), n, None, None, "abs_max")
-    seen = reference.quantize_activation(x, fmt, None, None, "abs_max")
+    w4a4 = BACKEND.grouped_linear_quantized(x, *operands, None, offsets.cuda(), n, None, None, "abs_max")
+    seen = quantized_activation(x, fmt, None, None, "abs_max")
     for e in range(experts):
         rows = slice(int(offsets[e]), int(offsets[e + 1]))
         assert_product(plain[rows], x[rows], values[e])
@@ -107,10 +113,10 @@ def test_huge_activations() -> None:
     weight = random_weight(NVFP4, n, k)
     x = torch.zeros(rows, k, dtype=torch.bfloat16, device="cuda")
     x[-3:] = torch.randn(3, k, device="cuda").bfloat16()
-    result = BACKEND.linear(x, *on_gpu(packed(weight)), None, n, None)
+    result = BACKEND.linear(x, *on_gpu(operands_of(weight)), None, n, None)
     assert_product(result[-3:], x[-3:], formats.dequantize(*weight).cuda())
     assert not result[:-3].any()
-    codes, scales, _ = BACKEND.quantize(x, MXFP4)
+    codes, scales, _, _ = BACKEND.quantize(x, MXFP4)
     expected = formats.quantize(x[-3:].cpu(), MXFP4)
     assert torch.equal(codes[-3:].cpu(), expected.codes)
     assert torch.equal(scales[-3:].cpu().view(torch.uint8), expected.scales.view(torch.uint8))
@@ -119,13 +125,16 @@ def test_huge_activations() -> None:
 def calls(fmt: Format) -> dict[str, Callable[[Tensor], Tensor]]:
     """Every product with a weight, as functions of x ``[24, 512]``."""
     n, experts, matrix = 96, 4, rotation.hadamard(32).float().cuda()
-    one, many = on_gpu(packed(random_weight(fmt, n, 512))), on_gpu(packed(random_weight(fmt, experts, n, 512)))
+    one, many = (
+        on_gpu(operands_of(random_weight(fmt, n, 512))),
+        on_gpu(operands_of(random_weight(fmt, experts, n, 512))),
+    )
     offsets = torch.tensor([0, 3, 3, 20, 24], dtype=torch.int32, device="cuda")
     return {
         "linear": lambda x: BACKEND.linear(x, *one, None, n, matrix),
-        "w4a4": lambda x: BACKEND.linear_w4a4(x, *one, None, n, matrix, None, "abs_max"),
+        "w4a4": lambda x: BACKEND.linear_quantized(x, *one, None, n, matrix, None, "abs_max"),
         "grouped": lambda x: BACKEND.grouped_linear(x, *many, None, offsets, n, None),
-        "grouped w4a4": lambda x: BACKEND.grouped_linear_w4a4(x, *many, None, offsets, n, None, None, "abs_max"),
+        "grouped w4a4": lambda x: BACKEND.grouped_linear_quantized(x, *many, None, offsets, n, None, None, "abs_max"),
     }
 
 
@@ -181,11 +190,11 @@ def test_compiled_model(mode: str, activations: str) -> None:
 def test_other_devices() -> None:
     weight = random_weight(NVFP4, 40, 64)
     with pytest.raises(ValueError, match="activations are on cuda:0 and the weight is on cpu"):
-        BACKEND.linear(torch.zeros(2, 64, device="cuda:0"), *packed(weight), None, 40, None)
+        BACKEND.linear(torch.zeros(2, 64, device="cuda:0"), *operands_of(weight), None, 40, None)
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs for the rest")
     x = torch.randn(2, 64)
-    second = tuple(a.to("cuda:1") if isinstance(a, Tensor) else a for a in packed(weight))
+    second = tuple(a.to("cuda:1") if isinstance(a, Tensor) else a for a in operands_of(weight))
     result = BACKEND.linear(x.to("cuda:1"), *second, None, 40, None)  # while cuda:0 is current
     assert_product(result.cpu(), x, formats.dequantize(*weight))
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from blocks import quantized_activation
 from torch import Tensor
 
-from fp4.backends import BACKENDS, reference
+from fp4.backends import BACKENDS
 from fp4.nn.linear import FP4Linear
-from fp4.numerics import elements, formats, rotation
+from fp4.numerics import elements, formats, rotation, tensors
 from fp4.numerics.formats import MXFP4, NVFP4, Format, QuantizedTensor
 from fp4.scheme import Scheme
 
@@ -58,14 +59,14 @@ def assert_product(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
 def random_weight(fmt: Format, *shape: int) -> QuantizedTensor:
     generator = torch.Generator().manual_seed(sum(shape))
     codes = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8, generator=generator)
-    low, high = (0, 127) if fmt is NVFP4 else (110, 135)
+    low, high = (0, 127) if fmt == NVFP4 else (110, 135)
     scales = torch.randint(low, high, (*shape[:-1], shape[-1] // fmt.block_size), generator=generator)
     unit = torch.rand(shape[:-2], dtype=torch.float64, generator=generator) * 0.001 + 1e-4
-    return QuantizedTensor(codes, scales.to(torch.uint8).view(fmt.scale_dtype), unit)
+    return QuantizedTensor(codes, scales.to(torch.uint8).view(fmt.scale_dtype), unit, fmt)
 
 
-def packed(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    return *BACKEND.pack(weight.codes, weight.scales), weight.global_scale
+def packed(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None, str]:
+    return *BACKEND.pack(weight.codes, weight.scales, weight.format), weight.global_scale, weight.format.name
 
 
 def check_bits(x: Tensor, fmt: Format, rule: str, global_scale: Tensor | None = None) -> None:
@@ -73,7 +74,7 @@ def check_bits(x: Tensor, fmt: Format, rule: str, global_scale: Tensor | None = 
     codes, scales = run("quantize", x, expected.global_scale, fmt.name, rule)
     assert torch.equal(scales.view(torch.uint8), expected.scales.view(torch.uint8))
     assert torch.equal(codes, expected.codes)
-    values = run("dequantize", codes, scales, expected.global_scale, x.dtype)
+    values = run("dequantize", codes, scales, expected.global_scale, fmt.name, x.dtype)
     assert torch.equal(values, formats.dequantize(*expected, dtype=x.dtype))
 
 
@@ -179,7 +180,7 @@ def test_rotated_blocks(fmt: Format, group: int, unit: float | None) -> None:
 def test_largest_magnitude(dtype: torch.dtype) -> None:
     for shape in [(1, 1), (3, 7), (2, 40, 64), (0, 16), (2, 0, 16)]:
         x = torch.randn(shape).to(dtype)
-        assert torch.equal(run("largest_magnitude", x), formats.largest_magnitude(x))
+        assert torch.equal(run("largest_magnitude", x), tensors.largest_magnitude(x))
     bad = torch.randn(4, 32).to(dtype)
     bad[3, 1] = float("nan")
     assert run("largest_magnitude", bad).isnan()
@@ -198,8 +199,8 @@ def test_nan_is_never_hidden(fmt: Format) -> None:
 @pytest.mark.parametrize("shape", [(1, 32), (16, 64), (37, 96), (3, 5, 64), (2, 2, 17, 32), (33, 320)], ids=str)
 def test_pack_is_exact(fmt: Format, shape: tuple[int, ...]) -> None:
     weight = random_weight(fmt, *shape)
-    codes, scales, _ = packed(weight)
-    back, back_scales = BACKEND.unpack(codes, scales, shape[-2])
+    codes, scales, _, _ = packed(weight)
+    back, back_scales = BACKEND.unpack(codes, scales, fmt, shape[-2])
     assert torch.equal(back, weight.codes)
     assert torch.equal(back_scales.view(torch.uint8), weight.scales.view(torch.uint8))
 
@@ -231,7 +232,7 @@ def test_shuffled_activations(fmt: Format, dtype: torch.dtype, monkeypatch: pyte
     from fp4.backends.triton import linear
 
     monkeypatch.setattr(linear, "shuffles", lambda device, tiling: True)
-    n, k = 21, 112 if fmt is NVFP4 else 96
+    n, k = 21, 112 if fmt == NVFP4 else 96
     weight, x, rotate = random_weight(fmt, n, k), torch.randn(35, k).to(dtype), rotation.hadamard(16).float()
     values = formats.dequantize(*weight)
     assert_product(run("linear", x, *packed(weight), None, n), x, values)
@@ -239,8 +240,8 @@ def test_shuffled_activations(fmt: Format, dtype: torch.dtype, monkeypatch: pyte
     torch.testing.assert_close(
         run("linear", x, *packed(weight), None, n, rotate).float(), turned.float() @ values.T, atol=0.02, rtol=0.02
     )
-    result = run("linear_w4a4", x, *packed(weight), None, n, None, None, "abs_max")
-    assert_product(result, reference.quantize_activation(x, fmt, None, None, "abs_max"), values)
+    result = run("linear_quantized", x, *packed(weight), None, n, None, None, "abs_max")
+    assert_product(result, quantized_activation(x, fmt, None, None, "abs_max"), values)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 16), (2, 3, 16), (1, 17, 48), (5, 1, 144)], ids=str)
@@ -261,11 +262,11 @@ def test_partial_sums_are_added() -> None:
 @FORMAT
 def test_every_code_and_scale(fmt: Format) -> None:
     """One-hot activations read each weight back: codes and scales must come out exact."""
-    block, top = fmt.block_size, 127 if fmt is NVFP4 else 253
+    block, top = fmt.block_size, 127 if fmt == NVFP4 else 253
     codes = torch.arange(16, dtype=torch.uint8).repeat(top, block // 16)
     scales = torch.arange(top, dtype=torch.uint8)[:, None].view(fmt.scale_dtype)
     unit = torch.tensor(1.0, dtype=torch.float64) if fmt.needs_global_scale else None
-    weight = QuantizedTensor(elements.pack_codes(codes), scales, unit)
+    weight = QuantizedTensor(elements.pack_codes(codes), scales, unit, fmt)
     result = run("linear", torch.eye(block), *packed(weight), None, top)
     assert torch.equal(result, formats.dequantize(*weight).T)
 
@@ -273,14 +274,14 @@ def test_every_code_and_scale(fmt: Format) -> None:
 @FORMAT
 @DTYPE
 @pytest.mark.parametrize("group", [None, 16, 64, 8])
-def test_linear_w4a4(fmt: Format, dtype: torch.dtype, group: int | None) -> None:
+def test_linear_quantized(fmt: Format, dtype: torch.dtype, group: int | None) -> None:
     n, k = 21, 192
     weight, x = random_weight(fmt, n, k), torch.randn(3, k).to(dtype)
     rotate = None if group is None else rotation.hadamard(group).float()
-    for rule in ("abs_max", "four_over_six") if fmt is NVFP4 else ("abs_max", "quest"):
+    for rule in ("abs_max", "four_over_six") if fmt == NVFP4 else ("abs_max", "quest"):
         for unit in (None, torch.tensor(0.003, dtype=torch.float64)):
-            result = run("linear_w4a4", x, *packed(weight), None, n, rotate, unit, rule)
-            seen = reference.quantize_activation(x, fmt, rotate, unit, rule)
+            result = run("linear_quantized", x, *packed(weight), None, n, rotate, unit, rule)
+            seen = quantized_activation(x, fmt, rotate, unit, rule)
             if rotate is None:
                 assert_product(result, seen, formats.dequantize(*weight))
             else:  # rotated values differ in their last bits, which may move one to the neighbouring code
@@ -308,15 +309,15 @@ def test_grouped(fmt: Format, counts: list[int]) -> None:
     values = formats.dequantize(*weight)
     units = torch.rand(experts, dtype=torch.float64) * 0.01 + 1e-3
     result = run("grouped_linear", x, *packed(weight), bias, offsets, n)
-    shared = run("grouped_linear_w4a4", x, *packed(weight), bias, offsets, n, None, None, "abs_max")
-    own = run("grouped_linear_w4a4", x, *packed(weight), bias, offsets, n, None, units, "abs_max")
-    seen = reference.quantize_activation(x[:total], fmt, None, None, "abs_max")
+    shared = run("grouped_linear_quantized", x, *packed(weight), bias, offsets, n, None, None, "abs_max")
+    own = run("grouped_linear_quantized", x, *packed(weight), bias, offsets, n, None, units, "abs_max")
+    seen = quantized_activation(x[:total], fmt, None, None, "abs_max")
     for e, (start, end) in enumerate(itertools.pairwise(offsets)):
         if start < end:
             rows = slice(start, end)
             assert_product(result[rows], x[rows], values[e], bias[e])
             assert_product(shared[rows], seen[rows], values[e], bias[e])
-            mine = reference.quantize_activation(x[rows], fmt, None, units[e], "abs_max")
+            mine = quantized_activation(x[rows], fmt, None, units[e], "abs_max")
             assert_product(own[rows], mine, values[e], bias[e])
 
 
@@ -346,7 +347,7 @@ def test_native_fp4_product(fmt: Format, m: int, n: int, k: int) -> None:
     weight, x, bias = random_weight(fmt, n, k), torch.randn(m, k), torch.randn(n)
     codes, scales, unit = quantize_activation(x, fmt, None, None, "abs_max", INTERLEAVED.value)
     result = scaled_product(codes, scales, *packed(weight), bias, None, n, unit, torch.float32)
-    seen = reference.quantize_activation(x, fmt, None, None, "abs_max")
+    seen = quantized_activation(x, fmt, None, None, "abs_max")
     assert_product(result, seen, formats.dequantize(*weight), bias)
     experts = random_weight(fmt, 3, n, k)
     offsets = torch.tensor([0, m // 2, m // 2, m], dtype=torch.int32)

@@ -36,6 +36,7 @@ Tensor multiply_fp8(const Tensor& x, const Tensor& weight, const Tensor& weight_
                     const std::optional<Tensor>& offsets, int64_t out_features, const std::optional<Tensor>& rotation,
                     const Fp8Activation& activation) {
   STD_TORCH_CHECK(!global_scale.has_value(), "FP8 weights have no global scale");
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float8_e4m3fn, "weight of fp8 must be float8_e4m3fn");
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0, "x ", shape_text(x), " must have columns");
   const bool grouped = offsets.has_value();
   const int64_t k = x.size(x.dim() - 1), n = out_features, panels = panels_of(n);

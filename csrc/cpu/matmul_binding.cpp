@@ -1,5 +1,5 @@
-// fp4::cpu_linear, cpu_linear_w4a4 and their grouped forms: checks, and the way from tensors to matmul.h. Schemas are
-// in src/fp4/ops.py.
+// fp4::cpu_linear, cpu_linear_quantized and their grouped forms: checks, and the way from tensors to matmul.h.
+// Schemas are in src/fp4/ops.py.
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
@@ -16,11 +16,11 @@ namespace {
 
 // The packed weight of a call, checked: [experts or none, panels, K / B, bytes of a block].
 struct PackedWeight {
-  PackedWeight(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, int64_t out_features, bool grouped)
-      : format(weight_scale.scalar_type() == ScalarType::Float8_e4m3fn ? Format::nvfp4 : Format::mxfp4),
-        n(out_features) {
-    STD_TORCH_CHECK(format == Format::nvfp4 || weight_scale.scalar_type() == ScalarType::Float8_e8m0fnu,
-                    "weight_scale must be float8_e4m3fn (nvfp4) or float8_e8m0fnu (mxfp4)");
+  PackedWeight(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::string& format_name,
+               int64_t out_features, bool grouped)
+      : format(format_named(format_name)), n(out_features) {
+    STD_TORCH_CHECK(weight_scale.scalar_type() == scale_type(format), "weight_scale of ", format_name, " must be ",
+                    format == Format::nvfp4 ? "float8_e4m3fn" : "float8_e8m0fnu");
     STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Byte, "weight must be uint8, packed by the cpu backend");
     STD_TORCH_CHECK(x.dim() >= 1, "x must have at least one axis");
     k = x.size(x.dim() - 1);
@@ -109,14 +109,14 @@ Quantizers quantizers_for(const Activation& activation, const PackedWeight& weig
 }
 
 Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias,
-                const std::optional<Tensor>& offsets, int64_t out_features, const std::optional<Tensor>& rotation,
-                const Activation* activation) {
-  if (weight.scalar_type() == ScalarType::Float8_e4m3fn) {
+                const std::optional<Tensor>& global_scale, const std::string& format,
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& offsets, int64_t out_features,
+                const std::optional<Tensor>& rotation, const Activation* activation) {
+  if (format == "fp8") {
     const Fp8Activation fp8{activation != nullptr, activation == nullptr ? std::nullopt : activation->global_scale};
     return multiply_fp8(x, weight, weight_scale, global_scale, bias, offsets, out_features, rotation, fp8);
   }
-  const PackedWeight packed(x, weight, weight_scale, out_features, offsets.has_value());
+  const PackedWeight packed(x, weight, weight_scale, format, out_features, offsets.has_value());
   const Dtype dtype = dtype_of(x, "x");
   std::vector<int64_t> shape;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) shape.push_back(x.size(d));
@@ -169,31 +169,34 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scal
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-              const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias, int64_t out_features,
-              const std::optional<Tensor>& rotation) {
-  return multiply(x, weight, weight_scale, global_scale, bias, std::nullopt, out_features, rotation, nullptr);
+              const std::optional<Tensor>& global_scale, const std::string& format, const std::optional<Tensor>& bias,
+              int64_t out_features, const std::optional<Tensor>& rotation) {
+  return multiply(x, weight, weight_scale, global_scale, format, bias, std::nullopt, out_features, rotation, nullptr);
 }
 
-Tensor linear_w4a4(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                   const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias, int64_t out_features,
-                   const std::optional<Tensor>& rotation, const std::optional<Tensor>& input_global_scale,
-                   const std::string& rule) {
+Tensor linear_quantized(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                        const std::optional<Tensor>& global_scale, const std::string& format,
+                        const std::optional<Tensor>& bias, int64_t out_features, const std::optional<Tensor>& rotation,
+                        const std::optional<Tensor>& input_global_scale, const std::string& rule) {
   const Activation activation{.global_scale = input_global_scale, .rule = rule};
-  return multiply(x, weight, weight_scale, global_scale, bias, std::nullopt, out_features, rotation, &activation);
+  return multiply(x, weight, weight_scale, global_scale, format, bias, std::nullopt, out_features, rotation,
+                  &activation);
 }
 
 Tensor grouped_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                      const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias,
-                      const Tensor& offsets, int64_t out_features, const std::optional<Tensor>& rotation) {
-  return multiply(x, weight, weight_scale, global_scale, bias, offsets, out_features, rotation, nullptr);
+                      const std::optional<Tensor>& global_scale, const std::string& format,
+                      const std::optional<Tensor>& bias, const Tensor& offsets, int64_t out_features,
+                      const std::optional<Tensor>& rotation) {
+  return multiply(x, weight, weight_scale, global_scale, format, bias, offsets, out_features, rotation, nullptr);
 }
 
-Tensor grouped_linear_w4a4(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                           const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias,
-                           const Tensor& offsets, int64_t out_features, const std::optional<Tensor>& rotation,
-                           const std::optional<Tensor>& input_global_scale, const std::string& rule) {
+Tensor grouped_linear_quantized(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                                const std::optional<Tensor>& global_scale, const std::string& format,
+                                const std::optional<Tensor>& bias, const Tensor& offsets, int64_t out_features,
+                                const std::optional<Tensor>& rotation, const std::optional<Tensor>& input_global_scale,
+                                const std::string& rule) {
   const Activation activation{.global_scale = input_global_scale, .rule = rule};
-  return multiply(x, weight, weight_scale, global_scale, bias, offsets, out_features, rotation, &activation);
+  return multiply(x, weight, weight_scale, global_scale, format, bias, offsets, out_features, rotation, &activation);
 }
 
 std::string isa_name() {
@@ -205,9 +208,9 @@ std::string isa_name() {
 
 STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, m) {
   m.impl("cpu_linear", TORCH_BOX(&linear));
-  m.impl("cpu_linear_w4a4", TORCH_BOX(&linear_w4a4));
+  m.impl("cpu_linear_quantized", TORCH_BOX(&linear_quantized));
   m.impl("cpu_grouped_linear", TORCH_BOX(&grouped_linear));
-  m.impl("cpu_grouped_linear_w4a4", TORCH_BOX(&grouped_linear_w4a4));
+  m.impl("cpu_grouped_linear_quantized", TORCH_BOX(&grouped_linear_quantized));
 }
 
 // About the build rather than about tensors, so it is no operator of ops.py: the instruction set that the kernels use.

@@ -78,8 +78,7 @@ std::tuple<Tensor, Tensor> quantize_tensor(const Tensor& x, const std::optional<
   shape.back() = k / 2;
   Tensor codes = torch::stable::new_empty(x, shape, ScalarType::Byte);
   shape.back() = k / block;
-  Tensor scales = torch::stable::new_empty(
-      x, shape, format == Format::nvfp4 ? ScalarType::Float8_e4m3fn : ScalarType::Float8_e8m0fnu);
+  Tensor scales = torch::stable::new_empty(x, shape, scale_type(format));
   if (elements == 0) return {codes, scales};
   const auto* from = input.const_data_ptr();
   auto* to_codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
@@ -95,11 +94,10 @@ std::tuple<Tensor, Tensor> quantize_tensor(const Tensor& x, const std::optional<
 }
 
 Tensor dequantize_tensor(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& global_scale,
-                         ScalarType type) {
-  const bool is_nvfp4 = scales.scalar_type() == ScalarType::Float8_e4m3fn;
-  STD_TORCH_CHECK(is_nvfp4 || scales.scalar_type() == ScalarType::Float8_e8m0fnu,
-                  "block scales must be float8_e4m3fn (nvfp4) or float8_e8m0fnu (mxfp4)");
-  const Format format = is_nvfp4 ? Format::nvfp4 : Format::mxfp4;
+                         const std::string& format_name, ScalarType type) {
+  const Format format = format_named(format_name);
+  STD_TORCH_CHECK(scales.scalar_type() == scale_type(format), "block scales of ", format_name, " must be ",
+                  format == Format::nvfp4 ? "float8_e4m3fn" : "float8_e8m0fnu");
   const int block = block_size(format);
   const Dtype dtype = dtype_of(type, "dtype");
   std::vector<int64_t> shape = shape_of(codes), expected = shape;

@@ -1,4 +1,4 @@
-// fp4::cutlass_linear_w4a4 and cutlass_grouped_linear_w4a4: quantize the activations, multiply. Schemas are in
+// fp4::cutlass_linear_quantized and cutlass_grouped_linear_quantized: quantize activations, multiply. Schemas are in
 // src/fp4/ops.py; the layout of the weight in src/fp4/backends/cutlass.py.
 #include <algorithm>
 #include <string>
@@ -25,14 +25,11 @@ Output output_of(ScalarType type) {
 
 // What both operators are given, checked.
 struct Call {
-  Call(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, int64_t out_features,
-       const std::optional<Tensor>& rotation, const std::string& rule_name, int64_t lead)
-      : format(weight_scale.scalar_type() == ScalarType::Float8_e4m3fn ? Format::nvfp4 : Format::mxfp4),
-        n(out_features),
-        codes(weight),
-        scales(weight_scale) {
-    STD_TORCH_CHECK(format == Format::nvfp4 || weight_scale.scalar_type() == ScalarType::Float8_e8m0fnu,
-                    "weight_scale must be float8_e4m3fn (nvfp4) or float8_e8m0fnu (mxfp4)");
+  Call(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::string& format_name,
+       int64_t out_features, const std::optional<Tensor>& rotation, const std::string& rule_name, int64_t lead)
+      : format(format_named(format_name)), n(out_features), codes(weight), scales(weight_scale) {
+    STD_TORCH_CHECK(weight_scale.scalar_type() == scale_type(format), "weight_scale of ", format_name, " must be ",
+                    format == Format::nvfp4 ? "float8_e4m3fn" : "float8_e8m0fnu");
     STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Byte, "weight must be uint8, packed by the cutlass backend");
     STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0, "x must be [..., K]");
     k = x.size(x.dim() - 1);
@@ -162,11 +159,11 @@ struct Prepared {
   std::abort();
 }
 
-Tensor linear_w4a4(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                   const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias, int64_t out_features,
-                   const std::optional<Tensor>& rotation, const std::optional<Tensor>& input_global_scale,
-                   const std::string& rule) {
-  const Call call(x, weight, weight_scale, out_features, rotation, rule, 0);
+Tensor linear_quantized(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                        const std::optional<Tensor>& global_scale, const std::string& format,
+                        const std::optional<Tensor>& bias, int64_t out_features, const std::optional<Tensor>& rotation,
+                        const std::optional<Tensor>& input_global_scale, const std::string& rule) {
+  const Call call(x, weight, weight_scale, format, out_features, rotation, rule, 0);
   std::vector<int64_t> shape = shape_of(x);
   shape.back() = call.n;
   const Device device(x);
@@ -193,12 +190,13 @@ Tensor linear_w4a4(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   return out;
 }
 
-Tensor grouped_linear_w4a4(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                           const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias,
-                           const Tensor& offsets, int64_t out_features, const std::optional<Tensor>& rotation,
-                           const std::optional<Tensor>& input_global_scale, const std::string& rule) {
+Tensor grouped_linear_quantized(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                                const std::optional<Tensor>& global_scale, const std::string& format,
+                                const std::optional<Tensor>& bias, const Tensor& offsets, int64_t out_features,
+                                const std::optional<Tensor>& rotation, const std::optional<Tensor>& input_global_scale,
+                                const std::string& rule) {
   STD_TORCH_CHECK(x.dim() == 2, "x must be [T, K], sorted by expert");
-  const Call call(x, weight, weight_scale, out_features, rotation, rule, 1);
+  const Call call(x, weight, weight_scale, format, out_features, rotation, rule, 1);
   const Device device(x);
   Tensor out = torch::stable::new_empty(x, {call.rows, call.n}, x.scalar_type());
   if (out.numel() == 0) return out;
@@ -271,8 +269,8 @@ std::vector<int64_t> configuration(int64_t major, int64_t multiprocessors, const
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fp4, CUDA, m) {
-  m.impl("cutlass_linear_w4a4", TORCH_BOX(&linear_w4a4));
-  m.impl("cutlass_grouped_linear_w4a4", TORCH_BOX(&grouped_linear_w4a4));
+  m.impl("cutlass_linear_quantized", TORCH_BOX(&linear_quantized));
+  m.impl("cutlass_grouped_linear_quantized", TORCH_BOX(&grouped_linear_quantized));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fp4, m) {

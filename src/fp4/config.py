@@ -17,6 +17,13 @@ from fp4.scheme import SCHEMES, Scheme, preset_of
 
 # FP-Quant quantizes under a fixed global scale: blocks are multiplied by 3 before their scale is taken (not for QuEST).
 _FP_QUANT_GLOBAL_SCALE = 1 / 3
+# Rules of block scales by FP-Quant's forward_method, of the formats that it has. Only those are rotated.
+_FP_QUANT_RULES: dict[Format, dict[str, str]] = {
+    NVFP4: {"abs_max": "abs_max"},
+    MXFP4: {"abs_max": "below_six", "quest": "quest"},
+}
+# How other tools round activations, where it is not as the preset does.
+_TOOL_INPUT_RULES: dict[tuple[object, Format], str] = {("modelopt", MXFP4): "ceil"}
 
 #: What on-the-fly quantization can be saved as (gpt-oss's ``mxfp4`` holds experts only).
 WRITABLE_FORMATS = ("fp_quant", "compressed-tensors", "modelopt", "auto-round")
@@ -45,7 +52,7 @@ def _options_of(scheme: object) -> dict[str, str]:
     preset = SCHEMES[str(scheme)].scheme
     # Activations in the weight's own format are what the hardware may or may not multiply.
     native = preset.activations == preset.format.kind.lower()
-    return {"forward_dtype": preset.format.name, "activation_dtype": "auto" if native else preset.activations}
+    return {"forward_dtype": preset.format.family, "activation_dtype": "auto" if native else preset.activations}
 
 
 class FPQuantConfig(QuantizationConfigMixin):
@@ -166,7 +173,7 @@ class FPQuantConfig(QuantizationConfigMixin):
 
     @property
     def _fp8_inputs(self) -> bool:
-        return self._format is FP8 or self.activation_dtype == "fp8"
+        return self._format.kind == "FP8" or self.activation_dtype == "fp8"
 
     @property
     def _tools(self) -> tuple[str, ...]:
@@ -175,10 +182,10 @@ class FPQuantConfig(QuantizationConfigMixin):
 
     def _check_training(self) -> None:
         fmt = self._format
-        methods = ("abs_max", "quest") if fmt is MXFP4 else ("abs_max",)
+        methods = tuple(_FP_QUANT_RULES.get(fmt, ("abs_max",)))
         _require(self.forward_method, methods, f"forward_method (of {fmt.name})")
         _require(self.backward_dtype, ("bf16", "mxfp8", "mxfp4"), "backward_dtype")
-        if self.backward_dtype != "bf16" and fmt is not MXFP4:
+        if self.backward_dtype != "bf16" and fmt != MXFP4:
             raise ValueError(f"backward_dtype {self.backward_dtype!r} needs forward_dtype 'mxfp4', found {fmt.name!r}")
         if self.store_master_weights and self.backward_dtype != "bf16":
             raise ValueError(
@@ -202,9 +209,9 @@ class FPQuantConfig(QuantizationConfigMixin):
             weight_rule = preset.scheme.weight_rule
         if self.scale_rule in self._tools:
             rotation, group_size = "identity", fmt.k_multiple
-            activation_rule = "ceil" if fmt is MXFP4 and self.scale_rule == "modelopt" else activation_rule
+            activation_rule = _TOOL_INPUT_RULES.get((self.scale_rule, fmt), activation_rule)
         # Any option that only FP-Quant has a meaning for asks for all of FP-Quant's behaviour.
-        named = fmt is not FP8 and (
+        named = fmt in _FP_QUANT_RULES and (
             self.transform_init is not None or self.hadamard_group_size is not None or self.forward_method == "quest"
         )
         if named:
@@ -225,25 +232,25 @@ class FPQuantConfig(QuantizationConfigMixin):
 
     def _check_numerics(self) -> None:
         fmt, size = self._format, self.hadamard_group_size
-        if fmt is FP8 and (self.transform_init != "identity" or size != 1):
+        if fmt not in _FP_QUANT_RULES and (self.transform_init != "identity" or size != 1):
             raise ValueError(
-                f"FP8 weights are not rotated, but transform_init is {self.transform_init!r} and hadamard_group_size "
-                f"{size!r}; leave both out"
+                f"{fmt.kind} weights are not rotated, but transform_init is {self.transform_init!r} and "
+                f"hadamard_group_size {size!r}; leave both out"
             )
         _require(self.transform_init, tuple(ROTATIONS), "transform_init")
         if not isinstance(size, int) or size < fmt.k_multiple or size & (size - 1):
             raise ValueError(
                 f"hadamard_group_size is {size!r}; {fmt.name} needs a power of two of at least {fmt.k_multiple}"
             )
-        own_rules = () if fmt is FP8 else ("fp_quant",)
+        own_rules = ("fp_quant",) if fmt in _FP_QUANT_RULES else ()
         _require(self.scale_rule, (*own_rules, *fmt.rules, *self._tools), f"scale_rule (of {fmt.name})")
         on_the_fly = tuple(rule for rule in fmt.rules if rule != "mse")
         _require(self.activation_rule, (*own_rules, *on_the_fly), f"activation_rule (of {fmt.name})")
         scalings = ("dynamic",) if self._fp8_inputs else ("dynamic", "static")
         of_fp8 = " (of FP8 activations)" if self._fp8_inputs else ""
         _require(self.activation_scaling, scalings, f"activation_scaling{of_fp8}")
-        precisions = ("auto", "fp8", "model") if fmt is FP8 else ("auto", "fp4", "fp8", "model")
-        _require(self.activation_dtype, precisions, f"activation_dtype{' (beside FP8 weights)' * (fmt is FP8)}")
+        precisions = ("auto", *dict.fromkeys((fmt.kind.lower(), "fp8")), "model")
+        _require(self.activation_dtype, precisions, f"activation_dtype (beside {fmt.kind} weights)")
 
     def _check_running(self) -> None:
         for option in ("store_master_weights", "pseudoquantization", "strict"):
@@ -365,7 +372,7 @@ class FPQuantConfig(QuantizationConfigMixin):
             if fnmatch.fnmatchcase(name, pattern):
                 return None if options is None else self._overridden(options).scheme_for(name)
         fmt = self._format
-        fp_quant_rule = "abs_max" if fmt is NVFP4 else {"abs_max": "below_six", "quest": "quest"}[self.forward_method]
+        fp_quant_rule = _FP_QUANT_RULES.get(fmt, {}).get(self.forward_method, "")
         emulated = "fp8" if self._fp8_inputs else "fp4"
         fixed = None
         if self.scale_rule == "fp_quant":

@@ -1,97 +1,356 @@
-"""Every operator of the package: schema and fake kernel, for ``torch.compile``. No arithmetic lives here.
+"""Every operator of the package: schema, checks and result, for ``torch.compile`` too. No arithmetic lives here.
 
 All backends implement the same operators under their own prefix (``fp4::cpu_linear``, ``fp4::triton_linear``, ...),
 because each lays out ``weight`` and ``weight_scale`` in its own way (``Backend.pack``). The Python backends register
 their functions through :func:`implement`; compiled ones register theirs from C++ when their library is loaded.
+
+Each function below describes one operator. It checks what can be said without knowing a backend's layout, and returns
+shape and dtype of each result: the fake kernel makes empty tensors of them, so that a wrong call fails when a graph is
+traced, and every implementation in Python is preceded by the same checks. Compiled ones check for themselves.
+
+In all of them ``format`` is the name of the weight's (``formats.WEIGHT_FORMATS``), ``global_scale`` float64 ``[]`` (or
+``[E]`` for stacks of experts), needed by NVFP4 and absent from FP8, and ``rotation`` ``[h, h]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp4.numerics.formats import WEIGHT_FORMATS, format_of
+from fp4.numerics.formats import Format, format_named
+from fp4.numerics.tensors import INPUT_DTYPES
 
 _LIBRARY = torch.library.Library("fp4", "DEF")
 
 BACKENDS = ("reference", "cpu", "triton", "cutlass", "scaled_mm")
 
-# x [..., K] -> [..., N] in x.dtype. global_scale float64 [] (NVFP4) or None (MXFP4); bias [N]; out_features is N.
-# linear: with a rotation [h, h], x @ rotation in groups of h columns (float32) and rounded to x.dtype takes x's place.
-# w4a4: x @ rotation in groups, then quantized with `rule` under input_global_scale (None: from the amax of this call).
-# FP8 weights (their scales' dtype says so): linear keeps x, linear_w4a4 is W8A8, with one scale a row of x.
-# grouped: x [T, K] sorted by expert, offsets int32 [E+1] their row ranges, a leading expert axis on all of the weight
-# and, where it has one, on input_global_scale. Rows from offsets[E] on are nobody's: they are not looked at, and what
-# comes out for them is unspecified.
-# input_gradient: gradient [..., N] of what linear gives -> [..., K], of its x; grouped as above.
-# largest_magnitude: x [..., N, K] -> float32 [...].
-# quantize and dequantize: canonical form; the global scale is the caller's.
-_WEIGHT = "Tensor x, Tensor weight, Tensor weight_scale, Tensor? global_scale, Tensor? bias"
-_GRADIENT = "Tensor gradient, Tensor weight, Tensor weight_scale, Tensor? global_scale"
-_ROTATION = "Tensor? rotation=None"
-_ACTIVATION = "Tensor? rotation, Tensor? input_global_scale, str rule"
-_SCHEMAS = {
-    "linear": f"({_WEIGHT}, SymInt out_features, {_ROTATION}) -> Tensor",
-    "linear_w4a4": f"({_WEIGHT}, SymInt out_features, {_ACTIVATION}) -> Tensor",
-    "grouped_linear": f"({_WEIGHT}, Tensor offsets, SymInt out_features, {_ROTATION}) -> Tensor",
-    "grouped_linear_w4a4": f"({_WEIGHT}, Tensor offsets, SymInt out_features, {_ACTIVATION}) -> Tensor",
-    "input_gradient": f"({_GRADIENT}, SymInt in_features, Tensor? rotation) -> Tensor",
-    "grouped_input_gradient": f"({_GRADIENT}, Tensor offsets, SymInt in_features, Tensor? rotation) -> Tensor",
-    "largest_magnitude": "(Tensor x) -> Tensor",
-    "quantize": "(Tensor x, Tensor? global_scale, str format, str rule) -> (Tensor, Tensor)",
-    "dequantize": "(Tensor codes, Tensor scales, Tensor? global_scale, ScalarType dtype) -> Tensor",
-}
+#: Shape and dtype of a result.
+Like = tuple[Sequence[int], torch.dtype]
+_Description = Callable[..., "Like | tuple[Like, ...]"]
+_DESCRIPTIONS: dict[str, _Description] = {}
 
 
-def _fake_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, global_scale: Any, bias: Any, *rest: Any) -> Tensor:
-    # `rest` begins with out_features, after the expert offsets where the form is grouped.
-    out_features = rest[1] if isinstance(rest[0], Tensor) else rest[0]
-    return x.new_empty(*x.shape[:-1], out_features)
+def _operator(schema: str) -> Callable[[_Description], _Description]:
+    """Define the operator that the decorated function describes, for every backend."""
+
+    def define(describe: _Description) -> _Description:
+        def fake(first: Tensor, *args: Any, **options: Any) -> Tensor | tuple[Tensor, ...]:
+            results = describe(first, *args, **options)
+            if isinstance(results[1], torch.dtype):
+                shape, dtype = results
+                return first.new_empty(shape, dtype=dtype)
+            return tuple(first.new_empty(shape, dtype=dtype) for shape, dtype in results)
+
+        name = describe.__name__
+        _DESCRIPTIONS[name] = describe
+        for backend in BACKENDS:
+            _LIBRARY.define(f"{backend}_{name}{schema}")
+            torch.library.register_fake(f"fp4::{backend}_{name}", fake, lib=_LIBRARY)
+        return describe
+
+    return define
 
 
-def _fake_input_gradient(
-    gradient: Tensor, weight: Tensor, weight_scale: Tensor, global_scale: Any, *rest: Any
-) -> Tensor:
-    return gradient.new_empty(*gradient.shape[:-1], rest[-2])
+# --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _fake_largest_magnitude(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:-2], dtype=torch.float32)
+def _require_input(x: Tensor, name: str, axes: str = "[..., K]", least: int = 1) -> None:
+    torch._check(
+        x.dtype in INPUT_DTYPES, lambda: f"{name} is {x.dtype}; expected float32, bfloat16 or float16: convert it"
+    )
+    torch._check(x.dim() >= least, lambda: f"{name} has shape {tuple(x.shape)}; expected {axes}")
 
 
-def _fake_quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> tuple[Tensor, Tensor]:
-    fmt = WEIGHT_FORMATS[format]
-    lead, k = x.shape[:-1], x.shape[-1]
-    codes = x.new_empty(*lead, fmt.code_columns(k), dtype=fmt.code_dtype)
-    scale_dtype = x.dtype if fmt.scale_dtype == torch.float32 else fmt.scale_dtype
-    return codes, x.new_empty(*lead, fmt.scale_columns(k), dtype=scale_dtype)
+def _require_columns(columns: Any, fmt: Format) -> None:
+    torch._check(
+        columns % fmt.k_multiple == 0,
+        lambda: f"the last axis has {columns} elements; {fmt.name} needs a multiple of {fmt.k_multiple}",
+    )
 
 
-def _fake_dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return codes.new_empty(*codes.shape[:-1], format_of(scales).columns(codes), dtype=dtype)
+def _require_weight(weight: Tensor, weight_scale: Tensor, global_scale: Tensor | None, fmt: Format, count: Any) -> None:
+    """``count`` is the number of matrices, and so of global scales; None where it is not known."""
+    torch._check(
+        weight.dtype == fmt.code_dtype,
+        lambda: f"weight is {weight.dtype}; {fmt.name} weights are {fmt.code_dtype}, as Backend.pack returns them",
+    )
+    torch._check(
+        weight_scale.dtype in fmt.scale_dtypes,
+        lambda: f"weight_scale is {weight_scale.dtype}; {fmt.name} expects {', '.join(map(str, fmt.scale_dtypes))}",
+    )
+    _require_global_scale(global_scale, fmt, (count,))
 
 
-_FAKES: dict[str, Callable[..., Any]] = {
-    "input_gradient": _fake_input_gradient,
-    "grouped_input_gradient": _fake_input_gradient,
-    "largest_magnitude": _fake_largest_magnitude,
-    "quantize": _fake_quantize,
-    "dequantize": _fake_dequantize,
-}
-
-for _backend in BACKENDS:
-    for _name, _schema in _SCHEMAS.items():
-        _LIBRARY.define(f"{_backend}_{_name}{_schema}")
-        _fake = _FAKES.get(_name, _fake_linear)
-        torch.library.register_fake(f"fp4::{_backend}_{_name}", _fake, lib=_LIBRARY)
+def _require_global_scale(global_scale: Tensor | None, fmt: Format, counts: tuple[Any, ...]) -> None:
+    if global_scale is None:
+        torch._check(not fmt.needs_global_scale, lambda: f"{fmt.name} needs a global scale, but there is none")
+        return
+    torch._check(fmt.takes_global_scale, lambda: f"{fmt.name} has no global scale, but one was given; leave it out")
+    torch._check(global_scale.dtype == torch.float64, lambda: f"global_scale is {global_scale.dtype}; expected float64")
+    torch._check(
+        any(global_scale.numel() == count for count in counts),
+        lambda: f"global_scale has shape {tuple(global_scale.shape)}; expected {counts[-1]} elements, one a matrix",
+    )
 
 
-def implement(name: str, function: Callable[..., Any], dispatch_key: str = "CompositeExplicitAutograd") -> None:
-    """Register ``function`` as the kernel of ``fp4::name`` for a dispatch key (any device by default)."""
-    _LIBRARY.impl(name, function, dispatch_key)
+def _require_bias(bias: Tensor | None, shape: tuple[Any, ...]) -> None:
+    if bias is None:
+        return
+    torch._check(bias.dtype in INPUT_DTYPES, lambda: f"bias is {bias.dtype}; expected float32, bfloat16 or float16")
+    torch._check(
+        tuple(bias.shape) == shape, lambda: f"bias has shape {tuple(bias.shape)}; expected {shape}, one an output"
+    )
+
+
+def _require_rotation(rotation: Tensor | None, columns: Any) -> None:
+    if rotation is None:
+        return
+    torch._check(
+        rotation.dim() == 2 and rotation.shape[0] == rotation.shape[1] and columns % rotation.shape[0] == 0,
+        lambda: f"rotation has shape {tuple(rotation.shape)}; expected a square that divides {columns} columns",
+    )
+
+
+def _require_offsets(x: Tensor, weight: Tensor, offsets: Tensor) -> None:
+    torch._check(x.dim() == 2, lambda: f"x has shape {tuple(x.shape)}; expected [T, K], sorted by expert")
+    torch._check(
+        offsets.dtype == torch.int32 and tuple(offsets.shape) == (weight.shape[0] + 1,),
+        lambda: (
+            f"offsets are {offsets.dtype} {tuple(offsets.shape)}; expected int32 ({weight.shape[0] + 1},), where "
+            "each expert's rows begin, and where the last one's end"
+        ),
+    )
+
+
+def _require_activation(input_global_scale: Tensor | None, rule: str, fmt: Format, count: Any) -> None:
+    torch._check(
+        rule in fmt.rules,
+        lambda: f"scale rule {rule!r} is not defined for {fmt.name}; use one of {', '.join(fmt.rules)}",
+    )
+    if input_global_scale is not None:
+        elements = input_global_scale.numel()
+        torch._check(
+            elements == 1 or elements == count,
+            lambda: (
+                f"input_global_scale has shape {tuple(input_global_scale.shape)}; expected 1 element"
+                f"{'' if count == 1 else f', or {count}, one an expert'}"
+            ),
+        )
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+_WEIGHT = "Tensor weight, Tensor weight_scale, Tensor? global_scale, str format"
+
+
+@_operator(f"(Tensor x, {_WEIGHT}, Tensor? bias, SymInt out_features, Tensor? rotation=None) -> Tensor")
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    format: str,
+    bias: Tensor | None,
+    out_features: int,
+    rotation: Tensor | None = None,
+) -> Like:
+    """x ``[..., K]`` -> ``[..., N]`` in x.dtype, unquantized activations; bias ``[N]``, and ``out_features`` is N.
+
+    With a rotation, ``x @ rotation`` in groups of h columns (float32), rounded to x.dtype, takes x's place.
+    """
+    fmt = format_named(format)
+    _require_input(x, "x")
+    _require_columns(x.shape[-1], fmt)
+    _require_weight(weight, weight_scale, global_scale, fmt, 1)
+    _require_bias(bias, (out_features,))
+    _require_rotation(rotation, x.shape[-1])
+    return (*x.shape[:-1], out_features), x.dtype
+
+
+@_operator(
+    f"(Tensor x, {_WEIGHT}, Tensor? bias, SymInt out_features, Tensor? rotation, Tensor? input_global_scale, str rule)"
+    " -> Tensor"
+)
+def linear_quantized(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    format: str,
+    bias: Tensor | None,
+    out_features: int,
+    rotation: Tensor | None,
+    input_global_scale: Tensor | None,
+    rule: str,
+) -> Like:
+    """:func:`linear` of activations in the format of the weight: W4A4, or W8A8 for FP8.
+
+    ``x @ rotation`` in groups is quantized by ``rule`` under ``input_global_scale``, one number (None: taken from this
+    call where the format needs one; FP8 takes one scale a row).
+    """
+    result = linear(x, weight, weight_scale, global_scale, format, bias, out_features, rotation)
+    _require_activation(input_global_scale, rule, format_named(format), 1)
+    return result  # type: ignore[return-value]
+
+
+@_operator(f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor offsets, SymInt out_features, Tensor? rotation=None) -> Tensor")
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    format: str,
+    bias: Tensor | None,
+    offsets: Tensor,
+    out_features: int,
+    rotation: Tensor | None = None,
+) -> Like:
+    """:func:`linear` over experts, whose axis leads weight, scales and bias ``[E, N]``: x ``[T, K]`` -> ``[T, N]``.
+
+    Rows ``offsets[e]:offsets[e+1]`` (int32 ``[E+1]``) of x meet weight e. Rows from ``offsets[E]`` on belong to no
+    expert: they are not looked at, and what comes out for them is unspecified.
+    """
+    fmt = format_named(format)
+    _require_input(x, "x")
+    _require_offsets(x, weight, offsets)
+    _require_columns(x.shape[-1], fmt)
+    _require_weight(weight, weight_scale, global_scale, fmt, weight.shape[0])
+    _require_bias(bias, (weight.shape[0], out_features))
+    _require_rotation(rotation, x.shape[-1])
+    return (x.shape[0], out_features), x.dtype
+
+
+@_operator(
+    f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor offsets, SymInt out_features, Tensor? rotation, "
+    "Tensor? input_global_scale, str rule) -> Tensor"
+)
+def grouped_linear_quantized(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    format: str,
+    bias: Tensor | None,
+    offsets: Tensor,
+    out_features: int,
+    rotation: Tensor | None,
+    input_global_scale: Tensor | None,
+    rule: str,
+) -> Like:
+    """:func:`linear_quantized` over experts, as :func:`grouped_linear`; ``input_global_scale`` may be one an expert."""
+    result = grouped_linear(x, weight, weight_scale, global_scale, format, bias, offsets, out_features, rotation)
+    _require_activation(input_global_scale, rule, format_named(format), weight.shape[0])
+    return result  # type: ignore[return-value]
+
+
+@_operator(f"(Tensor gradient, {_WEIGHT}, SymInt in_features, Tensor? rotation) -> Tensor")
+def input_gradient(
+    gradient: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    format: str,
+    in_features: int,
+    rotation: Tensor | None,
+) -> Like:
+    """The gradient of :func:`linear`'s x ``[..., K]`` from that of its result ``[..., N]``; ``in_features`` is K."""
+    fmt = format_named(format)
+    _require_input(gradient, "gradient", "[..., N]")
+    _require_weight(weight, weight_scale, global_scale, fmt, 1)
+    _require_columns(in_features, fmt)
+    _require_rotation(rotation, in_features)
+    return (*gradient.shape[:-1], in_features), gradient.dtype
+
+
+@_operator(f"(Tensor gradient, {_WEIGHT}, Tensor offsets, SymInt in_features, Tensor? rotation) -> Tensor")
+def grouped_input_gradient(
+    gradient: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    format: str,
+    offsets: Tensor,
+    in_features: int,
+    rotation: Tensor | None,
+) -> Like:
+    """:func:`input_gradient` of :func:`grouped_linear`."""
+    fmt = format_named(format)
+    _require_input(gradient, "gradient", "[T, N]")
+    _require_offsets(gradient, weight, offsets)
+    _require_weight(weight, weight_scale, global_scale, fmt, weight.shape[0])
+    _require_columns(in_features, fmt)
+    _require_rotation(rotation, in_features)
+    return (gradient.shape[0], in_features), gradient.dtype
+
+
+@_operator("(Tensor x) -> Tensor")
+def largest_magnitude(x: Tensor) -> Like:
+    """max |x| of each matrix: x ``[..., N, K]`` -> float32 ``[...]``."""
+    _require_input(x, "x", "[..., N, K]", least=2)
+    return x.shape[:-2], torch.float32
+
+
+@_operator("(Tensor x, Tensor? global_scale, str format, str rule) -> (Tensor, Tensor)")
+def quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> tuple[Like, Like]:
+    """Canonical codes and scales of x ``[..., N, K]`` under a given global scale, one number or one a matrix."""
+    fmt = format_named(format)
+    _require_input(x, "x", "[..., N, K]", least=2)
+    _require_columns(x.shape[-1], fmt)
+    _require_activation(None, rule, fmt, 1)
+    _require_global_scale(global_scale, fmt, (1, x.shape[:-2].numel()))
+    codes = (*x.shape[:-1], fmt.code_columns(x.shape[-1])), fmt.code_dtype
+    return codes, (fmt.scale_shape(x.shape), fmt.scale_dtype_of(x.dtype))
+
+
+@_operator("(Tensor codes, Tensor scales, Tensor? global_scale, str format, ScalarType dtype) -> Tensor")
+def dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype) -> Like:
+    """The values ``[..., N, K]`` of canonical codes and scales, in ``dtype``."""
+    fmt = format_named(format)
+    torch._check(
+        codes.dim() >= 2, lambda: f"codes have shape {tuple(codes.shape)}; expected [..., N, K/2] or [..., N, K]"
+    )
+    torch._check(
+        codes.dtype == fmt.code_dtype, lambda: f"codes are {codes.dtype}; {fmt.name} codes are {fmt.code_dtype}"
+    )
+    torch._check(
+        scales.dtype in fmt.scale_dtypes,
+        lambda: f"scales are {scales.dtype}; {fmt.name} expects {', '.join(map(str, fmt.scale_dtypes))}",
+    )
+    columns = fmt.columns(codes)
+    _require_columns(columns, fmt)
+    expected = fmt.scale_shape((*codes.shape[:-1], columns))
+    torch._check(
+        tuple(scales.shape) == expected,
+        lambda: (
+            f"codes {tuple(codes.shape)} and {fmt.name} scales {tuple(scales.shape)} do not belong together: "
+            f"expected scales of shape {expected}"
+        ),
+    )
+    _require_global_scale(global_scale, fmt, (1, codes.shape[:-2].numel()))
+    torch._check(dtype in INPUT_DTYPES, lambda: f"dtype is {dtype}; expected float32, bfloat16 or float16")
+    return (*codes.shape[:-1], columns), dtype
+
+
+# --- implementations -------------------------------------------------------------------------------------------------
+
+
+def implement(
+    backend: str, name: str, function: Callable[..., Any], dispatch_key: str = "CompositeExplicitAutograd"
+) -> None:
+    """Register ``function``, behind the operator's checks, as ``fp4::{backend}_{name}`` for a dispatch key (default:
+    any device)."""
+    check = _DESCRIPTIONS[name]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **options: Any) -> Any:
+        check(*args, **options)
+        return function(*args, **options)
+
+    _LIBRARY.impl(f"{backend}_{name}", checked, dispatch_key)
 
 
 def operator(backend: str, name: str) -> Callable[..., Any]:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from fp4 import backends
-from fp4.numerics import formats
-from fp4.numerics.elements import E2M1_MAX
-from fp4.numerics.formats import FP8, QuantizedTensor, portable_global_scale_for, require_finite
+from fp4.numerics.block_scales import portable_global_scale_for
+from fp4.numerics.formats import QuantizedTensor
 from fp4.numerics.rotation import rotate
+from fp4.numerics.tensors import require_finite
 from fp4.numerics.tool_rounding import TOOL_RULES, tool_global_scale, tool_quantize
 from fp4.scheme import Scheme
 
 
 def weight_scale(amax: Tensor, scheme: Scheme) -> Tensor:
     """The global scale of weights whose largest magnitude is ``amax``: float ``[...]`` -> float64 ``[...]``."""
-    # Before FP8 activations engines turn code x block scale into FP8, so that product must stay below 448.
-    headroom = E2M1_MAX if scheme.input_format is FP8 else 1.0
+    # Engines turn code x block scale into the element of the activations where that is another, as FP8 beside FP4, so
+    # that product must stay below its largest.
+    headroom = scheme.format.element.largest if scheme.mixes_formats else 1.0
     return portable_global_scale_for(amax * headroom, scheme.weight_rule)
 
 
@@ -68,11 +67,5 @@ def round_to_nearest(
         global_scale = global_scale_of(weight, scheme, largest=largest if rotation is None else None)
     if scheme.weight_rule in TOOL_RULES:
         return tool_quantize(weight, scheme.format, scheme.weight_rule, global_scale)
-    if scheme.block_size in (0, scheme.format.block_size):
-        backend = backends.for_device(weight.device, scheme.format)
-        return backend.quantize(weight, scheme.format, scheme.weight_rule, global_scale)
-    wide = replace(scheme.format, block_size=scheme.block_size)
-    codes, scales, global_scale = formats.quantize(weight, wide, scheme.weight_rule, global_scale)
-    repeats = scheme.block_size // scheme.format.block_size
-    bits = scales.view(torch.uint8).repeat_interleave(repeats, dim=-1)
-    return QuantizedTensor(codes, bits.view(scales.dtype), global_scale)
+    backend = backends.for_device(weight.device, scheme.format)
+    return backend.quantize(weight, scheme.format, scheme.weight_rule, global_scale)

@@ -25,7 +25,6 @@ class Scheme:
         group_size: size of the rotation.
         global_scale: NVFP4 global scale used for weight and activations in place of one taken from the data; formats
             that fix it (FP-Quant's on-the-fly quantization) need it.
-        block_size: elements of a weight's row that share a block scale, a multiple of the format's own; 0 is that.
     """
 
     format: Format
@@ -35,7 +34,6 @@ class Scheme:
     rotation: str = "identity"
     group_size: int = 16
     global_scale: float | None = None
-    block_size: int = 0
 
     @property
     def input_format(self) -> Format:
@@ -43,18 +41,14 @@ class Scheme:
         return FP8 if self.activations == "fp8" else self.format
 
     @property
-    def bits_per_weight(self) -> float:
-        """Bits of code and block scale per element: 4.5 for ``nvfp4``, 4.25 for ``nvfp4a8``, whose blocks are of 32.
-
-        Scales of rows and global scales are not counted.
-        """
-        block_size = self.block_size or self.format.block_size
-        return self.format.code_bits + (8 / block_size if block_size else 0)
+    def mixes_formats(self) -> bool:
+        """Whether activations, where they are quantized, are in another format than the weight."""
+        return self.input_format != self.format
 
     @property
     def k_multiple(self) -> int:
         """What the number of columns must be a multiple of."""
-        own = max(self.block_size, self.format.k_multiple)
+        own = self.format.k_multiple
         return own if self.rotation == "identity" else max(self.group_size, own)
 
 
@@ -100,7 +94,7 @@ SCHEMES: dict[str, Preset] = {
     ),
     "nvfp4a8": Preset(
         # ModelOpt shares a block scale among 32 elements here.
-        Scheme(NVFP4, "mse", "fp8", block_size=32),
+        Scheme(NVFP4.wide(32), "mse", "fp8"),
         "W4A8: NVFP4 weights in blocks of 32, FP8 activations under one calibrated scale a tensor.",
         f"TensorRT-LLM on Blackwell; here {_ANYWHERE}, or emulated",
         ("modelopt",),
@@ -130,6 +124,6 @@ SCHEMES: dict[str, Preset] = {
 
 
 def preset_of(format: Format, activations: Activations) -> Preset:
-    """The preset of a format for these activations, or for any where it has none of its own for them."""
-    presets = [preset for preset in SCHEMES.values() if preset.scheme.format is format]
+    """The preset of a format, in blocks of any width, for these activations, or for others where it has none."""
+    presets = [preset for preset in SCHEMES.values() if preset.scheme.format.family == format.family]
     return next((preset for preset in presets if preset.scheme.activations == activations), presets[0])

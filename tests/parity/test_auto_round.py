@@ -24,9 +24,9 @@ def theirs(tensors: dict[str, torch.Tensor], fmt: Format) -> torch.Tensor:
     """What auto-round's layer multiplies with, float32."""
     config = SimpleNamespace(group_size=fmt.block_size, act_group_size=fmt.block_size)
     rows, half = tensors[".weight_packed"].shape
-    linear = nvfp4.NVFP4QuantLinear if fmt is NVFP4 else mx.MXFP4QuantLinear
+    linear = nvfp4.NVFP4QuantLinear if fmt == NVFP4 else mx.MXFP4QuantLinear
     layer = linear(half * 2, rows, config, tensors[".weight_packed"], tensors[".weight_scale"])
-    if fmt is NVFP4:
+    if fmt == NVFP4:
         layer.weight_global_scale = tensors[".weight_global_scale"]
     dense: torch.Tensor = layer.dequant_weight_online()
     assert dense.dtype == torch.float32
@@ -58,7 +58,7 @@ def test_packed_values_are_auto_rounds_but_for_the_order_of_products(name: str, 
         scheme = codec.scheme(layer)
         assert scheme is not None
         values, dense = dequantize(*codec.read(tensors, scheme).weight), theirs(tensors, scheme.format)
-        if scheme.format is NVFP4:
+        if scheme.format == NVFP4:
             assert (dense.view(torch.int32) - values.view(torch.int32)).abs().max() <= 2, layer
             # In bfloat16, what auto-round's own kernels multiply with, next to nothing of it is left.
             assert (dense.bfloat16() != values.bfloat16()).float().mean() < 1e-3, layer

@@ -103,7 +103,7 @@ def test_fp8_rounds_as_they_do(dtype: torch.dtype) -> None:
     low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
     scale, zero_point = calculate_qparams(low, high, args)
     theirs = forward.quantize(x=weight, scale=scale, zero_point=zero_point, args=args, dtype=torch.float8_e4m3fn)
-    codes, scales, _ = quantize(weight, FP8)
+    codes, scales, _, _ = quantize(weight, FP8)
     assert torch.equal(scales, scale)
     assert torch.equal(codes.view(torch.uint8), theirs.view(torch.uint8))
 

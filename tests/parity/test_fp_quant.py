@@ -181,7 +181,7 @@ def code_values(values: Tensor, scales: Tensor, fmt: str, method: str) -> Tensor
     spread = per_element(scales, fmt)
     codes = (values.double() * reciprocal / spread).nan_to_num().float()
     codes = (codes * 2).round() / 2  # every E2M1 value is a multiple of a half
-    expected = codes * spread / reciprocal if form is NVFP4 else codes * (spread / reciprocal)  # its own order
+    expected = codes * spread / reciprocal if form == NVFP4 else codes * (spread / reciprocal)  # its own order
     assert torch.equal(values, expected)
     return codes
 
@@ -232,7 +232,7 @@ def test_pseudo_quantized_module(
     rotated, codes, scales, _ = fp4_of(inputs[f"{name}.weight"], matrix, fmt, method)
     found = recover(state["dqweight"], form, unit_of(reciprocal))
     assert found.exact.all()
-    assert torch.equal(dequantize(found.codes, found.scales, unit_of(reciprocal), BF16), state["dqweight"])
+    assert torch.equal(form.dequantize(found.codes, found.scales, unit_of(reciprocal), BF16), state["dqweight"])
     same_scale = found.scales.float() == scales
     assert same_scale.float().mean() > 0.98  # two scales explain a few blocks equally
     tied = near_a_tie(rotated.double() * (reciprocal or 1.0) / per_element(scales, fmt).double())

@@ -31,10 +31,10 @@ def test_values_equal_modelopts(name: str, shared: Callable[[str], Path]) -> Non
         scheme = codec.scheme(layer)
         assert scheme is not None
         values = dequantize(*codec.read(tensors, scheme).weight)
-        kind = nvfp4.NVFP4QTensor if scheme.format is NVFP4 else mxfp4.MXFP4QTensor
+        kind = nvfp4.NVFP4QTensor if scheme.format.needs_global_scale else mxfp4.MXFP4QTensor
         packed = kind(values.shape, torch.float32, tensors[".weight"])
-        options = {"scale": tensors[".weight_scale"], "block_sizes": {-1: scheme.block_size}}
-        if scheme.format is NVFP4:
+        options = {"scale": tensors[".weight_scale"], "block_sizes": {-1: scheme.format.block_size}}
+        if scheme.format.needs_global_scale:
             options["double_scale"] = tensors[".weight_scale_2"]
         assert torch.equal(packed.dequantize(torch.float32, **options), values), layer
 

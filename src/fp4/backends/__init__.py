@@ -37,7 +37,7 @@ def named(name: str) -> Backend:
 
 
 def _reason_against(backend: Backend, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
-    if scheme.format.name not in backend.formats:
+    if scheme.format.family not in backend.formats:
         return f"it has no kernels for {scheme.format.name}"
     return backend.unavailable() or backend.refuses(scheme, device, shape)
 
@@ -45,7 +45,7 @@ def _reason_against(backend: Backend, scheme: Scheme, device: torch.device, shap
 def for_device(device: torch.device, fmt: Format = NVFP4) -> Backend:
     """The backend whose quantize and dequantize kernels serve tensors in ``fmt`` on ``device``."""
     return next(
-        b for b in BACKENDS.values() if fmt.name in b.formats and not b.unavailable() and not b.lacks(fmt, device)
+        b for b in BACKENDS.values() if fmt.family in b.formats and not b.unavailable() and not b.lacks(fmt, device)
     )
 
 
@@ -70,7 +70,7 @@ def select(
     else:
         chosen = next(b for b in BACKENDS.values() if _reason_against(b, scheme, device, shape) is None)
     asked = scheme.activations in ("fp4", "fp8")
-    quantizes = asked or (scheme.activations == "auto" and chosen.multiplies_fp4(device))
+    quantizes = asked or (scheme.activations == "auto" and chosen.prefers_quantized_input(device))
     kind = scheme.input_format.kind
     left = f"unquantized activations, since nothing here multiplies {kind} ones natively"
     how = f"{kind} activations" if quantizes else left if scheme.activations == "auto" else "unquantized activations"

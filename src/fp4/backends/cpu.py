@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from fp4 import ops  # noqa: F401  (the operators' schemas, which the library implements)
 from fp4.backends.base import Backend
-from fp4.numerics.formats import FP8, WEIGHT_FORMATS, format_of
+from fp4.numerics.formats import FP8, MXFP4, NVFP4, Format
 from fp4.scheme import Scheme
 
 _PANEL_ROWS = 16
@@ -64,16 +64,55 @@ def _laid_out(view: Tensor) -> Tensor:
     return aligned.view(view.shape).copy_(view)
 
 
+def _pack_nibbles(codes: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    lead = codes.shape[:-2]
+    # Rows of a panel are (h, lane, i), byte columns (c, jj): layout.h wants them as (c, lane, h, i, jj).
+    bytes_ = _panels(codes).unflatten(-2, (2, 2, 4)).unflatten(-1, (-1, 2))
+    at = [*range(len(lead) + 1), *(len(lead) + d for d in (4, 2, 1, 3, 5))]
+    weight = _laid_out(bytes_.permute(at)).view(*lead, bytes_.shape[len(lead)], -1, fmt.block_size * _PANEL_ROWS // 2)
+    packed = _laid_out(_panels(scales.view(torch.uint8)).transpose(-1, -2))
+    return weight, packed.view(scales.dtype)
+
+
+def _unpack_nibbles(weight: Tensor, weight_scale: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+    lead = weight.shape[:-3]
+    columns = math.prod(weight.shape[-2:]) // _PANEL_ROWS
+    bytes_ = weight.reshape(*lead, -1, columns // 2, 2, 2, 4, 2)
+    at = [*range(len(lead) + 1), *(len(lead) + d for d in (3, 2, 4, 1, 5))]
+    codes = bytes_.permute(at).reshape(*lead, -1, columns)[..., :out_features, :]
+    scales = weight_scale.view(torch.uint8).transpose(-1, -2).flatten(-3, -2)[..., :out_features, :]
+    return codes.contiguous(), scales.contiguous().view(weight_scale.dtype)
+
+
+def _pack_bytes(codes: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    columns = _laid_out(_panels(codes.view(torch.uint8)).transpose(-1, -2))
+    return columns.view(codes.dtype), _panels(scales).squeeze(-1).contiguous()
+
+
+def _unpack_bytes(weight: Tensor, weight_scale: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+    rows = weight.view(torch.uint8).transpose(-1, -2).flatten(-3, -2)[..., :out_features, :].contiguous()
+    row_scales = weight_scale.flatten(-2)[..., :out_features, None].contiguous()
+    return rows.view(weight.dtype), row_scales
+
+
+# The formats that there are kernels for, with the layout of each: into it, and back.
+_LAYOUTS = {
+    NVFP4.name: (_pack_nibbles, _unpack_nibbles),
+    MXFP4.name: (_pack_nibbles, _unpack_nibbles),
+    FP8.name: (_pack_bytes, _unpack_bytes),
+}
+
+
 class CpuBackend(Backend):
     """Weight-only and W4A4 matmuls on any CPU, with AVX2 or AVX-512 where it has them; FP8 weights are decoded.
 
     Layout (csrc/cpu/layout.h says why): ``weight`` uint8 ``[..., panels, K/B, 8*B]`` and ``weight_scale``
-    ``[..., panels, K/B, 16]`` in the dtype that names the format, where a panel is sixteen rows. FP8: ``weight``
-    ``float8_e4m3fn [..., panels, K, 16]`` and ``weight_scale [..., panels, 16]``.
+    ``[..., panels, K/B, 16]``, where a panel is sixteen rows. FP8: ``weight`` ``float8_e4m3fn [..., panels, K, 16]``
+    and ``weight_scale [..., panels, 16]``.
     """
 
     name = "cpu"
-    formats = tuple(WEIGHT_FORMATS)
+    formats = tuple(_LAYOUTS)
     keeps_layout = False
 
     def unavailable(self) -> str | None:
@@ -83,28 +122,8 @@ class CpuBackend(Backend):
     def refuses(self, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
         return None if device.type == "cpu" else f"it runs on CPUs, not on {device.type}"
 
-    def pack(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        if format_of(scales) is FP8:
-            columns = _laid_out(_panels(codes.view(torch.uint8)).transpose(-1, -2))
-            return columns.view(codes.dtype), _panels(scales).squeeze(-1).contiguous()
-        block = format_of(scales).block_size
-        lead = codes.shape[:-2]
-        # Rows of a panel are (h, lane, i), byte columns (c, jj): layout.h wants them as (c, lane, h, i, jj).
-        bytes_ = _panels(codes).unflatten(-2, (2, 2, 4)).unflatten(-1, (-1, 2))
-        at = [*range(len(lead) + 1), *(len(lead) + d for d in (4, 2, 1, 3, 5))]
-        weight = _laid_out(bytes_.permute(at)).view(*lead, bytes_.shape[len(lead)], -1, block * _PANEL_ROWS // 2)
-        packed = _laid_out(_panels(scales.view(torch.uint8)).transpose(-1, -2))
-        return weight, packed.view(scales.dtype)
+    def lay_out(self, codes: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+        return _LAYOUTS[fmt.name][0](codes, scales, fmt)
 
-    def unpack(self, weight: Tensor, weight_scale: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
-        if format_of(weight_scale) is FP8:
-            rows = weight.view(torch.uint8).transpose(-1, -2).flatten(-3, -2)[..., :out_features, :].contiguous()
-            row_scales = weight_scale.flatten(-2)[..., :out_features, None].contiguous()
-            return rows.view(weight.dtype), row_scales
-        lead = weight.shape[:-3]
-        columns = math.prod(weight.shape[-2:]) // _PANEL_ROWS
-        bytes_ = weight.reshape(*lead, -1, columns // 2, 2, 2, 4, 2)
-        at = [*range(len(lead) + 1), *(len(lead) + d for d in (3, 2, 4, 1, 5))]
-        codes = bytes_.permute(at).reshape(*lead, -1, columns)[..., :out_features, :]
-        scales = weight_scale.view(torch.uint8).transpose(-1, -2).flatten(-3, -2)[..., :out_features, :]
-        return codes.contiguous(), scales.contiguous().view(weight_scale.dtype)
+    def canonical(self, weight: Tensor, weight_scale: Tensor, fmt: Format, out_features: int) -> tuple[Tensor, Tensor]:
+        return _LAYOUTS[fmt.name][1](weight, weight_scale, out_features)

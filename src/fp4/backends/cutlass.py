@@ -77,7 +77,7 @@ class CutlassBackend(Backend):
     """W4A4 on Blackwell: activations are rotated and quantized by one kernel, multiplied by another.
 
     Layout: ``weight`` is the canonical codes; ``weight_scale`` are the block scales in the order in which the tensor
-    cores read them (:func:`swizzle`), in the dtype that names the format.
+    cores read them (:func:`swizzle`), in their own dtype.
     """
 
     name = "cutlass"
@@ -139,14 +139,13 @@ class CutlassBackend(Backend):
             return f"it has no kernel for the scale rule {scheme.activation_rule!r}"
         return None
 
-    def multiplies_fp4(self, device: torch.device) -> bool:
+    def prefers_quantized_input(self, device: torch.device) -> bool:
         return True
 
-    def pack(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    def lay_out(self, codes: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
         return codes.contiguous(), swizzle(scales.view(torch.uint8)).view(scales.dtype)
 
-    def unpack(self, weight: Tensor, weight_scale: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
-        block = 16 if weight_scale.dtype == torch.float8_e4m3fn else 32
-        columns = weight.shape[-1] * 2 // block
+    def canonical(self, weight: Tensor, weight_scale: Tensor, fmt: Format, out_features: int) -> tuple[Tensor, Tensor]:
+        columns = fmt.scale_columns(fmt.columns(weight))
         scales = unswizzle(weight_scale.view(torch.uint8), out_features, columns)
         return weight, scales.view(weight_scale.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fp4 import ops
 from fp4.backends.base import Backend
-from fp4.numerics import formats
+from fp4.numerics.formats import FP8
 from fp4.scheme import Scheme
 
 _FP8_CAPABILITY = (8, 9)  # Ada and Hopper have the first FP8 tensor cores
@@ -18,7 +18,7 @@ _ALIGNMENT = 16  # of N and K, in bytes of codes
 
 def _matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x ``[T, K]`` quantized row by row, times FP8 ``[N, K]``; products are summed in float32."""
-    codes, scales, _ = formats.quantize(x.float(), formats.FP8)
+    codes, scales, _, _ = FP8.quantize(x.float())
     # Scales of rows and columns are only implemented for bfloat16 results.
     out: Tensor = torch._scaled_mm(
         codes, weight.t(), scale_a=scales, scale_b=weight_scale.float().t(), out_dtype=torch.bfloat16
@@ -26,27 +26,29 @@ def _matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
     return (out if bias is None else out.float() + bias.float()).to(dtype)
 
 
-def linear_w4a4(
+def linear_quantized(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
     global_scale: Tensor | None,
+    format: str,
     bias: Tensor | None,
     out_features: int,
     rotation: Tensor | None,
     input_global_scale: Tensor | None,
     rule: str,
 ) -> Tensor:
-    """W8A8: x ``[..., K]`` -> ``[..., N]``; FP8 has neither global scales nor rotations nor rules."""
+    """``ops.linear_quantized`` in FP8 (W8A8), which has neither global scales nor rotations nor rules."""
     out = _matmul(x.reshape(-1, x.shape[-1]), weight, weight_scale, bias, x.dtype)
     return out.view(*x.shape[:-1], out_features)
 
 
-def grouped_linear_w4a4(
+def grouped_linear_quantized(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
     global_scale: Tensor | None,
+    format: str,
     bias: Tensor | None,
     offsets: Tensor,
     out_features: int,
@@ -63,15 +65,16 @@ def grouped_linear_w4a4(
     return out
 
 
-for _function in (linear_w4a4, grouped_linear_w4a4):
-    ops.implement(f"scaled_mm_{_function.__name__}", _function)
+for _function in (linear_quantized, grouped_linear_quantized):
+    ops.implement("scaled_mm", _function.__name__, _function)
 
 
 class ScaledMMBackend(Backend):
     """FP8 tensor cores of NVIDIA GPUs from compute capability 8.9."""
 
     name = "scaled_mm"
-    formats = (formats.FP8.name,)
+    formats = (FP8.name,)
+    converts = ()
 
     def refuses(self, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
         if scheme.activations == "model":
@@ -85,5 +88,5 @@ class ScaledMMBackend(Backend):
             return f"FP8 kernels need multiples of {_ALIGNMENT} in both dimensions"
         return None
 
-    def multiplies_fp4(self, device: torch.device) -> bool:
+    def prefers_quantized_input(self, device: torch.device) -> bool:
         return True

@@ -14,7 +14,8 @@ from torch.nn.functional import linear as linear_function
 
 from fp4 import backends
 from fp4.backends.base import Backend
-from fp4.numerics.formats import FP8, QuantizedTensor, fake_quantize_fp8
+from fp4.calibration.expert_linears import every_token
+from fp4.numerics.formats import QuantizedTensor
 from fp4.numerics.rotation import rotate, rotation_for
 from fp4.scheme import Scheme
 
@@ -105,12 +106,8 @@ def quantized_input(x: Tensor, scheme: Scheme, rotation: Tensor | None, input_gl
     values = x.float() if rotation is None else rotate(x, rotation)
     if not quantizes_activations(scheme):
         return values
-    if scheme.input_format is FP8:
-        return fake_quantize_fp8(values, input_global_scale)
     backend = backends.for_device(x.device)
-    rows = values.reshape(-1, values.shape[-1])
-    quantized = backend.quantize(rows, scheme.format, scheme.activation_rule, input_global_scale)
-    return backend.dequantize(quantized, torch.float32).view_as(values)
+    return backend.fake_quantize(values, scheme.input_format, scheme.activation_rule, input_global_scale)
 
 
 @contextmanager
@@ -120,7 +117,6 @@ def capture_inputs(block: Block, layers: Iterable[str], see: Callable[[str, Tens
     Experts see every token within it, not only those of the router (:mod:`fp4.calibration.expert_linears`).
     """
     # Not at the top: it imports the packed modules, and those this package, since they round to nearest.
-    from fp4.calibration.expert_linears import every_token
 
     with ExitStack() as stack:
         stack.enter_context(every_token(block.module))

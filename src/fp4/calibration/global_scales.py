@@ -11,8 +11,8 @@ from fp4 import backends
 from fp4.calibration.block import Block, capture_inputs, quantizes_activations
 from fp4.calibration.channel_statistics import Survey
 from fp4.calibration.observers import Amax
+from fp4.numerics.block_scales import portable_global_scale_for
 from fp4.numerics.elements import E4M3_MAX
-from fp4.numerics.formats import FP8, portable_global_scale_for
 from fp4.numerics.rotation import rotate
 from fp4.numerics.tool_rounding import TOOL_RULES, tool_global_scale
 from fp4.rounding import weight_scale
@@ -34,13 +34,13 @@ def shared_global_scale(weights: Iterable[Tensor], scheme: Scheme) -> Tensor | N
 
 def has_static_input_scale(scheme: Scheme) -> bool:
     """Whether the layer's activations need a global scale that calibration finds: beside FP8 weights they never do."""
-    static = scheme.format.needs_global_scale or (scheme.input_format is FP8 and scheme.format is not FP8)
+    static = scheme.input_format.needs_global_scale or scheme.mixes_formats
     return quantizes_activations(scheme) and static
 
 
 def input_scale(amax: Tensor, scheme: Scheme) -> Tensor:
     """The static global scale of activations whose largest magnitude is ``amax``: float64 ``[]``."""
-    if scheme.input_format is FP8:
+    if not scheme.input_format.takes_global_scale:
         scale = amax.float() / E4M3_MAX
         return torch.where(scale == 0, 1.0, scale).double()
     if scheme.global_scale is not None:

@@ -141,7 +141,7 @@ def _inspect_layers(
                 row.scheme, row.shape = str(scheme), (*codes.shape[:-1], scheme.format.columns(codes))
                 if global_scale is not None:
                     global_scales[layer] = global_scale.item()
-                if values and stored.weight.scales.dtype == torch.float8_e4m3fn:
+                if values and scheme.format.needs_global_scale:
                     zeros = int((stored.weight.scales.view(torch.uint8) == 0).sum())
                     if zeros:
                         row.problems.append(f"{zeros} of {stored.weight.scales.numel()} block scales are zero")

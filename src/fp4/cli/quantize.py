@@ -35,7 +35,7 @@ def schemes(as_json: Annotated[bool, typer.Option("--json", help="Print everythi
                 {
                     "name": name,
                     "summary": preset.summary,
-                    "bits_per_weight": preset.scheme.bits_per_weight,
+                    "bits_per_weight": preset.scheme.format.bits_per_weight,
                     "runs_on": preset.runs_on,
                     "formats": list(preset.checkpoint_formats),
                 }
@@ -49,7 +49,7 @@ def schemes(as_json: Annotated[bool, typer.Option("--json", help="Print everythi
         return
     table = Table(Column("scheme", style="bold"), "what it does", "bits", "runs on", "formats")
     for name, preset in SCHEMES.items():
-        bits = f"{preset.scheme.bits_per_weight:g}"
+        bits = f"{preset.scheme.format.bits_per_weight:g}"
         table.add_row(name, preset.summary, bits, preset.runs_on, ", ".join(preset.checkpoint_formats))
     console.print(table)
     methods = Table(Column("method", style="bold"), "cost")

@@ -137,7 +137,9 @@ class _Learned(nn.Module):
         found = {}
         for layer, value, own in zip(self.layers, values, scales, strict=True):
             start = self.starts[layer]
-            found[layer] = start._replace(weight=assemble(value, own, start.weight.global_scale), rule=rule)
+            found[layer] = start._replace(
+                weight=assemble(value, own, start.weight.global_scale, self.scheme.format), rule=rule
+            )
         return found
 
 
@@ -228,12 +230,13 @@ def searched(block: Block) -> dict[str, LayerResult]:
     results, energy = rtn_block(block, RTNOptions()), survey(block).energy
     for layer, result in results.items():
         scheme, unit = block.layers[layer], result.weight.global_scale
-        if result.rotation is not None or layer not in energy or scheme.block_size or scheme.format.code_bits != 4:
+        searches = scheme.format.feeds_errors and scheme.format == scheme.format.base
+        if result.rotation is not None or layer not in energy or not searches:
             continue
         weight = block.linear(layer).weight.data.float()
         scales = search_scales(weight, energy[layer], scheme.format, unit)
         wide = effective(scales, unit).repeat_interleave(scheme.format.block_size, dim=-1)
-        results[layer] = result._replace(weight=assemble(nearest(weight / wide), scales, unit))
+        results[layer] = result._replace(weight=assemble(nearest(weight / wide), scales, unit, scheme.format))
     return results
 
 

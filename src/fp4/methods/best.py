@@ -55,11 +55,11 @@ def _best_rows(
     if fmt.needs_global_scale:
         start = forward_sweep(weight, goal, fmt, global_scale)
     else:  # Powers of two leave little to choose, and visiting columns one by one by importance gains more.
-        codes, scales, _ = gptq(weight, goal, fmt, global_scale)
+        codes, scales, _, _ = gptq(weight, goal, fmt, global_scale)
         values = decode_e2m1(unpack_codes(codes)).transpose(-1, -2).contiguous()
         start = Rounded(values, scales.transpose(-1, -2).contiguous())
     end = descend(weight, start, goal, fmt, global_scale, sweeps)
-    return assemble(end.values.transpose(-1, -2), end.scales.transpose(-1, -2).contiguous(), global_scale)
+    return assemble(end.values.transpose(-1, -2), end.scales.transpose(-1, -2).contiguous(), global_scale, fmt)
 
 
 def best_block(block: Block, options: BestOptions) -> dict[str, LayerResult]:

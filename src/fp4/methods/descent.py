@@ -74,7 +74,7 @@ def forward_sweep(weight: Tensor, goal: Objective, fmt: Format, global_scale: Te
         inside = slice(start, start + size)
         target = left[..., inside, :] - goal.factor[..., inside, :start] @ left[..., :start, :]
         middle = scale_to_six(target.abs().amax(dim=-2), fmt, unit)
-        candidates = neighbours(middle, fmt, WIDE_OFFSETS[fmt.name]).movedim(0, -2)
+        candidates = neighbours(middle, fmt, WIDE_OFFSETS[fmt.family]).movedim(0, -2)
         block = _round_block(target, goal.factor[..., inside, inside], candidates, unit)
         values[..., inside, :], left[..., inside, :] = block.values, block.errors
         scales.append(block.scales.view(torch.uint8))
@@ -105,7 +105,7 @@ def descend(
             gradient = goal.hessian[..., inside, :] @ difference
             step = inverses[number] @ gradient
             current = scales[..., number, :].contiguous().view(fmt.scale_dtype)
-            candidates = neighbours(current, fmt, NEAR_OFFSETS[fmt.name]).movedim(0, -2)
+            candidates = neighbours(current, fmt, NEAR_OFFSETS[fmt.family]).movedim(0, -2)
             block = _round_block(now - step, factors[number], candidates, unit)
             better = block.loss < (step * gradient).sum(dim=-2)
             values[..., inside, :] = torch.where(better[..., None, :], block.values, values[..., inside, :])

@@ -58,7 +58,7 @@ def _search_tile(weight: Tensor, cost: Tensor, fmt: Format, unit: Tensor | None)
     """The same for as many rows as stay in a cache with every candidate; the bytes of the scales."""
     # Elements of a block come first, so that sums over them add whole rows of memory; candidates are next.
     blocks = weight.unflatten(-1, (-1, fmt.block_size)).movedim(-1, 0)[:, None].contiguous()
-    candidates = neighbours(scale_to_six(blocks[:, 0].abs().amax(dim=0), fmt, unit), fmt, OFFSETS[fmt.name])
+    candidates = neighbours(scale_to_six(blocks[:, 0].abs().amax(dim=0), fmt, unit), fmt, OFFSETS[fmt.family])
     scale = effective(candidates, unit)
     rounded = nearest_(blocks * scale.reciprocal())
     error = torch.addcmul(blocks, rounded, scale, value=-1).square_().mul_(cost).sum(dim=0)
@@ -85,7 +85,7 @@ def _gptq_rows(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tenso
     codes = feed_errors(left, per_block, goal.order // fmt.block_size, goal.factor)
     del left
     codes = reordered(codes, goal.order.argsort(dim=-1), -2).transpose(-1, -2).contiguous()
-    return QuantizedTensor(pack_codes(codes), scales, global_scale)
+    return QuantizedTensor(pack_codes(codes), scales, global_scale, fmt)
 
 
 def _columns_first(weight: Tensor, order: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fp4.numerics.block_scales import effective_scales
 from fp4.numerics.elements import E2M1_MAX, encode_e4m3, encode_e8m0, pack_codes
-from fp4.numerics.formats import Format, QuantizedTensor, effective_scales
+from fp4.numerics.formats import Format, QuantizedTensor
 
 # Scales that are tried, in representable steps: from the one that maps the largest magnitude to 6 (a wide choice, and a
 # third fewer for 0.7% more weighted rounding error on SmolLM2's layers), and from a good one.
@@ -74,12 +75,12 @@ def in_parts(solve: Callable[[Tensor], QuantizedTensor], weight: Tensor, element
         return parts[0]
     codes = torch.cat([part.codes for part in parts], dim=-2)
     scales = torch.cat([part.scales.view(torch.uint8) for part in parts], dim=-2).view(parts[0].scales.dtype)
-    return QuantizedTensor(codes, scales, parts[0].global_scale)
+    return parts[0]._replace(codes=codes, scales=scales)
 
 
-def assemble(values: Tensor, scales: Tensor, global_scale: Tensor | None) -> QuantizedTensor:
-    """A canonical triple from E2M1 values ``[..., N, K]`` (float32) and block scales ``[..., N, K/B]``."""
-    return QuantizedTensor(pack_codes(codes_of(values)), scales, global_scale)
+def assemble(values: Tensor, scales: Tensor, global_scale: Tensor | None, fmt: Format) -> QuantizedTensor:
+    """A quantized tensor from E2M1 values ``[..., N, K]`` (float32) and block scales ``[..., N, K/B]``."""
+    return QuantizedTensor(pack_codes(codes_of(values)), scales, global_scale, fmt)
 
 
 def scale_to_six(amax: Tensor, fmt: Format, global_scale: Tensor | None) -> Tensor:
@@ -95,10 +96,9 @@ def scale_to_six(amax: Tensor, fmt: Format, global_scale: Tensor | None) -> Tens
 
 def neighbours(scales: Tensor, fmt: Format, offsets: tuple[int, ...]) -> Tensor:
     """Block scales ``[...]`` and those so many representable steps away: ``[offsets, ...]``."""
-    low, high = (1, 126) if fmt.needs_global_scale else (0, 252)
     steps = torch.tensor(offsets, dtype=torch.int16, device=scales.device).view(-1, *[1] * scales.dim())
     bits = scales.view(torch.uint8).to(torch.int16) + steps
-    return bits.clamp(low, high).to(torch.uint8).view(fmt.scale_dtype)
+    return bits.clamp(*fmt.scale_bytes).to(torch.uint8).view(fmt.scale_dtype)
 
 
 def effective(scales: Tensor, global_scale: Tensor | None) -> Tensor:

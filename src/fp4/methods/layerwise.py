@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,10 +16,10 @@ from fp4.calibration.observers import SecondMoments
 from fp4.host_memory import return_freed_pages
 from fp4.methods.grid import elements_at_once
 from fp4.methods.hessian import Objective, objective, shifted
-from fp4.numerics.formats import Format, QuantizedTensor, require_finite
+from fp4.numerics.formats import Format, QuantizedTensor
 from fp4.numerics.rotation import rotate
+from fp4.numerics.tensors import require_finite
 from fp4.rounding import round_to_nearest
-from fp4.scheme import Scheme
 
 # weight [..., N, K], its objective, the format and the global scale -> canonical triple
 Solve = Callable[[Tensor, Objective, Format, "Tensor | None"], QuantizedTensor]
@@ -76,7 +75,7 @@ def quantize_in_order(
         results[layer] = LayerResult(rounded, rotation, input_scales.get(layer), scheme.weight_rule)
 
     for layer, scheme in block.layers.items():
-        if scheme.format.code_bits != 4:  # a row of FP8 has room for every weight; nothing is gained by more
+        if not scheme.format.feeds_errors:
             round_layer(layer)
     for stage in stages(block):
         observed = observe(block, stage, dict(results), input_scales, cross=shift > 0)
@@ -92,21 +91,12 @@ def _solved(block: Block, solve: Solve, matrices: Iterable[_Matrix]) -> Iterator
     """Each layer of ``matrices`` with its weight."""
     for batch in _at_once(block, matrices):
         return_freed_pages()
-        scheme = block.layers[batch[0].layers[0]]
-        fmt = _worked_in(scheme)
+        fmt = block.layers[batch[0].layers[0]].format
         for matrix, solved in zip(batch, _solve_all(solve, batch, fmt), strict=True):
-            stored = solved.scales.view(torch.uint8)
-            stored = stored.repeat_interleave(fmt.block_size // scheme.format.block_size, dim=-1)
-            stored = stored.view(solved.scales.dtype)
             lengths = [block.linear(layer).out_features for layer in matrix.layers]
-            rows = zip(matrix.layers, solved.codes.split(lengths), stored.split(lengths), strict=True)
+            rows = zip(matrix.layers, solved.codes.split(lengths), solved.scales.split(lengths), strict=True)
             for layer, codes, scales in rows:
-                yield layer, QuantizedTensor(codes, scales, matrix.global_scale)
-
-
-def _worked_in(scheme: Scheme) -> Format:
-    """The scheme's format, with the blocks that its scales are shared among."""
-    return replace(scheme.format, block_size=max(scheme.block_size, scheme.format.block_size))
+                yield layer, QuantizedTensor(codes, scales, matrix.global_scale, fmt)
 
 
 def _matrices(
@@ -121,9 +111,9 @@ def _matrices(
     groups = block.groups()
     for layers, moments in observed:
         scheme, rotation = block.layers[layers[0]], block.rotation(layers[0])
-        if scheme.format.code_bits != 4:
+        if not scheme.format.feeds_errors:
             continue
-        fmt = _worked_in(scheme)
+        fmt = scheme.format
         together = fmt.block_size if by_block and fmt.needs_global_scale else 1
         goal = objective(moments, damping, f"{block.name}.{layers[0]}", together, keep)
         here = set(layers)
@@ -179,6 +169,6 @@ def _solve_all(solve: Solve, matrices: list[_Matrix], fmt: Format) -> list[Quant
         goal = Objective(*(None if each[0] is None else torch.stack(each) for each in parts))  # type: ignore[arg-type]
     scales = [matrix.global_scale for matrix in matrices if matrix.global_scale is not None]
     weight = torch.stack([matrix.weight for matrix in matrices])
-    codes, block_scales, _ = solve(weight, goal, fmt, torch.stack(scales) if scales else None)
+    codes, block_scales, _, _ = solve(weight, goal, fmt, torch.stack(scales) if scales else None)
     each = zip(codes, block_scales, matrices, strict=True)
-    return [QuantizedTensor(own, own_scales, matrix.global_scale) for own, own_scales, matrix in each]
+    return [QuantizedTensor(own, own_scales, matrix.global_scale, fmt) for own, own_scales, matrix in each]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from fp4.calibration.block import Block, LayerResult
 from fp4.calibration.global_scales import observe_input_scales, shared_global_scale
-from fp4.numerics.formats import require_finite
 from fp4.numerics.rotation import rotate
+from fp4.numerics.tensors import require_finite
 from fp4.rounding import round_to_nearest
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fp4.numerics.formats import FP8
 from fp4.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -33,8 +32,8 @@ def set_activations(model: nn.Module, activations: Literal["auto", "fp4", "model
         return
     for module in packed_modules(model):
         scheme = module.scheme
-        fp8 = scheme.format is FP8 or scheme.activations == "fp8"
-        module.scheme = replace(scheme, activations="fp8" if fp8 and activations == "fp4" else activations)
+        own = "fp8" if scheme.input_format.kind == "FP8" else "fp4"
+        module.scheme = replace(scheme, activations=own if activations == "fp4" else activations)
         module.settle()
 
 

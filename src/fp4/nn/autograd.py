@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fp4 import backends, ops
 from fp4.backends.base import Backend, expert_of_rows
-from fp4.numerics.formats import QuantizedTensor, format_of
+from fp4.numerics.formats import Format, QuantizedTensor, format_named
 from fp4.numerics.rotation import rotate
+from fp4.numerics.tensors import row_tiles
 
 # Weights are dequantized in row tiles of this many elements (8 MB of float32), so that no layer is ever held dense.
 _TILE_ELEMENTS = 1 << 21
@@ -26,15 +27,12 @@ Run = Callable[[Tensor, "Tensor | None"], Tensor]
 
 def _times_weight(rows: Tensor, weight: QuantizedTensor) -> Tensor:
     """float32 ``[T, N]`` times a canonical weight ``[N, K]`` -> float32 ``[T, K]``."""
-    fmt = format_of(weight.scales)
+    fmt = weight.format
     columns = fmt.columns(weight.codes)
     converter = backends.for_device(rows.device, fmt)
     out = rows.new_zeros(rows.shape[0], columns)
-    step = max(1, _TILE_ELEMENTS // columns)
-    for start in range(0, rows.shape[1], step):
-        tile = slice(start, start + step)
-        own = QuantizedTensor(weight.codes[tile], weight.scales[tile], weight.global_scale)
-        out.addmm_(rows[:, tile], converter.dequantize(own, torch.float32))
+    for tile in row_tiles(rows.shape[1], columns, fmt.block_rows, _TILE_ELEMENTS):
+        out.addmm_(rows[:, tile], converter.dequantize(weight.rows(tile), torch.float32))
     return out
 
 
@@ -44,12 +42,14 @@ def _implement(backend: Backend) -> None:
         weight: Tensor,
         weight_scale: Tensor,
         global_scale: Tensor | None,
+        format: str,
         in_features: int,
         rotation: Tensor | None,
     ) -> Tensor:
-        codes, scales = backend.unpack(weight, weight_scale, gradient.shape[-1])
+        fmt = format_named(format)
+        codes, scales = backend.unpack(weight, weight_scale, fmt, gradient.shape[-1])
         rows = gradient.reshape(-1, gradient.shape[-1]).float()
-        out = _times_weight(rows, QuantizedTensor(codes, scales, global_scale))
+        out = _times_weight(rows, QuantizedTensor(codes, scales, global_scale, fmt))
         out = out if rotation is None else rotate(out, rotation.T)
         return out.to(gradient.dtype).view(*gradient.shape[:-1], in_features)
 
@@ -58,23 +58,25 @@ def _implement(backend: Backend) -> None:
         weight: Tensor,
         weight_scale: Tensor,
         global_scale: Tensor | None,
+        format: str,
         offsets: Tensor,
         in_features: int,
         rotation: Tensor | None,
     ) -> Tensor:
-        codes, scales = backend.unpack(weight, weight_scale, gradient.shape[-1])
+        fmt = format_named(format)
+        codes, scales = backend.unpack(weight, weight_scale, fmt, gradient.shape[-1])
         out = gradient.new_zeros(gradient.shape[0], in_features)
         for expert, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
             if start == end:
                 continue
             own_scale = None if global_scale is None else global_scale[expert]
-            own = QuantizedTensor(codes[expert], scales[expert], own_scale)
+            own = QuantizedTensor(codes[expert], scales[expert], own_scale, fmt)
             rows = _times_weight(gradient[start:end].float(), own)
             out[start:end] = rows if rotation is None else rotate(rows, rotation.T)
         return out
 
-    ops.implement(f"{backend.name}_input_gradient", input_gradient)
-    ops.implement(f"{backend.name}_grouped_input_gradient", grouped_input_gradient)
+    ops.implement(backend.name, "input_gradient", input_gradient)
+    ops.implement(backend.name, "grouped_input_gradient", grouped_input_gradient)
 
 
 for _backend in backends.BACKENDS.values():
@@ -92,11 +94,12 @@ class _PackedMatmul(torch.autograd.Function):
         weight: Tensor,
         weight_scale: Tensor,
         global_scale: Tensor | None,
+        format: str,
         rotation: Tensor | None,
         offsets: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(weight, weight_scale, global_scale, rotation, offsets)
-        ctx.backend, ctx.in_features = backend, x.shape[-1]
+        ctx.backend, ctx.format, ctx.in_features = backend, format, x.shape[-1]
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         return run(x, bias)
 
@@ -108,11 +111,13 @@ class _PackedMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grouped = [] if offsets is None else [offsets]
             operator = ops.operator(ctx.backend, "grouped_input_gradient" if grouped else "input_gradient")
-            of_x = operator(gradient, weight, weight_scale, global_scale, *grouped, ctx.in_features, rotation)
+            of_x = operator(
+                gradient, weight, weight_scale, global_scale, ctx.format, *grouped, ctx.in_features, rotation
+            )
         if ctx.needs_input_grad[1]:
             shape, dtype = ctx.bias
             of_bias = _of_bias(gradient, shape, dtype, offsets)
-        return of_x, of_bias, *[None] * 7
+        return of_x, of_bias, *[None] * 8
 
 
 def _of_bias(gradient: Tensor, shape: torch.Size, dtype: torch.dtype, offsets: Tensor | None) -> Tensor:
@@ -125,25 +130,30 @@ def _of_bias(gradient: Tensor, shape: torch.Size, dtype: torch.dtype, offsets: T
     return sums.index_add(0, experts, gradient.float()).to(dtype)
 
 
+def needs_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a product of these has to go through :func:`packed_matmul`."""
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
 def packed_matmul(
     x: Tensor,
     bias: Tensor | None,
     run: Run,
     backend: Backend,
-    weight: tuple[Tensor, Tensor, Tensor | None],
+    weight: tuple[Tensor, Tensor, Tensor | None, Format],
     rotation: Tensor | None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """``run(x, bias)``, with a gradient for x ``[..., K]`` and bias where one is asked for.
+    """``run(x, bias)`` with gradients for x ``[..., K]`` and bias.
 
     Args:
         run: the layer's own multiplication.
         backend: whose layout the weight has.
-        weight: codes and block scales as ``backend`` lays them out, and global scale.
+        weight: codes and block scales as ``backend`` lays them out, global scale, and format.
         rotation: float32 ``[h, h]`` that x is multiplied with first, or None.
         offsets: int32 ``[E + 1]``, the rows of each expert, for stacks of experts.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        found: Tensor = _PackedMatmul.apply(x, bias, run, backend.name, *weight, rotation, offsets)
-        return found
-    return run(x, bias)
+    *tensors, fmt = weight
+    name = backend.runs_as(fmt)
+    found: Tensor = _PackedMatmul.apply(x, bias, run, backend.name, *tensors, name, rotation, offsets)
+    return found

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fp4.nn.autograd import packed_matmul
+from fp4.nn.autograd import needs_gradient, packed_matmul
 from fp4.nn.expert_layout import GATE_UP, ExpertsLayout, layout_of
 from fp4.nn.packed_weight import PackedWeight, Values, frozen
 from fp4.nn.rank_share import Split
@@ -54,22 +54,20 @@ class FP4GroupedLinear(PackedWeight):
 
         ``bias`` is ``[E, N]``. It and x get gradients, the packed weights do not.
         """
-        weight = (self.weight, self.weight_scale, self.global_scale)
+        if not needs_gradient(x, bias):
+            return self._multiply(offsets, x, bias)
+        weight = (self.weight, self.weight_scale, self.global_scale, self.scheme.format)
         run = functools.partial(self._multiply, offsets)
         return packed_matmul(x, bias, run, self.backend, weight, self.rotation, offsets)
 
     def _multiply(self, offsets: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-        out: Tensor
-        weight, rows = (self.weight, self.weight_scale, self.global_scale), (offsets, self.out_features)
-        backend, own_scale = self.backend, self.input_global_scale
+        scheme, rows = self.scheme, (offsets, self.out_features)
+        weight = (self.weight, self.weight_scale, self.global_scale, scheme.format, bias, *rows, self.rotation)
         if not self.quantizes_input:
-            out = backend.grouped_linear(x, *weight, bias, *rows, self.rotation)
-        elif self.scheme.input_format is not self.scheme.format:
-            out = backend.grouped_linear_w4a8(x, *weight, bias, *rows, self.rotation, own_scale)
-        else:
-            rule = self.scheme.activation_rule
-            out = backend.grouped_linear_w4a4(x, *weight, bias, *rows, self.rotation, own_scale, rule)
-        return out
+            return self.backend.grouped_linear(x, *weight)
+        return self.backend.grouped_linear_quantized(
+            x, *weight, self.input_global_scale, scheme.activation_rule, scheme.input_format
+        )
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, {super().extra_repr()}"
@@ -177,10 +175,10 @@ class FP4Experts(nn.Module):
         for name, child in self.packed().items():
             if projection not in (None, name):
                 continue
-            codes, scales, global_scale = child.canonical()
+            codes, scales, global_scale, fmt = child.canonical()
             split = zip(self.layout.split(codes, name), self.layout.split(scales, name), strict=True)
             for part, rows in zip(self.layout.parts(name), split, strict=True):
-                found[part] = ExpertMatrices(QuantizedTensor(*rows, global_scale), child)
+                found[part] = ExpertMatrices(QuantizedTensor(*rows, global_scale, fmt), child)
         return found
 
     def settle(self, device: torch.device | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fp4.nn.autograd import packed_matmul
+from fp4.nn.autograd import needs_gradient, packed_matmul
 from fp4.nn.packed_weight import PackedWeight, frozen
 from fp4.scheme import Scheme
 
@@ -52,20 +52,20 @@ class FP4Linear(PackedWeight, nn.Linear):  # type: ignore[misc]
 
         x and bias get gradients, the packed weight does not.
         """
-        weight = (self.weight, self.weight_scale, self.global_scale)
-        return packed_matmul(x, self.bias, self._multiply, self.backend, weight, self.rotation)
+        bias = self.bias
+        if not needs_gradient(x, bias):
+            return self._multiply(x, bias)
+        weight = (self.weight, self.weight_scale, self.global_scale, self.scheme.format)
+        return packed_matmul(x, bias, self._multiply, self.backend, weight, self.rotation)
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        out: Tensor
-        weight, rows = (self.weight, self.weight_scale, self.global_scale), self.shape[-2]
+        scheme, rows = self.scheme, self.shape[-2]
+        weight = (self.weight, self.weight_scale, self.global_scale, scheme.format, bias, rows, self.rotation)
         if not self.quantizes_input:
-            out = self.backend.linear(x, *weight, bias, rows, self.rotation)
-        elif self.scheme.input_format is not self.scheme.format:
-            out = self.backend.linear_w4a8(x, *weight, bias, rows, self.rotation, self.input_global_scale)
-        else:
-            rule = self.scheme.activation_rule
-            out = self.backend.linear_w4a4(x, *weight, bias, rows, self.rotation, self.input_global_scale, rule)
-        return out
+            return self.backend.linear(x, *weight)
+        return self.backend.linear_quantized(
+            x, *weight, self.input_global_scale, scheme.activation_rule, scheme.input_format
+        )
 
     @property
     def W_q(self) -> nn.Parameter:

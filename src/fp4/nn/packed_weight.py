@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fp4 import backends
 from fp4.nn.rank_share import Split
-from fp4.numerics.formats import FP8, QuantizedTensor
+from fp4.numerics.formats import QuantizedTensor
 from fp4.numerics.rotation import rotate, rotation_for, share
 from fp4.rounding import round_to_nearest
 from fp4.scheme import Scheme
@@ -72,15 +72,13 @@ class PackedWeight(nn.Module):
         self.backend_preference = backend
         self.backend = backends.REFERENCE
         self.quantizes_input = False
-        fmt, rows = scheme.format, (*lead, out_features)
-        self.weight = frozen(torch.empty(*rows, fmt.code_columns(in_features), dtype=fmt.code_dtype, device=device))
-        self.weight_scale = frozen(
-            torch.empty(*rows, fmt.scale_columns(in_features), dtype=fmt.scale_dtype, device=device)
-        )
+        fmt = scheme.format
+        codes, scales = fmt.empty((*lead, out_features, in_features), torch.float32, device)
+        self.weight, self.weight_scale = frozen(codes), frozen(scales)
         unit = torch.ones(lead, dtype=torch.float64, device=device)
         has_global_scale = fmt.needs_global_scale or scheme.global_scale is not None
         self.global_scale = frozen(unit) if has_global_scale else None
-        fixed_input = scheme.global_scale is not None and scheme.input_format is fmt
+        fixed_input = scheme.global_scale is not None and scheme.input_format == fmt
         self.input_global_scale = frozen(unit.clone()) if fixed_input else None
         self.rotation = rotation_for(scheme.rotation, scheme.group_size, dtype)
 
@@ -118,8 +116,9 @@ class PackedWeight(nn.Module):
 
     def canonical(self) -> QuantizedTensor:
         """The weight in canonical form; copies only where the backend's layout differs from it."""
-        codes, scales = self.backend.unpack(self.weight, self.weight_scale, self.shape[-2])
-        return QuantizedTensor(codes, scales, self.global_scale)
+        fmt = self.scheme.format
+        codes, scales = self.backend.unpack(self.weight, self.weight_scale, fmt, self.shape[-2])
+        return QuantizedTensor(codes, scales, self.global_scale, fmt)
 
     def load_canonical(self, weight: QuantizedTensor) -> None:
         """Take over canonical tensors as they are; :meth:`settle` then finds a backend for the device they are on."""
@@ -165,8 +164,8 @@ class PackedWeight(nn.Module):
             chosen = backends.REFERENCE
         if chosen is self.backend:
             return
-        codes, scales, _ = self.canonical()
-        weight, weight_scale = chosen.pack(codes, scales)
+        codes, scales, _, fmt = self.canonical()
+        weight, weight_scale = chosen.pack(codes, scales, fmt)
         self.weight, self.weight_scale = frozen(weight), frozen(weight_scale)
         self.backend = chosen
 
@@ -189,7 +188,7 @@ class PackedWeight(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.backend.keeps_layout and self.weight.device.type != "meta":
-            codes, scales, _ = self.canonical()
+            codes, scales, _, _ = self.canonical()
             destination[prefix + "weight"], destination[prefix + "weight_scale"] = codes, scales
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -215,7 +214,7 @@ class PackedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         input_format = self.scheme.input_format
-        rule = "" if input_format is FP8 else f" ({self.scheme.activation_rule})"
+        rule = f" ({self.scheme.activation_rule})" if len(input_format.rules) > 1 else ""
         activations = f"{input_format.kind.lower()}{rule}" if self.quantizes_input else "unquantized"
         rotation = "" if self.rotation is None else f", rotation={self.scheme.rotation}{self.rotation.shape[0]}"
         return (

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fp4 import backends
-from fp4.numerics import formats
-from fp4.numerics.elements import E2M1_MAX
+from fp4.numerics.block_scales import effective_scales
 from fp4.numerics.formats import Format
 
 
@@ -18,7 +17,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, fmt: Format, rule: str, global_scale: Tensor | None) -> Tensor:
         backend = backends.for_device(x.device)
         quantized = backend.quantize(x, fmt, rule, global_scale)
-        limit = formats.effective_scales(quantized.scales, quantized.global_scale) * E2M1_MAX
+        limit = effective_scales(quantized.scales, quantized.global_scale) * fmt.element.largest
         # A value that the scale clips does not move its code, so it gets no gradient (QuEST, arXiv 2502.05003).
         ctx.save_for_backward(x.abs().unflatten(-1, (-1, fmt.block_size)) <= limit[..., None])
         return backend.dequantize(quantized, torch.float32)

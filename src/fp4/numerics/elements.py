@@ -1,10 +1,13 @@
-"""The number formats of single elements: E2M1 codes, and E4M3 and E8M0 block scales. Pure torch.
+"""The number formats of single elements (E2M1, E4M3) and of block scales (E4M3, E8M0). Pure torch.
 
 Rounding is to nearest, ties to the even code, saturating at 6, as the ``cvt.rn.satfinite.e2m1x2`` instruction does.
 OCP Microscaling Formats (MX) v1.0, section 5.3.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,3 +59,49 @@ def encode_e4m3(x: Tensor) -> Tensor:
 def encode_e8m0(exponent: Tensor) -> Tensor:
     """The scale ``2**exponent``, clamped to [-127, 125] so that 6 times it is finite: int32 -> float8_e8m0fnu."""
     return (exponent.clamp(-127, 125) + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+_BYTE_VALUES = decode_e2m1(unpack_codes(torch.arange(256, dtype=torch.uint8)[:, None]))  # [256, 2], of each byte
+
+
+def _encode_packed_e2m1(x: Tensor) -> Tensor:
+    return pack_codes(encode_e2m1(x))
+
+
+def _decode_packed_e2m1(codes: Tensor) -> Tensor:
+    values: Tensor = torch.nn.functional.embedding(codes.int(), _BYTE_VALUES.to(codes.device)).flatten(-2)
+    return values
+
+
+def _encode_saturating_e4m3(x: Tensor) -> Tensor:
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _decode_e4m3(codes: Tensor) -> Tensor:
+    return codes.to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Element:
+    """What one element of a quantized tensor is.
+
+    Attributes:
+        name: in lower case.
+        bits: of one code.
+        largest: the largest magnitude; larger ones saturate at it.
+        code_dtype: what codes are stored as.
+        encode: the nearest codes (ties to even) of values over their scale, float32 ``[..., K]`` -> ``[..., C]``, where
+            C is K codes in ``code_dtype``: K/2 for E2M1, two codes to a byte, and K for E4M3.
+        decode: the inverse for values that are on the grid, ``[..., C]`` -> float32 ``[..., K]``.
+    """
+
+    name: str
+    bits: int
+    largest: float
+    code_dtype: torch.dtype
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+
+
+E2M1 = Element("e2m1", 4, E2M1_MAX, torch.uint8, _encode_packed_e2m1, _decode_packed_e2m1)
+E4M3 = Element("e4m3", 8, E4M3_MAX, torch.float8_e4m3fn, _encode_saturating_e4m3, _decode_e4m3)

@@ -1,12 +1,14 @@
-"""The numerics of 4-bit floating point, and of FP8 beside it, in pure torch: what every kernel is tested against.
+"""The formats, each an object that travels with the tensors in it, and quantized tensors. Pure torch.
 
-A quantized tensor is **codes x block scales x global scale**:
+A quantized tensor is **codes x block scales x global scale in a format**:
 
-    value[n, k] = E2M1(code[n, k]) * float32(block_scale[n, k // B] * global_scale)        B = 16 (NVFP4) or 32 (MXFP4)
+    value[n, k] = element(code[n, k]) * float32(block_scale[n, k // B] * global_scale)
 
-* codes: ``uint8 [..., N, K/2]``, two per byte, the even column in the low nibble, bit 3 of a nibble is the sign;
-* block scales: ``float8_e4m3fn [..., N, K/16]`` (NVFP4) or ``float8_e8m0fnu [..., N, K/32]`` (MXFP4). Their dtype names
-  the format, so a pair of tensors is enough to know what it holds;
+* NVFP4: E2M1 elements in blocks of 16 under E4M3 scales; codes ``uint8 [..., N, K/2]``, two per byte, the even column
+  in the low nibble, bit 3 of a nibble is the sign; scales ``float8_e4m3fn [..., N, K/16]``;
+* MXFP4: E2M1 elements in blocks of 32 under powers of two; the same codes, scales ``float8_e8m0fnu [..., N, K/32]``;
+* FP8: E4M3 elements under one scale a row (a channel of a weight, a token of an activation); codes ``float8_e4m3fn
+  [..., N, K]``, scales ``[..., N, 1]`` in the dtype of what was quantized, no global scale;
 * global scale: ``float64 [...]``, one per matrix, multiplied; usually ``None`` for MXFP4. It is float64 because half of
   the checkpoint formats store its reciprocal in float32: ``float32(1 / float64(1 / x)) == x`` holds for every normal
   x, so those formats round-trip to the bit.
@@ -14,78 +16,120 @@ A quantized tensor is **codes x block scales x global scale**:
 Rounding is to nearest, ties to the even code, of the IEEE float32 quotient ``x / effective_scale``, saturating at 6, as
 the ``cvt.rn.satfinite.e2m1x2`` instruction does. Element formats: OCP Microscaling Formats (MX) v1.0, section 5.3.
 
-FP8 keeps one E4M3 code an element and one scale a row (a channel of a weight, a token of an activation):
-
-* codes: ``float8_e4m3fn [..., N, K]``; scales: ``[..., N, 1]`` in the dtype of what was quantized; no global scale;
-* scale = amax / 448 and code = nearest E4M3 of x / scale, both rounded to that dtype first, as compressed-tensors does.
+To add a format, derive a class from :class:`Format` or :class:`BlockFormat` and add its instance to
+:data:`WEIGHT_FORMATS`. Everything else asks the object.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fp4.errors import NotQuantizable
-from fp4.numerics.elements import (
-    E2M1_MAX,
-    E4M3_MAX,
-    decode_e2m1,
-    encode_e2m1,
-    encode_e4m3,
-    encode_e8m0,
-    pack_codes,
-    unpack_codes,
+from fp4.numerics.block_scales import (
+    E4M3_NAN,
+    E4M3_SCALE_BYTES,
+    E8M0_NAN,
+    E8M0_SCALE_BYTES,
+    e4m3_scales,
+    e8m0_scales,
+    effective_scales,
+    global_scale_for,
+    over_scales,
 )
-
-FOUR_OVER_SIX_E4M3_MAX = 256.0  # leaves room for amax/4, which is 1.5 times amax/6 (arXiv 2512.02010)
-
-_BYTE_VALUES = decode_e2m1(unpack_codes(torch.arange(256, dtype=torch.uint8)[:, None]))  # [256, 2], of each byte
-
-_INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_TILE_ELEMENTS = 1 << 20  # rows are handled so many at once, so that temporaries stay small beside the tensor itself
+from fp4.numerics.elements import E2M1, E4M3, Element
+from fp4.numerics.tensors import INPUT_DTYPES, largest_magnitude, per_matrix, row_tiles
 
 
 @dataclass(frozen=True)
-class Format:
-    """``block_size`` codes of a row (0: all of them) share one scale of ``scale_dtype``, which ``rules`` can choose.
+class Format(ABC):
+    """How the numbers of a tensor ``[..., N, K]`` are stored. Formats are equal by value, in copies and pickles too.
 
-    A ``scale_dtype`` of float32 stands for bfloat16 and float16 too: scales then have the dtype of the source. Formats
-    are equal by value; a wide variant (``dataclasses.replace(NVFP4, block_size=32)``) shares a scale among more
-    elements and is a format like any other.
+    Attributes:
+        block_size: columns that share a scale, by default ``own_block_size``; 0 is all of a row.
+        name: that of the family and, where the block is wider than the family's own, its size: ``nvfp4_32``.
+        family: name of the format with its own block size.
+        element: what one code is.
+        own_block_size: the narrowest block, which kernels know; others are multiples of it.
+        scale_dtype: of the scales.
+        scale_dtypes: all that they may have.
+        rules: the ways to choose scales, the plainest first.
+        needs_global_scale: the scales alone lack the range of a weight, so a global scale is taken from the data.
+        takes_global_scale: there is a place for one.
+        feeds_errors: elements are so coarse that methods gain by feeding rounding errors on to later columns.
+        block_rows: rows that share a scale.
+        scale_bytes: smallest and largest byte that a rule gives a scale, where scales are single bytes.
+        scale_nan: the byte of a NaN scale there; valid ones lie below.
     """
 
-    name: str
-    block_size: int
-    scale_dtype: torch.dtype
-    rules: tuple[str, ...]
-    code_dtype: torch.dtype = torch.uint8
+    family: ClassVar[str]
+    element: ClassVar[Element]
+    own_block_size: ClassVar[int]
+    scale_dtype: ClassVar[torch.dtype]
+    rules: ClassVar[tuple[str, ...]]
+    needs_global_scale: ClassVar[bool] = False
+    takes_global_scale: ClassVar[bool] = True
+    feeds_errors: ClassVar[bool] = True
+    block_rows: ClassVar[int] = 1
+    scale_bytes: ClassVar[tuple[int, int]]
+    scale_nan: ClassVar[int]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _same_format, tuple(getattr(self, field.name) for field in fields(self))
+    block_size: int = 0
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        size, own = self.block_size or self.own_block_size, self.own_block_size
+        if size != own and (size < own or own == 0 or size % own):
+            raise ValueError(f"{self.family} in blocks of {size} was asked for; expected a multiple of {own}")
+        object.__setattr__(self, "block_size", size)
+        object.__setattr__(self, "name", self.family if size == own else f"{self.family}_{size}")
 
     @property
-    def needs_global_scale(self) -> bool:
-        """Whether the block scales alone lack the range of a weight, so that a global scale is taken from the data."""
-        return self.scale_dtype == torch.float8_e4m3fn
+    def base(self) -> Format:
+        """The format of the same family with the narrowest block, which kernels know."""
+        return type(self)()
 
-    @property
-    def code_bits(self) -> int:
-        return 4 if self.code_dtype == torch.uint8 else 8
+    def wide(self, block_size: int) -> Format:
+        """The same format with a scale shared by more columns, as ModelOpt's W4A8 shares one by 32.
+
+        Raises:
+            ValueError: ``block_size`` is no multiple of the family's own.
+        """
+        return type(self)(block_size)
+
+    def in_base(self, scales: Tensor) -> Tensor:
+        """Scales of this format as those of its :attr:`base`, each repeated; themselves where it is the base."""
+        repeats = self._repeats()
+        if repeats == 1:
+            return scales
+        return scales.view(torch.uint8).repeat_interleave(repeats, dim=-1).view(scales.dtype)
+
+    def from_base(self, scales: Tensor) -> Tensor:
+        """Inverse of :meth:`in_base`."""
+        repeats = self._repeats()
+        return scales if repeats == 1 else scales[..., ::repeats].contiguous()
+
+    def _repeats(self) -> int:
+        return self.block_size // self.own_block_size if self.own_block_size else 1
 
     @property
     def kind(self) -> str:
         """``"FP4"`` or ``"FP8"``."""
-        return f"FP{self.code_bits}"
+        return f"FP{self.element.bits}"
 
     @property
+    def code_dtype(self) -> torch.dtype:
+        """What codes are stored as."""
+        return self.element.code_dtype
+
+    @property
+    @abstractmethod
     def bits_per_weight(self) -> float:
-        """Bits of code and block scale per element (4.5 for NVFP4, 4.25 for MXFP4, 8 for FP8, whose scales of rows are
-        not counted, like global scales)."""
-        return self.code_bits + (8 / self.block_size if self.block_size else 0)
+        """Bits of code and block scale per element; scales of rows and global scales are not counted."""
 
     @property
     def k_multiple(self) -> int:
@@ -94,317 +138,295 @@ class Format:
 
     def code_columns(self, k: int) -> int:
         """Columns of the codes of a matrix with ``k`` columns."""
-        return k * self.code_bits // 8
+        return k * self.element.bits // (8 * self.code_dtype.itemsize)
 
     def scale_columns(self, k: int) -> int:
         """Columns of the scales of a matrix with ``k`` columns."""
         return k // self.block_size if self.block_size else 1
 
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the scales of a matrix, or matrices, ``[..., N, K]``."""
+        *lead, n, k = shape
+        return (*lead, -(-n // self.block_rows), self.scale_columns(k))
+
     def columns(self, codes: Tensor) -> int:
         """Columns of the matrix that ``codes`` belong to."""
-        return codes.shape[-1] * 8 // self.code_bits
+        return codes.shape[-1] * 8 * self.code_dtype.itemsize // self.element.bits
+
+    def scale_rows(self, rows: slice) -> slice:
+        """The rows of the scales that belong to ``rows`` of a matrix, which begin with a block."""
+        return slice(rows.start // self.block_rows, -(-rows.stop // self.block_rows))
+
+    @property
+    def scale_dtypes(self) -> tuple[torch.dtype, ...]:
+        return (self.scale_dtype,)
+
+    def scale_dtype_of(self, source: torch.dtype) -> torch.dtype:
+        """The dtype of the scales of what was ``source`` before it was quantized."""
+        return self.scale_dtype
+
+    def empty(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and scales, without values, of a weight ``shape`` ``[..., N, K]`` of ``dtype``."""
+        codes = torch.empty(*shape[:-1], self.code_columns(shape[-1]), dtype=self.code_dtype, device=device)
+        return codes, torch.empty(self.scale_shape(shape), dtype=self.scale_dtype_of(dtype), device=device)
 
     def require_rule(self, rule: str) -> None:
         if rule not in self.rules:
             raise ValueError(f"scale rule {rule!r} is not defined for {self.name}; use one of {', '.join(self.rules)}")
 
+    def quantize(self, x: Tensor, rule: str = "abs_max", global_scale: Tensor | None = None) -> QuantizedTensor:
+        """Quantize the last axis of ``x``.
 
-NVFP4 = Format("nvfp4", 16, torch.float8_e4m3fn, ("abs_max", "mse", "four_over_six"))
-MXFP4 = Format("mxfp4", 32, torch.float8_e8m0fnu, ("abs_max", "even", "ceil", "below_six", "mse", "quest"))
-FP8 = Format("fp8", 0, torch.float32, ("abs_max",), torch.float8_e4m3fn)
+        Args:
+            x: float32, bfloat16 or float16 ``[..., N, K]``, K a multiple of ``k_multiple``.
+            rule: how a block's scale is chosen, one of ``rules``. ``abs_max`` maps the largest magnitude to the largest
+                code (for MXFP4 by the OCP floor rule), ``mse`` takes the representable scale of least squared error
+                (squares that overflow, |x| > 1e19, leave it at abs_max), ``four_over_six`` the better of amax/6 and
+                amax/4, ``quest`` the Gaussian optimum; ``even``, ``ceil`` and ``below_six`` are the other exponent
+                rules in use for MXFP4.
+            global_scale: float64, broadcastable to the leading axes. By default NVFP4 takes it from ``x``, one per
+                matrix (:func:`.global_scale_for`), and MXFP4 has none; FP8 never has one.
+
+        Returns:
+            :class:`QuantizedTensor` in canonical form. NaN in ``x`` becomes a NaN scale, so that it is never hidden.
+
+        Raises:
+            ValueError: for a shape or dtype other than these, or a rule the format does not define.
+        """
+        self.require_rule(rule)
+        if x.dtype not in INPUT_DTYPES:
+            raise ValueError(f"cannot quantize {x.dtype}; expected float32, bfloat16 or float16")
+        if x.ndim < 2 or x.shape[-1] % self.k_multiple:
+            raise ValueError(
+                f"cannot quantize shape {tuple(x.shape)}; {self.name} needs [..., N, K], K a multiple of "
+                f"{self.k_multiple}"
+            )
+        if global_scale is None:
+            global_scale = self.global_scale_for(largest_magnitude(x), rule) if self.needs_global_scale else None
+        elif self.takes_global_scale:
+            global_scale = per_matrix(global_scale, x.shape[:-2]).to(device=x.device, dtype=torch.float64)
+        else:
+            raise ValueError(f"{self.name} has no global scale, but one was given; leave it out")
+        return self._quantize(x, rule, global_scale)
+
+    @abstractmethod
+    def _quantize(self, x: Tensor, rule: str, global_scale: Tensor | None) -> QuantizedTensor: ...
+
+    def global_scale_for(self, amax: Tensor, rule: str) -> Tensor:
+        """The global scale of a matrix with this largest magnitude: float ``[...]`` -> float64 ``[...]``."""
+        raise ValueError(f"{self.name} takes no global scale from the data")
+
+    def dequantize(
+        self, codes: Tensor, scales: Tensor, global_scale: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """The values of canonical tensors: ``[..., N, K]`` in ``dtype`` (computed in float32, then rounded once).
+
+        Raises:
+            ValueError: the tensors are not of this format, or do not belong together.
+        """
+        if codes.dtype != self.code_dtype:
+            per_byte = f"{('one code', 'two codes')[self.element.bits == 4]} a byte"
+            raise ValueError(f"codes have dtype {codes.dtype}; expected {self.code_dtype}, {per_byte}")
+        if scales.dtype not in self.scale_dtypes:
+            expected_dtypes = ", ".join(map(str, self.scale_dtypes))
+            raise ValueError(f"scales have dtype {scales.dtype}; {self.name} expects {expected_dtypes}")
+        columns = self.columns(codes)
+        expected = self.scale_shape((1, *codes.shape[:-1], columns))[1:]
+        if tuple(scales.shape) != expected or columns % self.k_multiple:
+            raise ValueError(
+                f"codes {tuple(codes.shape)} and {self.name} scales {tuple(scales.shape)} do not belong together: "
+                f"expected scales of shape {expected}"
+            )
+        if global_scale is not None:
+            global_scale = per_matrix(global_scale, codes.shape[:-2])[..., None, None]
+        return self._spread(self.element.decode(codes), effective_scales(scales, global_scale)).to(dtype)
+
+    def _spread(self, values: Tensor, effective: Tensor) -> Tensor:
+        """Values ``[..., N, K]`` times the effective scales that they share."""
+        blocks = values.unflatten(-1, (effective.shape[-1], self.block_size or values.shape[-1]))
+        spread: Tensor = (blocks * effective[..., None]).flatten(-2)
+        return spread
+
+    @abstractmethod
+    def fake_quantize(self, x: Tensor, rule: str = "abs_max", global_scale: Tensor | None = None) -> Tensor:
+        """What the format makes of activations: ``[..., K]`` -> float32 ``[..., K]``.
+
+        Args:
+            global_scale: one number, or one a row of x ``[T, K]``; None takes it from x where the format needs one.
+        """
+
+
+class BlockFormat(Format):
+    """Blocks within a row share a scale of one byte each."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of code and block scale per element: 4.5 for NVFP4, 4.25 for MXFP4 and for NVFP4 in blocks of 32."""
+        return self.element.bits + 8 / self.block_size
+
+    @abstractmethod
+    def block_scales(self, blocks: Tensor, rule: str, global_scale: Tensor | None) -> Tensor:
+        """Scales by ``rule``: float32 ``[..., B]`` -> ``scale_dtype [...]``, as the global scale broadcasts."""
+
+    def _quantize(self, x: Tensor, rule: str, global_scale: Tensor | None) -> QuantizedTensor:
+        rows = x.flatten(0, -2)
+        by_row = None
+        if global_scale is not None:
+            by_row = global_scale.expand(x.shape[:-2])[..., None].expand(x.shape[:-1]).flatten()
+        codes, scales = self.empty(tuple(rows.shape), x.dtype, x.device)
+        bits = scales.view(torch.uint8)  # few operations know 8-bit floats
+        for tile in row_tiles(*rows.shape):
+            blocks = rows[tile].float().unflatten(-1, (-1, self.block_size))
+            own = None if by_row is None else by_row[tile, None]
+            chosen = self.block_scales(blocks, rule, own)
+            bits[tile] = chosen.view(torch.uint8)
+            codes[tile] = self.element.encode(over_scales(blocks, effective_scales(chosen, own)).flatten(-2))
+        return QuantizedTensor(
+            codes.view(*x.shape[:-1], codes.shape[1]), scales.view(*x.shape[:-1], scales.shape[1]), global_scale, self
+        )
+
+    def fake_quantize(self, x: Tensor, rule: str = "abs_max", global_scale: Tensor | None = None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if global_scale is not None and global_scale.numel() != 1:
+            return dequantize(*self.quantize(rows[:, None], rule, global_scale)).view(x.shape)
+        return dequantize(*self.quantize(rows, rule, global_scale)).view(x.shape)
+
+
+class NVFP4Format(BlockFormat):
+    """E2M1 elements in blocks of 16 under E4M3 scales and a global scale."""
+
+    family = "nvfp4"
+    element = E2M1
+    own_block_size = 16
+    scale_dtype = torch.float8_e4m3fn
+    scale_bytes, scale_nan = E4M3_SCALE_BYTES, E4M3_NAN
+    rules = ("abs_max", "mse", "four_over_six")
+    needs_global_scale = True
+
+    def block_scales(self, blocks: Tensor, rule: str, global_scale: Tensor | None) -> Tensor:
+        return e4m3_scales(blocks, rule, global_scale)
+
+    def global_scale_for(self, amax: Tensor, rule: str) -> Tensor:
+        return global_scale_for(amax, rule)
+
+
+class MXFP4Format(BlockFormat):
+    """E2M1 elements in blocks of 32 under powers of two (OCP MX v1.0)."""
+
+    family = "mxfp4"
+    element = E2M1
+    own_block_size = 32
+    scale_dtype = torch.float8_e8m0fnu
+    scale_bytes, scale_nan = E8M0_SCALE_BYTES, E8M0_NAN
+    rules = ("abs_max", "even", "ceil", "below_six", "mse", "quest")
+
+    def block_scales(self, blocks: Tensor, rule: str, global_scale: Tensor | None) -> Tensor:
+        return e8m0_scales(blocks, rule, global_scale)
+
+
+class FP8Format(Format):
+    """E4M3 elements under one scale a row, amax / 448.
+
+    Scale and quotient are rounded to the dtype of x first, as compressed-tensors does.
+    """
+
+    family = "fp8"
+    element = E4M3
+    own_block_size = 0
+    scale_dtype = torch.float32  # unless what was quantized is bfloat16 or float16
+    rules = ("abs_max",)
+    takes_global_scale = False
+    feeds_errors = False  # a row has room for every weight
+
+    @property
+    def scale_dtypes(self) -> tuple[torch.dtype, ...]:
+        return INPUT_DTYPES
+
+    def scale_dtype_of(self, source: torch.dtype) -> torch.dtype:
+        return source
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8; scales of rows are not counted."""
+        return float(self.element.bits)
+
+    def _quantize(self, x: Tensor, rule: str, global_scale: Tensor | None) -> QuantizedTensor:
+        rows = x.flatten(0, -2)
+        codes, scales = self.empty(tuple(rows.shape), x.dtype, x.device)
+        for tile in row_tiles(rows.shape[0] if rows.shape[1] else 0, rows.shape[1]):
+            scale = rows[tile].abs().amax(dim=-1, keepdim=True) / self.element.largest
+            # What compressed-tensors gives a row of zeros.
+            scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+            scales[tile] = scale
+            codes[tile] = self.element.encode(rows[tile] / scale)
+        return QuantizedTensor(codes.view(x.shape), scales.view(*x.shape[:-1], 1), None, self)
+
+    def fake_quantize(self, x: Tensor, rule: str = "abs_max", global_scale: Tensor | None = None) -> Tensor:
+        """Activations under one static scale, one a row, or, if None, one taken from each row: all in float32, as
+        ``scaled_mm`` computes."""
+        if global_scale is None:
+            rows = x.float().reshape(-1, x.shape[-1])
+            return dequantize(*self.quantize(rows)).view(x.shape)
+        scale = global_scale.float()
+        if scale.numel() != 1:
+            scale = scale[:, None]
+        return self.element.decode(self.element.encode(x.float() / scale)) * scale
+
+
+NVFP4 = NVFP4Format()
+MXFP4 = MXFP4Format()
+FP8 = FP8Format()
+#: Everything a weight can be in, by name; wide variants are found by :func:`format_named`.
+WEIGHT_FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (NVFP4, MXFP4, FP8)}
 #: The 4-bit formats.
-FORMATS = {fmt.name: fmt for fmt in (NVFP4, MXFP4)}
-#: Everything a weight can be in.
-WEIGHT_FORMATS = {**FORMATS, FP8.name: FP8}
+FORMATS: dict[str, BlockFormat] = {fmt.name: fmt for fmt in (NVFP4, MXFP4)}
 
 
-def _same_format(*values: Any) -> Format:
-    """The format with these field values: where a constant above has them that one, so that copies keep identity."""
-    made = Format(*values)
-    return next((known for known in WEIGHT_FORMATS.values() if known == made), made)
+def format_named(name: str) -> Format:
+    """The format called ``name``, wide ones (``nvfp4_32``) too.
+
+    Raises:
+        ValueError: there is none; the message lists the names.
+    """
+    found = WEIGHT_FORMATS.get(name)
+    if found is None:
+        family, _, block_size = name.rpartition("_")
+        own = WEIGHT_FORMATS.get(family)
+        if own is None or not block_size.isdecimal():
+            raise ValueError(f"format {name!r} is unknown; expected one of {', '.join(WEIGHT_FORMATS)}")
+        found = own.wide(int(block_size))
+    return found
 
 
 class QuantizedTensor(NamedTuple):
-    """codes ``uint8 [..., N, K/2]``, scales ``[..., N, K/B]`` and global scale ``float64 [...]`` (or None).
+    """A weight ``[..., N, K]`` in canonical form, as :mod:`fp4.numerics.formats` describes it.
 
-    FP8: codes ``float8_e4m3fn [..., N, K]``, scales ``[..., N, 1]``, None.
+    Attributes:
+        codes: ``uint8 [..., N, K/2]`` in the 4-bit formats, ``float8_e4m3fn [..., N, K]`` in FP8.
+        scales: ``[..., N, K/B]``, FP8 ``[..., N, 1]``.
+        global_scale: float64 ``[...]``, or None.
+        format: what they are in.
     """
 
     codes: Tensor
     scales: Tensor
     global_scale: Tensor | None
+    format: Format
 
-
-def format_of(scales: Tensor) -> Format:
-    """The format that scales of this dtype belong to. Raises ValueError for any other dtype."""
-    if scales.dtype in _INPUT_DTYPES:
-        return FP8
-    for fmt in FORMATS.values():
-        if scales.dtype == fmt.scale_dtype:
-            return fmt
-    known = ", ".join(f"{fmt.scale_dtype} ({fmt.name})" for fmt in WEIGHT_FORMATS.values())
-    raise ValueError(f"block scales have dtype {scales.dtype}; expected one of {known}")
-
-
-def require_finite(tensor: Tensor, name: str) -> None:
-    """Raises :class:`NotQuantizable` (a ValueError) naming the weight ``name`` if ``tensor`` holds NaN or infinity."""
-    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-    if bad:
-        raise NotQuantizable(
-            f"{name} holds {bad} NaN or infinite values out of {tensor.numel()}, and such a weight cannot be "
-            "quantized; check that the checkpoint is intact",
-            name.removesuffix(".weight"),
-        )
-
-
-# --- block scales ----------------------------------------------------------------------------------------------------
-
-
-def effective_scales(scales: Tensor, global_scale: Tensor | None) -> Tensor:
-    """float32 of block scale x global scale, which broadcasts against ``scales``; rounded to float32 once.
-
-    Both factors are exact in float64, and a product of a 4-bit significand with a float64 that came from a float32 or
-    from the reciprocal of one is never close enough to a rounding boundary for the double rounding to show.
-    """
-    decoded = scales.to(torch.float32)
-    return decoded if global_scale is None else (decoded.double() * global_scale).float()
-
-
-def _floor_log2(x: Tensor) -> Tensor:
-    """floor(log2 x) for float32 x >= 0 as int32, from the exponent field; -127 for zero and subnormals."""
-    return (x.view(torch.int32) >> 23) - 127
-
-
-def _sum_by_halving(x: Tensor) -> Tensor:
-    """Sum over the last axis (a power of two long), folding it in half: an order that any vector unit can keep."""
-    while x.shape[-1] > 1:
-        half = x.shape[-1] // 2
-        x = x[..., :half] + x[..., half:]
-    return x[..., 0]
-
-
-def _mx_exponents(blocks: Tensor, amax: Tensor, rule: str, unit: Tensor | float) -> Tensor:
-    """MXFP4 block exponents: float32 ``[..., B]`` -> int32 ``[...]``; ``unit`` is the float32 global scale, or 1."""
-    if rule == "quest":
-        # The clipping factor that minimises the squared error of a Gaussian block (QuEST, arXiv 2502.05003).
-        size = blocks.shape[-1]
-        centred = blocks - (_sum_by_halving(blocks) / size)[..., None]
-        std = torch.sqrt(_sum_by_halving(centred * centred) / size)
-        return _floor_log2((std * (2.92247856 / E2M1_MAX) + 1e-8) / unit)
-    if rule == "below_six":
-        # The smallest power of two under which amax stays strictly below 6.
-        return _floor_log2(amax / (unit * E2M1_MAX)) + 1
-    if rule == "ceil":
-        # The smallest power of two that clips nothing: carry any mantissa bit of amax/6 into the exponent field.
-        return ((amax / (unit * E2M1_MAX)).view(torch.int32) + 0x7FFFFF >> 23) - 127
-    amax = amax / unit
-    if rule == "even":
-        # amax is first rounded to E2M1's one mantissa bit (half a step added), so that 1.75 and more round up.
-        amax = (amax.view(torch.int32) + (1 << 21)).view(torch.float32)
-    return _floor_log2(amax) - 2  # 2 is E2M1's largest exponent (OCP MX v1.0, section 6.3)
-
-
-def _squared_error(blocks: Tensor, scales: Tensor, global_scale: Tensor | None) -> Tensor:
-    """float32 ``[...]``: the squared rounding error of each block ``[..., B]`` under a scale."""
-    effective = effective_scales(scales, global_scale)
-    error = decode_e2m1(_encode_blocks(blocks, effective)) * effective[..., None] - blocks
-    return _sum_by_halving(error * error)
-
-
-def _best_of(blocks: Tensor, candidates: list[Tensor], global_scale: Tensor | None) -> Tensor:
-    """Per block the candidate with the least squared error; the earliest on a tie."""
-    best = candidates[0]
-    least = _squared_error(blocks, best, global_scale)
-    for candidate in candidates[1:]:
-        error = _squared_error(blocks, candidate, global_scale)
-        better = error < least
-        best = torch.where(better, candidate.view(torch.uint8), best.view(torch.uint8)).view(best.dtype)
-        least = torch.where(better, error, least)
-    return best
-
-
-def _neighbours(scales: Tensor, offsets: tuple[int, ...], low: int, high: int) -> list[Tensor]:
-    """The scales ``offset`` representable steps away (bytes of both scale types are ordered as their values)."""
-    bits = scales.view(torch.uint8).to(torch.int16)
-    return [(bits + o).clamp(low, high).to(torch.uint8).view(scales.dtype) for o in offsets]
-
-
-# Offsets of the search, nearest first so that ties keep the scale closest to abs_max. E4M3: one binade either way.
-_NVFP4_OFFSETS = tuple(sorted(range(-8, 9), key=lambda o: (abs(o), o)))
-_MXFP4_OFFSETS = (0, 1, -1, 2)
-
-
-def _block_scales(blocks: Tensor, fmt: Format, rule: str, global_scale: Tensor | None) -> Tensor:
-    """Block scales by ``rule``: float32 ``[..., B]`` -> ``fmt.scale_dtype [...]``, as the global scale broadcasts."""
-    amax = blocks.abs().amax(dim=-1)
-    unit = 1.0 if global_scale is None else global_scale.float()
-    if fmt.scale_dtype == torch.float8_e8m0fnu:
-        scales = encode_e8m0(_mx_exponents(blocks, amax, "abs_max" if rule == "mse" else rule, unit))
-        if rule == "mse":
-            scales = _best_of(blocks, _neighbours(scales, _MXFP4_OFFSETS, 0, 252), global_scale)
-        nan = 0xFF
-    else:
-        scales = encode_e4m3(amax / (unit * E2M1_MAX))
-        if rule == "four_over_six":
-            scales = _best_of(blocks, [scales, encode_e4m3(amax / (unit * 4.0))], global_scale)
-        elif rule == "mse":
-            scales = _best_of(blocks, _neighbours(scales, _NVFP4_OFFSETS, 1, 126), global_scale)
-        nan = 0x7F
-    # A NaN must never be hidden: its whole block is NaN.
-    return torch.where(torch.isnan(amax), nan, scales.view(torch.uint8)).view(fmt.scale_dtype)
-
-
-# --- whole tensors ---------------------------------------------------------------------------------------------------
-
-
-def largest_magnitude(x: Tensor) -> Tensor:
-    """max |x| of each matrix, without a copy: ``[..., N, K]`` -> float32 ``[...]``; 0 if empty, NaN if it has one."""
-    if not x.numel():
-        return x.new_zeros(x.shape[:-2], dtype=torch.float32)
-    return torch.maximum(x.amax(dim=(-2, -1)), -x.amin(dim=(-2, -1))).float()
-
-
-def global_scale_for(amax: Tensor, rule: str = "abs_max") -> Tensor:
-    """NVFP4 global scale from the largest magnitude: float ``[...]`` -> float64 ``[...]``; 1 where that would be zero.
-
-    It puts the largest block scale at 448 (at 256 for ``four_over_six``); computed in float32, as all tools do.
-    """
-    limit = FOUR_OVER_SIX_E4M3_MAX if rule == "four_over_six" else E4M3_MAX
-    scale = amax.float() / (E2M1_MAX * limit)
-    return torch.where(scale == 0, 1.0, scale).double()
-
-
-def portable_global_scale_for(amax: Tensor, rule: str = "abs_max") -> Tensor:
-    """The power of two at or above :func:`global_scale_for`: float ``[...]`` -> float64 ``[...]``.
-
-    Block scales are floating point, so nothing is lost by it, and it is the one kind of global scale that every
-    checkpoint format, the ones that store the reciprocal or round to bfloat16 too, holds exactly.
-    """
-    mantissa, exponent = torch.frexp(global_scale_for(amax, rule))
-    scale: Tensor = torch.ldexp(torch.ones_like(mantissa), torch.where(mantissa == 0.5, exponent - 1, exponent))
-    return scale
-
-
-def _per_matrix(global_scale: Tensor, lead: torch.Size) -> Tensor:
-    """A global scale as ``[]`` or ``lead``, the leading axes of the tensor that it belongs to."""
-    if global_scale.shape == lead:
-        return global_scale
-    if global_scale.numel() != 1:
-        raise ValueError(f"global scale has shape {tuple(global_scale.shape)}; expected one number or {tuple(lead)}")
-    return global_scale.reshape(())
-
-
-def _encode_blocks(blocks: Tensor, effective: Tensor) -> Tensor:
-    # An effective scale that underflowed to zero leaves nothing to represent: dividing by infinity gives code 0.
-    divisor = torch.where(effective == 0, torch.inf, effective)
-    return encode_e2m1(blocks / divisor[..., None])
-
-
-def _quantize_rows(x: Tensor) -> QuantizedTensor:
-    """FP8 of x ``[..., N, K]``: scale and quotient are computed in float32 and rounded to ``x.dtype``."""
-    rows = x.flatten(0, -2)
-    codes = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(rows.shape[0], 1, dtype=x.dtype, device=x.device)
-    step = max(1, _TILE_ELEMENTS // max(1, rows.shape[1]))
-    for start in range(0, rows.shape[0] if rows.shape[1] else 0, step):
-        tile = slice(start, start + step)
-        scale = rows[tile].abs().amax(dim=-1, keepdim=True) / E4M3_MAX
-        # What compressed-tensors gives a row of zeros.
-        scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
-        scales[tile] = scale
-        codes[tile] = (rows[tile] / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return QuantizedTensor(codes.view(x.shape), scales.view(*x.shape[:-1], 1), None)
+    def rows(self, rows: slice) -> QuantizedTensor:
+        """Some rows of one matrix ``[N, K]``, from one that begins a block of the format on."""
+        return self._replace(codes=self.codes[rows], scales=self.scales[self.format.scale_rows(rows)])
 
 
 def quantize(x: Tensor, fmt: Format, rule: str = "abs_max", global_scale: Tensor | None = None) -> QuantizedTensor:
-    """Quantize the last axis of ``x`` in blocks, or in rows for FP8.
-
-    Args:
-        x: float32, bfloat16 or float16 ``[..., N, K]``, K a multiple of ``fmt.block_size``.
-        rule: how a block's scale is chosen, one of ``fmt.rules``. ``abs_max`` maps the largest magnitude to 6 (for
-            MXFP4 by the OCP floor rule), ``mse`` takes the representable scale of least squared error (squares that
-            overflow, |x| > 1e19, leave it at abs_max),
-            ``four_over_six`` the better of amax/6 and amax/4, ``quest`` the Gaussian optimum; ``even``, ``ceil`` and
-            ``below_six`` are the other exponent rules in use for MXFP4.
-        global_scale: float64, broadcastable to the leading axes. By default NVFP4 takes it from ``x``, one per matrix
-            (:func:`global_scale_for`), and MXFP4 has none; FP8 never has one.
-
-    Returns:
-        :class:`QuantizedTensor` in canonical form. NaN in ``x`` becomes a NaN scale, so that it is never hidden.
-
-    Raises:
-        ValueError: for a shape or dtype other than these, or a rule the format does not define.
-    """
-    fmt.require_rule(rule)
-    if x.dtype not in _INPUT_DTYPES:
-        raise ValueError(f"cannot quantize {x.dtype}; expected float32, bfloat16 or float16")
-    if x.ndim < 2 or x.shape[-1] % fmt.k_multiple:
-        raise ValueError(
-            f"cannot quantize shape {tuple(x.shape)}; {fmt.name} needs [..., N, K], K a multiple of {fmt.k_multiple}"
-        )
-    if fmt == FP8:
-        if global_scale is not None:
-            raise ValueError("fp8 has one scale a row and no global scale, but one was given")
-        return _quantize_rows(x)
-    lead = x.shape[:-2]
-    if global_scale is not None:
-        global_scale = _per_matrix(global_scale, lead).to(device=x.device, dtype=torch.float64)
-    elif fmt.needs_global_scale:
-        global_scale = global_scale_for(largest_magnitude(x), rule)
-
-    rows = x.flatten(0, -2)
-    unit = None
-    if global_scale is not None:
-        unit = global_scale.expand(lead)[..., None].expand(x.shape[:-1]).flatten()
-    codes = torch.empty(rows.shape[0], rows.shape[1] // 2, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(rows.shape[0], rows.shape[1] // fmt.block_size, dtype=torch.uint8, device=x.device)
-    step = max(1, _TILE_ELEMENTS // max(1, rows.shape[1]))
-    for start in range(0, rows.shape[0], step):
-        tile = slice(start, start + step)
-        blocks = rows[tile].float().unflatten(-1, (-1, fmt.block_size))
-        tile_unit = None if unit is None else unit[tile, None]
-        tile_scales = _block_scales(blocks, fmt, rule, tile_unit)
-        scales[tile] = tile_scales.view(torch.uint8)
-        codes[tile] = pack_codes(_encode_blocks(blocks, effective_scales(tile_scales, tile_unit)).flatten(-2))
-    return QuantizedTensor(
-        codes.view(*x.shape[:-1], codes.shape[1]),
-        scales.view(fmt.scale_dtype).view(*x.shape[:-1], scales.shape[1]),
-        global_scale,
-    )
-
-
-def fake_quantize_fp8(x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """What FP8 makes of activations: ``[..., K]`` -> float32 ``[..., K]``, under one ``scale`` or, if None, one a row.
-
-    Computed in float32 throughout, as ``scaled_mm`` is.
-    """
-    if scale is None:
-        rows = x.float().reshape(-1, x.shape[-1])
-        return dequantize(*quantize(rows, FP8)).view(x.shape)
-    scale = scale.float()
-    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
+    """Quantize ``x`` ``[..., N, K]`` as :meth:`Format.quantize` of ``fmt`` does."""
+    return fmt.quantize(x, rule, global_scale)
 
 
 def dequantize(
-    codes: Tensor, scales: Tensor, global_scale: Tensor | None = None, dtype: torch.dtype = torch.float32
+    codes: Tensor, scales: Tensor, global_scale: Tensor | None, fmt: Format, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The values of a canonical triple: ``[..., N, K]`` in ``dtype`` (computed in float32, then rounded once)."""
-    fmt = format_of(scales)
-    if codes.dtype != fmt.code_dtype:
-        per_byte = "two codes" if fmt.code_bits == 4 else "one code"
-        raise ValueError(f"codes have dtype {codes.dtype}; expected {fmt.code_dtype}, {per_byte} a byte")
-    columns = fmt.columns(codes)
-    expected = (*codes.shape[:-1], fmt.scale_columns(columns))
-    if tuple(scales.shape) != expected or columns % fmt.k_multiple:
-        raise ValueError(
-            f"codes {tuple(codes.shape)} and {fmt.name} scales {tuple(scales.shape)} do not belong together: expected "
-            f"scales of shape {expected}"
-        )
-    if fmt == FP8:
-        return (codes.float() * scales.float()).to(dtype)
-    if global_scale is not None:
-        global_scale = _per_matrix(global_scale, codes.shape[:-2])[..., None, None]
-    effective = effective_scales(scales, global_scale)
-    values: Tensor = torch.nn.functional.embedding(codes.int(), _BYTE_VALUES.to(codes.device)).flatten(-2)
-    values = values.unflatten(-1, (-1, fmt.block_size)) * effective[..., None]
-    return values.flatten(-2).to(dtype)
+    """The values of a quantized tensor's parts, as :meth:`Format.dequantize` of ``fmt`` computes them."""
+    return fmt.dequantize(codes, scales, global_scale, dtype)

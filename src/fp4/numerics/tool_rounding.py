@@ -1,6 +1,6 @@
 """Rounding to nearest exactly as other tools do it, for byte-equal checkpoints, by the tools' names.
 
-They differ from ``formats.quantize`` under its own rules in these ways:
+They differ from ``Format.quantize`` under its own rules in these ways:
 
 * ``"llm-compressor"`` (0.14): NVFP4 takes ``1 / amax``, the global scale and ``amax / 6`` of each block in the dtype of
   the weight, so they are rounded where that is bfloat16. MXFP4 is rule ``even``, FP8 is ``abs_max``.
@@ -10,24 +10,15 @@ They differ from ``formats.quantize`` under its own rules in these ways:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from fp4.numerics.block_scales import effective_scales, global_scale_for
 from fp4.numerics.elements import E2M1_MAX, E2M1_VALUES, E4M3_MAX, encode_e2m1, encode_e4m3, pack_codes
-from fp4.numerics.formats import (
-    FP8,
-    MXFP4,
-    NVFP4,
-    Format,
-    QuantizedTensor,
-    effective_scales,
-    global_scale_for,
-    largest_magnitude,
-    quantize,
-)
-
-#: The formats that each tool's rule is defined for.
-TOOL_RULES: dict[str, tuple[Format, ...]] = {"llm-compressor": (NVFP4, MXFP4, FP8), "modelopt": (NVFP4, MXFP4)}
+from fp4.numerics.formats import FP8, MXFP4, NVFP4, Format, QuantizedTensor
+from fp4.numerics.tensors import largest_magnitude
 
 
 def tool_global_scale(weight: Tensor, fmt: Format, rule: str) -> Tensor | None:
@@ -50,31 +41,45 @@ def tool_quantize(weight: Tensor, fmt: Format, rule: str, global_scale: Tensor |
     Raises:
         ValueError: the tool has no rule for ``fmt``.
     """
-    if fmt not in TOOL_RULES[rule]:
+    if fmt not in _TOOLS[rule]:
         raise ValueError(f"scale rule {rule!r} is not defined for {fmt.name}")
     if global_scale is None:
         global_scale = tool_global_scale(weight, fmt, rule)
-    if rule == "llm-compressor":
-        if fmt is NVFP4 and global_scale is not None:
-            return _in_the_weights_dtype(weight, global_scale)
-        return quantize(weight, fmt, "even" if fmt is MXFP4 else "abs_max")
-    if fmt is NVFP4:
-        return quantize(weight, fmt, "abs_max", global_scale)
-    return _with_ties_down(weight, quantize(weight, fmt, "ceil").scales)
+    return _TOOLS[rule][fmt](weight, global_scale)
 
 
-def _in_the_weights_dtype(weight: Tensor, global_scale: Tensor) -> QuantizedTensor:
+def _nvfp4_of_llm_compressor(weight: Tensor, global_scale: Tensor | None) -> QuantizedTensor:
+    assert global_scale is not None
     blocks = weight.unflatten(-1, (-1, NVFP4.block_size))
     unit = global_scale[..., None, None]
     # The reciprocal was a float32 before it became a float64.
     scales = encode_e4m3((blocks.abs().amax(-1) / E2M1_MAX).float() * (1 / unit).float())
     codes = encode_e2m1(blocks.float() / effective_scales(scales, unit)[..., None])
-    return QuantizedTensor(pack_codes(codes.flatten(-2)), scales, global_scale)
+    return QuantizedTensor(pack_codes(codes.flatten(-2)), scales, global_scale, NVFP4)
 
 
-def _with_ties_down(weight: Tensor, scales: Tensor) -> QuantizedTensor:
+def _mxfp4_of_modelopt(weight: Tensor, global_scale: Tensor | None) -> QuantizedTensor:
+    """Ties between two codes go down."""
+    scales = MXFP4.quantize(weight, "ceil").scales
     scaled = weight.float().unflatten(-1, (scales.shape[-1], -1)) / scales.float()[..., None]
     values = torch.tensor(E2M1_VALUES, device=weight.device)
     ties = (values[1:] + values[:-1]) / 2
     codes = torch.bucketize(scaled.abs(), ties).to(torch.uint8) | torch.signbit(scaled).to(torch.uint8) << 3
-    return QuantizedTensor(pack_codes(codes.flatten(-2)), scales, None)
+    return QuantizedTensor(pack_codes(codes.flatten(-2)), scales, None, MXFP4)
+
+
+_Rounding = Callable[[Tensor, Tensor | None], QuantizedTensor]
+# MXFP4 and FP8 take no global scale, and one that is given for them is not looked at.
+_TOOLS: dict[str, dict[Format, _Rounding]] = {
+    "llm-compressor": {
+        NVFP4: _nvfp4_of_llm_compressor,
+        MXFP4: lambda weight, _: MXFP4.quantize(weight, "even"),
+        FP8: lambda weight, _: FP8.quantize(weight),
+    },
+    "modelopt": {
+        NVFP4: lambda weight, global_scale: NVFP4.quantize(weight, "abs_max", global_scale),
+        MXFP4: _mxfp4_of_modelopt,
+    },
+}
+#: The formats that each tool's rule is defined for.
+TOOL_RULES: dict[str, tuple[Format, ...]] = {tool: tuple(formats) for tool, formats in _TOOLS.items()}

@@ -20,7 +20,7 @@ from fp4.checkpoint.io.shards import ShardWriter, Spec, spec_of
 from fp4.checkpoint.io.staging import Staging
 from fp4.host_memory import return_freed_pages, return_freed_tensors
 from fp4.methods import Block, LayerResult, Method
-from fp4.numerics.formats import FP8, QuantizedTensor
+from fp4.numerics.formats import QuantizedTensor
 from fp4.pipeline.block_inputs import Call, capture, output_of, result_form, same
 from fp4.pipeline.expert_layers import separate_experts
 from fp4.pipeline.half_precision import computed_wide, halve
@@ -185,7 +185,7 @@ class BlockCalibration:
             block = Block(
                 name,
                 module,
-                {short: layer.scheme for short, layer in planned.items() if layer.scheme.format is not FP8},
+                {short: layer.scheme for short, layer in planned.items() if layer.scheme.format.feeds_errors},
                 [
                     [member.removeprefix(f"{name}.") for member in group]
                     for group in self.plan.groups
@@ -204,14 +204,14 @@ class BlockCalibration:
                 self._propagate(originals, run, originals_after)
             results = self.method.run(block, self.options) if block.layers else {}
             for short, layer in planned.items():
-                if layer.scheme.format is FP8:
+                if not layer.scheme.format.feeds_errors:
                     block.layers[short] = layer.scheme
                     results[short] = self._to_fp8(layer, block.linear(short).weight.data)
             solved = any(result.rule == self.method.name for result in results.values())
             missed = [
                 short
                 for short, result in results.items()
-                if solved and result.rule != self.method.name and block.layers[short].format is not FP8
+                if solved and result.rule != self.method.name and block.layers[short].format.feeds_errors
             ]
             notes = dict.fromkeys(missed, _UNSEEN) | dict.fromkeys(_fill_input_scales(block, results), _UNSEEN_INPUT)
             return_freed_pages()
@@ -281,8 +281,8 @@ class BlockCalibration:
         used: set[str] = set()
         for short, layer in planned.items():
             result = results[short]
-            codes, scales, global_scale = result.weight
-            weight = QuantizedTensor(codes.cpu(), scales.cpu(), _cpu(global_scale))
+            codes, scales, global_scale, fmt = result.weight
+            weight = QuantizedTensor(codes.cpu(), scales.cpu(), _cpu(global_scale), fmt)
             stored = StoredLinear(weight, _cpu(result.input_global_scale), _cpu(result.rotation))
             tensors |= complete.of(layer, stored)
             used.update(layer.keys)
@@ -343,7 +343,7 @@ def _cpu(tensor: Tensor | None) -> Tensor | None:
 
 def _fields(layer: PlannedLayer, result: LayerResult) -> list[Any]:
     scheme = scheme_in_file(layer, result.rotation)
-    return [scheme.activations, scheme.rotation, scheme.group_size, scheme.block_size]
+    return [scheme.activations, scheme.rotation, scheme.group_size]
 
 
 def _scheme(layer: PlannedLayer, fields: list[Any]) -> LayerScheme:

@@ -56,13 +56,13 @@ def estimate(
     tensors = skeleton.checkpoint.tensors
     stored = sum(info.nbytes for info in tensors.values())
     weights = sum(layer.shape[0] * layer.shape[1] for layer in plan.layers.values())
-    bits = sum(layer.shape[0] * layer.shape[1] * layer.scheme.bits_per_weight for layer in plan.layers.values())
+    bits = sum(layer.shape[0] * layer.shape[1] * layer.scheme.format.bits_per_weight for layer in plan.layers.values())
     dense = sum(tensors[key].nbytes for key in {key for layer in plan.layers.values() for key in layer.keys})
     written = stored - dense + int(bits / 8)
     if not calibrates:
         # Of a block's experts, which are gathered in stacks where they are stored so.
         stacked = sum(
-            layer.shape[0] * layer.shape[1] * layer.scheme.format.code_bits // 8
+            layer.shape[0] * layer.shape[1] * layer.scheme.format.element.bits // 8
             for layer in plan.layers.values()
             if layer.stack and layer.block == next(iter(plan.layers.values())).block
         )

@@ -116,7 +116,7 @@ class Stack:
             dtype = torch.uint8 if own.element_size() == 1 else own.dtype  # few operations know FP8
             self.layout.split(stack.view(dtype), self.projection)[number][matrix.expert].copy_(own.view(dtype))
         self.left.discard((matrix.part, matrix.expert))
-        return None if self.left else QuantizedTensor(self._tensors[0], self._tensors[1], None)
+        return None if self.left else weight._replace(codes=self._tensors[0], scales=self._tensors[1])
 
 
 def find_experts(skeleton: Skeleton) -> dict[str, ExpertsModule | None]:

@@ -309,7 +309,7 @@ def rotated(plan: LayerPlan, rotation: str, nearest: bool) -> LayerPlan:
     for name, layer in plan.layers.items():
         preset, chosen = SCHEMES[layer.preset], None
         unrotated_rule = preset.unrotated_rule if nearest else None
-        if named and layer.scheme.format.name in FORMATS:
+        if named and layer.scheme.format.family in FORMATS:
             chosen = named[1], int(named[2])
         elif rotation == "auto" and unrotated_rule is None:
             chosen = preset.rotation

@@ -28,7 +28,7 @@ def layer_row(
         "block": layer.block,
         "scheme": layer.preset,
         "shape": list(layer.shape),
-        "bits_per_weight": layer.scheme.bits_per_weight,
+        "bits_per_weight": layer.scheme.format.bits_per_weight,
         "rotation": f"{layer.scheme.rotation}{layer.scheme.group_size}" if rotated else None,
         "output_error": output_error,
         "weight_snr_db": statistics.weight_snr_db,

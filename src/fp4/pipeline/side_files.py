@@ -82,7 +82,7 @@ def scheme_in_file(layer: PlannedLayer, rotation: torch.Tensor | None) -> LayerS
     """How the layer's scheme is called in a checkpoint."""
     activations = {"auto": "fp4", "fp4": "fp4", "fp8": "fp8", "model": "model"}[layer.scheme.activations]
     name, size = name_rotation(rotation)
-    return LayerScheme(layer.scheme.format, activations, name, size, layer.scheme.block_size)  # type: ignore[arg-type]
+    return LayerScheme(layer.scheme.format, activations, name, size)  # type: ignore[arg-type]
 
 
 def has_static_input(scheme: Scheme) -> bool:
@@ -102,17 +102,9 @@ def rotation_of(layer: PlannedLayer) -> torch.Tensor | None:
 
 def empty_weight(fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedTensor:
     """What a weight ``[..., N, K]`` of ``dtype`` is quantized to, without values but for a global scale of one."""
-    *rows, columns = shape
-    codes = torch.empty(*rows, fmt.code_columns(columns), dtype=fmt.code_dtype, device="meta")
-    # FP8 has one scale a row, in the dtype of the weight.
-    scales = torch.empty(
-        *rows,
-        columns // fmt.block_size if fmt.block_size else 1,
-        dtype=fmt.scale_dtype if fmt.block_size else dtype,
-        device="meta",
-    )
+    codes, scales = fmt.empty(shape, dtype, "meta")
     unit = torch.ones((), dtype=torch.float64) if fmt.needs_global_scale else None
-    return QuantizedTensor(codes, scales, unit)
+    return QuantizedTensor(codes, scales, unit, fmt)
 
 
 def planned_specs(codec: Codec, layer: PlannedLayer, dtype: torch.dtype) -> dict[str, Spec]:

@@ -270,13 +270,13 @@ def quantize_weight(weight: Tensor, layer: PlannedLayer, global_scale: Tensor | 
         global_scale = _global_scale(weight, layer)
     parts = [round_to_nearest(weight[tile], layer.scheme, rotation, name, global_scale) for tile in _tiles(weight)]
     scales = torch.cat([part.scales.view(torch.uint8) for part in parts]).view(parts[0].scales.dtype)
-    return QuantizedTensor(torch.cat([part.codes for part in parts]), scales, parts[0].global_scale)
+    return parts[0]._replace(codes=torch.cat([part.codes for part in parts]), scales=scales)
 
 
 def sampled_statistics(weight: Tensor, quantized: QuantizedTensor, rotation: Tensor | None) -> LayerStatistics:
     """Statistics of some rows, evenly spread over the weight."""
     step = max(1, weight.numel() // _SAMPLED_ELEMENTS)
-    codes, scales, global_scale = quantized
+    codes, scales, _, _ = quantized
     bits = scales.view(torch.uint8) if scales.element_size() == 1 else scales
-    some = QuantizedTensor(codes[::step], bits[::step].view(scales.dtype), global_scale)
+    some = quantized._replace(codes=codes[::step], scales=bits[::step].view(scales.dtype))
     return layer_statistics(weight[::step], some, rotation)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fp4.numerics.elements import E2M1_MAX, E4M3_MAX
-from fp4.numerics.formats import FP8, QuantizedTensor, dequantize, effective_scales, format_of
+from fp4.numerics.block_scales import effective_scales
+from fp4.numerics.formats import QuantizedTensor, dequantize
 from fp4.numerics.rotation import rotate
 
 _TILE_ELEMENTS = 1 << 22
@@ -42,12 +42,11 @@ def layer_statistics(weight: Tensor, quantized: QuantizedTensor, rotation: Tenso
     Raises:
         ValueError: the shapes do not fit.
     """
-    codes, scales, global_scale = quantized
-    fmt = format_of(scales)
+    codes, scales, global_scale, fmt = quantized
     shape = (*codes.shape[:-1], fmt.columns(codes))
     if tuple(weight.shape) != shape:
         raise ValueError(f"the weight is {tuple(weight.shape)}, but its quantized form {shape}")
-    largest = E4M3_MAX if fmt is FP8 else E2M1_MAX
+    largest = fmt.element.largest
     signal = noise = 0.0
     clipped = zero = 0
     rows = max(1, _TILE_ELEMENTS // max(1, shape[-1]))
@@ -61,7 +60,7 @@ def layer_statistics(weight: Tensor, quantized: QuantizedTensor, rotation: Tenso
             original = dense[tile].float()
             if rotation is not None:
                 original = rotate(original, rotation)
-            values = dequantize(own_codes[tile], own_scales[tile], unit, torch.float32)
+            values = dequantize(own_codes[tile], own_scales[tile], unit, fmt)
             limit = effective_scales(own_scales[tile], unit).float() * largest
             blocks = original.unflatten(-1, (limit.shape[-1], -1))
             signal += original.square().sum(dtype=torch.float64).item()

@@ -14,6 +14,7 @@ from torch import Tensor
 from fp4 import ops
 from fp4.backends.base import Backend
 from fp4.backends.triton import layout
+from fp4.numerics.formats import Format
 from fp4.scheme import Scheme
 
 # Tests run the kernels on the CPU this way.
@@ -44,13 +45,13 @@ def _register() -> str | None:
     from fp4.backends.triton import largest_magnitude, linear, quantize
 
     functions = (
-        linear.linear, linear.linear_w4a4, linear.grouped_linear, linear.grouped_linear_w4a4,
+        linear.linear, linear.linear_quantized, linear.grouped_linear, linear.grouped_linear_quantized,
         quantize.quantize, quantize.dequantize, largest_magnitude.largest_magnitude,
     )  # fmt: skip
     for function in functions:
-        ops.implement(f"triton_{function.__name__}", _on_its_device(function), "CUDA")
+        ops.implement("triton", function.__name__, _on_its_device(function), "CUDA")
         if _INTERPRETED:
-            ops.implement(f"triton_{function.__name__}", function, "CPU")
+            ops.implement("triton", function.__name__, function, "CPU")
     return None
 
 
@@ -79,15 +80,15 @@ class TritonBackend(Backend):
         major, minor = torch.cuda.get_device_capability(device)
         return None if major >= 8 else f"it needs compute capability 8.0, this device has {major}.{minor}"
 
-    def multiplies_fp4(self, device: torch.device) -> bool:
+    def prefers_quantized_input(self, device: torch.device) -> bool:
         if self.unavailable() is not None:
             return False
         from fp4.backends.triton import linear
 
-        return linear.multiplies_fp4(device)
+        return linear.has_fp4_tensor_cores(device)
 
-    def pack(self, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        return layout.pack(codes, scales)
+    def lay_out(self, codes: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+        return layout.pack(codes, scales, fmt.block_size)
 
-    def unpack(self, weight: Tensor, weight_scale: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
-        return layout.unpack(weight, weight_scale, out_features)
+    def canonical(self, weight: Tensor, weight_scale: Tensor, fmt: Format, out_features: int) -> tuple[Tensor, Tensor]:
+        return layout.unpack(weight, weight_scale, fmt.block_size, out_features)

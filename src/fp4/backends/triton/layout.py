@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fp4.numerics.formats import format_of
+from fp4.numerics.formats import MXFP4, NVFP4
 
 ROWS = 16
 CHUNK = 128
 SHUFFLE = 32  # columns that shuffling keeps together
+#: The kernels' parameter MX, by format: E8M0 scales of blocks of 32, in place of E4M3 scales of blocks of 16.
+IS_MX = {NVFP4.name: False, MXFP4.name: True}
 
 
 def scale_bytes(block: int) -> int:
@@ -51,9 +53,8 @@ def _canonical_order(words: Tensor) -> Tensor:
     return codes
 
 
-def pack(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Canonical codes ``[..., N, K/2]`` and scales ``[..., N, K/B]`` -> ``weight, weight_scale`` as above."""
-    block = format_of(scales).block_size
+def pack(codes: Tensor, scales: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Canonical codes ``[..., N, K/2]`` and scales ``[..., N, K/block]`` -> ``weight, weight_scale`` as above."""
     lead = codes.dim() - 2
     missing_rows, missing = -codes.shape[-2] % ROWS, -scales.shape[-1] % (CHUNK // block)
     words = pad(interleave(codes), (0, missing * block // 2, 0, missing_rows))
@@ -67,9 +68,8 @@ def pack(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return weight, pad(weight_scale, (0, missing)).contiguous().view(scales.dtype)
 
 
-def unpack(weight: Tensor, weight_scale: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+def unpack(weight: Tensor, weight_scale: Tensor, block: int, out_features: int) -> tuple[Tensor, Tensor]:
     """Inverse of :func:`pack`; ``out_features`` is N."""
-    block = format_of(weight_scale).block_size
     lead, chunks = weight.dim() - 3, weight.shape[-2]
     missing = weight_scale.shape[-1] - chunks * scale_bytes(block)
     blocks = chunks * CHUNK // block - missing

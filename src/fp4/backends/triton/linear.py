@@ -15,7 +15,7 @@ from fp4.backends.triton.largest_magnitude import processors
 from fp4.backends.triton.matmul import add_partial_sums, multiply
 from fp4.backends.triton.quantize import INTERLEAVED, VALUES, quantize_activation, rotate
 from fp4.backends.triton.scaled import CAPABILITIES, multiply_scaled
-from fp4.numerics.formats import MXFP4, format_of
+from fp4.numerics.formats import format_named
 
 
 class Tiling(NamedTuple):
@@ -76,7 +76,7 @@ def tiling_for(rows: int, parts: int, device: torch.device) -> Tiling:
     return next(tiling for most, tiling in tilings.items() if rows <= most)
 
 
-def multiplies_fp4(device: torch.device) -> bool:
+def has_fp4_tensor_cores(device: torch.device) -> bool:
     """Whether Triton reaches tensor cores of ``device`` that multiply FP4."""
     return _capability(device) in CAPABILITIES
 
@@ -148,6 +148,7 @@ def _product(
     weight: Tensor,
     weight_scale: Tensor,
     global_scale: Tensor | None,
+    format: str,
     bias: Tensor | None,
     offsets: Tensor | None,
     out_features: int,
@@ -163,7 +164,7 @@ def _product(
     out = torch.empty(rows, out_features, dtype=dtype, device=x.device)
     if not out.numel():
         return out
-    mx, grouped = format_of(weight_scale) is MXFP4, offsets is not None
+    mx, grouped = layout.IS_MX[format], offsets is not None
     launch = _launch(rows, k, x, weight, out_features, tiling, grouped)
     into = out if launch.split == 1 else torch.empty(launch.split, *out.shape, dtype=torch.float32, device=x.device)
     multiply[launch.grid](
@@ -182,6 +183,7 @@ def scaled_product(
     weight: Tensor,
     weight_scale: Tensor,
     global_scale: Tensor | None,
+    format: str,
     bias: Tensor | None,
     offsets: Tensor | None,
     out_features: int,
@@ -191,7 +193,7 @@ def scaled_product(
     """The same for activations as interleaved codes ``[T, K/2]`` and scale bytes ``[T, K/B]``, multiplied as FP4."""
     rows, k = codes.shape[0], codes.shape[1] * 2
     out = torch.empty(rows, out_features, dtype=dtype, device=codes.device)
-    mx, grouped = format_of(weight_scale) is MXFP4, offsets is not None
+    mx, grouped = layout.IS_MX[format], offsets is not None
     tilings = SMALL_SCALED_TILINGS if _capability(codes.device)[0] == 12 else SCALED_TILINGS
     expected = _rows_a_matrix(rows, weight, grouped)
     tiling = next(tiling for most, tiling in tilings.items() if expected <= most)
@@ -212,16 +214,17 @@ def _weight_only(
     weight: Tensor,
     weight_scale: Tensor,
     global_scale: Tensor | None,
+    format: str,
     bias: Tensor | None,
     offsets: Tensor | None,
     out_features: int,
     rotation: Tensor | None,
 ) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    parts = _parts(x.dtype, format_of(weight_scale) is MXFP4)
+    parts = _parts(x.dtype, layout.IS_MX[format])
     tiling = tiling_for(_rows_a_matrix(flat.shape[0], weight, offsets is not None), parts, x.device)
     flat = rotate(flat, rotation, shuffles(x.device, tiling))
-    out = _product(flat, weight, weight_scale, global_scale, bias, offsets, out_features, None, x.dtype, tiling)
+    out = _product(flat, weight, weight_scale, global_scale, format, bias, offsets, out_features, None, x.dtype, tiling)
     return out.view(*x.shape[:-1], out_features)
 
 
@@ -230,12 +233,13 @@ def linear(
     weight: Tensor,
     weight_scale: Tensor,
     global_scale: Tensor | None,
+    format: str,
     bias: Tensor | None,
     out_features: int,
     rotation: Tensor | None = None,
 ) -> Tensor:
     """W4A16: x ``[..., K]`` in its own precision against packed weights."""
-    return _weight_only(x, weight, weight_scale, global_scale, bias, None, out_features, rotation)
+    return _weight_only(x, weight, weight_scale, global_scale, format, bias, None, out_features, rotation)
 
 
 def grouped_linear(
@@ -243,20 +247,22 @@ def grouped_linear(
     weight: Tensor,
     weight_scale: Tensor,
     global_scale: Tensor | None,
+    format: str,
     bias: Tensor | None,
     offsets: Tensor,
     out_features: int,
     rotation: Tensor | None = None,
 ) -> Tensor:
     """W4A16 over experts; only weights of experts that have rows are read, and nothing waits for the device."""
-    return _weight_only(x, weight, weight_scale, global_scale, bias, offsets, out_features, rotation)
+    return _weight_only(x, weight, weight_scale, global_scale, format, bias, offsets, out_features, rotation)
 
 
-def _w4a4(
+def _quantized(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
     global_scale: Tensor | None,
+    format: str,
     bias: Tensor | None,
     offsets: Tensor | None,
     out_features: int,
@@ -269,14 +275,14 @@ def _w4a4(
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if not flat.numel():
         return x.new_empty(*x.shape[:-1], out_features)
-    fmt = format_of(weight_scale)
-    if multiplies_fp4(x.device):
+    fmt = format_named(format)
+    if has_fp4_tensor_cores(x.device):
         codes, scales, unit = quantize_activation(
             flat, fmt, rotation, input_global_scale, rule, INTERLEAVED.value, offsets=offsets
         )
         assert scales is not None
         out = scaled_product(
-            codes, scales, weight, weight_scale, global_scale, bias, offsets, out_features, unit, x.dtype
+            codes, scales, weight, weight_scale, global_scale, format, bias, offsets, out_features, unit, x.dtype
         )
         return out.view(*x.shape[:-1], out_features)
     tiling = tiling_for(_rows_a_matrix(flat.shape[0], weight, offsets is not None), 1, x.device)
@@ -284,15 +290,18 @@ def _w4a4(
     values, _, unit = quantize_activation(
         flat, fmt, rotation, input_global_scale, rule, VALUES.value, shuffled, offsets
     )
-    out = _product(values, weight, weight_scale, global_scale, bias, offsets, out_features, unit, x.dtype, tiling)
+    out = _product(
+        values, weight, weight_scale, global_scale, format, bias, offsets, out_features, unit, x.dtype, tiling
+    )
     return out.view(*x.shape[:-1], out_features)
 
 
-def linear_w4a4(
+def linear_quantized(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
     global_scale: Tensor | None,
+    format: str,
     bias: Tensor | None,
     out_features: int,
     rotation: Tensor | None,
@@ -300,14 +309,17 @@ def linear_w4a4(
     rule: str,
 ) -> Tensor:
     """W4A4: x ``[..., K]`` is rotated and quantized first."""
-    return _w4a4(x, weight, weight_scale, global_scale, bias, None, out_features, rotation, input_global_scale, rule)
+    return _quantized(
+        x, weight, weight_scale, global_scale, format, bias, None, out_features, rotation, input_global_scale, rule
+    )
 
 
-def grouped_linear_w4a4(
+def grouped_linear_quantized(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
     global_scale: Tensor | None,
+    format: str,
     bias: Tensor | None,
     offsets: Tensor,
     out_features: int,
@@ -318,8 +330,10 @@ def grouped_linear_w4a4(
     """W4A4 over experts; ``input_global_scale`` is one number or one an expert."""
     if input_global_scale is not None and input_global_scale.numel() > 1:
         input_global_scale = input_global_scale[expert_of_rows(x, offsets)]
-    elif input_global_scale is None and format_of(weight_scale).needs_global_scale:
+    elif input_global_scale is None and format_named(format).needs_global_scale:
         # Rows that no expert has must not reach the largest magnitude.
         row = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
         x = x.masked_fill((row >= offsets[-1])[:, None], 0.0)
-    return _w4a4(x, weight, weight_scale, global_scale, bias, offsets, out_features, rotation, input_global_scale, rule)
+    return _quantized(
+        x, weight, weight_scale, global_scale, format, bias, offsets, out_features, rotation, input_global_scale, rule
+    )

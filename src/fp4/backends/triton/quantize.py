@@ -19,8 +19,7 @@ from fp4.backends.triton.largest_magnitude import (
     shared_grid,
     tile_of,
 )
-from fp4.numerics import formats
-from fp4.numerics.formats import FORMATS, MXFP4
+from fp4.numerics.formats import Format, format_named
 from fp4.numerics.rotation import rotate as rotation_by_torch
 
 # What the quantization kernel writes.
@@ -152,8 +151,8 @@ def _units(global_scale: Tensor | None, rows: int) -> tuple[Tensor | None, int]:
 
 
 def quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> tuple[Tensor, Tensor]:
-    """``formats.quantize`` under a given global scale: codes and scales in canonical form, the same bits."""
-    fmt = FORMATS[format]
+    """``Format.quantize`` under a given global scale: codes and scales in canonical form, the same bits."""
+    fmt = format_named(format)
     k, rows = x.shape[-1], x.shape[:-1].numel()
     codes = torch.empty(*x.shape[:-1], k // 2, dtype=torch.uint8, device=x.device)
     scales = torch.empty(*x.shape[:-1], k // fmt.block_size, dtype=torch.uint8, device=x.device)
@@ -164,14 +163,13 @@ def quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> 
     elif rows and k:
         _quantize[shared_grid(x, rows, k, tile)](
             x.contiguous(), None, unit, None, None, codes.view(torch.uint32), scales, rows, k, k, rows_per_unit, 0,
-            fmt is MXFP4, rule, CANONICAL.value, False, 0, *tile, **EXACT,
+            layout.IS_MX[fmt.name], rule, CANONICAL.value, False, 0, *tile, **EXACT,
         )  # fmt: skip
     return codes, scales.view(fmt.scale_dtype)
 
 
-def dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``formats.dequantize``: the values ``[..., N, K]``, the same bits."""
-    fmt = formats.format_of(scales)
+def dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
+    """``Format.dequantize``: the values ``[..., N, K]``, the same bits."""
     k, rows = codes.shape[-1] * 2, codes.shape[:-1].numel()
     out = torch.empty(*codes.shape[:-1], k, dtype=dtype, device=codes.device)
     unit, rows_per_unit = _units(global_scale, rows)
@@ -179,7 +177,7 @@ def dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor | None, dtype
     if rows and k:
         _dequantize[grid_of(rows, k, tile)](
             codes.contiguous(), scales.contiguous().view(torch.uint8), unit, out, rows, k, rows_per_unit,
-            fmt is MXFP4, *tile, **EXACT,
+            layout.IS_MX[format], *tile, **EXACT,
         )  # fmt: skip
     return out
 
@@ -215,7 +213,7 @@ def rotate(x: Tensor, rotation: Tensor | None, shuffled: bool = False) -> Tensor
 
 def quantize_activation(
     x: Tensor,
-    fmt: formats.Format,
+    fmt: Format,
     rotation: Tensor | None,
     global_scale: Tensor | None,
     rule: str,
@@ -259,6 +257,6 @@ def quantize_activation(
         codes if values else codes.view(torch.uint32), scales,
         rows, k, width, 1 if global_scale is not None and global_scale.numel() == rows > 1 else rows,
         0 if partial is None else partial.shape[1],
-        fmt is MXFP4, rule, mode, shuffled, group, *tile, **EXACT,
+        layout.IS_MX[fmt.name], rule, mode, shuffled, group, *tile, **EXACT,
     )  # fmt: skip
     return codes, scales, taken

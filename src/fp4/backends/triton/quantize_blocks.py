@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp4.backends.triton import layout
 from fp4.backends.triton.codec import (
     INTERPRETED,
     dot,
@@ -30,7 +31,7 @@ from fp4.backends.triton.codec import (
     widen,
 )
 from fp4.backends.triton.largest_magnitude import largest, processors
-from fp4.numerics.formats import MXFP4, Format
+from fp4.numerics.formats import Format
 
 ROTATIONS = (16, 32, 64, 128)
 
@@ -238,7 +239,7 @@ def quantize_blocks(
 
 def takes(x: Tensor, fmt: Format, rotation: Tensor | None, global_scale: Tensor | None, rule: str) -> bool:
     """Whether :func:`run` quantizes x ``[..., K]``; no global scale means 1 (MXFP4), or one taken from x (NVFP4)."""
-    if rule != "abs_max" or (global_scale is not None and (fmt is MXFP4 or global_scale.numel() > 1)):
+    if rule != "abs_max" or (global_scale is not None and (layout.IS_MX[fmt.name] or global_scale.numel() > 1)):
         return False
     if rotation is None:
         return True
@@ -281,5 +282,5 @@ def run(
     quantize_blocks[grid](
         x, rotation, unit, partial, taken_unit, codes.view(torch.uint32), scales,
         x.numel() // fmt.block_size, 0 if partial is None else partial.numel(),
-        fmt is MXFP4, group, interleave, fp8, lines, num_warps=warps, num_stages=2, enable_fp_fusion=False,
+        layout.IS_MX[fmt.name], group, interleave, fp8, lines, num_warps=warps, num_stages=2, enable_fp_fusion=False,
     )  # fmt: skip

@@ -83,13 +83,13 @@ class AutoRoundCodec(CompressedTensorsCodec):
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
         require_no_rotation(stored, self.name)
-        if scheme.format is FP8:
+        if scheme.format == FP8:
             raise ValueError(f"it is {scheme}; {self.name} has a place for FP4 weights only")
         return super().write(stored, scheme, allow_rounding)
 
     def values(self, weight: QuantizedTensor) -> Tensor | None:
         """NVFP4 is ``(code * global scale) * block scale`` there, rounded to float32 after each product."""
-        codes, scales, global_scale = weight
+        codes, scales, global_scale, _ = weight
         if global_scale is None:
             return None
         # One rounding of the float64 reciprocal gives the float32 reciprocal that auto-round takes.
@@ -123,7 +123,7 @@ class AutoRoundCodec(CompressedTensorsCodec):
 
 
 def _options(scheme: LayerScheme) -> dict[str, Any]:
-    nvfp4 = scheme.format is NVFP4
+    nvfp4 = scheme.format == NVFP4
     group_size = scheme.format.block_size
     quantized = scheme.activations == "fp4"
     return {

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fp4.numerics.formats import FP8, Format, QuantizedTensor, format_of
+from fp4.numerics.formats import FP8, MXFP4, Format, QuantizedTensor
 from fp4.numerics.rotation import ROTATIONS
 
 
@@ -35,20 +35,18 @@ class LayerScheme:
         activations: what the layer's input is meant to be quantized to; ``"model"`` is not at all.
         rotation: what :func:`name_rotation` calls the block rotation of weight and input.
         group_size: of the rotation, 0 for none.
-        block_size: elements that share a stored block scale (a multiple of the format's own), 0 for the format's own.
     """
 
     format: Format
     activations: Literal["fp4", "fp8", "model"]
     rotation: str = "identity"
     group_size: int = 0
-    block_size: int = 0
 
     def __str__(self) -> str:
-        suffix = {"fp4": "", "fp8": "_dynamic" if self.format is FP8 else "a8", "model": "a16"}[self.activations]
+        suffix = {"fp4": "", "fp8": "_dynamic" if self.format == FP8 else "a8", "model": "a16"}[self.activations]
         rotation = f" {self.rotation}{self.group_size}" if self.group_size else ""
-        blocks = f" blocks of {self.block_size}" if self.block_size not in (0, self.format.block_size) else ""
-        return f"{self.format.name}{suffix}{blocks}{rotation}"
+        blocks = "" if self.format == self.format.base else f" blocks of {self.format.block_size}"
+        return f"{self.format.family}{suffix}{blocks}{rotation}"
 
 
 class Codec(ABC):
@@ -70,8 +68,8 @@ class Codec(ABC):
     stacks: ClassVar[bool] = False
     #: Names of the weight formats whose stacks stay stacks where a model family stores them as layers of their own.
     stacked_formats: ClassVar[tuple[str, ...]] = ()
-    #: How the tool that writes the format rounds MXFP4 activations, one of ``formats.MXFP4.rules``.
-    mxfp4_input_rule: ClassVar[str] = "even"
+    #: How the tool that writes the format rounds activations, one of the format's rules where it is not ``abs_max``.
+    input_rules: ClassVar[Mapping[Format, str]] = {MXFP4: "even"}
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         self.config = dict(config)
@@ -168,29 +166,23 @@ def read_codes(stored: Tensor, name: str, shape: tuple[int, int] | None = None) 
     return stored
 
 
-def read_scales(stored: Tensor, name: str, fmt: Format, codes: Tensor, block_size: int = 0) -> Tensor:
-    """Block scales with the dtype of ``fmt``, checked against the shape of ``codes`` and for NaN and sign.
-
-    ``block_size`` may be a multiple of the format's own; each scale is then repeated.
-    """
-    block_size = block_size or fmt.block_size
+def read_scales(stored: Tensor, name: str, fmt: Format, codes: Tensor) -> Tensor:
+    """Block scales with the dtype of ``fmt``, checked against the shape of ``codes`` and for NaN and sign."""
     if stored.dtype not in (torch.uint8, fmt.scale_dtype):
         raise ValueError(f"{name} is {stored.dtype}; {fmt.name} expects {fmt.scale_dtype} or its bits as uint8")
-    columns = codes.shape[-1] * 2
-    expected = (*codes.shape[:-1], columns // block_size)
-    if columns % block_size or tuple(stored.shape) != expected:
+    columns = fmt.columns(codes)
+    expected = (*codes.shape[:-1], fmt.scale_columns(columns))
+    if columns % fmt.k_multiple or tuple(stored.shape) != expected:
         raise ValueError(
             f"{name} ({fmt.name}) is {stored.dtype} {tuple(stored.shape)}; the model expects {expected} for codes of "
-            f"{tuple(codes.shape)} in blocks of {block_size}"
+            f"{tuple(codes.shape)} in blocks of {fmt.block_size}"
         )
     bits = stored.view(torch.uint8)
     # E4M3 has its NaN at 0x7F and the sign above it; E8M0 only a NaN, 0xFF.
-    largest_valid = 0x7E if fmt.needs_global_scale else 0xFE
+    largest_valid = fmt.scale_nan - 1
     if not bits.is_meta and bits.numel() and _largest(bits) > largest_valid:
         bad = int((bits > largest_valid).sum())
         raise ValueError(f"{name}: scales hold {bad} NaN or negative values out of {bits.numel()}; the file is damaged")
-    if block_size != fmt.block_size:
-        bits = bits.repeat_interleave(block_size // fmt.block_size, dim=-1)
     return bits.view(fmt.scale_dtype)
 
 
@@ -268,19 +260,6 @@ def require_no_rotation(stored: StoredLinear, codec: str) -> None:
     if stored.rotation is not None:
         size = stored.rotation.shape[0]
         raise ValueError(f"its weight and input are rotated in groups of {size}, for which {codec} has no place")
-
-
-def merge_scales(scales: Tensor, block_size: int) -> Tensor:
-    """Undo the repetition of :func:`read_scales`. ValueError if neighbouring scales differ."""
-    fmt = format_of(scales)
-    repeats = (block_size or fmt.block_size) // fmt.block_size
-    if repeats == 1:
-        return scales
-    bits = scales.view(torch.uint8).unflatten(-1, (-1, repeats))
-    if not bits.is_meta and not torch.equal(bits, bits[..., :1].expand_as(bits)):
-        raise ValueError(f"its scales differ within blocks of {block_size}, which the format shares one among")
-    merged: Tensor = bits[..., 0].contiguous().view(scales.dtype)
-    return merged
 
 
 def name_rotation(rotation: Tensor | None) -> tuple[str, int]:

@@ -26,7 +26,6 @@ from fp4.checkpoint.formats.codec import (
     Codec,
     LayerScheme,
     StoredLinear,
-    merge_scales,
     read_codes,
     read_scalar,
     read_scales,
@@ -126,7 +125,7 @@ class CompressedTensorsCodec(Codec):
         if not args:
             return "model"
         bits = args.get("num_bits") if args.get("type") == "float" else None
-        if fmt is FP8 and (bits, args.get("strategy"), args.get("dynamic")) != (8, "token", True):
+        if fmt == FP8 and (bits, args.get("strategy"), args.get("dynamic")) != (8, "token", True):
             raise ValueError(
                 f"its weights are FP8, its activations {args.get('num_bits')}-bit {args.get('type')} by "
                 f"{args.get('strategy')} (dynamic={args.get('dynamic')}); expected FP8 by token, dynamic, or none"
@@ -158,13 +157,13 @@ class CompressedTensorsCodec(Codec):
     def read(
         self, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None
     ) -> StoredLinear:
-        if scheme.format is FP8:
+        if scheme.format == FP8:
             scales = require(tensors, ".weight_scale")
             return StoredLinear(read_fp8(require(tensors, ".weight"), scales, shape), None, None)
         codes = read_codes(require(tensors, ".weight_packed"), "weight_packed", shape)
         scales = read_scales(require(tensors, ".weight_scale"), "weight_scale", scheme.format, codes)
         global_scale = input_global_scale = None
-        if scheme.format is NVFP4:
+        if scheme.format.needs_global_scale:
             global_scale = 1 / read_scalar(require(tensors, ".weight_global_scale"), "weight_global_scale")
             if scheme.activations == "fp4":
                 input_global_scale = 1 / read_scalar(require(tensors, ".input_global_scale"), "input_global_scale")
@@ -173,11 +172,11 @@ class CompressedTensorsCodec(Codec):
             if codes.shape[-1] * 2 % scheme.group_size:
                 raise ValueError(f"{codes.shape[-1] * 2} columns do not divide into groups of {scheme.group_size}")
             rotation = share(hadamard(scheme.group_size).float())
-        return StoredLinear(QuantizedTensor(codes, scales, global_scale), input_global_scale, rotation)
+        return StoredLinear(QuantizedTensor(codes, scales, global_scale, scheme.format), input_global_scale, rotation)
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
-        codes, scales, global_scale = stored.weight
-        if scheme.format is FP8:
+        codes, scales, global_scale, _ = stored.weight
+        if scheme.format == FP8:
             return {".weight": codes, ".weight_scale": scales}
         if codes.ndim != 2:
             raise ValueError(f"it stacks matrices {tuple(codes.shape[:-2])}, for which {self.name} has no place")
@@ -189,14 +188,14 @@ class CompressedTensorsCodec(Codec):
                 "Hadamard matrix, which it builds by itself in float32"
             )
         tensors = {".weight_packed": codes}
-        if scheme.format is MXFP4:
+        if scheme.format != scheme.format.base:
+            raise ValueError(f"its blocks have {scheme.format.block_size} elements; {self.name} has a place for 16")
+        if not scheme.format.needs_global_scale:
             require_no_global_scale(stored.weight, self.name)
             tensors[".weight_scale"] = scales.view(torch.uint8)
             return tensors
         assert global_scale is not None
-        tensors[".weight_scale"] = merge_scales(scales, scheme.block_size)
-        if scales.shape != tensors[".weight_scale"].shape:
-            raise ValueError(f"its blocks have {scheme.block_size} elements; {self.name} has a place for 16")
+        tensors[".weight_scale"] = scales
         tensors[".weight_global_scale"] = store_reciprocal(global_scale, "weight_global_scale", allow_rounding)[None]
         if scheme.activations == "fp4":
             if stored.input_global_scale is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp4.numerics.formats import QuantizedTensor
+from fp4.numerics.formats import FP8, QuantizedTensor
 
 # As safetensors calls the dtype of the codes, which tells them from ordinary weights of the same name.
 CODES = "F8_E4M3"
@@ -31,7 +31,7 @@ def read_fp8(codes: Tensor, scales: Tensor, shape: tuple[int, ...] | None = None
             f"weight_scale: {int((~good).sum())} of {scales.numel()} scales are not positive and finite; the file is "
             "damaged"
         )
-    return QuantizedTensor(codes, scales.reshape(*rows, 1), None)
+    return QuantizedTensor(codes, scales.reshape(*rows, 1), None, FP8)
 
 
 def narrowed(scales: Tensor, dtype: torch.dtype) -> Tensor:

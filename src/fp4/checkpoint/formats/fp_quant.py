@@ -30,7 +30,7 @@ from fp4.checkpoint.formats.codec import (
 )
 from fp4.checkpoint.formats.fp8 import CODES, read_fp8
 from fp4.checkpoint.formats.pseudo_quantized import recover
-from fp4.numerics.formats import FP8, WEIGHT_FORMATS, Format, QuantizedTensor, dequantize, format_of
+from fp4.numerics.formats import FP8, WEIGHT_FORMATS, Format, QuantizedTensor, dequantize
 from fp4.numerics.rotation import share
 
 SUFFIXES = (
@@ -79,7 +79,7 @@ class FPQuantCodec(Codec):
             known = " or ".join(WEIGHT_FORMATS)
             raise ValueError(f"its forward_dtype is {options.get('forward_dtype')!r}; expected {known}")
         asked = options.get("activation_dtype")
-        fp8 = fmt is FP8 or asked == "fp8"
+        fp8 = fmt == FP8 or asked == "fp8"
         return LayerScheme(fmt, "model" if asked == "model" else "fp8" if fp8 else "fp4")
 
     def read(
@@ -87,7 +87,7 @@ class FPQuantCodec(Codec):
     ) -> StoredLinear:
         if self.config.get("store_master_weights"):
             raise ValueError("store_master_weights: the checkpoint holds dense weights, to be quantized when loaded")
-        if scheme.format is FP8:
+        if scheme.format == FP8:
             weight = read_fp8(require(tensors, ".weight"), require(tensors, ".weight_scale"), shape)
             return StoredLinear(weight, None, None)
         stored = {name.removeprefix("."): tensor for name, tensor in tensors.items()}
@@ -110,12 +110,12 @@ class FPQuantCodec(Codec):
             raise ValueError(
                 f"it stacks matrices {tuple(stored.weight.codes.shape[:-2])}; fp_quant has no place for it"
             )
-        if scheme.format is FP8:
+        if scheme.format == FP8:
             return {".weight": stored.weight.codes, ".weight_scale": stored.weight.scales}
         if scheme.activations == "fp8" and stored.input_global_scale is not None:
             raise ValueError("its activations are FP8 under a calibrated scale, for which fp_quant has no place")
-        if scheme.block_size not in (0, scheme.format.block_size):
-            raise ValueError(f"its blocks have {scheme.block_size} elements; fp_quant has a place for 16")
+        if scheme.format != scheme.format.base:
+            raise ValueError(f"its blocks have {scheme.format.block_size} elements; fp_quant has a place for 16")
         needs_scale = scheme.activations == "fp4" and scheme.format.needs_global_scale
         if needs_scale and stored.input_global_scale is None and self.config.get("activation_scaling") != "dynamic":
             raise ValueError(
@@ -162,8 +162,8 @@ def _options(scheme: LayerScheme) -> dict[str, Any]:
         # A matrix without a name is in the tensors all the same; only its size must be declared.
         "transform_init": "hadamard" if name == "custom" else name,
     }
-    asked = scheme.activations if scheme.activations != "fp4" and scheme.format is not FP8 else None
-    if scheme.format is FP8 and scheme.activations == "model":
+    asked = scheme.activations if scheme.activations != "fp4" and scheme.format != FP8 else None
+    if scheme.format == FP8 and scheme.activations == "model":
         asked = "model"
     return options | ({"activation_dtype": asked} if asked else {})
 
@@ -188,7 +188,7 @@ def read(tensors: Mapping[str, Tensor], fmt: Format, out_features: int, in_featu
         stored = _unpadded(require(tensors, "scales"), fmt, out_features, in_features)
         scales = read_scales(stored, "scales", fmt, codes)
     input_unit = 1 / read_scalar(require(tensors, "act_global_scale"), "act_global_scale")
-    return StoredLinear(QuantizedTensor(codes, scales, _meant(unit, fmt)), _meant(input_unit, fmt), rotation)
+    return StoredLinear(QuantizedTensor(codes, scales, _meant(unit, fmt), fmt), _meant(input_unit, fmt), rotation)
 
 
 def write(
@@ -206,7 +206,7 @@ def write(
         buffer_dtype: of global scales and matrices, where it holds them exactly; float32 where it does not.
         allow_rounding: store global scales that float32 reciprocals do not hold exactly.
     """
-    fmt = format_of(weight.scales)
+    fmt = weight.format
     one = torch.ones((), dtype=torch.float64)
     unit = one if weight.global_scale is None else weight.global_scale
     input_unit = one

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from fp4.checkpoint.formats.codec import (
     Codec,
     LayerScheme,
     StoredLinear,
-    merge_scales,
     read_codes,
     read_scalar,
     read_scales,
@@ -37,14 +36,14 @@ from fp4.numerics.formats import FP8, MXFP4, NVFP4, Format, QuantizedTensor
 
 _Activations = Literal["fp4", "fp8", "model"]
 
-# quant_algo -> format, activations, elements per block scale
-_ALGORITHMS: dict[str, tuple[Format, _Activations, int]] = {
-    "NVFP4": (NVFP4, "fp4", 16),
-    "W4A16_NVFP4": (NVFP4, "model", 16),
-    "W4A8_NVFP4_FP8": (NVFP4, "fp8", 32),
-    "MXFP4": (MXFP4, "fp4", 32),
-    "W4A8_MXFP4_FP8": (MXFP4, "fp8", 32),
-    "FP8_PER_CHANNEL_PER_TOKEN": (FP8, "fp8", 0),
+# quant_algo -> format, activations
+_ALGORITHMS: dict[str, tuple[Format, _Activations]] = {
+    "NVFP4": (NVFP4, "fp4"),
+    "W4A16_NVFP4": (NVFP4, "model"),
+    "W4A8_NVFP4_FP8": (NVFP4.wide(32), "fp8"),
+    "MXFP4": (MXFP4, "fp4"),
+    "W4A8_MXFP4_FP8": (MXFP4, "fp8"),
+    "FP8_PER_CHANNEL_PER_TOKEN": (FP8, "fp8"),
 }
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
@@ -56,7 +55,7 @@ class ModelOptCodec(Codec):
     suffixes = (".weight", ".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale")
     codes = (".weight",)
     markers: Mapping[str, tuple[str, ...]] = {".weight": ("U8", CODES)}
-    mxfp4_input_rule = "ceil"
+    input_rules: ClassVar[Mapping[Format, str]] = {MXFP4: "ceil"}
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(flatten(config), dtype)
@@ -75,10 +74,10 @@ class ModelOptCodec(Codec):
         known = _ALGORITHMS.get(str(algorithm).upper())
         if known is None:
             raise ValueError(f"its quant_algo is {algorithm!r}; the FP4 ones are {', '.join(_ALGORITHMS)}")
-        fmt, activations, block_size = known
-        return LayerScheme(
-            fmt, activations, block_size=fields.whole(own, "group_size", block_size) if block_size else 0
-        )
+        fmt, activations = known
+        if fmt.block_size:
+            fmt = fmt.wide(fields.whole(own, "group_size", fmt.block_size))
+        return LayerScheme(fmt, activations)
 
     @property
     def mixed(self) -> bool:
@@ -98,35 +97,35 @@ class ModelOptCodec(Codec):
     ) -> StoredLinear:
         if ".pre_quant_scale" in tensors:
             raise ValueError("its input is smoothed by pre_quant_scale (AWQ), which the FP4 modules do not apply")
-        if scheme.format is FP8:
+        if scheme.format == FP8:
             weight = read_fp8(require(tensors, ".weight"), require(tensors, ".weight_scale"), shape)
             return StoredLinear(weight._replace(scales=narrowed(weight.scales, self.dtype)), None, None)
         codes = read_codes(require(tensors, ".weight"), "weight", shape)
-        scales = read_scales(require(tensors, ".weight_scale"), "weight_scale", scheme.format, codes, scheme.block_size)
+        scales = read_scales(require(tensors, ".weight_scale"), "weight_scale", scheme.format, codes)
         global_scale = input_global_scale = None
-        if scheme.format is NVFP4:
+        if scheme.format.needs_global_scale:
             global_scale = read_scalar(require(tensors, ".weight_scale_2"), "weight_scale_2")
-        if scheme.activations == "fp8" or (scheme.format is NVFP4 and scheme.activations == "fp4"):
+        if scheme.activations == "fp8" or (scheme.format.needs_global_scale and scheme.activations == "fp4"):
             input_global_scale = read_scalar(require(tensors, ".input_scale"), "input_scale")
-        return StoredLinear(QuantizedTensor(codes, scales, global_scale), input_global_scale, None)
+        return StoredLinear(QuantizedTensor(codes, scales, global_scale, scheme.format), input_global_scale, None)
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
         require_no_rotation(stored, self.name)
         _algorithm_of(scheme)
-        codes, scales, global_scale = stored.weight
+        codes, scales, global_scale, _ = stored.weight
         if codes.ndim != 2:
             raise ValueError(f"it stacks matrices {tuple(codes.shape[:-2])}, for which {self.name} has no place")
         tensors = {".weight": codes}
-        if scheme.format is FP8:
+        if scheme.format == FP8:
             return tensors | {".weight_scale": scales.float().squeeze(-1)}
-        if scheme.format is MXFP4:
+        if not scheme.format.needs_global_scale:
             require_no_global_scale(stored.weight, self.name)
             tensors[".weight_scale"] = scales.view(torch.uint8)
         else:
             assert global_scale is not None
-            tensors[".weight_scale"] = merge_scales(scales, scheme.block_size)
+            tensors[".weight_scale"] = scales
             tensors[".weight_scale_2"] = store_multiplied(global_scale, "weight_scale_2", allow_rounding)
-        if scheme.activations == "fp8" or (scheme.format is NVFP4 and scheme.activations == "fp4"):
+        if scheme.activations == "fp8" or (scheme.format.needs_global_scale and scheme.activations == "fp4"):
             if stored.input_global_scale is None:
                 raise ValueError(
                     f"its input has no calibrated global scale, which {self.name} needs for {scheme.activations} "
@@ -199,9 +198,8 @@ def excluded(layer: str, patterns: Sequence[str]) -> bool:
 
 
 def _algorithm_of(scheme: LayerScheme) -> str:
-    block_size = scheme.block_size or scheme.format.block_size
     for algorithm, known in _ALGORITHMS.items():
-        if known == (scheme.format, scheme.activations, block_size):
+        if known == (scheme.format, scheme.activations):
             return algorithm
     raise ValueError(f"it is {scheme}, for which modelopt has no quant_algo (it has {', '.join(_ALGORITHMS)})")
 
@@ -211,14 +209,14 @@ def _cache_algorithm(scheme: Mapping[str, Any]) -> str | None:
 
 
 def _group_size(algorithm: str) -> dict[str, int]:
-    _, _, block_size = _ALGORITHMS.get(algorithm, (None, None, 0))
-    return {"group_size": block_size} if block_size else {}
+    fmt, _ = _ALGORITHMS.get(algorithm, (FP8, None))
+    return {"group_size": fmt.block_size} if fmt.block_size else {}
 
 
 def _group(algorithm: str, targets: list[str]) -> dict[str, Any]:
-    fmt, activations, block_size = _ALGORITHMS[algorithm]
-    weights: dict[str, Any] = {"dynamic": False, "num_bits": fmt.code_bits, "type": "float"}
-    weights |= {"group_size": block_size} if block_size else {"strategy": "channel"}
+    fmt, activations = _ALGORITHMS[algorithm]
+    weights: dict[str, Any] = {"dynamic": False, "num_bits": fmt.element.bits, "type": "float"}
+    weights |= {"group_size": fmt.block_size} if fmt.block_size else {"strategy": "channel"}
     group: dict[str, Any] = {"weights": weights, "targets": targets}
     if activations == "fp4":
         group["input_activations"] = dict(weights)

@@ -60,11 +60,11 @@ class Mxfp4Codec(Codec):
             raise ValueError(f"blocks is {blocks.dtype} {tuple(blocks.shape)}; expected uint8 [E, N, K/32, 16]")
         codes = blocks.flatten(-2)
         scales = read_scales(require(tensors, "_scales"), "scales", MXFP4, codes)
-        return StoredLinear(QuantizedTensor(codes, scales, None), None, None)
+        return StoredLinear(QuantizedTensor(codes, scales, None, MXFP4), None, None)
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
-        codes, scales, _ = stored.weight
-        if scheme.format is not MXFP4 or scheme.activations != "model" or codes.ndim != 3:
+        codes, scales, _, _ = stored.weight
+        if scheme.format != MXFP4 or scheme.activations != "model" or codes.ndim != 3:
             kind = "a stack of experts" if codes.ndim == 3 else "one matrix"
             raise ValueError(f"it is {kind} in {scheme}; {self.name} holds only stacks of experts, in mxfp4a16")
         require_no_rotation(stored, self.name)

@@ -9,19 +9,30 @@ may have.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fp4.numerics.block_scales import effective_scales
 from fp4.numerics.elements import decode_e2m1, encode_e2m1, encode_e4m3, encode_e8m0, pack_codes
-from fp4.numerics.formats import MXFP4, Format, effective_scales
+from fp4.numerics.formats import MXFP4, NVFP4, Format
 
 # Values of the largest code, likeliest first. Block scales from amax/6 put the largest element of an NVFP4 block at 6.
 # MXFP4's power-of-two scales put it at 3, 4 or 6, and a block whose codes all are at most 3 can be written with half
 # the scale as well, while the reverse needs a block without a 0.5 and a 1.5: the larger scale goes first.
-_NVFP4_LARGEST = (6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.5)
-_MXFP4_LARGEST = (3.0, 4.0, 6.0, 2.0, 1.5, 1.0, 0.5)
+_LARGEST: dict[Format, tuple[float, ...]] = {
+    NVFP4: (6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.5),
+    MXFP4: (3.0, 4.0, 6.0, 2.0, 1.5, 1.0, 0.5),
+}
+
+
+def _nearest_power(ratio: Tensor) -> Tensor:
+    return encode_e8m0(torch.log2(ratio.clamp(2.0**-127, 2.0**127)).round().to(torch.int32))
+
+
+_NEAREST_SCALE: dict[Format, Callable[[Tensor], Tensor]] = {NVFP4: encode_e4m3, MXFP4: _nearest_power}
 
 _TILE_ELEMENTS = 1 << 20
 
@@ -37,9 +48,7 @@ class Recovered(NamedTuple):
 def _scales_for(amax: Tensor, fmt: Format, unit: Tensor, largest: float) -> Tensor:
     """The block scale nearest to the one that puts ``amax`` at code value ``largest``: float32 ``[B]`` -> ``[B]``."""
     ratio = (amax.double() / (unit * largest)).float()
-    if fmt is MXFP4:
-        return encode_e8m0(torch.log2(ratio.clamp(2.0**-127, 2.0**127)).round().to(torch.int32))
-    return encode_e4m3(ratio)
+    return _NEAREST_SCALE[fmt](ratio)
 
 
 def _explain(
@@ -87,7 +96,7 @@ def recover(dqweight: Tensor, fmt: Format, global_scale: Tensor | None = None) -
 
     rows = dqweight.reshape(-1, dqweight.shape[-1])
     per_row = rows.shape[1] // fmt.block_size
-    order = _MXFP4_LARGEST if fmt is MXFP4 else _NVFP4_LARGEST
+    order = _LARGEST[fmt]
     all_codes = torch.empty(rows.shape[0], rows.shape[1] // 2, dtype=torch.uint8, device=rows.device)
     all_scales = torch.empty(rows.shape[0], per_row, dtype=torch.uint8, device=rows.device)
     all_exact = torch.empty(rows.shape[0], per_row, dtype=torch.bool, device=rows.device)

@@ -113,7 +113,7 @@ class ReadExperts(LoadOp):
         if not _same_scales(gate, up):
             return parts
         codes, scales = (layout.join_rows(*rows) for rows in zip(gate.weight[:2], up.weight[:2], strict=True))
-        weight = QuantizedTensor(codes, scales, gate.weight.global_scale)
+        weight = QuantizedTensor(codes, scales, gate.weight.global_scale, gate.weight.format)
         return {GATE_UP: StoredLinear(weight, gate.input_global_scale, gate.rotation)}
 
     def _stacked(self, layer: str, experts: FP4Experts, projection: str, tensors: dict[str, Tensor]) -> StoredLinear:
@@ -150,7 +150,9 @@ def stack(matrices: list[StoredLinear]) -> StoredLinear:
         raise ValueError("its experts are rotated differently, which a stack of them has no place for")
     weights = [stored.weight for stored in matrices]
     codes, scales = (torch.stack([weight[i] for weight in weights]) for i in range(2))  # type: ignore[misc]
-    weight = QuantizedTensor(codes, scales, _stack_scales([weight.global_scale for weight in weights]))
+    weight = QuantizedTensor(
+        codes, scales, _stack_scales([weight.global_scale for weight in weights]), weights[0].format
+    )
     rotation = matrices[0].rotation
     device = codes.device
     return StoredLinear(
@@ -283,6 +285,8 @@ def write(quantizer: Packing, name: str) -> dict[str, Tensor]:
 
 def _matrix(weight: QuantizedTensor, projection: FP4GroupedLinear, expert: int) -> StoredLinear:
     """One expert's matrix of a stack."""
-    own = QuantizedTensor(*(None if tensor is None else tensor[expert].contiguous() for tensor in weight))  # type: ignore[arg-type]
+    codes, scales, global_scale, fmt = weight
+    own_scale = None if global_scale is None else global_scale[expert].contiguous()
+    own = QuantizedTensor(codes[expert].contiguous(), scales[expert].contiguous(), own_scale, fmt)
     input_scale = None if projection.input_global_scale is None else projection.input_global_scale[expert]
     return StoredLinear(own, input_scale, projection.rotation)

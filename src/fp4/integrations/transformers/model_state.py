@@ -11,7 +11,6 @@ from fp4.config import FPQuantConfig
 from fp4.integrations.transformers.coverage import Coverage
 from fp4.integrations.transformers.prequantized_config import CheckpointConfig
 from fp4.nn import FP4Experts
-from fp4.numerics.formats import FP8
 from fp4.scheme import Scheme
 
 
@@ -57,5 +56,5 @@ class Packing:
             if scheme is None:
                 raise ValueError("it is packed, but the configuration says that it is not quantized")
             return scheme
-        fp8 = runs.input_format is FP8
+        fp8 = runs.input_format.kind == "FP8"
         return LayerScheme(runs.format, "model" if runs.activations == "model" else "fp8" if fp8 else "fp4")

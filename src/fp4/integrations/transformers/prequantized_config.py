@@ -7,7 +7,6 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fp4.checkpoint import LayerScheme, codec_for
-from fp4.numerics.formats import MXFP4
 from fp4.scheme import Activations, Scheme
 
 
@@ -78,9 +77,8 @@ class CheckpointConfig(QuantizationConfigMixin):
         scheme = Scheme(
             format=stored.format,
             activations=self._activations(stored),
-            activation_rule=self.codec.mxfp4_input_rule if stored.format is MXFP4 else "abs_max",
+            activation_rule=self.codec.input_rules.get(stored.format, "abs_max"),
             rotation=stored.rotation,
             group_size=stored.group_size or stored.format.block_size,
-            block_size=stored.block_size,
         )
         return scheme, self.backend

@@ -43,7 +43,7 @@ from fp4.integrations.transformers.weight_files import read_headers, require_ins
 from fp4.nn import FP4Experts, FP4Linear, PackedWeight, swap_experts, swap_linears
 from fp4.nn.expert_layout import ExpertsLayout
 from fp4.nn.keep_in_float32 import stays_in_float32
-from fp4.numerics.formats import FP8, QuantizedTensor
+from fp4.numerics.formats import QuantizedTensor
 from fp4.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -178,7 +178,9 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         for name, (scheme, shape) in schemes.items():
             unit = torch.tensor(scheme.global_scale or 1.0, dtype=torch.float64, device="cpu")
             meta = PackedWeight(shape[1], shape[0], scheme, dtype=model.dtype, device="meta")
-            weight = QuantizedTensor(meta.weight, meta.weight_scale, None if meta.global_scale is None else unit)
+            weight = QuantizedTensor(
+                meta.weight, meta.weight_scale, None if meta.global_scale is None else unit, meta.scheme.format
+            )
             try:
                 writer.write(StoredLinear(weight, None, meta.rotation), self._written_scheme(meta))
             except ValueError as error:
@@ -197,10 +199,10 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         """The scheme of a layer quantized on the fly in another tool's format."""
         fmt = weight.scheme.format
         # NVFP4 activations, and FP8 ones of FP4 weights, need a calibrated global scale there.
-        calibrated = fmt.needs_global_scale or weight.scheme.input_format is not fmt
+        calibrated = fmt.needs_global_scale or weight.scheme.mixes_formats
         weight_only = weight.scheme.activations == "model" or calibrated
         rotation, group_size = name_rotation(weight.rotation)
-        return LayerScheme(fmt, "model" if weight_only else "fp8" if fmt is FP8 else "fp4", rotation, group_size)
+        return LayerScheme(fmt, "model" if weight_only else "fp8" if fmt.kind == "FP8" else "fp4", rotation, group_size)
 
     def _adopt_format(self, model: PreTrainedModel) -> None:
         """From here on the model is as if it had been loaded from a checkpoint in ``checkpoint_format``."""
@@ -255,7 +257,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         if param.is_floating_point() and self.param_needs_quantization(model, param_name):
             module, parameter = get_module_from_name(model, param_name)
             scheme = module.schemes[parameter][0] if isinstance(module, FP4Experts) else module.scheme
-            return float(scheme.format.code_bits / 8)
+            return float(scheme.format.element.bits / 8)
         return param.element_size()
 
     # --- while they are read
