@@ -195,7 +195,7 @@ def stored_by_hand() -> tuple[StoredLinear, torch.Tensor, torch.Tensor]:
     codes = torch.arange(16, dtype=torch.uint8).view(1, 16)
     scales = torch.tensor([[1.0, 2.0]]).to(torch.float8_e4m3fn)
     quarter, eighth = (torch.tensor(value, dtype=torch.float64) for value in (0.25, 0.125))
-    return StoredLinear(QuantizedTensor(codes, scales, quarter), eighth, None), codes, scales
+    return StoredLinear(QuantizedTensor(codes, scales, quarter, NVFP4), eighth, None), codes, scales
 
 
 # Names of codes, block scales, global scales of weight and input, and what the latter two are stored as.

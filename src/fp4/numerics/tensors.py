@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fp4.errors import NotQuantizable
+
 #: What can be quantized, and multiplied with packed weights.
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -21,12 +23,13 @@ def row_tiles(rows: int, columns: int, multiple: int = 1, elements: int | None =
 
 
 def require_finite(tensor: Tensor, name: str) -> None:
-    """Raises ValueError naming ``name`` if ``tensor`` holds NaN or infinity."""
+    """Raises :class:`NotQuantizable` (a ValueError) naming the weight ``name`` if ``tensor`` holds NaN or infinity."""
     bad = tensor.numel() - int(torch.isfinite(tensor).sum())
     if bad:
-        raise ValueError(
-            f"{name} holds {bad} NaN or infinite values out of {tensor.numel()}; such a weight cannot be quantized. "
-            "Check that the checkpoint is intact, or keep the layer as it is through modules_to_not_convert"
+        raise NotQuantizable(
+            f"{name} holds {bad} NaN or infinite values out of {tensor.numel()}, and such a weight cannot be "
+            "quantized; check that the checkpoint is intact",
+            name.removesuffix(".weight"),
         )
 
 
