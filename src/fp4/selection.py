@@ -10,7 +10,7 @@
    follows is a whole one, so that ``model.layers.1.*`` fits no layer of block 11, read as a glob or in this way.
 
 1, 2 and 4 are how Transformers reads ``modules_to_not_convert``, 3 is how file names are matched. Everything takes
-every pattern: ``modules_to_not_convert`` and ``overrides`` of ``FPQuantConfig``, ``--skip``, ``--only``, ``--override``.
+every pattern: ``FPQuantConfig``'s ``modules_to_not_convert`` and ``overrides``, ``--skip``, ``--only``, ``--override``.
 
 **Precedence**: what is skipped is kept; where ``only`` is given, what it does not fit is kept; then the first override
 that fits decides; all others take the default.
@@ -28,16 +28,16 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fp4.scheme import SCHEMES
 from fp4.spelling import hint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Pair = TypeVar("Pair", bound=Sequence[Any])
 
@@ -131,6 +131,20 @@ def parse_overrides(overrides: Mapping[str, str | None] | Sequence[str]) -> tupl
     return tuple((pattern, None if scheme == "keep" else scheme) for pattern, scheme in pairs)
 
 
+def fits_in_transformers(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of ``patterns`` fits the layer called ``name`` as Transformers reads them, which knows no globs."""
+    # Checkpoints are inspected and converted without Transformers, which takes seconds to import.
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    for pattern in patterns:
+        try:
+            if not should_convert_module(name, [pattern]):
+                return True
+        except re.error:
+            continue
+    return False
+
+
 def as_transformers_reads(listed: Sequence[str], kept: Mapping[str, str], layers: Sequence[str]) -> list[str]:
     """``modules_to_not_convert`` for a file: Transformers' reading of it keeps what is kept here.
 
@@ -141,16 +155,13 @@ def as_transformers_reads(listed: Sequence[str], kept: Mapping[str, str], layers
         kept: all layers that are kept, with the reason; weights tied to another need no entry.
         layers: all that could be quantized.
     """
-
-    def keeps(name: str, patterns: list[str]) -> bool:
-        try:
-            return not should_convert_module(name, patterns)
-        except re.error:  # a glob
-            return False
-
-    patterns = [pattern for pattern in listed if all(keeps(name, [pattern]) == fits(name, pattern) for name in layers)]
+    patterns = [
+        pattern
+        for pattern in listed
+        if all(fits_in_transformers(name, [pattern]) == fits(name, pattern) for name in layers)
+    ]
     for name in layers:
-        if kept.get(name, TIED) != TIED and not keeps(name, patterns):
+        if kept.get(name, TIED) != TIED and not fits_in_transformers(name, patterns):
             patterns.append(name)
     return patterns
 
@@ -160,6 +171,8 @@ def as_transformers_reads(listed: Sequence[str], kept: Mapping[str, str], layers
 
 def float32_parameters(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
     """Whether Transformers leaves a parameter, by its name, in float32 where it loads ``model`` in ``dtype``."""
+    from transformers.core_model_loading import build_glob_alternation
+
     plan = model._get_dtype_plan(dtype)
     pattern = build_glob_alternation(list(plan))[0]
     return lambda name: bool(plan) and pattern.search(name) is not None
@@ -221,9 +234,8 @@ class DenseLayers:
 
     def stays_in_float32(self, name: str) -> bool:
         """Whether the model's authors keep the layer ``name`` out of half precision, and so out of four bits."""
-        if not should_convert_module(name, self._modules_in_float32):
-            return True
-        return self._parameters_in_float32(f"{name}.weight")
+        listed = fits_in_transformers(name, self._modules_in_float32)
+        return listed or self._parameters_in_float32(f"{name}.weight")
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

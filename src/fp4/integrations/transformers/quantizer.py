@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear
 from fp4.checkpoint.expert_names import names_on_disk, stacks_on_disk
@@ -44,7 +44,15 @@ from fp4.nn.expert_layout import ExpertsLayout
 from fp4.nn.swap import NOT_ASKED
 from fp4.numerics.formats import FP8, QuantizedTensor
 from fp4.scheme import Scheme
-from fp4.selection import DenseLayers, as_transformers_reads, fits, idle_patterns, spelled_out, tied_layers
+from fp4.selection import (
+    DenseLayers,
+    as_transformers_reads,
+    fits,
+    fits_in_transformers,
+    idle_patterns,
+    spelled_out,
+    tied_layers,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,7 +156,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             config.modules_to_not_convert = [name for name, module in model.named_modules() if module is head]
         tied = tied_layers(model)
         patterns = [*config.modules_to_not_convert, *(model._keep_in_fp32_modules or [])]
-        return lambda name: NOT_ASKED if name in tied or not should_convert_module(name, patterns) else None
+        return lambda name: NOT_ASKED if name in tied or fits_in_transformers(name, patterns) else None
 
     def _as_asked(self, model: PreTrainedModel) -> Callable[[str], str | None]:
         """Why a layer is not to be quantized, or None: the default rule, and what the user keeps."""
