@@ -162,7 +162,7 @@ def test_overrides_change_the_layers_that_fit_their_pattern() -> None:
     assert (second[0].activations, second[1], second[0].rotation) == ("model", "reference", base.rotation)
     query = scheme(config, "model.layers.5.self_attn.q_proj")
     assert (query.rotation, query.group_size, query.weight_rule) == ("hadamard", 32, base.weight_rule)
-    assert scheme(config, "model.layers.5.down_proj.adapter") == base, "a pattern describes the full name"
+    assert scheme(config, "model.layers.5.down_proj_adapter") == base, "a pattern describes a name to its end or a dot"
 
 
 def test_an_override_keeps_what_it_does_not_name() -> None:
@@ -274,7 +274,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"backend": "gpu"}, "backend.*'gpu'.*'auto', 'reference', 'cpu', 'triton', 'cutlass'"),
     ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert.*'lm_head'.*list"),
     ({"modules_to_not_convert": [1]}, r"modules_to_not_convert.*\[1\].*list"),
-    ({"modules_to_not_convert": ["*.mlp"]}, r"has '\*.mlp', which is no regular expression .* belong in overrides"),
+    ({"modules_to_not_convert": ["mlp("]}, r"has 'mlp\(', which is no name, no glob and no regular expression"),
     ({"overrides": ["a"]}, r"overrides.*\['a'\].*dictionary"),
     ({"overrides": {"a": "mxfp4"}}, r"overrides\['a'\].*'mxfp4'.*dictionary"),
     ({"overrides": {"a": {"bits": 4}}}, r"overrides\['a'\] sets bits.*forward_dtype.*scale_rule"),

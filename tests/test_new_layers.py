@@ -146,11 +146,11 @@ def test_a_model_without_linear_layers_is_kept_whole_and_reloads(
 
 
 def test_patterns_that_fit_no_layer_are_named(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
-    overrides: dict[str, object] = {"*.o_proj": None, "layers.1.*": None}
+    overrides: dict[str, object] = {"*.o_proj": None, "blocks.1.*": None}
     config = FPQuantConfig(modules_to_not_convert=["lm_head", "mlp", "up_proj"], overrides=overrides)
     with caplog.at_level("WARNING", logger="fp4"):
         AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
-    assert "['mlp', 'layers.1.*'] fit no layer of LlamaForCausalLM, where one is called model.layers.0." in caplog.text
+    assert "['mlp', 'blocks.1.*'] fit no layer of LlamaForCausalLM, where one is called model.layers.0." in caplog.text
 
 
 @pytest.mark.parametrize(("scheme", "warns"), [("nvfp4a8", True), ("nvfp4", False)])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
-import re
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
@@ -14,6 +12,7 @@ from fp4.numerics.rotation import ROTATIONS
 from fp4.numerics.tool_rounding import TOOL_RULES
 from fp4.ops import BACKENDS
 from fp4.scheme import SCHEMES, Scheme, preset_of
+from fp4.selection import first_fit, require_pattern
 
 # FP-Quant quantizes under a fixed global scale: blocks are multiplied by 3 before their scale is taken (not for QuEST).
 _FP_QUANT_GLOBAL_SCALE = 1 / 3
@@ -72,8 +71,11 @@ class FPQuantConfig(QuantizationConfigMixin):
         transform_init: ``"hadamard"``, ``"identity"`` or ``"gsr"``. Default: the best measured for the format without
             calibration data. Naming this, ``hadamard_group_size`` or ``"quest"`` asks for FP-Quant's behaviour, its
             scales included (unless ``scale_rule`` says otherwise).
-        modules_to_not_convert: layers to keep, as names, suffixes or regular expressions. Default: the output
-            embedding. Embeddings and layers tied to them are always kept.
+        modules_to_not_convert: layers to keep, as patterns of :mod:`fp4.selection`: names, suffixes, globs or regular
+            expressions. A list, even an empty one, replaces what is kept of the model's head by default: the output
+            embedding and the heads of classifiers. Routers, gates of shared experts and matrices of fewer than 16 rows
+            are kept beside it, unless ``overrides`` gives one of them, by its own name, options. Embeddings, layers
+            tied to them and what the model keeps in float32 are always kept.
         scale_rule: how block scales of weights are chosen: ``"fp_quant"`` (``forward_method`` under FP-Quant's fixed
             global scale), a rule of the format (``formats.NVFP4.rules``, ``formats.MXFP4.rules``), or
             ``"llm-compressor"`` or ``"modelopt"``: to the bit as that tool rounds, without a rotation by default.
@@ -85,7 +87,7 @@ class FPQuantConfig(QuantizationConfigMixin):
             the one stored with the weights.
         backend: ``"auto"`` or the backend that must run the model; an error where it cannot.
         overrides: other values of these options for some layers, ``{"*.mamba.*": {"scheme": "fp8_dynamic"}}``; None in
-            place of the dictionary keeps a layer. The first pattern (``fnmatch``, on the full name) that fits wins.
+            place of the dictionary keeps a layer. The first pattern (as of :mod:`fp4.selection`) that fits wins.
         strict: whether a layer that cannot be quantized is an error instead of being kept.
         checkpoint_format: what ``save_pretrained`` writes: ``"fp_quant"``, ``"compressed-tensors"``, ``"modelopt"`` or
             ``"auto-round"``. In the last three, NVFP4 layers that engines fuse (q/k/v, gate/up) share a global scale,
@@ -277,13 +279,7 @@ class FPQuantConfig(QuantizationConfigMixin):
         if keep is not None and not (isinstance(keep, list) and all(isinstance(name, str) for name in keep)):
             raise ValueError(f"modules_to_not_convert is {keep!r}; expected a list of names, or None")
         for name in keep or []:
-            try:
-                re.compile(name)
-            except re.error as error:
-                raise ValueError(
-                    f"modules_to_not_convert has {name!r}, which is no regular expression ({error}); patterns with * "
-                    "in the manner of file names belong in overrides, as {pattern: None}"
-                ) from error
+            require_pattern(name, "modules_to_not_convert")
         if not isinstance(self.overrides, list) or not all(
             isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) for item in self.overrides
         ):
@@ -368,9 +364,9 @@ class FPQuantConfig(QuantizationConfigMixin):
 
     def scheme_for(self, name: str) -> tuple[Scheme, str] | None:
         """Scheme and backend preference of the layer called ``name``, or None if an override keeps it."""
-        for pattern, options in self.overrides:
-            if fnmatch.fnmatchcase(name, pattern):
-                return None if options is None else self._overridden(options).scheme_for(name)
+        override = first_fit(name, self.overrides)
+        if override is not None:
+            return None if override[1] is None else self._overridden(override[1]).scheme_for(name)
         fmt = self._format
         fp_quant_rule = _FP_QUANT_RULES.get(fmt, {}).get(self.forward_method, "")
         emulated = "fp8" if self._fp8_inputs else "fp4"

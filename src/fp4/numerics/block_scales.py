@@ -11,8 +11,8 @@ FOUR_OVER_SIX_E4M3_MAX = 256.0  # leaves room for amax/4, which is 1.5 times ama
 
 # Offsets of the search, nearest first so that ties keep the scale closest to abs_max. E4M3: one binade either way.
 _E4M3_OFFSETS = tuple(sorted(range(-8, 9), key=lambda o: (abs(o), o)))
-# E8M0: abs_max leaves magnitudes below 8 steps, and up to there all values of +2 are among those of +1, which is therefore
-# never worse.
+# E8M0: abs_max leaves magnitudes below 8 steps, and up to there all values of +2 are among those of +1, which is
+# therefore never worse.
 _E8M0_OFFSETS = (0, 1, -1)
 
 #: Smallest and largest byte that a rule gives a block scale: no scale is zero, and 6 times it is finite in float32.

@@ -27,7 +27,7 @@ from fp4.pipeline.calibrate import BlockCalibration, block_parts
 from fp4.pipeline.duration import calibration_seconds, streaming_seconds
 from fp4.pipeline.estimate import Estimate, estimate
 from fp4.pipeline.memory_budget import Memory
-from fp4.pipeline.plan import Choice, parse_overrides, plan_layers, rotated, ruled, stored_as
+from fp4.pipeline.plan import plan_layers, rotated, ruled, stored_as
 from fp4.pipeline.report import build_report, kept_rows, peak_memory
 from fp4.pipeline.samples import batches_of, read_samples
 from fp4.pipeline.side_files import (
@@ -44,6 +44,7 @@ from fp4.pipeline.skeleton import Skeleton
 from fp4.pipeline.stream import Progress, StreamedRounding, shard_parts
 from fp4.progress import shown
 from fp4.quality.model_card import write_model_card
+from fp4.selection import Choice, parse_overrides
 from fp4.spelling import hint, names_nearest
 
 logger = logging.getLogger("fp4")

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from fp4.checkpoint import Codec
 from fp4.checkpoint.fusing import fused_groups
-from fp4.nn.keep_in_float32 import stays_in_float32
 from fp4.numerics.formats import FORMATS
 from fp4.numerics.rotation import ROTATIONS
 from fp4.pipeline.expert_layers import ExpertMatrix, ExpertsModule, find_experts
 from fp4.pipeline.skeleton import Skeleton
 from fp4.scheme import SCHEMES, Scheme
-from fp4.spelling import hint
-
-# Routers decide which expert runs; an error there is not an error of a few percent.
-_ROUTERS = ("router", "gate", "gating", "shared_expert_gate")
+from fp4.selection import Choice, DenseLayers
 
 
 @dataclass(frozen=True)
@@ -87,71 +82,6 @@ class LayerPlan:
         return hashlib.sha256(json.dumps([said, groups]).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What the user says about layers, by patterns (``fnmatch`` on the full name, or the end of it after a dot).
-
-    Attributes:
-        scheme: name of the scheme for all layers that no override names.
-        skip: layers to keep, whatever else names them.
-        only: where given, all others are kept, whatever an override says of them.
-        overrides: pattern and scheme name, or None to keep, for the layers left; the first that fits wins.
-    """
-
-    scheme: str
-    skip: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()
-    overrides: tuple[tuple[str, str | None], ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in (self.scheme, *(scheme for _, scheme in self.overrides)):
-            if name is not None and name not in SCHEMES:
-                raise ValueError(f"scheme is {name!r}; expected one of {', '.join(SCHEMES)}{hint(name, SCHEMES)}")
-
-    def of(self, name: str) -> tuple[str | None, str]:
-        """Scheme name of the layer, or None with the reason why it is kept."""
-        for pattern in self.skip:
-            if fits(name, pattern):
-                return None, f"skipped by {pattern}"
-        if self.only and not any(fits(name, pattern) for pattern in self.only):
-            return None, "not among the layers chosen"
-        for pattern, scheme in self.overrides:
-            if fits(name, pattern):
-                return scheme, f"override {pattern}"
-        return self.scheme, ""
-
-    def require_used(self, names: Sequence[str]) -> None:
-        """ValueError for a pattern that fits no layer: most likely a mistake."""
-        options = (("skip", self.skip), ("only", self.only), ("override", [pattern for pattern, _ in self.overrides]))
-        for option, patterns in options:
-            for pattern in patterns:
-                if not any(fits(name, pattern) for name in names):
-                    shown = ", ".join(list(names)[:3])
-                    raise ValueError(f"{option} {pattern!r} fits none of {len(names)} layers ({shown}, ...)")
-
-
-def fits(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
-
-
-def parse_overrides(overrides: Mapping[str, str | None] | Sequence[str]) -> tuple[tuple[str, str | None], ...]:
-    """``{"*.down_proj": "mxfp4"}`` or ``["*.down_proj=mxfp4"]``; None or ``keep`` keeps a layer.
-
-    Raises:
-        ValueError: an entry has no ``=``.
-    """
-    if isinstance(overrides, Mapping):
-        pairs = [(str(pattern), None if scheme is None else str(scheme)) for pattern, scheme in overrides.items()]
-    else:
-        pairs = []
-        for entry in overrides:
-            pattern, equals, scheme = entry.partition("=")
-            if not equals or not pattern or not scheme:
-                raise ValueError(f"override is {entry!r}; expected PATTERN=SCHEME, e.g. '*.down_proj=mxfp4'")
-            pairs.append((pattern, scheme))
-    return tuple((pattern, None if scheme == "keep" else scheme) for pattern, scheme in pairs)
-
-
 def plan_layers(skeleton: Skeleton, choice: Choice) -> LayerPlan:
     """Decide about every Linear layer of the model, and every matrix of its experts.
 
@@ -160,31 +90,25 @@ def plan_layers(skeleton: Skeleton, choice: Choice) -> LayerPlan:
     """
     model, plan = skeleton.model, LayerPlan()
     experts = find_experts(skeleton)
-    tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
+    dense = DenseLayers(model)
     block_of = {name: number for number, block in enumerate(skeleton.blocks) for name in _linears(skeleton, block)}
     for module in filter(None, experts.values()):
         number = next((i for i, block in enumerate(skeleton.blocks) if module.name.startswith(f"{block}.")), None)
         if number is not None:
             block_of |= {matrix.name: number for matrix in module.matrices()}
     choice.require_used(list(block_of))
-    head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if name in experts:
-            _plan_experts(plan, skeleton, name, experts[name], block_of, choice)
+            _plan_experts(plan, skeleton, name, experts[name], block_of, choice, dense)
+        if name in dense.no_linears:
+            plan.kept.append(KeptLayer(name, tuple(module.get_parameter("weight").shape), dense.no_linears[name]))
         if not isinstance(module, nn.Linear):
-            matrix = module._parameters.get("weight")
-            if matrix is not None and matrix.ndim == 2 and not isinstance(module, nn.Embedding):
-                router = name.rpartition(".")[2] in _ROUTERS
-                kind = "router" if router else f"{type(module).__name__} is no nn.Linear"
-                plan.kept.append(KeptLayer(name, tuple(matrix.shape), kind))
             continue
         shape = (module.out_features, module.in_features)
-        reason = _must_keep(skeleton, name, module, tied, head) if name in block_of else None
-        if name not in block_of:
-            reason = "output embedding" if module is head else "outside the decoder's blocks"
-        preset, why = (None, reason) if reason else choice.of(name)
-        if preset is None:
-            plan.kept.append(KeptLayer(name, shape, why or "kept"))
+        preset, why = choice.of(name, dense)
+        obstacle = _obstacle(skeleton, name, module, block_of) if preset else None
+        if preset is None or obstacle:
+            plan.kept.append(KeptLayer(name, shape, obstacle or why))
             continue
         scheme = SCHEMES[preset].scheme
         if module.in_features % scheme.k_multiple:
@@ -211,6 +135,7 @@ def _plan_experts(
     experts: ExpertsModule | None,
     block_of: Mapping[str, int],
     choice: Choice,
+    dense: DenseLayers,
 ) -> None:
     """Add all matrices of an experts module, which are quantized together, or what is kept of it."""
     module = skeleton.model.get_submodule(name)
@@ -218,7 +143,7 @@ def _plan_experts(
     if experts is None:
         chosen = f"{type(module).__name__} lays out or runs its experts in a way fp4 does not know"
     else:
-        chosen = _presets_of_experts(skeleton, experts, block_of, choice)
+        chosen = _presets_of_experts(skeleton, experts, block_of, choice, dense)
     if experts is None or isinstance(chosen, str):
         for key, stack in module.named_parameters(recurse=False):
             if stack.ndim == 3:
@@ -233,7 +158,7 @@ def _plan_experts(
 
 
 def _presets_of_experts(
-    skeleton: Skeleton, experts: ExpertsModule, block_of: Mapping[str, int], choice: Choice
+    skeleton: Skeleton, experts: ExpertsModule, block_of: Mapping[str, int], choice: Choice, dense: DenseLayers
 ) -> dict[str, str] | str:
     """The preset of each projection, or why they are kept. ValueError if some matrices are chosen, but not all."""
     matrices = list(experts.matrices())
@@ -241,7 +166,7 @@ def _presets_of_experts(
         return "outside the decoder's blocks"
     if not all(matrix.stack in skeleton.sources for matrix in matrices):
         return "the checkpoint has no weights of its own for it"
-    chosen = {matrix: choice.of(matrix.name) for matrix in matrices}
+    chosen = {matrix: choice.of(matrix.name, dense) for matrix in matrices}
     kept = [reason for preset, reason in chosen.values() if preset is None]
     presets = {(matrix.projection, preset) for matrix, (preset, _) in chosen.items()}
     if len(kept) == len(matrices):
@@ -264,15 +189,12 @@ def _linears(skeleton: Skeleton, block: str) -> list[str]:
     return [f"{block}.{name}" for name, child in module.named_modules() if isinstance(child, nn.Linear)]
 
 
-def _must_keep(skeleton: Skeleton, name: str, module: nn.Linear, tied: set[str], head: nn.Module | None) -> str | None:
-    if name in tied:
-        return "tied to another weight"
-    if name.rpartition(".")[2] in _ROUTERS or module.out_features == 1:
-        return "router"
+def _obstacle(skeleton: Skeleton, name: str, module: nn.Linear, block_of: Mapping[str, int]) -> str | None:
+    """Why a layer that is to be quantized cannot be, here."""
+    if name not in block_of:
+        return "outside the decoder's blocks"
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} may compute something else than nn.Linear"
-    if stays_in_float32(skeleton.model, name):
-        return "the model keeps it in float32"
     if f"{name}.weight" not in skeleton.sources:
         return "the checkpoint has no weight of its own for it"
     return None

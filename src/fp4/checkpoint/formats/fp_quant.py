@@ -11,7 +11,6 @@ Per Linear layer, besides ``bias``:
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +31,7 @@ from fp4.checkpoint.formats.fp8 import CODES, read_fp8
 from fp4.checkpoint.formats.pseudo_quantized import recover
 from fp4.numerics.formats import FP8, WEIGHT_FORMATS, Format, QuantizedTensor, dequantize
 from fp4.numerics.rotation import share
+from fp4.selection import first_fit
 
 SUFFIXES = (
     "qweight",
@@ -68,12 +68,11 @@ class FPQuantCodec(Codec):
 
     def scheme(self, layer: str) -> LayerScheme | None:
         options: dict[str, Any] = dict(self.config)
-        for pattern, override in self._overrides():
-            if fnmatch.fnmatchcase(layer, pattern):
-                if override is None:
-                    return None
-                options |= override
-                break
+        override = first_fit(layer, self._overrides())
+        if override is not None:
+            if override[1] is None:
+                return None
+            options |= override[1]
         fmt = WEIGHT_FORMATS.get(str(options.get("forward_dtype", "nvfp4")))
         if fmt is None:
             known = " or ".join(WEIGHT_FORMATS)

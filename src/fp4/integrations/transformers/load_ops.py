@@ -14,9 +14,9 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from fp4.errors import NotQuantizable
 from fp4.integrations.transformers.model_state import Packing
 from fp4.nn import FP4Experts, FP4Linear, PackedWeight
-from fp4.nn.keep_in_float32 import float32_parameters
 from fp4.numerics.rotation import share
 from fp4.rounding import global_scale_of
+from fp4.selection import float32_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear
 from fp4.checkpoint.expert_names import names_on_disk, stacks_on_disk
@@ -42,9 +41,18 @@ from fp4.integrations.transformers.saving import save_atomically
 from fp4.integrations.transformers.weight_files import read_headers, require_inside
 from fp4.nn import FP4Experts, FP4Linear, PackedWeight, swap_experts, swap_linears
 from fp4.nn.expert_layout import ExpertsLayout
-from fp4.nn.keep_in_float32 import stays_in_float32
+from fp4.nn.swap import NOT_ASKED
 from fp4.numerics.formats import QuantizedTensor
 from fp4.scheme import Scheme
+from fp4.selection import (
+    DenseLayers,
+    as_transformers_reads,
+    fits,
+    fits_in_transformers,
+    idle_patterns,
+    spelled_out,
+    tied_layers,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,25 +97,20 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
     def _prepare(self, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
         """Swap modules for packed ones; ``stored`` is what a packed checkpoint holds, by name."""
         config, asked = self.quantization_config, list[str]()
-        # "lm_head" is what Transformers' own configuration names, whether there is one or not.
-        kept_by_user = [name for name in config.modules_to_not_convert or [] if name != "lm_head"]
-        if config.modules_to_not_convert is None:
-            head = model.get_output_embeddings()
-            config.modules_to_not_convert = [name for name, module in model.named_modules() if module is head]
-        tied = {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
-        patterns = [*config.modules_to_not_convert, *(model._keep_in_fp32_modules or [])]
+        reason_to_keep = self._as_stored(model) if self.pre_quantized else self._as_asked(model)
+        reasons = {} if self.pre_quantized else dict(DenseLayers(model).no_linears)
 
         def kept(name: str) -> bool:
-            # A checkpoint says itself what is packed in it, by releases that knew fewer layers to keep too.
-            in_float32 = not self.pre_quantized and stays_in_float32(model, name)
-            return in_float32 or not should_convert_module(name, patterns)
+            asked.append(name)
+            reason = reason_to_keep(name)
+            if reason is not None:
+                reasons[name] = reason
+            return reason is not None
 
         def choose(name: str) -> tuple[Scheme, str] | None:
-            asked.append(name)
-            return None if name in tied or kept(name) else config.scheme_for(name)
+            return None if kept(name) else config.scheme_for(name)
 
         def choose_experts(name: str, layout: ExpertsLayout) -> dict[str, tuple[Scheme, str]] | None:
-            asked.append(name)
             if kept(name):
                 return None
             self.expert_names[name] = names_on_disk(name, layout, conversions)
@@ -120,7 +123,8 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         report = swap_linears(model, choose, master_weights=config.store_master_weights)
         report.update(swap_experts(model, choose_experts, master_weights=config.store_master_weights))
         if not self.pre_quantized:
-            self._warn_of_idle_patterns(kept_by_user, asked, model)
+            self._warn_of_idle_patterns(asked, model)
+            config.modules_to_not_convert = as_transformers_reads(config.modules_to_not_convert or [], reasons, asked)
         self._base_model_prefix = model.base_model_prefix
         self._dtypes = dtypes_of(model) if self.pre_quantized else {}
         self.experts = {name: module for name, module in model.named_modules() if isinstance(module, FP4Experts)}
@@ -133,17 +137,45 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             self._prepare_for_format(model)
         if not report.quantized:
             logger.warning("no layer of %s was quantized; all layers are kept", type(model).__name__)
-        self.report = coverage_of(model, report.kept)
+        told = {name: reason for name, reason in reasons.items() if report.kept.get(name, NOT_ASKED) == NOT_ASKED}
+        self.report = coverage_of(model, report.kept | told)
         logger.info("%s", self.report.describe())
         if report.unsupported():
             if config.strict:
                 raise ValueError(f"strict=True, but these layers cannot be quantized: {report.describe_unsupported()}")
             logger.warning("kept unquantized: %s", report.describe_unsupported())
 
-    def _warn_of_idle_patterns(self, kept: list[str], layers: list[str], model: PreTrainedModel) -> None:
+    def _as_stored(self, model: PreTrainedModel) -> Callable[[str], str | None]:
+        """Why a layer of a packed checkpoint is dense, or None: what is packed is for the checkpoint alone to say.
+
+        fp_quant is Transformers' format, and its list is read as Transformers reads it.
+        """
+        config = self.quantization_config
+        if config.modules_to_not_convert is None:
+            head = model.get_output_embeddings()
+            config.modules_to_not_convert = [name for name, module in model.named_modules() if module is head]
+        tied = tied_layers(model)
+        patterns = [*config.modules_to_not_convert, *(model._keep_in_fp32_modules or [])]
+        return lambda name: NOT_ASKED if name in tied or fits_in_transformers(name, patterns) else None
+
+    def _as_asked(self, model: PreTrainedModel) -> Callable[[str], str | None]:
+        """Why a layer is not to be quantized, or None: the default rule, and what the user keeps."""
+        listed, overrides = self.quantization_config.modules_to_not_convert, self.quantization_config.overrides
+        dense = DenseLayers(model)
+
+        def reason(name: str) -> str | None:
+            if any(fits(name, pattern) for pattern in listed or []):
+                return NOT_ASKED
+            return dense.reason(name, spelled_out(name, overrides), heads=listed is None)
+
+        return reason
+
+    def _warn_of_idle_patterns(self, layers: list[str], model: PreTrainedModel) -> None:
         """Name what the user meant for some of the ``layers`` that could be quantized, and none is called so."""
-        idle = [name for name in kept if all(should_convert_module(layer, [name]) for layer in layers)]
-        idle += [pattern for pattern, _ in self.quantization_config.overrides if not fnmatch.filter(layers, pattern)]
+        config = self.quantization_config
+        # "lm_head" is what Transformers' own configuration names, whether there is one or not.
+        kept = [name for name in config.modules_to_not_convert or [] if name != "lm_head"]
+        idle = idle_patterns([*kept, *(pattern for pattern, _ in config.overrides)], layers)
         if idle:
             example = next(iter(layers), "nothing")
             logger.warning("%s fit no layer of %s, where one is called %s", idle, type(model).__name__, example)
