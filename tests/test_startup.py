@@ -42,6 +42,7 @@ ORDERS = [
     "import fp4",
     "import transformers, fp4",
     "import fp4; from transformers import AutoModelForCausalLM",
+    "import fp4; from transformers import LlamaForCausalLM",
     "from transformers import AutoModelForCausalLM; import fp4",
     "import fp4; from transformers import AutoConfig; import transformers.modeling_utils",
     "import fp4; import transformers.quantizers.auto",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers.quantizers_utils import should_convert_module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def float32_parameters(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
