@@ -116,10 +116,10 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["quantize", "model", "out", "--samples", "none"], 2, "Invalid value for '--samples'"),
         (["quantize", "model", "out", "--scheme", "nvpf4"], 2, "scheme is 'nvpf4'; expected one of nvfp4, "),
         (["quantize", "model", "out", "--method", "gtpq"], 2, "(did you mean gptq?)"),
-        (["quantize", "model", "out", "--format", "gguf"], 2, "format is 'gguf'; expected one of fp_quant, "),
+        (["quantize", "model", "out", "--format", "gguf"], 2, "format is 'gguf'; expected one of compressed-tensors, "),
         (["quantize", "model", "out", "--experts", "some"], 2, "experts is 'some'; expected one of all, routed"),
         (["quantize", "model", "out", "--option", "damping"], 2, "expected NAME=VALUE"),
-        (["convert", "model", "out", "--to", "gguf"], 2, "target format is 'gguf'; expected one of fp_quant"),
+        (["convert", "model", "out", "--to", "gguf"], 2, "target format is 'gguf'; expected one of compressed-tensors"),
         (["evaluate", "model", "--data", "a.txt", "--activations", "fp5"], 2, "'fp5' is not one of"),
     ],
 )

@@ -18,9 +18,6 @@ from fp4.scheme import SCHEMES, Scheme, preset_of
 # FP-Quant quantizes under a fixed global scale: blocks are multiplied by 3 before their scale is taken (not for QuEST).
 _FP_QUANT_GLOBAL_SCALE = 1 / 3
 
-#: What on-the-fly quantization can be saved as (gpt-oss's ``mxfp4`` holds experts only).
-WRITABLE_FORMATS = ("fp_quant", "compressed-tensors", "modelopt", "auto-round")
-
 _OVERRIDABLE = (
     "scheme",
     "forward_dtype",
@@ -249,7 +246,6 @@ class FPQuantConfig(QuantizationConfigMixin):
         for option in ("store_master_weights", "pseudoquantization", "strict"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"{option} is {getattr(self, option)!r}; expected True or False")
-        _require(self.checkpoint_format, WRITABLE_FORMATS, "checkpoint_format")
         if self.checkpoint_format != "fp_quant" and (self.store_master_weights or self.pseudoquantization):
             raise ValueError(
                 f"checkpoint_format {self.checkpoint_format!r} has no place for master weights or pseudoquantization"
