@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from fp4.checkpoint import Codec, LayerScheme, codec_for, codec_named
 from fp4.checkpoint.formats.codec import InexactScale
-from fp4.checkpoint.io.headers import Checkpoint, TensorInfo, load
+from fp4.checkpoint.io.headers import Checkpoint, TensorInfo, load, self_sufficient_files
 from fp4.checkpoint.io.hub import local_folder
 from fp4.checkpoint.io.publish import Staging, identity_of, plain_errors, refuse_existing, write_companions
 from fp4.checkpoint.io.shards import ShardWriter, Spec, spec_of
@@ -117,7 +117,8 @@ def convert(
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.quantization_config()
     if config is None:
-        raise ValueError(f"{folder} is not quantized: neither config.json nor hf_quant_config.json says how")
+        files = " nor ".join(["config.json", *self_sufficient_files()])
+        raise ValueError(f"{folder} is not quantized: neither {files} says how")
     reader, writer = codec_for(config, checkpoint.dtype), writes.writer(checkpoint.dtype)
     groups = packed_layers(reader, checkpoint.tensors)
     others = other_quantized(checkpoint.tensors, groups)

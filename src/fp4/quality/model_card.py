@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from fp4.checkpoint import CODECS
 from fp4.checkpoint.formats.codec import ENGINE_VERSIONS
@@ -91,11 +90,15 @@ def refresh_model_card(folder: Path) -> bool:
 def _metadata(card: Path) -> dict[str, Any]:
     """The YAML at the top of a card; empty where there is none, or none that can be read.
 
-    ``ModelCard`` finds the same block, and reads aliases in it, with which a few lines stand for terabytes.
+    huggingface_hub's ``ModelCard`` is not for cards of strangers: it reads aliases, with which a few lines stand for
+    terabytes, and in older releases its search for the YAML's end takes time that grows with the square of empty lines.
     """
-    found = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8", errors="replace"))
+    first, *lines = card.read_text(encoding="utf-8", errors="replace").lstrip().splitlines() or [""]
+    end = next((number for number, line in enumerate(lines) if line.rstrip() == "---"), None)
+    if first.rstrip() != "---" or end is None:
+        return {}
     try:
-        content = read_yaml(found[2], card.name)[0] if found else None
+        content, _ = read_yaml("\n".join(lines[:end]), card.name)
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

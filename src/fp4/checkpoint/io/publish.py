@@ -342,9 +342,10 @@ def write_companions(
     """
     # What says how weights are stored must not outlive them.
     describing = {"config.json", INDEX_NAME, *(codec.side_file for codec in CODECS.values())}
+    left_out = describing | set(made_anew)
     written = []
     for path in sorted(source.folder.iterdir()):
-        if path.name not in {*describing, *made_anew} and path.suffix in _COPIED_SUFFIXES and path.is_file():
+        if path.name not in left_out and path.suffix in _COPIED_SUFFIXES and path.is_file():
             shutil.copyfile(path, folder / path.name)
             written.append(path.name)
     contents = {"config.json": _described(source.config) | {"quantization_config": dict(quantization)}}
