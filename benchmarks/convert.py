@@ -36,7 +36,7 @@ from fp4.numerics.formats import NVFP4, QuantizedTensor
 def make_checkpoint(folder: Path, layers: int, hidden: int) -> int:
     """Random codes and scales in compressed-tensors' format, four layers a shard; returns the bytes of weights."""
     generator = torch.Generator().manual_seed(0)
-    codec, scheme = CODECS["compressed-tensors"]({"config_groups": {}}), LayerScheme(NVFP4, "model")
+    codec, scheme = CODECS["compressed-tensors"].writer(), LayerScheme(NVFP4, "model")
     names, weight_map = [], {}
     shards = -(-layers // 4)
     for shard in range(shards):

@@ -19,6 +19,8 @@ from fp4.checkpoint.io.headers import Checkpoint, load
 from fp4.checkpoint.layers import packed_layers, peek
 from fp4.numerics.formats import MXFP4, NVFP4, dequantize, quantize
 from fp4.numerics.rotation import hadamard
+from fp4.rounding import round_to_nearest
+from fp4.scheme import SCHEMES
 
 # name, packed layers, scheme of all of them
 FIXTURES = [
@@ -126,12 +128,9 @@ def stored_linear(fmt: object = NVFP4, shape: tuple[int, ...] = (8, 64), global_
     return StoredLinear(quantize(weight, fmt, global_scale=scale), scale, None)  # type: ignore[arg-type]
 
 
-EMPTY = {"config_groups": {}}
-
-
 @pytest.mark.parametrize("name", sorted(CODECS))
 def test_every_format_keeps_or_refuses(name: str) -> None:
-    codec = CODECS[name](EMPTY)
+    codec = CODECS[name].writer()
     candidates = {
         "nvfp4": (stored_linear(), LayerScheme(NVFP4, "fp4")),
         "nvfp4a16": (stored_linear()._replace(input_global_scale=None), LayerScheme(NVFP4, "model")),
@@ -155,21 +154,37 @@ def test_every_format_keeps_or_refuses(name: str) -> None:
     assert kept == expected
 
 
+@pytest.mark.parametrize("name", sorted(CODECS))
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_format_holds_the_schemes_that_it_names(name: str, scheme: str) -> None:
+    preset, codec = SCHEMES[scheme].scheme, CODECS[name]
+    weight = round_to_nearest(torch.randn((2, 8, 64) if codec.stacks else (8, 64)), preset)
+    static = preset.activations != "model" and preset.format.needs_global_scale
+    stored = StoredLinear(weight, torch.tensor(0.25, dtype=torch.float64) if static else None, None)
+    described = LayerScheme(preset.format, preset.activations, block_size=preset.block_size)  # type: ignore[arg-type]
+    try:
+        codec.writer().write(stored, described, allow_rounding=True)
+    except ValueError:
+        assert scheme not in codec.schemes
+    else:
+        assert scheme in codec.schemes
+
+
 def test_refusals_say_why() -> None:
     rotated = stored_linear()._replace(rotation=hadamard(16).float())
     scheme = LayerScheme(NVFP4, "fp4", "hadamard", 16)
     with pytest.raises(ValueError, match="rotated in groups of 16, for which modelopt has no place"):
-        CODECS["modelopt"](EMPTY).write(rotated, scheme)
+        CODECS["modelopt"].writer().write(rotated, scheme)
     with pytest.raises(ValueError, match="activations are FP8"):
-        CODECS["compressed-tensors"](EMPTY).write(stored_linear(), LayerScheme(NVFP4, "fp8"))
+        CODECS["compressed-tensors"].writer().write(stored_linear(), LayerScheme(NVFP4, "fp8"))
     with pytest.raises(ValueError, match="no calibrated global scale"):
-        CODECS["compressed-tensors"](EMPTY).write(
+        CODECS["compressed-tensors"].writer().write(
             stored_linear()._replace(input_global_scale=None), LayerScheme(NVFP4, "fp4")
         )
     thirds = stored_linear(MXFP4)
     thirds = thirds._replace(weight=thirds.weight._replace(global_scale=torch.tensor(1 / 3, dtype=torch.float64)))
     with pytest.raises(ValueError, match=r"global scale of 0\.333333333"):
-        CODECS["compressed-tensors"](EMPTY).write(thirds, LayerScheme(MXFP4, "model"))
+        CODECS["compressed-tensors"].writer().write(thirds, LayerScheme(MXFP4, "model"))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +216,7 @@ def test_refusals_say_why() -> None:
     ],
 )
 def test_damaged_tensors(name: str, suffix: str, tensor: torch.Tensor | None, message: str) -> None:
-    codec, scheme = CODECS[name](EMPTY), LayerScheme(NVFP4, "fp4")
+    codec, scheme = CODECS[name].writer(), LayerScheme(NVFP4, "fp4")
     tensors = codec.write(stored_linear(), scheme)
     if tensor is None:
         del tensors[suffix]
@@ -290,7 +305,7 @@ def test_w4a8_has_blocks_of_32(shared: Callable[[str], Path]) -> None:
         assert torch.equal(stored.weight.scales.view(torch.uint8), tensors[".weight_scale"].view(torch.uint8))
         narrow = dataclasses.replace(scheme, format=NVFP4)
         with pytest.raises(ValueError, match="FP8"):
-            CODECS["compressed-tensors"](EMPTY).write(stored, scheme)
+            CODECS["compressed-tensors"].writer().write(stored, scheme)
         with pytest.raises(ValueError, match="no quant_algo"):
-            ModelOptCodec(EMPTY).write(stored, narrow)
+            ModelOptCodec.writer().write(stored, narrow)
         break

@@ -117,7 +117,7 @@ def test_auto_round_says_that_the_output_embedding_is_packed(head: str) -> None:
 
 
 def test_unknown_method_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'awq'; fp4 reads fp_quant, compressed-tensors"):
+    with pytest.raises(ValueError, match=r"'awq'; fp4 reads compressed-tensors, fp_quant"):
         codec_for({"quant_method": "awq"})
 
 

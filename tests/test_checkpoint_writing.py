@@ -84,8 +84,10 @@ def test_a_rotation_is_written_where_there_is_a_place_for_it(
 
 
 def test_what_the_format_cannot_hold_is_refused_before_loading(llama: Path) -> None:
-    with pytest.raises(ValueError, match="checkpoint_format is 'mxfp4'; expected one of 'fp_quant'"):
-        FPQuantConfig(checkpoint_format="mxfp4")
+    with pytest.raises(ValueError, match="checkpoint_format is 'mxfp4', which holds nothing but stacks of experts"):
+        quantized(llama, FPQuantConfig(checkpoint_format="mxfp4"))
+    with pytest.raises(ValueError, match="checkpoint_format is 'gguf'; expected one of compressed-tensors, fp_quant"):
+        quantized(llama, FPQuantConfig(checkpoint_format="gguf"))
     with pytest.raises(ValueError, match="no place for master weights or pseudoquantization"):
         FPQuantConfig(checkpoint_format="modelopt", pseudoquantization=True)
     with pytest.raises(ValueError, match="it is mxfp4a16, for which modelopt has no quant_algo"):

@@ -16,8 +16,8 @@ from conftest import make_llama
 from safetensors.torch import load_file, save_file
 from shards import assert_index_fits, sharded, tensors_of
 
-from fp4.checkpoint import codec_for
-from fp4.checkpoint.convert import FORMATS, convert
+from fp4.checkpoint import CODECS, codec_for
+from fp4.checkpoint.convert import convert
 from fp4.checkpoint.io.headers import INDEX_NAME, Checkpoint, load, read_header
 from fp4.checkpoint.io.shards import ShardWriter, Spec
 from fp4.checkpoint.layers import packed_layers
@@ -81,7 +81,7 @@ def test_every_way_there_and_back_is_byte_exact_or_refused(
     back = codec_for(Checkpoint.open(source).quantization_config() or {}).name
     assert back in holders
     why = "|".join(REASONS[reason] for reason in reasons)
-    for to in FORMATS:
+    for to in CODECS:
         if to not in holders:
             with pytest.raises(ValueError, match="holds only stacks" if to == "mxfp4" else why):
                 convert(source, tmp_path / "refused", to)
@@ -312,7 +312,7 @@ def test_a_full_disk_leaves_nothing_that_looks_like_a_model(
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "write", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match=r"the disk of .*out.partial is full; make room; nothing was finished yet"):
             convert(packed, tmp_path / "out", "modelopt")
     assert not (tmp_path / "out").exists()
     convert(packed, tmp_path / "out", "modelopt")
@@ -328,7 +328,7 @@ def test_an_existing_target_is_replaced_only_on_request(packed: Path, tmp_path: 
     assert not (tmp_path / "out/old.txt").exists()
     with pytest.raises(ValueError, match="the source itself"):
         convert(tmp_path / "out", tmp_path / "out", "modelopt", overwrite=True)
-    with pytest.raises(ValueError, match="'gguf'; expected one of fp_quant"):
+    with pytest.raises(ValueError, match="'gguf'; expected one of compressed-tensors"):
         convert(packed, tmp_path / "other", "gguf")
 
 
@@ -372,7 +372,24 @@ def test_every_layer_that_is_not_packed_is_named(tied: bool, to: str, key: str, 
 
 
 def test_every_format_name_is_offered() -> None:
-    assert FORMATS == ("fp_quant", "compressed-tensors", "modelopt", "auto-round", "mxfp4")
+    assert tuple(CODECS) == ("compressed-tensors", "fp_quant", "modelopt", "auto-round", "mxfp4")
+
+
+def test_unfinished_work_for_another_request_is_replaced_only_on_request(packed: Path, tmp_path: Path) -> None:
+    source = sharded(packed, tmp_path / "source")
+
+    def interrupt(position: int, total: int) -> None:
+        if position > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=r"finished is kept in .*out\.partial; the same command goes on"):
+        convert(source, tmp_path / "out", "modelopt", progress=interrupt)
+    with pytest.raises(OptionError, match=r"holds unfinished work for another request \(it differs in to\)"):
+        convert(source, tmp_path / "out", "compressed-tensors")
+    result = convert(source, tmp_path / "out", "compressed-tensors", overwrite=True)
+    assert result.resumed_shards == 0
+    assert_same_values(tmp_path / "out", packed)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
 
 
 def test_a_shard_is_as_planned_or_not_there(tmp_path: Path) -> None:

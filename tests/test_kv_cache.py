@@ -16,6 +16,7 @@ from shards import tensors_of
 from transformers import AutoModelForCausalLM
 
 from fp4 import FP4Linear
+from fp4.checkpoint import CODECS
 from fp4.checkpoint.convert import convert
 from fp4.checkpoint.inspect import inspect
 from fp4.checkpoint.kv_cache import cache_tensors, renamed
@@ -115,6 +116,6 @@ def test_only_their_own_names_are_taken_for_scales() -> None:
     names = ["a.self_attn.k_proj.k_scale", "a.self_attn.v_scale", "a.k_proj.k_bias"]
     others = ["a.k_proj.weight_scale", "a.k_proj.bias", "a.k_proj.v_scale", "a.scale", "k_scales"]
     assert cache_tensors([*names, *others]) == names
-    assert renamed(names[0], "compressed-tensors") == "a.self_attn.k_scale"
-    assert renamed(names[1], "modelopt") == "a.self_attn.v_proj.v_scale"
-    assert renamed(others[0], "compressed-tensors") == others[0]
+    assert renamed(names[0], CODECS["compressed-tensors"]) == "a.self_attn.k_scale"
+    assert renamed(names[1], CODECS["modelopt"]) == "a.self_attn.v_proj.v_scale"
+    assert renamed(others[0], CODECS["compressed-tensors"]) == others[0]

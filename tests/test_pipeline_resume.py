@@ -143,7 +143,7 @@ def test_a_recipe_has_one_seed_for_samples_and_method(tmp_path: Path) -> None:
 
 
 def test_only_one_process_works_in_a_folder(tmp_path: Path) -> None:
-    from fp4.checkpoint.io.staging import Staging
+    from fp4.checkpoint.io.publish import Staging
 
     first = Staging(tmp_path / "out", {"a": 1}, False)
     with pytest.raises(ValueError, match="another process is at work"):

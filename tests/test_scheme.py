@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp4.checkpoint import CODECS, LayerScheme, StoredLinear
+from fp4.checkpoint import LayerScheme, StoredLinear, holders
 from fp4.numerics.formats import FP8, MXFP4, NVFP4, dequantize, quantize
 from fp4.rounding import round_to_nearest
 from fp4.scheme import SCHEMES, Scheme
@@ -20,7 +20,7 @@ def test_a_preset_says_what_a_user_must_know(name: str) -> None:
     preset = SCHEMES[name]
     assert preset.summary.endswith(".")
     assert preset.runs_on
-    assert set(preset.checkpoint_formats) <= set(CODECS)
+    assert holders(name)
     preset.scheme.format.require_rule(preset.scheme.weight_rule)
     preset.scheme.format.require_rule(preset.scheme.activation_rule)
 
@@ -70,7 +70,7 @@ def test_the_preferred_format_holds_it(name: str) -> None:
     if preset.scheme.activations != "model" and preset.scheme.format.needs_global_scale:
         input_scale = torch.tensor(2.0**-8, dtype=torch.float64)
     scheme = LayerScheme(preset.scheme.format, preset.scheme.activations)
-    codec = CODECS[preset.checkpoint_formats[0]]({"config_groups": {}})
+    codec = holders(name)[0].writer()
     tensors = codec.write(StoredLinear(weight, input_scale, None), scheme)
     reader = type(codec)(codec.configuration({"layer": scheme}, [], {}))
     stored_scheme = reader.scheme("layer")

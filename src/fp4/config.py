@@ -24,9 +24,6 @@ _FP_QUANT_RULES: dict[Format, dict[str, str]] = {
 # How other tools round activations, where it is not as the preset does.
 _TOOL_INPUT_RULES: dict[tuple[object, Format], str] = {("modelopt", MXFP4): "ceil"}
 
-#: What on-the-fly quantization can be saved as (gpt-oss's ``mxfp4`` holds experts only).
-WRITABLE_FORMATS = ("fp_quant", "compressed-tensors", "modelopt", "auto-round")
-
 _OVERRIDABLE = (
     "scheme",
     "forward_dtype",
@@ -258,7 +255,6 @@ class FPQuantConfig(QuantizationConfigMixin):
         for option in ("store_master_weights", "pseudoquantization", "strict"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"{option} is {getattr(self, option)!r}; expected True or False")
-        _require(self.checkpoint_format, WRITABLE_FORMATS, "checkpoint_format")
         if self.checkpoint_format != "fp_quant" and (self.store_master_weights or self.pseudoquantization):
             raise ValueError(
                 f"checkpoint_format {self.checkpoint_format!r} has no place for master weights or pseudoquantization"

@@ -62,7 +62,6 @@ class Preset:
         scheme: without the rotation, which not every method wants and not every checkpoint format holds.
         summary: one sentence.
         runs_on: one phrase, what multiplies it natively and what happens elsewhere.
-        checkpoint_formats: names of ``checkpoint.CODECS`` that can hold it, the one to prefer first.
         rotation: name and size of a block rotation of weights and inputs; None is none.
         unrotated_rule: rule of block scales with which weights that are only rounded to nearest do better without the
             rotation; None where they do not.
@@ -71,12 +70,10 @@ class Preset:
     scheme: Scheme
     summary: str
     runs_on: str
-    checkpoint_formats: tuple[str, ...]
     rotation: tuple[str, int] | None = None
     unrotated_rule: str | None = None
 
 
-_FP4_HOLDERS = ("compressed-tensors", "fp_quant", "modelopt", "auto-round")
 _ANYWHERE = "any GPU and CPU, weight-only"
 
 SCHEMES: dict[str, Preset] = {
@@ -84,33 +81,28 @@ SCHEMES: dict[str, Preset] = {
         Scheme(NVFP4, "mse", "fp4"),
         "W4A4: FP4 weights and activations in blocks of 16 under E4M3 scales and a global scale.",
         f"Blackwell tensor cores; {_ANYWHERE}, or emulated",
-        _FP4_HOLDERS,
     ),
     "nvfp4a16": Preset(
         Scheme(NVFP4, "mse", "model"),
         "W4A16: NVFP4 weights, activations in the model's dtype.",
         _ANYWHERE,
-        _FP4_HOLDERS,
     ),
     "nvfp4a8": Preset(
         # ModelOpt shares a block scale among 32 elements here.
         Scheme(NVFP4.wide(32), "mse", "fp8"),
         "W4A8: NVFP4 weights in blocks of 32, FP8 activations under one calibrated scale a tensor.",
         f"TensorRT-LLM on Blackwell; here {_ANYWHERE}, or emulated",
-        ("modelopt",),
     ),
     "mxfp4": Preset(
         Scheme(MXFP4, "mse", "fp4", "even"),
         "W4A4: FP4 weights and activations in blocks of 32 under power-of-two scales.",
         f"Blackwell tensor cores; {_ANYWHERE}, or emulated",
-        _FP4_HOLDERS,
         ("hadamard", 64),
     ),
     "mxfp4a16": Preset(
         Scheme(MXFP4, "mse", "model", "even"),
         "W4A16: MXFP4 weights, activations in the model's dtype.",
         _ANYWHERE,
-        (*_FP4_HOLDERS, "mxfp4"),
         ("hadamard", 64),
         "even",
     ),
@@ -118,7 +110,6 @@ SCHEMES: dict[str, Preset] = {
         Scheme(FP8, "abs_max", "fp8"),
         "W8A8: E4M3 weights with one scale a channel, E4M3 activations with one scale a token, taken from each call.",
         f"GPUs with FP8 tensor cores (compute capability 8.9 and newer); {_ANYWHERE}, or emulated",
-        ("compressed-tensors", "fp_quant", "modelopt"),
     ),
 }
 

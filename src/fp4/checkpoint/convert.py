@@ -2,35 +2,25 @@
 
 A conversion never changes a value. Codes and block scales are the same bytes in every format; what has no exact place
 in the target (a rotation, FP8 activations, some global scales) is refused before anything is written, all of it at
-once. Everything is written beside the target and renamed when complete; an interrupted conversion goes on where it was.
+once. An interrupted conversion goes on where it was (:mod:`fp4.checkpoint.io.publish`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from fp4.checkpoint import CODECS, Codec, LayerScheme, codec_for
+from fp4.checkpoint import Codec, LayerScheme, codec_for, codec_named
 from fp4.checkpoint.formats.codec import InexactScale
-from fp4.checkpoint.io.headers import INDEX_NAME, Checkpoint, TensorInfo, load, read_header, read_json
+from fp4.checkpoint.io.headers import Checkpoint, TensorInfo, load, self_sufficient_files
 from fp4.checkpoint.io.hub import local_folder
-from fp4.checkpoint.io.shards import ShardWriter, Spec, spec_of, write_json
+from fp4.checkpoint.io.publish import Staging, identity_of, plain_errors, refuse_existing, write_companions
+from fp4.checkpoint.io.shards import ShardWriter, Spec, spec_of
 from fp4.checkpoint.kv_cache import cache_tensors, renamed, require_place
 from fp4.checkpoint.layers import dense_matrices, other_quantized, packed_layers, peek
 from fp4.errors import OptionError
-
-FORMATS = tuple(CODECS)
-
-_STATE = "conversion.json"
-# Says how weights were quantized, so it must not outlive the conversion.
-_NOT_COPIED = ("config.json", "hf_quant_config.json", "quantization_config.json", INDEX_NAME)
-_COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md", ".yaml", ".py", ".tiktoken")
 
 
 @dataclass
@@ -106,7 +96,7 @@ def convert(
     Args:
         source: a folder or a hub id.
         target: a folder that does not exist, or one to replace with ``overwrite``.
-        to: one of ``FORMATS``.
+        to: the name of a format, a key of ``fp4.checkpoint.CODECS``.
         allow_rounding: accept global scales that the target holds only rounded, which moves the float32 product of
             block and global scale by at most one unit in the last place. Otherwise such a scale is refused.
         weight_only: drop what the source says about activations (W4A4 becomes W4A16) and the KV cache.
@@ -118,19 +108,18 @@ def convert(
             layer concerned. Nothing is left behind.
         OSError: writing failed; a new call with the same arguments goes on from the last complete shard.
     """
-    if to not in CODECS:
-        raise ValueError(f"target format is {to!r}; expected one of {', '.join(FORMATS)}")
+    writes = codec_named(to, "target format")
     folder = local_folder(source, revision=revision, token=token, cache_dir=cache_dir)
     target = Path(target)
-    if target.exists() and not overwrite:
-        raise OptionError(f"{target} exists; name another folder, or replace it with", "overwrite")
-    if target.exists() and (not target.is_dir() or target.resolve() == folder.resolve()):
-        raise ValueError(f"{target} is {'the source itself' if target.is_dir() else 'a file'}; name another folder")
+    refuse_existing(target, overwrite)
+    if target.resolve() == folder.resolve():
+        raise ValueError(f"{target} is the source itself; name another folder")
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.quantization_config()
     if config is None:
-        raise ValueError(f"{folder} is not quantized: neither config.json nor hf_quant_config.json says how")
-    reader, writer = codec_for(config, checkpoint.dtype), CODECS[to]({"config_groups": {}}, checkpoint.dtype)
+        files = " nor ".join(["config.json", *self_sufficient_files()])
+        raise ValueError(f"{folder} is not quantized: neither {files} says how")
+    reader, writer = codec_for(config, checkpoint.dtype), writes.writer(checkpoint.dtype)
     groups = packed_layers(reader, checkpoint.tensors)
     others = other_quantized(checkpoint.tensors, groups)
     if others:
@@ -143,7 +132,7 @@ def convert(
         for name in cache:
             del checkpoint.tensors[name]
     else:
-        require_place(reader.config, cache, to)
+        require_place(reader.config, cache, writes)
     plan = _Plan(checkpoint, reader, writer, allow_rounding)
     plan.layers = _layers(plan, groups, weight_only)
     kept = dense_matrices(checkpoint.tensors, groups)
@@ -154,21 +143,18 @@ def convert(
 
     result = Conversion(reader.name, to, len(groups), len(kept), len(checkpoint.shards))
     result.notes = _notes(plan)
-    staging = target.parent / f".{target.name}.converting"
-    fingerprint = _fingerprint(checkpoint, to, allow_rounding, weight_only)
-    try:
-        _prepare(staging, fingerprint)
-        _write_shards(plan, staging, result, progress)
-        _write_rest(checkpoint, writer, new_config, staging)
-    except ValueError:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(
-            f"interrupted; what is finished is kept in {staging}; the same command goes on from there"
-        ) from error
-    (staging / _STATE).unlink()
-    _replace(staging, target)
+    request = {"to": to, "allow_rounding": allow_rounding, "weight_only": weight_only}
+    shards = [shard.name for shard in checkpoint.shards]
+    staging = Staging(
+        target, request | {"checkpoint": identity_of(checkpoint)}, overwrite, dict.fromkeys(shards, "conversion")
+    )
+    with plain_errors(staging):
+        try:
+            _write_shards(plan, staging.folder, result, progress)
+        except ValueError:
+            staging.discard()  # no other call with these arguments could go on
+            raise
+        staging.publish(write_companions(checkpoint, staging.folder, shards, writes, new_config))
     return result
 
 
@@ -220,10 +206,7 @@ def _notes(plan: _Plan) -> list[str]:
     notes = []
     if any(planned.target.activations != planned.source.activations for planned in plan.layers.values()):
         notes.append("activations stay unquantized (weight-only was asked for)")
-    weights_only = any(planned.target.activations == "model" for planned in plan.layers.values())
-    if plan.writer.name == "fp_quant" and weights_only:
-        notes.append("FP-Quant itself always quantizes activations; fp4 reads activation_dtype: model as W4A16")
-    return notes
+    return notes + plan.writer.notes(planned.target for planned in plan.layers.values())
 
 
 def _shards(plan: _Plan) -> list[_Shard]:
@@ -232,7 +215,7 @@ def _shards(plan: _Plan) -> list[_Shard]:
     packed = {info for planned in plan.layers.values() for info in planned.stored.values()}
     for name, info in plan.checkpoint.tensors.items():
         if info not in packed:
-            renewed, shard = renamed(name, plan.writer.name), shards[info.file]
+            renewed, shard = renamed(name, type(plan.writer)), shards[info.file]
             shard.dense[renewed], shard.specs[renewed] = info, Spec(info.dtype, info.shape)
     for layer, planned in plan.layers.items():
         marked = plan.reader.marked
@@ -242,25 +225,7 @@ def _shards(plan: _Plan) -> list[_Shard]:
     return list(shards.values())
 
 
-def _fingerprint(checkpoint: Checkpoint, *options: object) -> str:
-    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
-    for shard in checkpoint.shards:
-        status = shard.stat()
-        digest.update(f"{shard.name} {status.st_size} {status.st_mtime_ns}".encode())
-    digest.update(repr(options).encode())
-    return digest.hexdigest()
-
-
 # --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def _prepare(staging: Path, fingerprint: str) -> None:
-    """Keep what an interrupted run with the same arguments left, remove anything else."""
-    state = staging / _STATE
-    if not state.is_file() or read_json(state).get("fingerprint") != fingerprint:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        write_json(state, {"fingerprint": fingerprint})
 
 
 def _write_shards(plan: _Plan, staging: Path, result: Conversion, progress: Callable[[int, int], None] | None) -> None:
@@ -302,37 +267,3 @@ def _write_layer(file: ShardWriter, layer: str, plan: _Plan) -> None:
             file.copy(layer + suffix, bulky[0])
         else:
             file.write(layer + suffix, tensor)
-
-
-def _write_rest(checkpoint: Checkpoint, writer: Codec, config: dict[str, object], staging: Path) -> None:
-    """Index, configuration and the files that belong to the tokenizer and the like."""
-    for path in sorted(checkpoint.folder.iterdir()):
-        if path.name not in _NOT_COPIED and path.suffix in _COPIED_SUFFIXES and path.is_file():
-            shutil.copyfile(path, staging / path.name)
-    headers = {shard.name: read_header(staging / shard.name).tensors for shard in checkpoint.shards}
-    if len(headers) > 1 or (checkpoint.folder / INDEX_NAME).is_file():
-        weight_map = {name: file for file, tensors in headers.items() for name in tensors}
-        size = sum(info.nbytes for tensors in headers.values() for info in tensors.values())
-        write_json(
-            staging / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        )
-    nested = "quantization_config" not in checkpoint.config and isinstance(checkpoint.config.get("text_config"), dict)
-    described = dict(checkpoint.config)
-    if nested and "quantization_config" in described["text_config"]:
-        described["text_config"] = {
-            key: value for key, value in described["text_config"].items() if key != "quantization_config"
-        }
-    write_json(staging / "config.json", described | {"quantization_config": config})
-    for name, content in writer.side_files(config).items():
-        write_json(staging / name, content)
-
-
-def _replace(staging: Path, target: Path) -> None:
-    if not target.exists():
-        os.replace(staging, target)
-        return
-    old = target.parent / f".{target.name}.replaced"
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(target, old)
-    os.replace(staging, target)
-    shutil.rmtree(old)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fp4.checkpoint import Codec, codec_for
+from fp4.checkpoint import CODECS, Codec, codec_for
 from fp4.checkpoint.contradictions import contradictions, tokenizer_problem
 from fp4.checkpoint.fusing import fused_groups
 from fp4.checkpoint.io.headers import Checkpoint, TensorInfo
@@ -165,10 +165,12 @@ def _inspect_layers(
     parts = [
         (group[0].rpartition(".")[0], ", ".join(layer.rpartition(".")[2] for layer in group)) for group in unshared
     ]
-    if parts and codec.name == "fp_quant":  # FP-Quant writes such files itself, and its own layers are not fused
+    if parts and not codec.shares_fused_scales:
+        rows = {other.name: other.engines.get("vllm", {}).values() for other in CODECS.values()}
+        served = [name for name, found in rows.items() if any(row.served for row in found)]
         result.notes.append(
             f"{len(parts)} groups of layers that engines fuse (vLLM) have different global scales, {parts[0][0]} first "
-            f"({parts[0][1]}); to serve the model there, save it as compressed-tensors or modelopt"
+            f"({parts[0][1]}); to serve the model there, save it as {' or '.join(served)}"
         )
     else:
         result.problems.extend(
@@ -221,7 +223,7 @@ def _expect_packed(
         except ValueError as error:
             result.problems.append(f"{name}: {error}")
             continue
-        if meant is not None and codec.name != "fp_quant":
+        if meant is not None and codec.names_kept_layers:
             result.problems.append(f"{name}: is not packed, but the configuration says {meant}")
 
 

@@ -13,7 +13,7 @@ from fp4.spelling import hint
 
 SCHEMES = ("nvfp4", "nvfp4a16", "nvfp4a8", "mxfp4", "mxfp4a16", "fp8_dynamic")
 #: Names of checkpoint formats.
-FORMATS = ("fp_quant", "compressed-tensors", "modelopt", "auto-round", "mxfp4")
+FORMATS = ("compressed-tensors", "fp_quant", "modelopt", "auto-round", "mxfp4")
 #: Methods, with what they cost.
 METHODS = {
     "rtn": "seconds; no data but for static input scales",

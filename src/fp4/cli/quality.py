@@ -80,7 +80,7 @@ def evaluate(
     else:
         _print(found)
     if save:
-        from fp4.checkpoint.io.shards import write_json
+        from fp4.checkpoint.io.publish import write_json
         from fp4.quality.model_card import EVALUATION, refresh_model_card
 
         write_json(Path(model) / EVALUATION, found.to_dict())

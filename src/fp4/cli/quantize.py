@@ -26,9 +26,11 @@ def schemes(as_json: Annotated[bool, typer.Option("--json", help="Print everythi
     """List the schemes: what each does, where it runs, which checkpoint formats hold it; and the methods."""
     from rich.table import Column, Table
 
+    from fp4.checkpoint import holders
     from fp4.methods import METHODS
     from fp4.scheme import SCHEMES
 
+    formats = {name: [codec.name for codec in holders(name)] for name in SCHEMES}
     if as_json:
         found = {
             "schemes": [
@@ -37,7 +39,7 @@ def schemes(as_json: Annotated[bool, typer.Option("--json", help="Print everythi
                     "summary": preset.summary,
                     "bits_per_weight": preset.scheme.format.bits_per_weight,
                     "runs_on": preset.runs_on,
-                    "formats": list(preset.checkpoint_formats),
+                    "formats": formats[name],
                 }
                 for name, preset in SCHEMES.items()
             ],
@@ -50,7 +52,7 @@ def schemes(as_json: Annotated[bool, typer.Option("--json", help="Print everythi
     table = Table(Column("scheme", style="bold"), "what it does", "bits", "runs on", "formats")
     for name, preset in SCHEMES.items():
         bits = f"{preset.scheme.format.bits_per_weight:g}"
-        table.add_row(name, preset.summary, bits, preset.runs_on, ", ".join(preset.checkpoint_formats))
+        table.add_row(name, preset.summary, bits, preset.runs_on, ", ".join(formats[name]))
     console.print(table)
     methods = Table(Column("method", style="bold"), "cost")
     for name, method in METHODS.items():

@@ -16,8 +16,8 @@ from fp4.calibration.data import Samples
 from fp4.calibration.global_scales import has_static_input_scale, input_scale
 from fp4.checkpoint import Codec, LayerScheme, StoredLinear
 from fp4.checkpoint.io.headers import DTYPES, load
+from fp4.checkpoint.io.publish import Staging
 from fp4.checkpoint.io.shards import ShardWriter, Spec, spec_of
-from fp4.checkpoint.io.staging import Staging
 from fp4.host_memory import return_freed_pages, return_freed_tensors
 from fp4.methods import Block, LayerResult, Method
 from fp4.numerics.formats import QuantizedTensor
@@ -78,11 +78,12 @@ class BlockCalibration:
             "warnings": found.warnings,
         }
 
-    def run(self) -> tuple[list[dict[str, object]], dict[str, LayerScheme]]:
+    def run(self) -> tuple[list[dict[str, object]], dict[str, LayerScheme], list[str]]:
         """Quantize every block that is not finished, then put the output's files together.
 
         Returns:
-            the report's rows, and the scheme of each layer as the checkpoint's configuration names it.
+            the report's rows, the scheme of each layer as the checkpoint's configuration names it, and the names of
+            the weight files.
         """
         names = self.skeleton.blocks
         done = 0
@@ -95,8 +96,8 @@ class BlockCalibration:
         schemes = {
             name: _scheme(self.plan.layers[name], fields) for note in notes for name, fields in note["schemes"].items()
         }
-        assemble(self.skeleton, self.staging, [note["file"] for note in notes], self.progress)
-        return rows, schemes
+        shards = assemble(self.skeleton, self.staging, [note["file"] for note in notes], self.progress)
+        return rows, schemes, shards
 
     def _calibrate(self, start: int) -> None:
         names = self.skeleton.blocks

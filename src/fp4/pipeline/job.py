@@ -19,8 +19,15 @@ from fp4.checkpoint import CODECS
 from fp4.checkpoint.contradictions import tokenizer_problem
 from fp4.checkpoint.io.headers import Checkpoint
 from fp4.checkpoint.io.hub import is_hub_id, local_folder
-from fp4.checkpoint.io.shards import write_json
-from fp4.checkpoint.io.staging import Staging, identity_of, plain_errors, refuse_existing, require_room
+from fp4.checkpoint.io.publish import (
+    Staging,
+    identity_of,
+    plain_errors,
+    refuse_existing,
+    require_room,
+    write_companions,
+    write_json,
+)
 from fp4.methods import METHODS
 from fp4.pipeline.block_inputs import encodes
 from fp4.pipeline.calibrate import BlockCalibration, block_parts
@@ -31,19 +38,17 @@ from fp4.pipeline.plan import plan_layers, rotated, ruled, stored_as
 from fp4.pipeline.report import build_report, kept_rows, peak_memory
 from fp4.pipeline.samples import batches_of, read_samples
 from fp4.pipeline.side_files import (
-    REPORT,
     UNCALIBRATED,
     choose_format,
     has_static_input,
     holds,
     rotation_of,
     scheme_in_file,
-    write_side_files,
 )
 from fp4.pipeline.skeleton import Skeleton
 from fp4.pipeline.stream import Progress, StreamedRounding, shard_parts
 from fp4.progress import shown
-from fp4.quality.model_card import write_model_card
+from fp4.quality.model_card import CARD, EVALUATION, REPORT, write_model_card
 from fp4.selection import Choice, parse_overrides
 from fp4.spelling import hint, names_nearest
 
@@ -227,7 +232,7 @@ class Job:
         identity = identity_of(self.skeleton.checkpoint)
         staging = Staging(Path(out), self.request | {"checkpoint": identity}, overwrite, self._parts(), _PLANNING)
         with plain_errors(staging, self._pattern):
-            writer = CODECS[self.format]({"config_groups": {}}, self.skeleton.checkpoint.dtype)
+            writer = CODECS[self.format].writer(self.skeleton.checkpoint.dtype)
             data = None
             if self.calibrates:
                 blocks = BlockCalibration(
@@ -243,15 +248,19 @@ class Job:
                     progress,
                 )
                 data = blocks.prepare(self._samples)
-                rows, schemes = blocks.run()
+                rows, schemes, shards = blocks.run()
             else:
                 rows = StreamedRounding(self.skeleton, self.plan, writer, staging, progress).run()
                 schemes = {name: scheme_in_file(layer, rotation_of(layer)) for name, layer in self.plan.layers.items()}
+                shards = [shard.name for shard in self.skeleton.checkpoint.shards]
             # Whoever loads a stack may ask for it by its own name.
             stacks = {layer.stack: schemes[name] for name, layer in self.plan.layers.items() if layer.stack}
             kept = [layer.name for layer in self.plan.kept]
             quantization = CODECS[self.format].configuration(schemes | stacks, sorted(kept), {})
-            files = write_side_files(self.skeleton.checkpoint, staging.folder, CODECS[self.format], quantization)
+            made_anew = (REPORT, EVALUATION, CARD)
+            files = write_companions(
+                self.skeleton.checkpoint, staging.folder, shards, type(writer), quantization, made_anew
+            )
             report = build_report(
                 self.request
                 | {"data": data, "architectures": self.skeleton.model.config.architectures}
@@ -264,7 +273,7 @@ class Job:
             )
             write_json(staging.folder / REPORT, report)
             write_model_card(staging.folder, report, self.skeleton.checkpoint.folder)
-            staging.publish([*files, REPORT, "README.md"])
+            staging.publish([*files, REPORT, CARD])
         return report
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from fp4.checkpoint.io.headers import TensorInfo, read_header
+from fp4.checkpoint.io.publish import Staging
 from fp4.checkpoint.io.shards import ShardWriter, Spec
-from fp4.checkpoint.io.staging import Staging
 from fp4.pipeline.skeleton import Skeleton
 from fp4.pipeline.stream import Progress
 
 _SHARD_BYTES = 5 << 30
 
 
-def assemble(skeleton: Skeleton, staging: Staging, parts: list[str], progress: Progress) -> None:
-    """Put the files of all blocks, and every tensor outside of them, into ``model-*.safetensors``.
+def assemble(skeleton: Skeleton, staging: Staging, parts: list[str], progress: Progress) -> list[str]:
+    """Put the files of all blocks, and every tensor outside of them, into ``model-*.safetensors``; returns their names.
 
     Tensors keep their order, so the bytes depend on nothing but the parts.
     """
@@ -30,14 +30,16 @@ def assemble(skeleton: Skeleton, staging: Staging, parts: list[str], progress: P
         shards[-1][name] = info
         size += info.nbytes
     total = sum(info.nbytes for _, info in tensors)
-    done = 0
+    done, names = 0, []
     for number, shard in enumerate(shards):
         name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         path = staging.folder / name
+        names.append(name)
         if not path.is_file():
             _copy(path, shard)
         done += sum(info.nbytes for info in shard.values())
         progress("writing", done, total)
+    return names
 
 
 def _copy(path: Path, tensors: dict[str, TensorInfo]) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fp4.calibration.data import Samples
 from fp4.checkpoint.io.headers import load, read_header
+from fp4.checkpoint.io.publish import Staging
 from fp4.checkpoint.io.shards import ShardWriter, spec_of
-from fp4.checkpoint.io.staging import Staging
 from fp4.pipeline.side_files import UNCALIBRATED
 
 _FILE = "samples.safetensors"

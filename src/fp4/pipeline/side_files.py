@@ -1,58 +1,44 @@
-"""What a checkpoint folder holds besides weights: configuration, index, the tokenizer's files, the report."""
+"""How planned layers are stored: the checkpoint format that holds them, and their tensors in it."""
 
 from __future__ import annotations
 
-import shutil
 import threading
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear
+from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear, codec_named, holders
 from fp4.checkpoint.formats.codec import name_rotation
-from fp4.checkpoint.io.headers import INDEX_NAME, Checkpoint, read_header
-from fp4.checkpoint.io.shards import Spec, spec_of, write_json
+from fp4.checkpoint.io.shards import Spec, spec_of
 from fp4.numerics.formats import Format, QuantizedTensor
 from fp4.numerics.rotation import rotation_for
 from fp4.pipeline.expert_layers import Stack
 from fp4.pipeline.plan import PlannedLayer
-from fp4.quality.model_card import EVALUATION
 from fp4.scheme import SCHEMES, Scheme
-
-REPORT = "report.json"
-
-# Weights, and what describes how they are stored and how good they are, are made anew.
-_DESCRIBED = ("config.json", "hf_quant_config.json", "quantization_config.json", INDEX_NAME)
-_NOT_COPIED = (*_DESCRIBED, REPORT, EVALUATION, "README.md")
-_COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".yaml", ".py", ".tiktoken")
 
 
 def choose_format(asked: str | None, layers: Iterable[PlannedLayer]) -> str:
-    """The checkpoint format to write: ``asked``, else compressed-tensors, and fp_quant for what is rotated.
+    """Name of the checkpoint format to write: ``asked``, else the first that holds all layers.
+
+    One that stores rotations comes first where a layer is rotated.
 
     Raises:
         ValueError: it cannot hold a layer's scheme.
     """
     layers = list(layers)
     if asked is not None:
-        if asked not in CODECS:
-            raise ValueError(f"format is {asked!r}; expected one of {', '.join(CODECS)}")
-        _require_holds(asked, layers)
+        _require_holds(codec_named(asked), layers)
         return asked
     rotated = any(layer.scheme.rotation != "identity" for layer in layers)
-    holders = SCHEMES[layers[0].preset].checkpoint_formats
-    preferred = ["fp_quant", *holders] if rotated else ["compressed-tensors", *holders]
     problems = []
-    for name in dict.fromkeys(preferred):
+    for codec in sorted(CODECS.values(), key=lambda codec: rotated and not codec.stores_rotations):
         try:
-            _require_holds(name, layers)
+            _require_holds(codec, layers)
         except ValueError as error:
-            problems.append(f"{name}: {error}")
+            problems.append(f"{codec.name}: {error}")
         else:
-            return name
+            return codec.name
     presets = ", ".join(sorted({layer.preset for layer in layers}))
     raise ValueError(f"no checkpoint format holds {presets} together ({'; '.join(problems)})")
 
@@ -60,22 +46,22 @@ def choose_format(asked: str | None, layers: Iterable[PlannedLayer]) -> str:
 def holds(name: str, layers: Iterable[PlannedLayer]) -> bool:
     """Whether the checkpoint format called ``name`` can hold every layer as planned."""
     try:
-        _require_holds(name, layers)
+        _require_holds(CODECS[name], layers)
     except ValueError:
         return False
     return True
 
 
-def _require_holds(name: str, layers: Iterable[PlannedLayer]) -> None:
-    codec = CODECS[name]({"config_groups": {}})
+def _require_holds(codec: type[Codec], layers: Iterable[PlannedLayer]) -> None:
+    writer = codec.writer()
     for layer in {(layer.preset, layer.scheme): layer for layer in layers}.values():
-        holders = SCHEMES[layer.preset].checkpoint_formats
-        if name not in holders:
-            raise ValueError(f"{name} has no place for {layer.preset}; formats that have are {', '.join(holders)}")
+        if layer.preset not in codec.schemes:
+            others = ", ".join(holder.name for holder in holders(layer.preset))
+            raise ValueError(f"{codec.name} has no place for {layer.preset}; formats that have are {others}")
         try:
-            planned_specs(codec, layer, torch.bfloat16)
+            planned_specs(writer, layer, torch.bfloat16)
         except ValueError as error:
-            raise ValueError(f"{name} cannot hold {layer.name}: {error}") from error
+            raise ValueError(f"{codec.name} cannot hold {layer.name}: {error}") from error
 
 
 def scheme_in_file(layer: PlannedLayer, rotation: torch.Tensor | None) -> LayerScheme:
@@ -151,27 +137,3 @@ class StoredTensors:
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from error
         return {f"{layer.stack or layer.stored}{suffix}": tensor for suffix, tensor in tensors.items()}
-
-
-def write_side_files(
-    checkpoint: Checkpoint, folder: Path, codec: type[Codec], quantization: Mapping[str, Any]
-) -> list[str]:
-    """config.json, the tokenizer's files and the like, and the index of the weights in ``folder``; returns names."""
-    written = ["config.json"]
-    for path in sorted(checkpoint.folder.iterdir()):
-        if path.name not in _NOT_COPIED and path.suffix in _COPIED_SUFFIXES and path.is_file():
-            shutil.copyfile(path, folder / path.name)
-            written.append(path.name)
-    shards = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith(("block-", "samples")))
-    headers = {shard.name: read_header(shard).tensors for shard in shards}
-    if len(shards) > 1 or shards[0].name != "model.safetensors":
-        weight_map = {name: file for file, tensors in headers.items() for name in tensors}
-        size = sum(info.nbytes for tensors in headers.values() for info in tensors.values())
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(folder / INDEX_NAME, index)
-        written.append(INDEX_NAME)
-    write_json(folder / "config.json", checkpoint.config | {"quantization_config": dict(quantization)})
-    for name, content in codec.side_files(quantization).items():
-        write_json(folder / name, content)
-        written.append(name)
-    return [*written, *(shard.name for shard in shards)]

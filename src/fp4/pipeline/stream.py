@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fp4.checkpoint import Codec, StoredLinear
 from fp4.checkpoint.io.headers import DTYPES, load
+from fp4.checkpoint.io.publish import Staging
 from fp4.checkpoint.io.shards import ShardWriter, Spec
-from fp4.checkpoint.io.staging import Staging
 from fp4.errors import NotQuantizable
 from fp4.numerics.formats import QuantizedTensor
 from fp4.pipeline.expert_layers import ExpertReader

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fp4.checkpoint.io.headers import read_json
-from fp4.quality.engines import VERSIONS, serving
+from huggingface_hub import ModelCardData
 
+from fp4.checkpoint import CODECS
+from fp4.checkpoint.formats.codec import ENGINE_VERSIONS
+from fp4.checkpoint.io.headers import read_json
+from fp4.checkpoint.io.publish import write_text
+from fp4.plain_yaml import read_yaml
+
+CARD = "README.md"
 REPORT = "report.json"
 EVALUATION = "evaluation.json"
 
@@ -38,15 +43,11 @@ def write_model_card(folder: Path, report: Mapping[str, Any], source: Path | Non
     """
     inherited: dict[str, Any] = {}
     for place in (source, folder):
-        card = None if place is None else place / "README.md"
+        card = None if place is None else place / CARD
         if not inherited and card is not None and card.is_file():
             inherited = {key: value for key, value in _metadata(card).items() if key in _INHERITED}
     evaluation = read_evaluation(folder)
-    temporary = folder / ".README.md.partial"
-    temporary.write_text(
-        model_card(report, evaluation, inherited, folder.name.removesuffix(".partial")), encoding="utf-8"
-    )
-    os.replace(temporary, folder / "README.md")
+    write_text(folder / CARD, model_card(report, evaluation, inherited, folder.name.removesuffix(".partial")))
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
@@ -87,12 +88,17 @@ def refresh_model_card(folder: Path) -> bool:
 
 
 def _metadata(card: Path) -> dict[str, Any]:
-    """The YAML at the top of a card; empty where there is none, or none that can be read."""
-    from fp4.plain_yaml import read_yaml
+    """The YAML at the top of a card; empty where there is none, or none that can be read.
 
-    found = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    huggingface_hub's ``ModelCard`` is not for cards of strangers: it reads aliases, with which a few lines stand for
+    terabytes, and in older releases its search for the YAML's end takes time that grows with the square of empty lines.
+    """
+    first, *lines = card.read_text(encoding="utf-8", errors="replace").lstrip().splitlines() or [""]
+    end = next((number for number, line in enumerate(lines) if line.rstrip() == "---"), None)
+    if first.rstrip() != "---" or end is None:
+        return {}
     try:
-        content = read_yaml(found[1], card.name)[0] if found else None
+        content, _ = read_yaml("\n".join(lines[:end]), card.name)
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
@@ -112,8 +118,6 @@ def model_card(
         inherited: metadata of the original's card.
         name: of the model, in the commands that load it.
     """
-    import yaml
-
     base = report.get("base_model")
     scheme, fmt = str(report.get("scheme") or "FP4"), str(report.get("format") or "")
     task, auto = _task(report)
@@ -121,7 +125,7 @@ def model_card(
     metadata["tags"] = list(dict.fromkeys(tag for tag in ("fp4", scheme.lower(), fmt) if tag))
     if base:
         metadata |= {"base_model": base, "base_model_relation": "quantized"}
-    front = yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True).strip()
+    front = ModelCardData(**dict(sorted(metadata.items()))).to_yaml(original_order=sorted(metadata))
     original = f"[{base}](https://huggingface.co/{base})" if base else f"`{Path(str(report.get('source'))).name}`"
     sections = [
         f"---\n{front}\n---\n\n# {name}\n",
@@ -236,14 +240,16 @@ def _schemes(report: Mapping[str, Any]) -> list[str]:
 
 def _engines(name: str, fmt: str, schemes: list[str]) -> str:
     """How other engines load it, where that has been tried."""
-    paragraphs = []
-    if (vllm := serving("vllm", fmt, schemes)) is not None:
+    paragraphs: list[str] = []
+    if fmt not in CODECS:
+        return ""
+    if (vllm := CODECS[fmt].served_by("vllm", schemes)) is not None:
         if vllm.served:
             paragraphs += [f"With vLLM, which reads {fmt}:", f"```bash\nvllm serve {name}\n```"]
             paragraphs += [vllm.note] if vllm.note else []
         else:
-            paragraphs.append(f"Not with vLLM ({VERSIONS['vllm']}): {vllm.note}")
-    llama = serving("llama.cpp", fmt, schemes)
+            paragraphs.append(f"Not with vLLM ({ENGINE_VERSIONS['vllm']}): {vllm.note}")
+    llama = CODECS[fmt].served_by("llama.cpp", schemes)
     if llama is not None and llama.served:
         paragraphs.append(
             f"With llama.cpp, where it knows the architecture, after `python convert_hf_to_gguf.py {name}`."

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fp4.checkpoint.io.publish import write_text
 from fp4.quality.report_data import Report, gather, median_error
 from fp4.quality.report_plots import error_by_depth, error_by_kind, size_bar
 
@@ -91,9 +92,7 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 def write_report(model: str | Path, output: Path, **options: Any) -> Report:
     """Write the page about ``model`` to ``output``; options and errors as for :func:`gather`."""
     report = gather(model, **options)
-    temporary = output.with_name(f".{output.name}.partial")
-    temporary.write_text(page(report), encoding="utf-8")
-    temporary.replace(output)
+    write_text(output, page(report))
     return report
 
 

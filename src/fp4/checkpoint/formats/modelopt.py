@@ -12,6 +12,7 @@ Per Linear layer, besides ``bias``:
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from fp4.checkpoint.formats import config_fields as fields
 from fp4.checkpoint.formats.codec import (
+    NEEDS_GPU,
     Codec,
     LayerScheme,
+    Serving,
     StoredLinear,
     read_codes,
     read_scalar,
@@ -52,10 +55,28 @@ class ModelOptCodec(Codec):
     """Reads and writes the FP4 algorithms of ModelOpt; ``config`` may be config.json's or hf_quant_config.json's."""
 
     name = "modelopt"
+    schemes = ("nvfp4", "nvfp4a16", "nvfp4a8", "mxfp4", "fp8_dynamic")
+    engines: ClassVar = {
+        "vllm": {
+            "nvfp4": NEEDS_GPU,
+            "nvfp4a16": NEEDS_GPU,
+            "fp8_dynamic": Serving(True),
+            "nvfp4a8": Serving(False, "its ModelOpt loader has no W4A8_NVFP4_FP8."),
+            "mxfp4": Serving(False, "its ModelOpt loader has no MXFP4."),
+        },
+        "llama.cpp": {
+            "nvfp4": Serving(True),
+            "nvfp4a16": Serving(False, "it does not convert W4A16_NVFP4."),
+        },
+    }
     suffixes = (".weight", ".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale")
     codes = (".weight",)
     markers: Mapping[str, tuple[str, ...]] = {".weight": ("U8", CODES)}
     input_rules: ClassVar[Mapping[Format, str]] = {MXFP4: "ceil"}
+    # Below the projections: `self_attn.k_proj.k_scale`.
+    cache_scales = re.compile(r"(?P<attention>.*)\.(?P<letter>[qkv])_proj\.(?P<scale>(?P=letter)_(?:scale|bias))")
+    side_file = "hf_quant_config.json"
+    side_file_suffices = True
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(flatten(config), dtype)
@@ -171,6 +192,14 @@ class ModelOptCodec(Codec):
         quantization |= _group_size(str(config.get("quant_algo")).upper())
         producer = config.get("producer") or dict(_PRODUCER)
         return {"hf_quant_config.json": {"producer": producer, "quantization": quantization}}
+
+    @classmethod
+    def from_side_file(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        return {"quant_method": cls.name, **flatten(content)}
+
+    @classmethod
+    def cache_scale_name(cls, attention: str, scale: str) -> str:
+        return f"{attention}.{scale[0]}_proj.{scale}"
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Mxfp4Codec(Codec):
     """Reads and writes gpt-oss checkpoints."""
 
     name = "mxfp4"
+    schemes = ("mxfp4a16",)
     suffixes = ("_blocks", "_scales")
     codes = ("_blocks",)
     markers: Mapping[str, tuple[str, ...]] = {"_blocks": ()}

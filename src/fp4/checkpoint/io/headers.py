@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fp4.checkpoint.formats import CODECS
+from fp4.checkpoint.formats.codec import Codec
+
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20  # the limit of safetensors itself
 _MAX_AXES = 64
@@ -241,15 +244,22 @@ class Checkpoint:
         return known.get(name, torch.float32)
 
     def quantization_config(self) -> dict[str, Any] | None:
-        """config.json's ``quantization_config``, else what hf_quant_config.json says, else None."""
+        """config.json's ``quantization_config``, else what a format's own file beside it says, else None."""
         for holder in (self.config, self.config.get("text_config")):
             found = holder.get("quantization_config") if isinstance(holder, dict) else None
             if found is not None:
                 if not isinstance(found, dict):
                     raise ValueError(f"quantization_config is {type(found).__name__}; expected an object")
                 return found
-        side = self.folder / "hf_quant_config.json"
-        return {"quant_method": "modelopt", **read_json(side)} if side.is_file() else None
+        for name, codec in self_sufficient_files().items():
+            if (self.folder / name).is_file():
+                return codec.from_side_file(read_json(self.folder / name))
+        return None
+
+
+def self_sufficient_files() -> dict[str, type[Codec]]:
+    """Files beside config.json that may alone say how weights are quantized, and the formats that have them."""
+    return {codec.side_file: codec for codec in CODECS.values() if codec.side_file and codec.side_file_suffices}
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -6,7 +6,15 @@ import re
 import sys
 from pathlib import Path
 
-from fp4.checkpoint.io.headers import INDEX_NAME, Checkpoint, parse_header, read_header, read_index, read_json
+from fp4.checkpoint.io.headers import (
+    INDEX_NAME,
+    Checkpoint,
+    parse_header,
+    read_header,
+    read_index,
+    read_json,
+    self_sufficient_files,
+)
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.yaml"]
 _HEADER_GUESS = 1 << 20
@@ -81,7 +89,7 @@ def open_headers(
     repo, token = str(source), checked_token(token)
     try:
         names = [file.rfilename for file in model_info(repo, revision=revision, token=token).siblings or []]
-        small = [name for name in ("config.json", "hf_quant_config.json", INDEX_NAME) if name in names]
+        small = [name for name in ("config.json", INDEX_NAME, *self_sufficient_files()) if name in names]
         paths = {
             name: Path(str(hf_hub_download(repo, name, revision=revision, token=token, cache_dir=cache_dir)))
             for name in small

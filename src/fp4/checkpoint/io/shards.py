@@ -130,10 +130,3 @@ def write_all(file: FileIO, data: bytes | memoryview) -> None:
     view, done = memoryview(data), 0
     while done < len(view):
         done += file.write(view[done : done + _PIECE])
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` to ``path``, which holds all of it or what it held before."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=False, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

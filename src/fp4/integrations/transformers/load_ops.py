@@ -21,6 +21,9 @@ from fp4.selection import float32_parameters
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class LoadOp(ConversionOps):
     """Makes the canonical parameters of one layer; what goes wrong is noted with the quantizer, by layer."""

@@ -1,8 +1,8 @@
 """Other tools' checkpoints in ``from_pretrained``: read as they are, run packed, saved in the format they came in.
 
-``modelopt`` is new to Transformers. Of ``compressed-tensors`` and ``auto-round`` only checkpoints whose quantized
-layers are all FP4 are taken over; any other gets Transformers' own configuration and quantizer, as without fp4. So does
-a model that is to be quantized while loading by Transformers' own ``Mxfp4Config``.
+Of a format that Transformers reads itself only checkpoints whose quantized layers are all FP4 are taken over; any other
+gets Transformers' own configuration and quantizer, as without fp4. So does a model that is to be quantized while
+loading by Transformers' own configuration of that format.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from fp4.checkpoint import codec_for
+from fp4.checkpoint import CODECS, codec_for
+from fp4.checkpoint.formats.fp_quant import FPQuantCodec
 from fp4.checkpoint.io.headers import TensorInfo, load
 from fp4.checkpoint.kv_cache import cache_tensors
 from fp4.config import FPQuantConfig
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger("fp4")
-
-_TAKEN_OVER = ("compressed-tensors", "auto-round", "mxfp4")
 
 
 class CheckpointHfQuantizer(FPQuantHfQuantizer):
@@ -114,8 +113,6 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
 
 def takes_over(config: dict[str, Any]) -> bool:
     """Whether fp4 rather than Transformers' own code handles a checkpoint with this ``quantization_config``."""
-    if config.get("quant_method") not in _TAKEN_OVER:
-        return False
     try:
         return codec_for(config).obstacle() is None
     except ValueError:
@@ -151,15 +148,17 @@ def register() -> None:
     if is_switched_off():
         return
     quantizers, configs = auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
-    quantizers["modelopt"], configs["modelopt"] = CheckpointHfQuantizer, CheckpointConfig
     for config in (FPQuantConfig, CheckpointConfig):
         if config not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
             auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config,)
     # `register_quantizer` refuses names that are taken.
-    quantizers["fp_quant"], configs["fp_quant"] = FPQuantHfQuantizer, FPQuantConfig
-    for method in _TAKEN_OVER:
-        stock, stock_config = quantizers[method], configs[method]
-        if issubclass(stock_config, CheckpointConfig) or stock.__module__ == __name__:
-            continue  # registered before
+    quantizers[FPQuantCodec.name], configs[FPQuantCodec.name] = FPQuantHfQuantizer, FPQuantConfig
+    for method in CODECS:
+        stock, stock_config = quantizers.get(method), configs.get(method)
+        if stock is None or stock_config is None:
+            quantizers[method], configs[method] = CheckpointHfQuantizer, CheckpointConfig
+            continue
+        if stock.__module__ == __name__ or method == FPQuantCodec.name:
+            continue  # fp4's own
         configs[method] = _config_dispatcher(method, stock_config)
         quantizers[method] = _quantizer_dispatcher(stock, stock_config)

@@ -15,7 +15,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear
+from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear, codec_named
 from fp4.checkpoint.expert_names import names_on_disk, stacks_on_disk
 from fp4.checkpoint.formats.codec import name_rotation
 from fp4.checkpoint.formats.fp_quant import FPQuantCodec
@@ -71,6 +71,11 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         # What is filled in for this model must not show in the user's object, which may serve for another one.
         quantization_config = copy.deepcopy(quantization_config)
         quantization_config.post_init()
+        if codec_named(quantization_config.checkpoint_format, "checkpoint_format").stacks:
+            raise ValueError(
+                f"checkpoint_format is {quantization_config.checkpoint_format!r}, which holds nothing but stacks of "
+                "experts; use `fp4 quantize` to write it, or choose another format"
+            )
         super().__init__(quantization_config, **kwargs)
         if quantization_config.store_master_weights:
             self.pre_quantized = False  # such a checkpoint holds the unquantized weights
@@ -196,13 +201,13 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
     @property
     def converts(self) -> bool:
         """Whether the model will be saved in another tool's format than it is loaded from."""
-        return getattr(self.quantization_config, "checkpoint_format", "fp_quant") != "fp_quant"
+        return getattr(self.quantization_config, "checkpoint_format", FPQuantCodec.name) != FPQuantCodec.name
 
     def _prepare_for_format(self, model: PreTrainedModel) -> None:
         """Let fused layers share their global scale. ValueError if the format has no place for the rotation."""
         modules: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, FP4Linear)}
         name_of_format = self.quantization_config.checkpoint_format
-        writer, problems = CODECS[name_of_format]({"config_groups": {}}), {}
+        writer, problems = CODECS[name_of_format].writer(), {}
         schemes = {name: (m.scheme, (m.out_features, m.in_features)) for name, m in modules.items()}
         for name, experts in self.experts.items():
             shapes = experts.layout.projections

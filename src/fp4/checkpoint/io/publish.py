@@ -1,4 +1,10 @@
-"""The work folder beside the output: what makes a job resumable, and its result appear complete or not at all."""
+"""Publishing: nothing has its name before it is complete.
+
+* one file: :func:`write_text`, :func:`write_json`;
+* a folder that a job makes, which may be interrupted and goes on: :class:`Staging`, :func:`plain_errors`;
+* files that move into a folder which may hold others: :func:`moving_into`;
+* what the folder of a checkpoint holds besides weights: :func:`write_companions`.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +14,50 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from fp4.checkpoint.io.headers import Checkpoint, read_json
-from fp4.checkpoint.io.shards import write_json
+from filelock import FileLock, Timeout
+
+from fp4.checkpoint.formats import CODECS
+from fp4.checkpoint.formats.codec import Codec
+from fp4.checkpoint.io.headers import INDEX_NAME, Checkpoint, read_header, read_json
 from fp4.errors import NotQuantizable, OptionError
 from fp4.host_memory import is_out_of_memory
 
+# Files that belong to the tokenizer, the model's code, its documentation and the like.
+_COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md", ".yaml", ".py", ".tiktoken")
 _REQUEST = "request.json"
 _LOCK = "lock"
 _PARTS = "parts"
+
+
+# --- one file --------------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str, durable: bool = False) -> None:
+    """Write ``text`` to ``path``, which holds all of it or what it held before.
+
+    Args:
+        durable: hold to that even after a loss of power.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Mapping[str, Any], durable: bool = False) -> None:
+    """As :func:`write_text`, of JSON."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=False, ensure_ascii=False) + "\n", durable)
+
+
+# --- a folder that a job makes ---------------------------------------------------------------------------------------
 
 
 def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -89,7 +127,8 @@ class Staging:
         self.parts = dict(parts or {})
         self.published = False
         self._planning = planning
-        self._lock: IO[str] | None = None
+        # Held through the handle of a file, so a killed process leaves nothing behind that would keep others out.
+        self._lock = FileLock(self.folder / _LOCK)
         refuse_existing(out, overwrite)
         self.resumed = self._claim(json.loads(json.dumps(request)))
 
@@ -115,7 +154,7 @@ class Staging:
         if not resumed:
             self.folder.mkdir(parents=True)
             self._take_lock()
-        _write_durably(state, wanted)
+        write_json(state, wanted, durable=True)
         return resumed
 
     def _goes_on(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
@@ -131,22 +170,14 @@ class Staging:
         return [part for part in self.parts if (self.folder / part).is_file()]
 
     def _take_lock(self) -> None:
-        self._lock = (self.folder / _LOCK).open("w")
         try:
-            import fcntl
-
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # no such locks on this system
-        except OSError as error:
-            self.release()
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
             raise ValueError(f"another process is at work in {self.folder}") from error
 
     def release(self) -> None:
         """Let another process have the folder."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A note of the journal, None if it was not written."""
@@ -155,7 +186,7 @@ class Staging:
 
     def note(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a note of the journal; it is there whole, even after a loss of power, or not at all."""
-        _write_durably(self.folder / name, content)
+        write_json(self.folder / name, content, durable=True)
 
     def discard(self) -> None:
         """Remove everything, for a request that cannot be fulfilled."""
@@ -177,15 +208,6 @@ class Staging:
         os.replace(self.out, old)
         os.replace(self.folder, self.out)
         shutil.rmtree(old)
-
-
-def _write_durably(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    write_json(temporary, content)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 @contextlib.contextmanager
@@ -226,3 +248,125 @@ def _kept(staging: Staging, command: str = "the same command") -> str:
     if not staging.finished():
         return f"nothing was finished yet, so nothing is kept, and {command} starts anew"
     return f"what is finished is kept in {staging.folder}; {command} goes on from there"
+
+
+# --- files that move into a folder -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def moving_into(target: Path, stale: Callable[[list[str]], Collection[str]]) -> Iterator[Path]:
+    """A folder beside ``target`` to write files into, all of which move there at the end, or none.
+
+    Args:
+        target: is made where it does not exist; what else it holds stays.
+        stale: from the names of the files that were written to those of files that are to go from ``target``.
+
+    Raises:
+        ValueError: ``target`` is a file.
+        OSError: writing or moving failed, and nothing in ``target`` was changed, or the message says what was.
+    """
+    if target.is_file():
+        raise ValueError(f"cannot save to {target}: it is a file; name a folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield staging
+        written = sorted(path.name for path in staging.iterdir())
+        _exchange(staging, target, written, stale(written))
+    except _HalfDoneError:
+        raise
+    except OSError as error:
+        raise OSError(f"could not save the model to {target}: {error}; nothing there was changed") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+class _HalfDoneError(OSError):
+    """Files were exchanged in part, and not all could be put back."""
+
+
+def _exchange(staging: Path, target: Path, written: list[str], stale: Collection[str]) -> None:
+    """Move ``written`` from ``staging`` into ``target`` and ``stale`` out of it; a failure half-way is taken back."""
+    created = not target.exists()
+    target.mkdir(exist_ok=True)
+    before = Path(tempfile.mkdtemp(prefix=f".{target.name}.before.", dir=target.parent))
+    moved: list[tuple[Path, Path]] = []
+
+    def move(origin: Path, place: Path) -> None:
+        os.replace(origin, place)
+        moved.append((origin, place))
+
+    try:
+        for name in [*written, *stale]:
+            if (target / name).exists():
+                move(target / name, before / name)
+        for name in written:
+            move(staging / name, target / name)
+    except OSError as error:
+        try:
+            for origin, place in reversed(moved):
+                os.replace(place, origin)
+            if created:
+                target.rmdir()
+        except OSError as second:
+            raise _HalfDoneError(
+                f"{target} is incomplete: saving failed ({error}), and so did putting back what was there ({second}); "
+                f"it is in {before}"
+            ) from error
+        shutil.rmtree(before, ignore_errors=True)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
+# --- what a checkpoint holds besides weights -------------------------------------------------------------------------
+
+
+def write_companions(
+    source: Checkpoint,
+    folder: Path,
+    shards: Sequence[str],
+    codec: type[Codec],
+    quantization: Mapping[str, Any],
+    made_anew: Collection[str] = (),
+) -> list[str]:
+    """Write config.json, the index of ``shards`` and what the format wants into ``folder``; copy the rest along.
+
+    Args:
+        source: the checkpoint whose tokenizer and the like ``folder`` gets.
+        shards: names of the weight files, which are in ``folder``.
+        quantization: the ``quantization_config``.
+        made_anew: files of ``source`` that are not copied because the caller writes its own.
+
+    Returns:
+        names of all files that now belong to the checkpoint, ``shards`` among them.
+    """
+    # What says how weights are stored must not outlive them.
+    describing = {"config.json", INDEX_NAME, *(codec.side_file for codec in CODECS.values())}
+    left_out = describing | set(made_anew)
+    written = []
+    for path in sorted(source.folder.iterdir()):
+        if path.name not in left_out and path.suffix in _COPIED_SUFFIXES and path.is_file():
+            shutil.copyfile(path, folder / path.name)
+            written.append(path.name)
+    contents = {"config.json": _described(source.config) | {"quantization_config": dict(quantization)}}
+    if list(shards) != ["model.safetensors"]:
+        contents[INDEX_NAME] = _index(folder, shards)
+    contents |= codec.side_files(quantization)
+    for name, content in contents.items():
+        write_json(folder / name, content)
+    return [*written, *contents, *shards]
+
+
+def _described(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` without a ``quantization_config`` in its ``text_config``, in whose place there will be one outside."""
+    text = config.get("text_config")
+    if "quantization_config" in config or not isinstance(text, Mapping) or "quantization_config" not in text:
+        return dict(config)
+    return {**config, "text_config": {key: value for key, value in text.items() if key != "quantization_config"}}
+
+
+def _index(folder: Path, shards: Sequence[str]) -> dict[str, Any]:
+    headers = {name: read_header(folder / name).tensors for name in shards}
+    weight_map = {name: file for file, tensors in headers.items() for name in tensors}
+    size = sum(info.nbytes for tensors in headers.values() for info in tensors.values())
+    return {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
