@@ -212,7 +212,7 @@ def test_global_scales_are_stored_as_the_format_means_them(name: str) -> None:
     """As they are, or as reciprocals; and read back, a value of 6 under a block scale of 2 is 6 * 2 / 4."""
     stored, codes, scales = stored_by_hand()
     codes_name, scales_name, unit_name, unit, input_name, input_unit = BY_HAND[name]
-    codec, scheme = CODECS[name]({"config_groups": {}}), LayerScheme(NVFP4, "fp4")
+    codec, scheme = CODECS[name].writer(), LayerScheme(NVFP4, "fp4")
     tensors = codec.write(stored, scheme)
     assert torch.equal(tensors[codes_name], codes)
     assert torch.equal(tensors[scales_name].view(torch.uint8), scales.view(torch.uint8))
