@@ -1,5 +1,4 @@
-// Activations in fixed point: how bfloat16 x meets packed weights faster than by float32 multiplications, and no less
-// exactly.
+// Activations in fixed point, which multiply bfloat16 x by packed weights faster than float32 does, and as exactly.
 //
 // Widening 4-bit codes to float32 costs more instructions than the multiplications do, and a float32 multiply-add takes
 // one column where an integer one takes two. So each block of x is written as 16-bit integers,
@@ -8,9 +7,9 @@
 //
 // which meet the doubled codes (stored 12 too large, so that zero bytes widen them) in exact integer arithmetic: a
 // block's sum stays below 2^24, so that not even its conversion to float32 rounds. Words hold a bfloat16 exactly down
-// to 2^-7 of its block's largest; what they do not hold is not dropped: the residual is exact in float32, rare, and its
-// products are added in float32. A block with an infinity or a NaN is residual altogether. float16 and float32 x, of
-// which more would be left over, are multiplied in float32.
+// to 2^-7 of its block's largest. The rest of an x that a word does not hold, its residual, is exact in float32 and
+// rare, and its products are added in float32. In a block with an infinity or a NaN every x is a residual. float16 and
+// float32 x, which would leave many residuals, are multiplied in float32.
 #pragma once
 
 #include <cstdint>
@@ -46,8 +45,8 @@ struct FixedPointFormatKernels {
   // sum[m][16] += sum over k of x[m][k] * value[k][16], without the residuals. The tile x is of as many blocks as w.
   void (*multiply)(const PackedBlocks& w, const uint8_t* x, int rows, float* sum);
 
-  // Decodes codes to int16, 16 for each column, and block scales, 16 for each block. `multiply_decoded` is `multiply` on
-  // these, for more rows.
+  // Decodes codes to int16, 16 for each column, and block scales, 16 for each block. `multiply_decoded` is `multiply`
+  // on these, for more rows.
   void (*decode)(const PackedBlocks& w, int16_t* values, float* scales);
   void (*multiply_decoded)(const DecodedBlocks<int16_t>& w, const uint8_t* x, int rows, float* sum);
 

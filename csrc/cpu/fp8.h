@@ -31,7 +31,7 @@ extern const Fp8Kernels kScalarFp8;
 extern const Fp8Kernels kAvx2Fp8;
 #endif
 
-// Weight-only, as its base; `product.format` and the segments' global scales mean nothing here.
+// Weight-only, as its base. `product.format` and the global scales of segments are not used.
 class Fp8WeightOnly : public WeightOnly {
  public:
   // Segments' `scales` hold elements of `scale_dtype`.
@@ -49,8 +49,8 @@ class Fp8WeightOnly : public WeightOnly {
   const Dtype scale_dtype_;
 };
 
-// What FP8 makes of row r of `rows` rows of x, in float32: code * scale, where scale is `static_scale` or, if that is 0,
-// amax / 448 of the row, to the bit as formats.fake_quantize_fp8.
+// Rounds each row of x to FP8 and writes its values (code * scale) in float32. The scale is `static_scale`, or amax / 448
+// of the row if that is 0; results are those of formats.fake_quantize_fp8 to the bit.
 void fake_quantize_fp8(const void* x, Dtype dtype, int64_t rows, int64_t k, float static_scale, float* out);
 
 }  // namespace fp4::cpu

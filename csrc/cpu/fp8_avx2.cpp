@@ -47,7 +47,7 @@ AVX2_INLINE __m256i load_one(const uint8_t* codes) {
   return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
 }
 
-// Returns false where a code means NaN. With few rows, neighbouring columns have sums of their own, so that additions do not
+// Returns false where a code means NaN. With few rows, neighbouring columns have separate sums, so that additions do not
 // wait for each other.
 template <int M>
 AVX2 bool gemv_rows(const uint8_t* codes, const float* scales, int64_t k, const float* x, float* y) {

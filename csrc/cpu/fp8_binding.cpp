@@ -2,7 +2,6 @@
 
 #include "fp8.h"
 #include "scratch.h"
-#include "tensors.h"
 
 namespace fp4::cpu {
 
@@ -31,10 +30,8 @@ Tensor fake_quantized(const Tensor& x, const std::optional<Tensor>& scale) {
 
 }  // namespace
 
-Tensor multiply_fp8(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                    const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias,
-                    const std::optional<Tensor>& offsets, int64_t out_features, const std::optional<Tensor>& rotation,
-                    const Fp8Activation& activation) {
+Tensor multiply_fp8(const LinearArguments& arguments, const Fp8Activation& activation) {
+  const auto& [x, weight, weight_scale, global_scale, format, bias, offsets, out_features, rotation] = arguments;
   STD_TORCH_CHECK(!global_scale.has_value(), "FP8 weights have no global scale");
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float8_e4m3fn, "weight of fp8 must be float8_e4m3fn");
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0, "x ", shape_text(x), " must have columns");

@@ -196,7 +196,7 @@ AVX2 void multiply_integer_rows(const uint8_t* x, const DecodedBlocks<uint8_t>& 
     const __m256* s = reinterpret_cast<const __m256*>(w_scales);
     const __m256i* times = reinterpret_cast<const __m256i*>(kOnes);
     if constexpr (whole) times = reinterpret_cast<const __m256i*>(w_scales);
-    asm("" : "+r"(times));  // stays in memory: there is a register too few
+    asm("" : "+r"(times));  // Keeps these in memory: the loop needs one register more than there are.
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
       const __m256i c = broadcast(x + M * size + 4 * m);

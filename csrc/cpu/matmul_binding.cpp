@@ -57,7 +57,7 @@ std::vector<double> global_scales(const std::optional<Tensor>& given, const Pack
   return std::vector<double>(data, data + weight.experts);
 }
 
-// How activations are quantized, where they are.
+// How activations are quantized, in the operators that quantize them.
 struct Activation {
   const std::optional<Tensor>& global_scale;
   const std::string& rule;
@@ -80,11 +80,10 @@ float largest(const void* x, Dtype dtype, int64_t elements) {
   return result;
 }
 
-// How the rows of each expert are quantized: by one quantizer for all, or by one for each expert. Those of experts without
-// rows are null.
+// One quantizer for the rows of all experts, or one for each expert; null for experts without rows.
 struct Quantizers {
-  const Quantizer* of(int64_t expert) const { return own.size() == 1 ? own[0].get() : own[expert].get(); }
-  std::vector<std::unique_ptr<Quantizer>> own;
+  const Quantizer* of(int64_t expert) const { return list.size() == 1 ? list[0].get() : list[expert].get(); }
+  std::vector<std::unique_ptr<Quantizer>> list;
 };
 
 Quantizers quantizers_for(const Activation& activation, const PackedWeight& weight, const std::vector<int64_t>& ranges,
@@ -103,18 +102,20 @@ Quantizers quantizers_for(const Activation& activation, const PackedWeight& weig
   Quantizers made;
   for (size_t e = 0; e < scales.size(); ++e) {
     const bool used = scales.size() == 1 || ranges[e] < ranges[e + 1];
-    made.own.push_back(used ? std::make_unique<Quantizer>(weight.format, rule, dtype, scales[e]) : nullptr);
+    made.list.push_back(used ? std::make_unique<Quantizer>(weight.format, rule, dtype, scales[e]) : nullptr);
   }
   return made;
 }
 
-Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
-                const std::optional<Tensor>& global_scale, const std::string& format,
-                const std::optional<Tensor>& bias, const std::optional<Tensor>& offsets, int64_t out_features,
-                const std::optional<Tensor>& rotation, const Activation* activation) {
+// Multiplies by FP4 or FP8 weights; `activation` is null where x keeps its dtype.
+Tensor multiply(const LinearArguments& arguments, const Activation* activation) {
+  const auto& [x, weight, weight_scale, global_scale, format, bias, offsets, out_features, rotation] = arguments;
   if (format == "fp8") {
-    const Fp8Activation fp8{activation != nullptr, activation == nullptr ? std::nullopt : activation->global_scale};
-    return multiply_fp8(x, weight, weight_scale, global_scale, bias, offsets, out_features, rotation, fp8);
+    const Fp8Activation fp8{
+        .quantizes = activation != nullptr,
+        .scale = activation == nullptr ? std::nullopt : activation->global_scale,
+    };
+    return multiply_fp8(arguments, fp8);
   }
   const PackedWeight packed(x, weight, weight_scale, format, out_features, offsets.has_value());
   const Dtype dtype = dtype_of(x, "x");
@@ -171,7 +172,16 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const Tensor& weight_scal
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
               const std::optional<Tensor>& global_scale, const std::string& format, const std::optional<Tensor>& bias,
               int64_t out_features, const std::optional<Tensor>& rotation) {
-  return multiply(x, weight, weight_scale, global_scale, format, bias, std::nullopt, out_features, rotation, nullptr);
+  return multiply({.x = x,
+                   .weight = weight,
+                   .weight_scale = weight_scale,
+                   .global_scale = global_scale,
+                   .format = format,
+                   .bias = bias,
+                   .offsets = std::nullopt,
+                   .out_features = out_features,
+                   .rotation = rotation},
+                  nullptr);
 }
 
 Tensor linear_quantized(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
@@ -179,7 +189,15 @@ Tensor linear_quantized(const Tensor& x, const Tensor& weight, const Tensor& wei
                         const std::optional<Tensor>& bias, int64_t out_features, const std::optional<Tensor>& rotation,
                         const std::optional<Tensor>& input_global_scale, const std::string& rule) {
   const Activation activation{.global_scale = input_global_scale, .rule = rule};
-  return multiply(x, weight, weight_scale, global_scale, format, bias, std::nullopt, out_features, rotation,
+  return multiply({.x = x,
+                   .weight = weight,
+                   .weight_scale = weight_scale,
+                   .global_scale = global_scale,
+                   .format = format,
+                   .bias = bias,
+                   .offsets = std::nullopt,
+                   .out_features = out_features,
+                   .rotation = rotation},
                   &activation);
 }
 
@@ -187,7 +205,16 @@ Tensor grouped_linear(const Tensor& x, const Tensor& weight, const Tensor& weigh
                       const std::optional<Tensor>& global_scale, const std::string& format,
                       const std::optional<Tensor>& bias, const Tensor& offsets, int64_t out_features,
                       const std::optional<Tensor>& rotation) {
-  return multiply(x, weight, weight_scale, global_scale, format, bias, offsets, out_features, rotation, nullptr);
+  return multiply({.x = x,
+                   .weight = weight,
+                   .weight_scale = weight_scale,
+                   .global_scale = global_scale,
+                   .format = format,
+                   .bias = bias,
+                   .offsets = offsets,
+                   .out_features = out_features,
+                   .rotation = rotation},
+                  nullptr);
 }
 
 Tensor grouped_linear_quantized(const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
@@ -196,7 +223,16 @@ Tensor grouped_linear_quantized(const Tensor& x, const Tensor& weight, const Ten
                                 const std::optional<Tensor>& rotation, const std::optional<Tensor>& input_global_scale,
                                 const std::string& rule) {
   const Activation activation{.global_scale = input_global_scale, .rule = rule};
-  return multiply(x, weight, weight_scale, global_scale, format, bias, offsets, out_features, rotation, &activation);
+  return multiply({.x = x,
+                   .weight = weight,
+                   .weight_scale = weight_scale,
+                   .global_scale = global_scale,
+                   .format = format,
+                   .bias = bias,
+                   .offsets = offsets,
+                   .out_features = out_features,
+                   .rotation = rotation},
+                  &activation);
 }
 
 std::string isa_name() {
@@ -213,7 +249,7 @@ STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, m) {
   m.impl("cpu_grouped_linear_quantized", TORCH_BOX(&grouped_linear_quantized));
 }
 
-// About the build rather than about tensors, so it is no operator of ops.py: the instruction set that the kernels use.
+// The instruction set that the kernels use. ops.py lists operators on tensors, so the schema is here.
 STABLE_TORCH_LIBRARY_FRAGMENT(fp4, m) { m.def("cpu_isa() -> str"); }
 STABLE_TORCH_LIBRARY_IMPL(fp4, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&isa_name)); }
 

@@ -1,4 +1,4 @@
-// Portable kernels: what every other instruction set is tested against, and what a CPU without AVX2 runs.
+// Portable kernels, for CPUs without AVX2. Tests hold those of the other instruction sets to their results.
 #include <cstring>
 
 #include "matmul_kernels.h"

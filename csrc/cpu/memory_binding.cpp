@@ -1,5 +1,6 @@
-// Where packed weights lie: every token reads all of them once, in order, and with pages of 4 KB the processor spends a
-// tenth of that time on finding the next page. Asked for before the memory is first written, Linux gives pages of 2 MB.
+// fp4::cpu_prefer_large_pages, for the memory of packed weights. Every token reads all weights once, in order, and with
+// pages of 4 KB the processor spends a tenth of that time on finding the next page. Linux gives pages of 2 MB to a
+// process that asks before it first writes to the memory.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -15,7 +16,8 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Asks for large pages where whole ones fit into the memory of `x`, which nothing was written to. A wish, not a demand.
+// Asks for large pages where whole ones fit into the memory of `x`, which must not have been written to yet. Linux may
+// refuse, which changes nothing but speed, so the result of the call is ignored.
 void prefer_large_pages(Tensor x) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kLargePage = 1 << 21;
@@ -30,7 +32,7 @@ void prefer_large_pages(Tensor x) {
 
 }  // namespace
 
-// About memory rather than about values, so it is no operator of ops.py.
+// ops.py lists operators on values; this one is about memory, so its schema is here.
 STABLE_TORCH_LIBRARY_FRAGMENT(fp4, m) { m.def("cpu_prefer_large_pages(Tensor(a!) x) -> ()"); }
 STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, m) { m.impl("cpu_prefer_large_pages", TORCH_BOX(&prefer_large_pages)); }
 

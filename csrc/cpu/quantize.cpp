@@ -15,7 +15,7 @@
 #include <cstddef>
 
 #include "isa.h"
-#include "quantize_impl.h"
+#include "quantize_kernels.h"
 
 namespace fp4::cpu {
 
@@ -170,18 +170,18 @@ Quantizer::Quantizer(Format format, Rule rule, Dtype dtype, double global_scale)
     : format_(format),
       rule_(rule),
       dtype_(dtype),
-      unit_(static_cast<float>(global_scale)),
-      six_units_(unit_ * 6.0f),
-      four_units_(unit_ * 4.0f) {
+      global_scale_(static_cast<float>(global_scale)),
+      six_global_scales_(global_scale_ * 6.0f),
+      four_global_scales_(global_scale_ * 4.0f) {
   if (format == Format::mxfp4 && global_scale == 1.0) {
     rows_ = mxfp4_rows(dtype_);
     return;
   }
   const int count = format == Format::nvfp4 ? 128 : 256;
-  own_.reset(new ScaleRow[static_cast<size_t>(count)]);
-  rows_ = own_.get();
+  table_.reset(new ScaleRow[static_cast<size_t>(count)]);
+  rows_ = table_.get();
   for (int byte = 0; byte < count; ++byte) {
-    fill_row(own_[byte], effective_scale(format, byte, global_scale), dtype_);
+    fill_row(table_[byte], effective_scale(format, byte, global_scale), dtype_);
   }
 }
 

@@ -39,8 +39,9 @@ struct PerDtype {
 
 constexpr int kBlockGroup = 8;  // blocks that a vector path handles at a time
 
-// What one block scale byte means for the elements under it: |x| gets code `number of thresholds below bits(|x|)`. Each
-// threshold, in the bits of the dtype, is repeated to fill a vector, so that comparing needs no load of its own.
+// The thresholds and values that one byte of a block scale leads to: the code of x is the number of thresholds below
+// the bits of |x|. Each threshold, in the bits of the dtype, is repeated to fill a vector, so that a comparison reads it
+// from memory without a broadcast before it.
 struct alignas(32) ScaleRow {
   uint32_t thresholds[7][8];  // a 16-bit pattern stands in both halves of a word
   float values[8];            // of codes 0 7 6 5 4 3 2 1: comparing counts thresholds downwards
@@ -60,7 +61,7 @@ class Quantizer {
   // Blocks [first, last) of x, which holds them from block 0: block_size / 2 bytes of codes and one scale byte each.
   void quantize(const void* x, int64_t first, int64_t last, uint8_t* codes, uint8_t* scales) const;
 
-  // The same numerics for integer matmuls: block_size bytes of *doubled* values (0, 1, 2, 3, 4, 6, 8, 12 and their
+  // The same for integer matmuls: block_size bytes of *doubled* values (0, 1, 2, 3, 4, 6, 8, 12 and their
   // negatives) and one float32 effective scale per block, so that value = 0.5 * doubled * effective.
   void quantize_doubled(const void* x, int64_t first, int64_t last, int8_t* doubled, float* effective) const;
 
@@ -68,19 +69,19 @@ class Quantizer {
   Format format() const { return format_; }
   Rule rule() const { return rule_; }
   Dtype dtype() const { return dtype_; }
-  float unit() const { return unit_; }              // float32(global scale)
-  float six_units() const { return six_units_; }    // float32(6 * global scale)
-  float four_units() const { return four_units_; }  // float32(4 * global scale)
+  float global_scale() const { return global_scale_; }              // float32(global scale)
+  float six_global_scales() const { return six_global_scales_; }    // float32(6 * global scale)
+  float four_global_scales() const { return four_global_scales_; }  // float32(4 * global scale)
 
  private:
   Format format_;
   Rule rule_;
   Dtype dtype_;
-  float unit_;
-  float six_units_;
-  float four_units_;
-  const ScaleRow* rows_;  // own_, or a constant table for mxfp4 without a global scale
-  std::unique_ptr<ScaleRow[]> own_;
+  float global_scale_;
+  float six_global_scales_;
+  float four_global_scales_;
+  const ScaleRow* rows_;  // table_, or a table that all quantizers share for mxfp4 without a global scale
+  std::unique_ptr<ScaleRow[]> table_;
 };
 
 // float32 global scale of formats.global_scale_for: amax / 2688 (1536 for four_over_six), 1 where that is zero.

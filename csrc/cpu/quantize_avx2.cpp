@@ -6,7 +6,7 @@
 #include <immintrin.h>
 
 #include "quantize.h"
-#include "quantize_impl.h"
+#include "quantize_kernels.h"
 
 // FMA is left out of the target on purpose: a compiler must not fuse what the reference rounds twice.
 #define FP4_MEMBER FP4_TARGET_AVX2 __attribute__((always_inline)) inline
@@ -140,8 +140,8 @@ FP4_INLINE __m256i encode_e4m3(__m256 scale) {
 }
 
 FP4_INLINE __m256i mx_exponents(__m256 amax, const Quantizer& q) {
-  const __m256i bits = _mm256_castps_si256(_mm256_div_ps(amax, _mm256_set1_ps(q.unit())));
-  const __m256i sixth = _mm256_castps_si256(_mm256_div_ps(amax, _mm256_set1_ps(q.six_units())));
+  const __m256i bits = _mm256_castps_si256(_mm256_div_ps(amax, _mm256_set1_ps(q.global_scale())));
+  const __m256i sixth = _mm256_castps_si256(_mm256_div_ps(amax, _mm256_set1_ps(q.six_global_scales())));
   __m256i biased;
   if (q.rule() == Rule::even) {
     biased = _mm256_sub_epi32(_mm256_srai_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(1 << 21)), 23),
@@ -284,7 +284,7 @@ FP4_TARGET_AVX2 __attribute__((noinline)) __m256i best_neighbour(const Quantizer
 }
 
 template <int B, bool kIsHalf, typename Bits>
-FP4_INLINE __m256i quest_exponents(const Bits* x, float unit) {
+FP4_INLINE __m256i quest_exponents(const Bits* x, float global_scale) {
   __m256 v[kBlockGroup][B / 8], sums[kBlockGroup];
   for (int block = 0; block < kBlockGroup; ++block) {
     for (int i = 0; i < B / 8; ++i) v[block][i] = eight_floats<kIsHalf>(x + block * B + 8 * i);
@@ -301,7 +301,7 @@ FP4_INLINE __m256i quest_exponents(const Bits* x, float unit) {
   }
   const __m256 std = _mm256_sqrt_ps(_mm256_mul_ps(fold<Add>(sums), _mm256_set1_ps(1.0f / B)));
   const __m256 scaled = _mm256_add_ps(_mm256_mul_ps(std, _mm256_set1_ps(kQuestFactor)), _mm256_set1_ps(1e-8f));
-  const __m256i biased = _mm256_srai_epi32(_mm256_castps_si256(_mm256_div_ps(scaled, _mm256_set1_ps(unit))), 23);
+  const __m256i biased = _mm256_srai_epi32(_mm256_castps_si256(_mm256_div_ps(scaled, _mm256_set1_ps(global_scale))), 23);
   return _mm256_min_epi32(_mm256_max_epi32(biased, _mm256_setzero_si256()), _mm256_set1_epi32(kE8m0Max));
 }
 
@@ -313,14 +313,14 @@ FP4_INLINE void choose_scales(const Quantizer& q, const Bits* x, uint8_t* scales
   if constexpr (B == 32) {
     best = mx_exponents(largest, q);
   } else {
-    best = encode_e4m3(_mm256_div_ps(largest, _mm256_set1_ps(q.six_units())));
+    best = encode_e4m3(_mm256_div_ps(largest, _mm256_set1_ps(q.six_global_scales())));
     if (q.rule() == Rule::abs_max) return store_bytes(best, scales);
   }
   if (q.rule() == Rule::mse) best = best_neighbour<B, kIsHalf>(q, x, best, largest);
-  if (B == 32 && q.rule() == Rule::quest) best = quest_exponents<B, kIsHalf>(x, q.unit());
+  if (B == 32 && q.rule() == Rule::quest) best = quest_exponents<B, kIsHalf>(x, q.global_scale());
   if (B == 16 && q.rule() == Rule::four_over_six) {
     Search<B, kIsHalf, Bits> search(q, x, best);
-    search.offer(encode_e4m3(_mm256_div_ps(largest, _mm256_set1_ps(q.four_units()))));
+    search.offer(encode_e4m3(_mm256_div_ps(largest, _mm256_set1_ps(q.four_global_scales()))));
     best = search.best();
   }
   const __m256 nan = _mm256_cmp_ps(largest, largest, _CMP_UNORD_Q);

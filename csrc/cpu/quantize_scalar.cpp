@@ -2,7 +2,7 @@
 #include <cmath>
 
 #include "quantize.h"
-#include "quantize_impl.h"
+#include "quantize_kernels.h"
 
 namespace fp4::cpu::detail {
 
@@ -50,7 +50,7 @@ float sum_by_halving(float* values) {
 }
 
 template <int B, Dtype D>
-uint8_t quest_scale(const typename Lane<D>::Bits* x, float unit) {
+uint8_t quest_scale(const typename Lane<D>::Bits* x, float global_scale) {
   float values[B], sums[B];
   for (int i = 0; i < B; ++i) values[i] = sums[i] = Lane<D>::value(x[i]);
   const float mean = sum_by_halving<B>(sums) / B;
@@ -59,7 +59,7 @@ uint8_t quest_scale(const typename Lane<D>::Bits* x, float unit) {
     sums[i] = deviation * deviation;
   }
   const float std = std::sqrt(sum_by_halving<B>(sums) / B);
-  const int32_t bits = static_cast<int32_t>(bits_of((std * kQuestFactor + 1e-8f) / unit));
+  const int32_t bits = static_cast<int32_t>(bits_of((std * kQuestFactor + 1e-8f) / global_scale));
   return static_cast<uint8_t>(clamp_int(bits >> 23, 0, kE8m0Max));
 }
 
@@ -98,19 +98,19 @@ struct Best {
 template <int B, Dtype D>
 uint8_t scale_of(const Quantizer& q, float amax, const typename Lane<D>::Bits* x) {
   if constexpr (B == 16) {
-    const uint8_t scale = encode_e4m3(amax / q.six_units());
+    const uint8_t scale = encode_e4m3(amax / q.six_global_scales());
     if (q.rule() == Rule::abs_max) return scale;
     if (q.rule() == Rule::four_over_six) {
       Best<B, D> best(q, x, scale);
-      best.offer(encode_e4m3(amax / q.four_units()));
+      best.offer(encode_e4m3(amax / q.four_global_scales()));
       return best.scale;
     }
     Best<B, D> best(q, x, static_cast<uint8_t>(clamp_int(scale, 1, 126)));
     for (int8_t offset : kNvfp4Offsets) best.offer(static_cast<uint8_t>(clamp_int(scale + offset, 1, 126)));
     return best.scale;
   } else {
-    const int32_t bits = static_cast<int32_t>(bits_of(amax / q.unit()));
-    const int32_t sixth = static_cast<int32_t>(bits_of(amax / q.six_units()));
+    const int32_t bits = static_cast<int32_t>(bits_of(amax / q.global_scale()));
+    const int32_t sixth = static_cast<int32_t>(bits_of(amax / q.six_global_scales()));
     const int floor = clamp_int((bits >> 23) - 2, 0, kE8m0Max);
     switch (q.rule()) {
       case Rule::even:
@@ -120,7 +120,7 @@ uint8_t scale_of(const Quantizer& q, float amax, const typename Lane<D>::Bits* x
       case Rule::below_six:
         return static_cast<uint8_t>(clamp_int((sixth >> 23) + 1, 0, kE8m0Max));
       case Rule::quest:
-        return quest_scale<B, D>(x, q.unit());
+        return quest_scale<B, D>(x, q.global_scale());
       case Rule::mse: {
         Best<B, D> best(q, x, static_cast<uint8_t>(floor));
         for (int8_t offset : kMxfp4Offsets) best.offer(static_cast<uint8_t>(clamp_int(floor + offset, 0, kE8m0Max)));

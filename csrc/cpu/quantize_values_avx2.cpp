@@ -5,7 +5,7 @@
 #include <immintrin.h>
 
 #include "quantize.h"
-#include "quantize_impl.h"
+#include "quantize_kernels.h"
 
 #define FP4_INLINE FP4_TARGET_AVX2 __attribute__((always_inline)) static inline
 

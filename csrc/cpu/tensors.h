@@ -16,6 +16,19 @@ namespace fp4::cpu {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// The arguments that all matmul operators share. `offsets` are those of the grouped forms.
+struct LinearArguments {
+  const Tensor& x;
+  const Tensor& weight;
+  const Tensor& weight_scale;
+  const std::optional<Tensor>& global_scale;
+  const std::string& format;
+  const std::optional<Tensor>& bias;
+  const std::optional<Tensor>& offsets;
+  int64_t out_features;
+  const std::optional<Tensor>& rotation;
+};
+
 // The fewest multiplications and elements for a thread: below this a second thread costs more than it saves.
 inline constexpr int64_t kGrainProducts = 1 << 16;
 inline constexpr int64_t kGrainElements = 1 << 15;

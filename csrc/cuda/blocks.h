@@ -42,7 +42,7 @@ FP4_BOTH float squared_error(const float (&values)[B], float effective) {
 }
 
 template <int B>
-FP4_BOTH uint8_t quest_scale(const float (&values)[B], float unit) {
+FP4_BOTH uint8_t quest_scale(const float (&values)[B], float global_scale) {
   float sums[B];
 #pragma unroll
   for (int i = 0; i < B; ++i) sums[i] = values[i];
@@ -53,7 +53,7 @@ FP4_BOTH uint8_t quest_scale(const float (&values)[B], float unit) {
     sums[i] = multiply(deviation, deviation);
   }
   const float deviation = square_root(divide(sum_by_halving(sums), static_cast<float>(B)));
-  const float scale = divide(add(multiply(deviation, kQuestFactor), 1e-8f), unit);
+  const float scale = divide(add(multiply(deviation, kQuestFactor), 1e-8f), global_scale);
   return static_cast<uint8_t>(clamp_int(static_cast<int32_t>(bits_of(scale)) >> 23, 0, kE8m0Max));
 }
 
@@ -86,13 +86,13 @@ FP4_BOTH constexpr bool reads_values(Rule rule) {
 template <int B>
 FP4_BOTH uint8_t block_scale(const float (&values)[B], float amax, Rule rule, double global_scale) {
   if (amax != amax) return B == 16 ? 0x7f : 0xff;  // a NaN must never be hidden
-  const float unit = static_cast<float>(global_scale);
+  const float rounded_global_scale = static_cast<float>(global_scale);
   if (B == 16) {
-    const uint8_t scale = encode_e4m3(divide(amax, multiply(unit, 6.0f)));
+    const uint8_t scale = encode_e4m3(divide(amax, multiply(rounded_global_scale, 6.0f)));
     if (!reads_values(rule)) return scale;
     Search<B> search(values, global_scale, scale);
     if (rule == Rule::four_over_six) {
-      search.offer(encode_e4m3(divide(amax, multiply(unit, 4.0f))));
+      search.offer(encode_e4m3(divide(amax, multiply(rounded_global_scale, 4.0f))));
     } else {
       // Nearest first, so that ties keep the scale closest to abs_max.
 #pragma unroll 1
@@ -103,8 +103,8 @@ FP4_BOTH uint8_t block_scale(const float (&values)[B], float amax, Rule rule, do
     }
     return search.best;
   }
-  const int32_t bits = static_cast<int32_t>(bits_of(divide(amax, unit)));
-  const int32_t sixth = static_cast<int32_t>(bits_of(divide(amax, multiply(unit, 6.0f))));
+  const int32_t bits = static_cast<int32_t>(bits_of(divide(amax, rounded_global_scale)));
+  const int32_t sixth = static_cast<int32_t>(bits_of(divide(amax, multiply(rounded_global_scale, 6.0f))));
   const int floor = clamp_int((bits >> 23) - 2, 0, kE8m0Max);
   switch (rule) {
     case Rule::even:
@@ -114,7 +114,7 @@ FP4_BOTH uint8_t block_scale(const float (&values)[B], float amax, Rule rule, do
     case Rule::below_six:
       return static_cast<uint8_t>(clamp_int((sixth >> 23) + 1, 0, kE8m0Max));
     case Rule::quest:
-      return quest_scale(values, unit);
+      return quest_scale(values, rounded_global_scale);
     case Rule::mse: {
       Search<B> search(values, global_scale, static_cast<uint8_t>(floor));
       search.offer(static_cast<uint8_t>(clamp_int(floor + 1, 0, kE8m0Max)));

@@ -23,7 +23,7 @@ Output output_of(ScalarType type) {
   return plain == Type::float32 ? Output::float32 : plain == Type::bfloat16 ? Output::bfloat16 : Output::float16;
 }
 
-// What both operators are given, checked.
+// The checked arguments that both operators share.
 struct Call {
   Call(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::string& format_name,
        int64_t out_features, const std::optional<Tensor>& rotation, const std::string& rule_name, int64_t lead)
@@ -64,7 +64,7 @@ struct Call {
   const Tensor& scales;
 };
 
-// A stretch of one allocation for all that a call needs besides its result.
+// One allocation for everything that a call needs besides its result. All pieces are reserved before it is made.
 class Scratch {
  public:
   static constexpr int64_t kAlignment = 256;
@@ -84,7 +84,7 @@ class Scratch {
   mutable std::optional<Tensor> memory_;
 };
 
-// x quantized into scratch memory, and what else the matmul reads.
+// Quantizes x into scratch memory, beside the factors and the bias that the matmul reads.
 struct Prepared {
   Prepared(const Call& call, const Tensor& x, const std::optional<Tensor>& global_scale,
            const std::optional<Tensor>& bias, const std::optional<Tensor>& rotation,
@@ -135,7 +135,7 @@ struct Prepared {
     }
   }
 
-  // After everything was reserved: allocates, and quantizes.
+  // Allocates the scratch memory and quantizes, once all pieces are reserved.
   void run(const Tensor& x, const Device& device) {
     scratch.allocate(x);
     task.codes = scratch.at<uint8_t>(codes);

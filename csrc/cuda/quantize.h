@@ -14,7 +14,7 @@ enum class Type { float32, bfloat16, float16 };
 
 constexpr int kMaxima = 512;  // floats of scratch that a scale taken from the data needs
 
-// What to quantize and where to. Pointers are to device memory, aligned to 16 bytes but for scalars.
+// Input, output and settings of one quantization. Pointers are to device memory, aligned to 16 bytes but for scalars.
 struct QuantizeTask {
   const void* x;  // [rows, k] of `type`
   Type type;
@@ -39,7 +39,8 @@ struct QuantizeTask {
   const int32_t* offsets;  // row ranges of experts, [experts + 1]; rows after the last are left out. Null: one matrix
   int experts;
 
-  // What a matmul needs besides, or null: alpha[e] = weight_scale[e] * global scale, and the bias widened to float32.
+  // What the matmul that follows reads besides, or null: alpha[e] = weight_scale[e] * global scale, and the bias widened
+  // to float32.
   const double* weight_scale;
   float* alpha;
   int alphas;

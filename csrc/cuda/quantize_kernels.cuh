@@ -69,10 +69,10 @@ __device__ __forceinline__ uint32_t largest_of_block(uint32_t bits) {
   return bits;
 }
 
-// --- shared by the kernels that quantize -----------------------------------------------------------------------------------
+// --- shared by the kernels that quantize ----------------------------------------------------------------------------
 
-// The number of rows that belong to an expert. Rows after the last expert's hold anything, so even a global scale that is
-// taken from the data must not see them.
+// The number of rows that belong to an expert. Rows after the last expert's may hold anything, so not even a global scale
+// that is taken from the data may depend on them.
 __device__ __forceinline__ int64_t used_rows(int64_t rows, const int32_t* end) {
   return end == nullptr || *end > rows ? rows : *end;
 }
@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, H <= 32 ? 4 : 2) rotate_blocks(
   Rotation<T, B, H, kOnlyMagnitude>::run(task);
 }
 
-// --- dequantizing ------------------------------------------------------------------------------------------------------------
+// --- dequantizing ---------------------------------------------------------------------------------------------------
 
 // A thread takes eight codes, four bytes.
 template <typename T, int B>
