@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from fp4.calibration.data import Samples, load_samples, seed_of
+from fp4.calibration.global_scales import has_static_input_scale
 from fp4.checkpoint import CODECS
 from fp4.checkpoint.contradictions import tokenizer_problem
 from fp4.checkpoint.io.headers import Checkpoint
@@ -34,7 +35,6 @@ from fp4.pipeline.side_files import (
     REPORT,
     UNCALIBRATED,
     choose_format,
-    has_static_input,
     holds,
     rotation_of,
     scheme_in_file,
@@ -127,7 +127,7 @@ class Job:
         layers = list(self.plan.layers.values())
         self.format = choose_format(format, layers)
         self.plan = stored_as(self.plan, CODECS[self.format])
-        self.calibrates = self.method.needs_data or any(has_static_input(layer.scheme) for layer in layers)
+        self.calibrates = self.method.needs_data or any(has_static_input_scale(layer.scheme) for layer in layers)
         # One seed for the samples and for the method: the caller's, or the recipe's.
         self.seed = seed if seed is not None else seed_of(self.data) if self.calibrates else 0
         if self.calibrates:

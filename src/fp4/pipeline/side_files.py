@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp4.calibration.global_scales import has_static_input_scale
 from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear
 from fp4.checkpoint.formats.codec import name_rotation
 from fp4.checkpoint.io.headers import INDEX_NAME, Checkpoint, read_header
@@ -20,7 +21,7 @@ from fp4.numerics.rotation import rotation_for
 from fp4.pipeline.expert_layers import Stack
 from fp4.pipeline.plan import PlannedLayer
 from fp4.quality.model_card import EVALUATION
-from fp4.scheme import SCHEMES, Scheme
+from fp4.scheme import SCHEMES
 
 REPORT = "report.json"
 
@@ -85,12 +86,7 @@ def scheme_in_file(layer: PlannedLayer, rotation: torch.Tensor | None) -> LayerS
     return LayerScheme(layer.scheme.format, activations, name, size, layer.scheme.block_size)  # type: ignore[arg-type]
 
 
-def has_static_input(scheme: Scheme) -> bool:
-    """Whether activations are quantized under a global scale that calibration finds."""
-    return scheme.activations != "model" and scheme.format.needs_global_scale
-
-
-_STREAMED = ", ".join(name for name, preset in SCHEMES.items() if not has_static_input(preset.scheme))
+_STREAMED = ", ".join(name for name, preset in SCHEMES.items() if not has_static_input_scale(preset.scheme))
 #: What to do about a model that cannot be calibrated, for the end of a message.
 UNCALIBRATED = f"method rtn with a scheme that needs no calibration ({_STREAMED}) quantizes it"
 
@@ -121,7 +117,7 @@ def planned_specs(codec: Codec, layer: PlannedLayer, dtype: torch.dtype) -> dict
     ``dtype`` is that of the weight. ValueError if the format cannot hold it.
     """
     rotation = rotation_of(layer)
-    unit = torch.ones((), dtype=torch.float64) if has_static_input(layer.scheme) else None
+    unit = torch.ones((), dtype=torch.float64) if has_static_input_scale(layer.scheme) else None
     shape: tuple[int, ...] = layer.shape
     if layer.stack is not None and layer.expert is not None:
         layout = layer.expert.module.layout
