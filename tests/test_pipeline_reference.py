@@ -266,9 +266,7 @@ def test_originals_are_computed_only_for_a_method_that_reads_them(
     [
         ("rtn", {}, False),
         ("gptq", {}, False),
-        ("gptq", {"shift": 0.5}, True),
         ("best", {}, False),
-        ("best", {"shift": 0.5}, True),
         ("autoround", {"iters": 2}, True),
         ("autoround", {"iters": 0}, False),
     ],
