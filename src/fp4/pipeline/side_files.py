@@ -80,7 +80,7 @@ def _require_holds(name: str, layers: Iterable[PlannedLayer]) -> None:
 
 
 def scheme_in_file(layer: PlannedLayer, rotation: torch.Tensor | None) -> LayerScheme:
-    """How the layer's scheme is called in a checkpoint."""
+    """The scheme of a layer as a checkpoint's configuration names it."""
     activations = {"auto": "fp4", "fp4": "fp4", "fp8": "fp8", "model": "model"}[layer.scheme.activations]
     name, size = name_rotation(rotation)
     return LayerScheme(layer.scheme.format, activations, name, size, layer.scheme.block_size)  # type: ignore[arg-type]
@@ -97,7 +97,13 @@ def rotation_of(layer: PlannedLayer) -> torch.Tensor | None:
 
 
 def empty_weight(fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedTensor:
-    """What a weight ``[..., N, K]`` of ``dtype`` is quantized to, without values but for a global scale of one."""
+    """A quantized weight ``[..., N, K]`` on the meta device, with a global scale of one, for its dtypes and shapes.
+
+    Args:
+        fmt: format of the quantized weight.
+        shape: shape of the weight.
+        dtype: dtype of the weight, which scales of FP8 have too.
+    """
     *rows, columns = shape
     codes = torch.empty(*rows, fmt.code_columns(columns), dtype=fmt.code_dtype, device="meta")
     # FP8 has one scale a row, in the dtype of the weight.
@@ -107,28 +113,34 @@ def empty_weight(fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) -> Qua
         dtype=fmt.scale_dtype if fmt.block_size else dtype,
         device="meta",
     )
-    unit = torch.ones((), dtype=torch.float64) if fmt.needs_global_scale else None
-    return QuantizedTensor(codes, scales, unit)
+    global_scale = torch.ones((), dtype=torch.float64) if fmt.needs_global_scale else None
+    return QuantizedTensor(codes, scales, global_scale)
 
 
 def planned_specs(codec: Codec, layer: PlannedLayer, dtype: torch.dtype) -> dict[str, Spec]:
-    """dtype and shape of the tensors that a layer, or the stack it is part of, will be stored as, by name.
+    """The dtype and shape of the tensors that store a layer, or the stack that it is part of, by name.
 
-    ``dtype`` is that of the weight. ValueError if the format cannot hold it.
+    Args:
+        codec: writes the checkpoint format.
+        layer: the layer as planned.
+        dtype: dtype of the weight.
+
+    Raises:
+        ValueError: the format cannot hold the layer.
     """
     rotation = rotation_of(layer)
-    unit = torch.ones((), dtype=torch.float64) if has_static_input_scale(layer.scheme) else None
+    input_scale = torch.ones((), dtype=torch.float64) if has_static_input_scale(layer.scheme) else None
     shape: tuple[int, ...] = layer.shape
     if layer.stack is not None and layer.expert is not None:
         layout = layer.expert.module.layout
         shape = (layout.num_experts, *layout.projections[layer.expert.projection])
-    stored = StoredLinear(empty_weight(layer.scheme.format, shape, dtype), unit, rotation)
+    stored = StoredLinear(empty_weight(layer.scheme.format, shape, dtype), input_scale, rotation)
     tensors = codec.write(stored, scheme_in_file(layer, rotation))
     return {f"{layer.stack or layer.stored}{suffix}": spec_of(tensor) for suffix, tensor in tensors.items()}
 
 
 class StoredTensors:
-    """What quantized layers are stored as: each by itself, or experts in stacks. Several threads may use it at once."""
+    """The tensors that store quantized layers, each by itself, or experts in stacks. Several threads may share one."""
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
@@ -136,7 +148,7 @@ class StoredTensors:
         self._filling = threading.Lock()
 
     def of(self, layer: PlannedLayer, stored: StoredLinear) -> dict[str, Tensor]:
-        """The tensors that are complete with this layer, by name: none until all matrices of its stack were here.
+        """The tensors that are complete with this layer, by name; none while matrices of its stack are missing.
 
         Raises:
             ValueError: the format cannot hold the layer, which the message names.
