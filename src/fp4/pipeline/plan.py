@@ -139,6 +139,7 @@ class Choice:
 
 
 def fits(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` (``fnmatch``) fits the full name of a layer, or the end of it after a dot."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
