@@ -101,7 +101,7 @@ def _render(tokenizer: Any, parents: Connection, connection: Connection) -> None
             answer = ValueError(f"the chat template needs more than {_MEMORY >> 20} MiB for one conversation")
         except RecursionError:
             answer = ValueError("the chat template calls itself without end")
-        except Exception as error:  # whatever a template, or the tokenizer's own code, raises
+        except Exception as error:  # a template, or the tokenizer's own code, may raise any error
             answer = _picklable(error)
         connection.send(answer)
 

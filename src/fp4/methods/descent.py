@@ -102,7 +102,7 @@ def forward_sweep(weight: Tensor, goal: Objective, fmt: Format, global_scale: Te
     """
     size, global_scale = fmt.block_size, _with_column_axis(global_scale)
     W = reordered(weight, goal.order, -1).transpose(-1, -2).contiguous()
-    Err = W  # columns before the block in turn hold errors, the others weights
+    Err = W  # one tensor is both: rows before the current block hold errors, those after it weights
     Q, scales = torch.empty_like(W), []
     for start in range(0, W.shape[-2], size):
         inside = slice(start, start + size)

@@ -79,7 +79,7 @@ def feed_errors(W: Tensor, scale: Tensor, block: Tensor, Hinv: Tensor) -> Tensor
     """
     codes = torch.empty_like(W, dtype=torch.uint8)
     lead, size = W.shape[:-2], W.shape[-2]
-    # Columns before the one in turn hold errors, the others weights: one tensor is both.
+    # One tensor is both: rows of it before the current column hold errors, those after it weights.
     Err, Hinv = W.view(-1, *W.shape[-2:]), Hinv.expand(*lead, size, size).reshape(-1, size, size)
     for start in range(0, size, _STRIP):
         stop, panel = min(start + _STRIP, size), start // _PANEL * _PANEL

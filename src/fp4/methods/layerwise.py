@@ -182,7 +182,7 @@ def _solve_all(solve: Solve, matrices: list[_Matrix], fmt: Format) -> list[Quant
         goal = Objective(*(None if part is None else part[None] for part in first.goal))  # type: ignore[arg-type]
     else:
         parts = zip(*(matrix.goal for matrix in matrices), strict=True)
-        goal = Objective(*(None if p[0] is None else torch.stack(p) for p in parts))  # type: ignore[arg-type]
+        goal = Objective(*(None if part[0] is None else torch.stack(part) for part in parts))  # type: ignore[arg-type]
     global_scales = [matrix.global_scale for matrix in matrices if matrix.global_scale is not None]
     weight = torch.stack([matrix.weight for matrix in matrices])
     solved = solve(weight, goal, fmt, torch.stack(global_scales) if global_scales else None)

@@ -75,7 +75,7 @@ class BlockCalibration:
         self.device = memory.device
         self.needs_originals = method.needs_originals(options)
         self.batches: list[Tensor] = []
-        #: Arguments of each block besides hidden states, one list of blocks a batch; equal ones are one object.
+        #: Arguments besides hidden states, by batch and block; batches with equal arguments share one list.
         self.calls: list[list[Call]] = []
 
     def prepare(self, read: Callable[[Any], Samples]) -> dict[str, Any]:

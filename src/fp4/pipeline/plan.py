@@ -21,7 +21,7 @@ from fp4.pipeline.skeleton import Skeleton
 from fp4.scheme import SCHEMES, Scheme
 from fp4.spelling import hint
 
-# Routers decide which expert runs; an error there is not an error of a few percent.
+# Routers stay dense, because a small error in one sends a token to another expert.
 _ROUTERS = ("router", "gate", "gating", "shared_expert_gate")
 
 

@@ -25,7 +25,7 @@ from fp4.scheme import SCHEMES
 
 REPORT = "report.json"
 
-# Weights, and what describes how they are stored and how good they are, are made anew.
+# Files that describe weights, their storage or their quality are written anew.
 _DESCRIBED = ("config.json", "hf_quant_config.json", "quantization_config.json", INDEX_NAME)
 _NOT_COPIED = (*_DESCRIBED, REPORT, EVALUATION, "README.md")
 _COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".yaml", ".py", ".tiktoken")

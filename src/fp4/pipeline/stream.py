@@ -213,7 +213,7 @@ class StreamedRounding:
                 shared = torch.stack([scale for scale in scales if scale is not None]).amax()
             for layer in group.layers:
                 if layer.name not in here:
-                    continue  # fused with these, but stored in another file
+                    continue  # the layer shares the global scale, but another file stores it
                 started = time.perf_counter()
                 weight = weights.pop(layer.name) if fits else self._weight(layer)
                 try:
