@@ -43,7 +43,7 @@ def measure(model: str, fmt: str, dtype: str) -> None:
     sizes = {id(p): p.nbytes for p in loaded.parameters()}
     layers = [m for m in loaded.modules() if isinstance(m, FP4Linear)]
     kept = [p for p in loaded.parameters() if id(p) not in packed]
-    largest = max(max((m.in_features * m.out_features * width for m in layers), default=0), max(p.nbytes for p in kept))
+    largest = max([*(m.in_features * m.out_features * width for m in layers), *(p.nbytes for p in kept)])
     result = {
         "seconds": seconds,
         "peak": growth.bytes,

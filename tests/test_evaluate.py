@@ -75,8 +75,8 @@ def naive_comparison(
     """Mean KL, its 99th percentile and agreement, token by token in float64."""
     divergences, same = [], 0
     for row in ids[: len(ids) // window * window].reshape(-1, window):
-        for p, q in zip(original(row[None]).logits[0].double(), model(row[None]).logits[0].double(), strict=True):
-            p, q = p.softmax(-1).tolist(), q.softmax(-1).tolist()
+        logits = (m(row[None]).logits[0].double().softmax(-1).tolist() for m in (original, model))
+        for p, q in zip(*logits, strict=True):
             divergences.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
             same += p.index(max(p)) == q.index(max(q))
     divergences.sort()

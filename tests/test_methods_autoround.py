@@ -109,7 +109,7 @@ def test_learning_is_what_gradients_by_hand_give(fmt: Format) -> None:
         "block", module, {"proj": Scheme(fmt, "mse", "model")}, [], [x], [x], lambda hidden, i: module.proj(hidden), 0
     )
     weight, start = module.proj.weight.data, rtn_block(block, RTNOptions())
-    learned = learn(block, start, {"proj": weight}, 12, 0.0071, "learned")["proj"]
+    learned = learn(block, start, {"proj": weight}, iters=12, lr=0.0071, rule="learned")["proj"]
     assert learned.rule == "learned"  # and not where it started
     target = x[0].double() @ weight.double().T
     value, scales = naive_autoround(weight.double(), start["proj"], x[0].double(), target, 12, 0.0071)

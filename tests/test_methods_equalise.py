@@ -5,7 +5,7 @@ import torch
 from test_methods_block import LAYERS, make_block
 from torch import Tensor, nn
 
-from fp4.calibration.channel_statistics import survey
+from fp4.calibration.channel_statistics import channel_statistics
 from fp4.methods import Block
 from fp4.methods.equalise import equalise
 from fp4.numerics.formats import NVFP4
@@ -53,9 +53,9 @@ def test_norms_and_the_layers_before_are_scaled_and_nothing_else_changes() -> No
     block = make_block(SCHEME)
     block.module.norm.weight.data = torch.logspace(-1, 1, 64)
     before = [block.run(hidden, i) for i, hidden in enumerate(block.inputs)]
-    seen = survey(block)
+    seen = channel_statistics(block)
     assert equalise(block, 0.5, seen) == ["gate_proj", "down_proj"]
-    again = survey(block)
+    again = channel_statistics(block)
     for layer in LAYERS:
         torch.testing.assert_close(seen.energy[layer], again.energy[layer], atol=1e-5, rtol=1e-3)
         torch.testing.assert_close(seen.amax[layer], again.amax[layer], atol=1e-4, rtol=1e-3)
@@ -74,7 +74,7 @@ def test_heads_that_share_values_and_biases() -> None:
     module.v_proj.weight.data *= torch.logspace(-1, 1, 48)[:, None]
     block = block_of(module, ["q_proj", "k_proj", "v_proj", "o_proj"], 96)
     before = block.run(block.inputs[0], 0)
-    assert equalise(block, 0.5, survey(block)) == ["q_proj", "o_proj"]
+    assert equalise(block, 0.5, channel_statistics(block)) == ["q_proj", "o_proj"]
     torch.testing.assert_close(block.run(block.inputs[0], 0), before, atol=1e-4, rtol=1e-4)
 
 
@@ -95,7 +95,7 @@ def test_a_product_with_other_readers_is_left_alone() -> None:
     module = Routed()
     block = block_of(module, [f"inner.{layer}" for layer in LAYERS], 64)
     gain, before = module.inner.norm.weight.clone(), block.run(block.inputs[0], 0)
-    assert equalise(block, 0.5, survey(block)) == ["inner.down_proj"]
+    assert equalise(block, 0.5, channel_statistics(block)) == ["inner.down_proj"]
     assert torch.equal(module.inner.norm.weight, gain)
     torch.testing.assert_close(block.run(block.inputs[0], 0), before, atol=1e-4, rtol=1e-4)
 
@@ -107,7 +107,7 @@ def test_channels_that_are_never_active_keep_their_scale(alpha: float) -> None:
     block.module.norm.weight.data[5] = 0
     block.linear("down_proj").weight.data[:, 7] = 0
     before = block.run(block.inputs[0], 0)
-    equalise(block, alpha, survey(block))
+    equalise(block, alpha, channel_statistics(block))
     assert all(torch.isfinite(p).all() for p in block.module.parameters())
     assert block.module.norm.weight[5] == 0
     torch.testing.assert_close(block.run(block.inputs[0], 0), before, atol=1e-4, rtol=1e-4)

@@ -116,11 +116,11 @@ def test_second_moments_take_no_more_memory_than_the_block(monkeypatch: pytest.M
     (first, down) = stages(block)
     assert [len(first), len(down)] == [1, 8]
     assert all(re.fullmatch(r"experts\.\d\.down_proj", layers[0]) for layers in down)
-    at_once = {layers[0]: moments.hessian for layers, moments in observe(block, down, {}, {}, cross=False)}
+    at_once = {layers[0]: moments.hessian for layers, moments in observe(block, down, {}, {})}
     passes: list[int] = []
     run = block.run
     block.run = lambda hidden, batch: passes.append(batch) or run(hidden, batch)
-    monkeypatch.setattr("fp4.calibration.layer_order._room", lambda block: 3 * 64**2)
-    for layers, moments in observe(block, down, {}, {}, cross=False):
+    monkeypatch.setattr("fp4.calibration.layer_order._elements_kept", lambda block: 3 * 64**2)
+    for layers, moments in observe(block, down, {}, {}):
         assert torch.equal(moments.hessian, at_once[layers[0]])
     assert passes == [0, 1] * 3

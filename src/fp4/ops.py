@@ -134,7 +134,7 @@ def _require_activation(input_global_scale: Tensor | None, rule: str, fmt: Forma
     if input_global_scale is not None:
         elements = input_global_scale.numel()
         torch._check(
-            elements == 1 or elements == count,
+            elements in (1, count),
             lambda: (
                 f"input_global_scale has shape {tuple(input_global_scale.shape)}; expected 1 element"
                 f"{'' if count == 1 else f', or {count}, one an expert'}"
@@ -341,8 +341,14 @@ def dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor | None, forma
 def implement(
     backend: str, name: str, function: Callable[..., Any], dispatch_key: str = "CompositeExplicitAutograd"
 ) -> None:
-    """Register ``function``, behind the operator's checks, as ``fp4::{backend}_{name}`` for a dispatch key (default:
-    any device)."""
+    """Register ``function``, behind the operator's checks, as ``fp4::{backend}_{name}``.
+
+    Args:
+        backend: the backend's name.
+        name: the operator's.
+        function: takes what the operator's schema says.
+        dispatch_key: of torch's dispatcher; the default is any device.
+    """
     check = _DESCRIPTIONS[name]
 
     @functools.wraps(function)

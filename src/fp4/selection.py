@@ -1,4 +1,4 @@
-"""Which layers are quantized: one pattern language, and one rule for what stays dense by default.
+r"""Which layers are quantized: one pattern language, and one rule for what stays dense by default.
 
 **Patterns** name layers by their full name in the model. One fits where any of these does, tried in this order:
 
@@ -6,7 +6,7 @@
 2. suffix: the layer's name ends with it (``up_proj``, ``mlp.up_proj``; ``proj`` fits ``up_proj`` too);
 3. glob: ``fnmatch`` with ``*``, ``?`` or ``[...]``, where ``*`` crosses dots, from the start of the name or from after
    any dot, to the name's end or to any dot (``*.mlp`` and ``layers.[02].mlp.*`` fit what is in those modules);
-4. regular expression: from the start of the name to its end or to a dot (``.*\\.(q|k)_proj``). A number that a dot
+4. regular expression: from the start of the name to its end or to a dot (``.*\.(q|k)_proj``). A number that a dot
    follows is a whole one, so that ``model.layers.1.*`` fits no layer of block 11, read as a glob or in this way.
 
 1, 2 and 4 are how Transformers reads ``modules_to_not_convert``, 3 is how file names are matched. Everything takes
@@ -221,6 +221,7 @@ class DenseLayers:
         """Why the layer called ``name`` stays dense; None if it is to be quantized.
 
         Args:
+            name: of the layer.
             asked: an override spells the layer out.
             heads: whether the rule holds for heads; not where a list of the user's takes its place.
         """

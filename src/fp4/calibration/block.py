@@ -1,4 +1,4 @@
-"""One decoder block on its way to FP4, what a method returns for each of its layers, and what those layers compute."""
+"""A decoder block with its calibration samples, the result of a method for its layers, and what these compute then."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LayerResult(NamedTuple):
     """A quantized layer.
 
     Attributes:
-        weight: canonical, in the rotated basis.
+        weight: in canonical form, of the rotated weight where there is a rotation.
         rotation: float32 ``[h, h]`` that the layer's input is rotated by, None for none.
         input_global_scale: float64 ``[]``, where FP4 activations have a calibrated (static) global scale.
         rule: how the block scales were chosen, for the report.
@@ -41,19 +41,19 @@ class Block:
     """One decoder block with the samples that reach it.
 
     Attributes:
-        name: of the block in the model, such as ``model.layers.3``; errors name layers with it.
-        module: dense, in its compute dtype (float32 on CPU), on the compute device; weights of ``layers`` may be in the
-            dtype of the checkpoint, if that is half of it. A method may turn it into an equivalent one in place
-            (channels rescaled between a norm and the layers that read it), so whoever writes the block writes its other
-            parameters as they are afterwards, rounded to the dtype of the checkpoint, and compares quantized weights
-            with those that the module has then.
-        layers: name within ``module`` -> scheme; all are ``nn.Linear``.
+        name: name of the block in the model, such as ``model.layers.3``; errors name layers with it.
+        module: the dense block, in its compute dtype (float32 on a CPU), on the device that computes; weights of
+            ``layers`` may have the dtype of the checkpoint where that is half as wide. A method may turn the module
+            into an equivalent one in place (channels rescaled between a norm and the layers that read it). So whoever
+            writes the block writes its other parameters as they are afterwards, rounded to the dtype of the checkpoint,
+            and compares quantized weights with those that the module has then.
+        layers: scheme of each layer to quantize, by its name within ``module``; all are ``nn.Linear``.
         fused: groups of ``layers`` that share one global scale (and one input).
         inputs: hidden states ``[batch, tokens, hidden]``, one entry a batch, from the quantized prefix of the model.
-        originals: the same from the original prefix. The block's target for batch i is ``run(originals[i], i)``. Empty
-            for a method that does not read them (:attr:`Method.needs_originals`).
+        originals: hidden states of the same batches from the original prefix. The block's target for batch i is
+            ``run(originals[i], i)``. Empty for a method that does not read them (:attr:`Method.needs_originals`).
         run: ``run(hidden, i)`` is the block's output for batch i, with that batch's mask and positions.
-        seed: of everything random.
+        seed: seed of everything random.
         dtype: what the module computes in.
     """
 
@@ -68,14 +68,14 @@ class Block:
     dtype: torch.dtype = torch.float32
 
     def linear(self, layer: str) -> nn.Linear:
-        """The dense module of ``layer``."""
+        """The dense module of ``layer``. TypeError for a layer that is no ``nn.Linear``."""
         module = self.module.get_submodule(layer)
         if not isinstance(module, nn.Linear):
             raise TypeError(f"{self.name}.{layer} is {type(module).__name__}; methods quantize nn.Linear only")
         return module
 
     def groups(self) -> list[list[str]]:
-        """All layers, those that share a global scale together, in the order of ``layers``."""
+        """All layers in the order of ``layers``, each list those that share a global scale."""
         group_of = {layer: group for group in self.fused for layer in group}
         groups: list[list[str]] = []
         for layer in self.layers:
@@ -85,24 +85,34 @@ class Block:
         return groups
 
     def rotation(self, layer: str) -> Tensor | None:
-        """The rotation that the scheme of ``layer`` asks for, as it is stored (rounded to bfloat16)."""
+        """The rotation of the scheme of ``layer``, ``[h, h]``, as it is stored (rounded to bfloat16), None for none."""
         scheme = self.layers[layer]
         rotation = rotation_for(scheme.rotation, scheme.group_size, torch.bfloat16)
         return None if rotation is None else rotation.to(self.linear(layer).weight.device)
 
 
 def siblings(layer: str) -> str:
-    """What the names of one layer of every expert have in common: numbers do not count."""
+    """A layer's name with its numbers replaced, which is the same for one layer of every expert."""
     return re.sub(r"\d+", "*", layer)
 
 
 def quantizes_activations(scheme: Scheme) -> bool:
-    """Whether the scheme is W4A4 (or W4A8, W8A8) on hardware that multiplies it, which calibration prepares for."""
+    """Whether calibration rounds the inputs of layers too, as hardware does that multiplies them in the scheme."""
     return scheme.activations != "model"
 
 
 def quantized_input(x: Tensor, scheme: Scheme, rotation: Tensor | None, input_global_scale: Tensor | None) -> Tensor:
-    """What a layer multiplies its weight with: x ``[..., K]`` rotated, rounded to FP4 if the scheme does; float32."""
+    """The input of a layer as it multiplies it: rotated, and rounded where the scheme rounds activations.
+
+    Args:
+        x: floating point ``[..., K]``.
+        scheme: that of the layer.
+        rotation: ``[h, h]``, None for none.
+        input_global_scale: static global scale, float64 ``[]``; None takes it from ``x`` where the format has one.
+
+    Returns:
+        float32 ``[..., K]``.
+    """
     values = x.float() if rotation is None else rotate(x, rotation)
     if not quantizes_activations(scheme):
         return values
@@ -112,12 +122,10 @@ def quantized_input(x: Tensor, scheme: Scheme, rotation: Tensor | None, input_gl
 
 @contextmanager
 def capture_inputs(block: Block, layers: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Calls ``see(layer, x)`` with the input ``[..., K]`` of each of ``layers`` whenever one is run.
+    """Within this context ``see(layer, x)`` is called with the input ``[..., K]`` of each of ``layers`` that runs.
 
-    Experts see every token within it, not only those of the router (:mod:`fp4.calibration.expert_linears`).
+    Experts read every token within it, not only those of the router (:mod:`fp4.calibration.expert_linears`).
     """
-    # Not at the top: it imports the packed modules, and those this package, since they round to nearest.
-
     with ExitStack() as stack:
         stack.enter_context(every_token(block.module))
         for layer in layers:
@@ -131,7 +139,7 @@ def capture_inputs(block: Block, layers: Iterable[str], see: Callable[[str, Tens
 
 @contextmanager
 def emulated(block: Block, results: Mapping[str, LayerResult]) -> Iterator[None]:
-    """Within it, the layers in ``results`` compute what they will as FP4; the module is dense again afterwards.
+    """Within this context the layers in ``results`` compute as they will when quantized.
 
     A weight is decoded whenever its layer runs, so that only one at a time is in memory beside the dense ones.
     """
@@ -157,16 +165,21 @@ def emulated(block: Block, results: Mapping[str, LayerResult]) -> Iterator[None]
 
 @dataclass(frozen=True)
 class Method:
-    """A way to quantize a block: ``run(block, options)``, with options an instance of the class named here.
+    """A way to quantize a block, with what it costs.
 
     Attributes:
+        name: what users call it.
+        run: ``run(block, options)`` quantizes the layers of a block.
+        options: class of the options, a frozen dataclass with defaults.
+        cost: what it costs, in a phrase for users.
+        needs_data: whether it calibrates on samples whatever the scheme.
+        memory: peak memory, the dense block included, in sizes of that block in float32, as measured on experts.
+        passes: forward passes of each block over all samples, beside those that compute the next block's inputs.
+        sweeps: products of a weight ``[N, K]`` with a matrix ``[K, K]``, in multiples of ``N K^2`` operations; 0 for a
+            method without second moments.
+        steps: name of the option that says how many steps of gradient descent there are; None without such steps.
         needs_originals: whether the method reads ``block.originals`` under the given options. They cost a forward pass
             of every dense block over all samples, and room for a second set of hidden states.
-        memory: at its peak, the dense block included, in sizes of that block in float32: as measured on experts.
-        passes: over all samples, for each block, beside those that hand hidden states on to the next.
-        sweeps: products of a weight with a matrix ``[K, K]``, in multiples of ``N K^2`` operations; 0 without second
-            moments.
-        steps: name of the option that says how many steps of gradient descent there are.
     """
 
     name: str

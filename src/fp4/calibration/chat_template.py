@@ -1,4 +1,4 @@
-"""Chat templates of a checkpoint, rendered where they can neither run for ever nor take all memory.
+"""Chat templates of a checkpoint, rendered in a process of their own under limits of time and memory.
 
 A template is a program in Jinja that comes with the tokenizer. Transformers renders it in a sandbox, which keeps it
 from the system, but not from loops within loops or from doubling a string a hundred times. A process of its own under
@@ -17,14 +17,14 @@ import weakref
 from multiprocessing.connection import Connection
 from typing import Any
 
-# A conversation takes milliseconds, on a busy machine too.
+# Conversations take milliseconds to render, even on a busy machine, so this limit stops nothing that would end.
 _SECONDS = 10
 _MEMORY = 1 << 30  # bytes beside what the process has already
 _MAX_CHARACTERS = 1 << 26
 
 
 class BoundedTemplate:
-    """Stands for a tokenizer whose chat template is rendered in another process, forked at the first conversation.
+    """A stand-in for a tokenizer that renders its chat template in another process, forked at the first conversation.
 
     The process is a copy of this one, so any tokenizer's own method renders, with nothing to import. It ends when this
     object is collected. Where the system cannot fork (Windows), the template is rendered here, without bounds.
@@ -51,7 +51,7 @@ class BoundedTemplate:
             in_time = connection.poll(_SECONDS)
             found = connection.recv() if in_time else None
         except (EOFError, ConnectionError):
-            in_time = False  # the system ended the process, which had used up its time
+            in_time = False  # the kernel ended the process because it had used up its time
         if not in_time:
             self._process.kill()
             self._process.join()
@@ -84,7 +84,7 @@ class BoundedTemplate:
 
 def _render(tokenizer: Any, parents: Connection, connection: Connection) -> None:
     """Answer conversations with their texts, or with what went wrong, until the other end is closed."""
-    parents.close()  # a copy of it here would keep that end open
+    parents.close()  # while this copy is open, this process would never see the end of the connection
     _limit_memory()
     while True:
         try:
@@ -101,12 +101,13 @@ def _render(tokenizer: Any, parents: Connection, connection: Connection) -> None
             answer = ValueError(f"the chat template needs more than {_MEMORY >> 20} MiB for one conversation")
         except RecursionError:
             answer = ValueError("the chat template calls itself without end")
-        except Exception as error:  # whatever a template, or the tokenizer's own code, raises
-            answer = _that_can_be_sent(error)
+        except Exception as error:  # a template, or the tokenizer's own code, may raise any error
+            answer = _picklable(error)
         connection.send(answer)
 
 
-def _that_can_be_sent(error: Exception) -> Exception:
+def _picklable(error: Exception) -> Exception:
+    """The error itself where it can be sent to another process, else one with its text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # an error class decides itself how it is pickled, and what goes wrong then
@@ -115,17 +116,20 @@ def _that_can_be_sent(error: Exception) -> Exception:
 
 
 def _limit_memory() -> None:
-    """Let this process have ``_MEMORY`` more than it has."""
+    """Limit the address space of this process to ``_MEMORY`` more than it has now."""
     import resource
 
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as file:  # Linux; elsewhere time bounds it
+    with (
+        contextlib.suppress(OSError, ValueError),
+        open("/proc/self/statm") as file,
+    ):  # elsewhere than on Linux time alone is limited
         limit = int(file.read().split()[0]) * resource.getpagesize() + _MEMORY
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _limit_time() -> None:
-    """End this process some time after the other has given it up, for the case that the other was killed itself."""
+    """Let the kernel end this process some time after the other has given up, in case the other was killed."""
     import resource
 
     used = resource.getrusage(resource.RUSAGE_SELF)

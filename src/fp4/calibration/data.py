@@ -1,4 +1,4 @@
-"""Calibration samples: token sequences from a recipe, a file, a dataset of the hub, or the text that comes with fp4."""
+"""Calibration samples: token sequences from a recipe, a file, a hub dataset, or the text that comes with fp4."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ logger = logging.getLogger("fp4")
 DEFAULT_TEXT = "default.txt"
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".txt": "text"}
 _SHUFFLE_BUFFER = 10_000
-_EXCERPT = 60  # characters of a row that has no number
+_EXCERPT = 60  # characters of a row that errors show where its number is unknown
 
 
 @dataclass
 class Samples:
-    """What a model is calibrated on.
+    """The samples that a model is calibrated on.
 
     Attributes:
-        tokens: int64 ``[length]`` each.
+        tokens: token ids of each sample, int64 ``[length]``.
         description: one sentence, for the report and the model card.
-        warnings: what turned out otherwise than asked.
+        warnings: sentences about what differs from what was asked for.
     """
 
     tokens: list[Tensor]
@@ -46,12 +46,12 @@ class Samples:
 
     @property
     def count(self) -> int:
-        """Tokens in all."""
+        """Number of tokens in all samples."""
         return sum(sample.numel() for sample in self.tokens)
 
     @property
     def sha256(self) -> str:
-        """Of the token ids and lengths: equal samples have equal digests on every machine."""
+        """Digest of token ids and lengths, which is the same for equal samples on every machine."""
         digest = hashlib.sha256()
         for sample in self.tokens:
             digest.update(len(sample).to_bytes(8, "little") + sample.to(torch.int64).numpy().astype("<i8").tobytes())
@@ -65,14 +65,16 @@ def load_samples(
     seq_len: int | None = None,
     seed: int | None = None,
 ) -> Samples:
-    """Samples to calibrate on.
+    """Load samples to calibrate on.
 
     Args:
         data: a recipe (``.yaml``), a dataset file (jsonl, json, parquet, arrow, csv), a folder, a hub id, a plain
             ``.txt``, or None for the text that comes with fp4. Of a plain text the first ``samples x seq_len`` tokens
             are taken as they follow each other; everything else is sampled at random as :class:`Recipe` says.
-        tokenizer: of the model.
-        samples, seq_len, seed: in place of the recipe's values, or its defaults.
+        tokenizer: the model's.
+        samples: how many, in place of the recipe's ``max_samples`` or its default.
+        seq_len: tokens a sample, in place of ``max_seq_len``.
+        seed: of the random order, in place of the recipe's.
 
     Raises:
         ValueError: the data cannot be read, or has no sample that is long enough; the message names what and where.
@@ -94,7 +96,11 @@ def load_samples(
 
 
 def seed_of(data: str | Path | None) -> int:
-    """The seed of ``data`` where it is a recipe, 0 for anything else. ValueError for a mistake in the recipe."""
+    """The seed that ``data`` names where it is a recipe, 0 for anything else.
+
+    Raises:
+        ValueError: there is a mistake in the recipe.
+    """
     path = None if data is None else Path(data)
     if path is None or path.suffix not in (".yaml", ".yml") or not path.is_file():
         return 0
@@ -114,7 +120,7 @@ def _plain_text(path: Path | None) -> tuple[str, str]:
 
 
 def _tokenize(tokenizer: Any, text: str, **kwargs: Any) -> Tensor:
-    # Longer than the model's context on purpose: it is cut afterwards, so the tokenizer need not warn.
+    # The tokenizer would warn of texts longer than the model's context, but these are cut afterwards.
     ids = tokenizer(text, return_tensors="pt", verbose=False, **kwargs).input_ids[0]
     return torch.as_tensor(ids, dtype=torch.int64)
 
@@ -142,10 +148,15 @@ def _warn(samples: Samples, message: str) -> None:
 
 
 def from_recipe(recipe: Recipe, tokenizer: Any, base: Path = Path()) -> Samples:
-    """Sample what a recipe says; relative paths are taken from ``base``.
+    """Draw the samples of a recipe.
 
-    From each dataset more rows are taken than its share (``oversample_ratio``), in random order; what is too short is
-    left out, and of the rest, shuffled together, the first ``max_samples`` remain.
+    From each dataset more rows are taken than its share (``oversample_ratio``), in random order; rows that are too
+    short are left out, and of the rest, shuffled together, the first ``max_samples`` remain.
+
+    Args:
+        recipe: datasets and amounts.
+        tokenizer: the model's.
+        base: folder that relative paths start from.
 
     Raises:
         ValueError: a dataset cannot be loaded or formatted, or no sample is long enough.
@@ -178,6 +189,7 @@ def from_recipe(recipe: Recipe, tokenizer: Any, base: Path = Path()) -> Samples:
 
 
 def _draw(dataset: DatasetRecipe, wanted: int, amounts: Amounts, tokenizer: Any, base: Path) -> list[Tensor]:
+    """The samples among ``wanted`` random rows of a dataset that are long enough."""
     rows = _rows(dataset, wanted, amounts.seed, base)
     found: list[Tensor] = []
     to_text = None
@@ -200,29 +212,29 @@ def _draw(dataset: DatasetRecipe, wanted: int, amounts: Amounts, tokenizer: Any,
     return found
 
 
-class _Mistake(ValueError):
-    """What the user named wrongly, told apart from the errors of the libraries that read it."""
+class _RecipeError(ValueError):
+    """A mistake in a recipe, told apart from the errors of the libraries that read datasets."""
 
 
 def _place(dataset: DatasetRecipe, base: Path, number: int | None, row: dict[str, Any]) -> str:
-    """Where a row is, as its reader would look for it."""
+    """Where a row is, as a user would look for it: its line in a jsonl file, else its number or its beginning."""
     path = base / Path(dataset.path).expanduser()
     if number is None:
         return f"the row {str(row)[:_EXCERPT]}..."
     if path.suffix != ".jsonl" or not path.is_file():
         return f"row {number} (counted from 0)"
     with path.open(encoding="utf-8", errors="replace") as file:
-        filled = (line for line, text in enumerate(file, start=1) if text.strip())
-        return f"line {next(itertools.islice(filled, number, None))}"
+        lines = (line for line, text in enumerate(file, start=1) if text.strip())  # empty lines are no rows
+        return f"line {next(itertools.islice(lines, number, None))}"
 
 
 def _bad_line(path: Path) -> str | None:
-    """What is wrong with the first line of a jsonl file that is no JSON object, or empty where all others are."""
+    """The mistake in the first line of a jsonl file that is no JSON object, or that there is an empty line."""
     empty = None
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
-                empty = empty or f"line {number} is empty"  # which datasets takes in some files
+                empty = empty or f"line {number} is empty"  # datasets accepts those in some files
                 continue
             try:
                 found = json.loads(line)
@@ -234,7 +246,7 @@ def _bad_line(path: Path) -> str | None:
 
 
 def _rows(dataset: DatasetRecipe, wanted: int, seed: int, base: Path) -> Sequence[tuple[int | None, dict[str, Any]]]:
-    """``wanted`` rows in random order, or as many as there are, each with its number, which streams do not know."""
+    """``wanted`` rows in random order, or as many as there are, each with its number; rows of streams have none."""
     import datasets
     import numpy
 
@@ -243,14 +255,14 @@ def _rows(dataset: DatasetRecipe, wanted: int, seed: int, base: Path) -> Sequenc
             loaded = _load(dataset, base)
         if isinstance(loaded, (datasets.DatasetDict, datasets.IterableDatasetDict)):
             if dataset.split not in loaded:
-                raise _Mistake(f"it has no split {dataset.split!r}; its splits are {', '.join(loaded)}")
+                raise _RecipeError(f"it has no split {dataset.split!r}; its splits are {', '.join(loaded)}")
             loaded = loaded[dataset.split]
         if isinstance(loaded, datasets.IterableDataset):
             return [(None, row) for row in loaded.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER).take(wanted)]
-        # As Dataset.shuffle orders them, which keeps the numbers to itself.
+        # This is the order of Dataset.shuffle, which does not return the numbers.
         order = numpy.random.default_rng(seed).permutation(len(loaded))[:wanted].tolist()
         return list(zip(order, loaded.select(order), strict=True))
-    except _Mistake:
+    except _RecipeError:
         raise
     except Exception as error:  # datasets raises errors of many libraries, each with its own base class
         path = base / Path(dataset.path).expanduser()
@@ -262,7 +274,7 @@ def _rows(dataset: DatasetRecipe, wanted: int, seed: int, base: Path) -> Sequenc
 
 @contextlib.contextmanager
 def _unlogged() -> Iterator[None]:
-    """Without what datasets logs of a file that it cannot read: the error that follows says it."""
+    """Silence what datasets logs about a file that it cannot read, because the error that follows says it."""
     library = logging.getLogger("datasets")
     level = library.level
     library.setLevel(logging.CRITICAL)
@@ -280,7 +292,7 @@ def _load(dataset: DatasetRecipe, base: Path) -> Any:
     if path.is_file():
         builder = _BUILDERS.get(path.suffix)
         if builder is None:
-            raise _Mistake(f"its files end with {path.suffix!r}; expected one of {', '.join(_BUILDERS)}")
+            raise _RecipeError(f"its files end with {path.suffix!r}; expected one of {', '.join(_BUILDERS)}")
         if builder == "text":
             options["sample_by"] = "paragraph"
         # A single file has one split, whatever it is called.
@@ -290,5 +302,5 @@ def _load(dataset: DatasetRecipe, base: Path) -> Any:
             return datasets.load_from_disk(str(path))
         return datasets.load_dataset(str(path), dataset.name, **options)
     if dataset.path.startswith((".", "/", "~")) or dataset.path.count("/") > 1 or path.suffix in _BUILDERS:
-        raise _Mistake(f"there is no file or folder {path}")
+        raise _RecipeError(f"there is no file or folder {path}")
     return datasets.load_dataset(dataset.path, dataset.name, split=dataset.split, **options)

@@ -1,4 +1,4 @@
-"""From a row of a dataset to the text that a model would read."""
+"""Formatters: functions that turn a row of a dataset into the text that a model reads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ _ROLES = {
 
 
 def detect(row: Row) -> str:
-    """Name of the formatter that fits a row. ValueError listing its columns if none does."""
+    """Name of the formatter that fits a row.
+
+    Raises:
+        ValueError: no formatter fits; the message lists the columns.
+    """
     for name in ("chat_completion", "sharegpt"):
         keys = {"chat_completion": {"role", "content"}, "sharegpt": {"from", "value"}}[name]
         for value in row.values():
@@ -58,9 +62,10 @@ def formatter(
     """The function that turns rows like ``row`` into text.
 
     Args:
-        name: of the formatter.
+        name: name of the formatter.
         columns: as in a recipe; None looks for the usual names.
-        tokenizer: whose chat template the chat formats use.
+        row: any row, which shows the columns.
+        tokenizer: the tokenizer whose chat template the chat formats use.
 
     Raises:
         ValueError: a column is missing, or the tokenizer has no chat template.
@@ -132,10 +137,10 @@ def _chat(
 
 
 def _turn(turn: Row, role: str, content: str, number: int) -> dict[str, Any]:
-    """One turn as chat templates expect it: role, content, and what else was said of it (tool calls, their ids)."""
+    """One turn as chat templates expect it: role, content, and the row's other fields (tool calls, their ids)."""
     speaker = str(turn[role])
     made: dict[str, Any] = {"role": _ROLES.get(speaker.lower(), speaker)}
-    # Datasets fill in every field that any row has.
+    # Datasets give a row every field that any row has, filled with None.
     made |= {key: value for key, value in turn.items() if key not in (role, content) and value is not None}
     if "tool_calls" in made:
         made["tool_calls"] = [_tool_call(call) for call in made["tool_calls"]]
@@ -148,7 +153,7 @@ def _turn(turn: Row, role: str, content: str, number: int) -> dict[str, Any]:
 
 
 def _tool_call(call: Row) -> dict[str, Any]:
-    """A call whose arguments are an object, as templates print it, and not the JSON in a string that OpenAI writes."""
+    """A tool call with its arguments as an object, as templates print it; OpenAI's format has JSON in a string."""
     function = {key: value for key, value in (call.get("function") or {}).items() if value is not None}
     with contextlib.suppress(TypeError, ValueError):
         if isinstance(arguments := json.loads(function["arguments"]), dict):
@@ -157,7 +162,7 @@ def _tool_call(call: Row) -> dict[str, Any]:
 
 
 def _joined(parts: Sequence[Any], where: str) -> str:
-    """The text of OpenAI's content parts."""
+    """The joined text of a content in OpenAI's list of parts."""
     for part in parts:
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
@@ -166,7 +171,7 @@ def _joined(parts: Sequence[Any], where: str) -> str:
 
 
 def _tools(row: Row) -> list[Any] | None:
-    """The tools that a row offers, which some datasets keep as JSON in a string."""
+    """The tools that a row offers, None for none; some datasets keep them as JSON in a string."""
     tools = row.get("tools")
     if isinstance(tools, str):
         with contextlib.suppress(ValueError):
@@ -175,7 +180,7 @@ def _tools(row: Row) -> list[Any] | None:
 
 
 def _rendered(tokenizer: Any, turns: list[dict[str, Any]], tools: list[Any] | None) -> str:
-    """What the tokenizer's chat template makes of the turns. ValueError with its reason where it refuses them."""
+    """The turns rendered by the tokenizer's chat template. ValueError with its reason where it refuses them."""
     silent = [turn for turn in turns if turn["content"] is None]
     if silent and "tool_calls" not in str(tokenizer.chat_template):
         raise ValueError("a turn calls a tool and says nothing, and the chat template has no place for tool calls")
@@ -186,6 +191,6 @@ def _rendered(tokenizer: Any, turns: list[dict[str, Any]], tools: list[Any] | No
             return str(tokenizer.apply_chat_template(attempt, tools=tools, tokenize=False))
         except ValueError:
             raise
-        except Exception as error:  # a template is a program from elsewhere, and may fail like any
+        except Exception as error:  # a template is a program from elsewhere, which may fail with any error
             refusal = refusal or " ".join(str(error).split()) or type(error).__name__
     raise ValueError(f"the chat template refuses it: {refusal}")

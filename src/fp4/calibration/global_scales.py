@@ -1,4 +1,4 @@
-"""Global scales of a block's layers: of the weights, one for all layers that are fused, and of the inputs."""
+"""Global scales of a block's layers: of their weights, one for all layers that are fused, and of their inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fp4 import backends
 from fp4.calibration.block import Block, capture_inputs, quantizes_activations
-from fp4.calibration.channel_statistics import Survey
+from fp4.calibration.channel_statistics import ChannelStatistics
 from fp4.calibration.observers import Amax
 from fp4.numerics.block_scales import portable_global_scale_for
 from fp4.numerics.elements import E4M3_MAX
@@ -20,12 +20,20 @@ from fp4.scheme import Scheme
 
 
 def shared_global_scale(weights: Iterable[Tensor], scheme: Scheme) -> Tensor | None:
-    """The one global scale of (rotated) weights ``[N, K]``: float64 ``[]``, None if the format has none."""
+    """The one global scale of several weights that an engine multiplies as one matrix.
+
+    Args:
+        weights: floating point ``[N, K]`` each, rotated where the scheme rotates.
+        scheme: that of all of them.
+
+    Returns:
+        float64 ``[]``, None where the format has no global scale.
+    """
     if not scheme.format.needs_global_scale:
         return None
     if scheme.weight_rule in TOOL_RULES and scheme.global_scale is None:
-        own = [tool_global_scale(weight, scheme.format, scheme.weight_rule) for weight in weights]
-        return torch.stack([scale for scale in own if scale is not None]).amax()
+        scales = [tool_global_scale(weight, scheme.format, scheme.weight_rule) for weight in weights]
+        return torch.stack([scale for scale in scales if scale is not None]).amax()
     largest = torch.stack([backends.for_device(weight.device).largest_magnitude(weight) for weight in weights]).amax()
     if scheme.global_scale is not None:
         return torch.full((), scheme.global_scale, dtype=torch.float64, device=largest.device)
@@ -33,13 +41,13 @@ def shared_global_scale(weights: Iterable[Tensor], scheme: Scheme) -> Tensor | N
 
 
 def has_static_input_scale(scheme: Scheme) -> bool:
-    """Whether the layer's activations need a global scale that calibration finds: beside FP8 weights they never do."""
+    """Whether the layer's activations need a global scale that calibration finds; beside FP8 weights they never do."""
     static = scheme.input_format.needs_global_scale or scheme.mixes_formats
     return quantizes_activations(scheme) and static
 
 
 def input_scale(amax: Tensor, scheme: Scheme) -> Tensor:
-    """The static global scale of activations whose largest magnitude is ``amax``: float64 ``[]``."""
+    """The static global scale of activations whose largest magnitude is ``amax``, a float ``[]``: float64 ``[]``."""
     if not scheme.input_format.takes_global_scale:
         scale = amax.float() / E4M3_MAX
         return torch.where(scale == 0, 1.0, scale).double()
@@ -49,21 +57,23 @@ def input_scale(amax: Tensor, scheme: Scheme) -> Tensor:
 
 
 def observe_input_scales(block: Block) -> dict[str, Tensor]:
-    """Static input scales of the layers that need one, from the dense block on ``block.inputs``."""
+    """Static input scales of the layers that need one, found by running the dense block on ``block.inputs``."""
     layers = [layer for layer, scheme in block.layers.items() if has_static_input_scale(scheme)]
     return _observe(block, layers)
 
 
-def static_input_scales(block: Block, seen: Survey | None) -> dict[str, Tensor]:
-    """The same from a survey of the block, where there is one; only rotated layers, whose largest magnitudes it lacks,
-    are run again."""
-    if seen is None:
+def static_input_scales(block: Block, statistics: ChannelStatistics | None) -> dict[str, Tensor]:
+    """Static input scales of the layers that need one, from ``statistics`` of the block where these are given.
+
+    Statistics of channels say nothing about rotated inputs, so the block is run again for layers that are rotated.
+    """
+    if statistics is None:
         return observe_input_scales(block)
     layers = [layer for layer, scheme in block.layers.items() if has_static_input_scale(scheme)]
     scales = _observe(block, [layer for layer in layers if block.rotation(layer) is not None])
     for layer in layers:
-        if layer not in scales and layer in seen.amax:
-            scales[layer] = input_scale(seen.amax[layer].amax(), block.layers[layer])
+        if layer not in scales and layer in statistics.amax:
+            scales[layer] = input_scale(statistics.amax[layer].amax(), block.layers[layer])
     return scales
 
 
@@ -80,7 +90,7 @@ def _observe(block: Block, layers: list[str]) -> dict[str, Tensor]:
         for i, hidden in enumerate(block.inputs):
             block.run(hidden, i)
     return {
-        layer: input_scale(seen.value, block.layers[layer])
-        for layer, seen in observed.items()
-        if seen.value is not None
+        layer: input_scale(amax.value, block.layers[layer])
+        for layer, amax in observed.items()
+        if amax.value is not None
     }

@@ -1,4 +1,4 @@
-"""The order in which the layers of a block are quantized, and what is observed of their inputs on the way.
+"""The order in which the layers of a block are quantized, and the second moments of their inputs in that order.
 
 Layers that run earlier are quantized first, so that later ones are calibrated on what they will read. A stage is a set
 of layers that are calibrated in one pass: those that read the same tensor (q, k and v), and those of sibling modules
@@ -16,11 +16,10 @@ from torch import Tensor
 from fp4.calibration.block import Block, LayerResult, capture_inputs, emulated, quantized_input, siblings
 from fp4.calibration.observers import SecondMoments
 from fp4.host_memory import return_freed_pages
-from fp4.numerics.rotation import rotate
 
 
-class _SeenEnoughError(Exception):
-    """Ends a forward pass once every layer of the stage has seen its input."""
+class _AllInputsSeenError(Exception):
+    """Raised to end a forward pass once every layer of the stage has read its input."""
 
 
 def stages(block: Block) -> list[list[list[str]]]:
@@ -31,7 +30,8 @@ def stages(block: Block) -> list[list[list[str]]]:
     seen: dict[str, Tensor] = {}
 
     def see(layer: str, x: Tensor) -> None:
-        seen.setdefault(layer, x)  # kept alive, so that a data pointer is not used again
+        # The tensor is kept alive, so that no other tensor gets its data pointer.
+        seen.setdefault(layer, x)
 
     with torch.no_grad(), capture_inputs(block, block.layers, see):
         for index, hidden in enumerate(block.inputs):
@@ -54,15 +54,15 @@ def stages(block: Block) -> list[list[list[str]]]:
 
 
 def _inputs_of(block: Block, layers: list[str], hidden: Tensor, index: int) -> dict[str, Tensor]:
-    """What each of ``layers`` reads when the block runs on ``hidden``, up to the last of them."""
+    """The input of each of ``layers`` when the block runs on ``hidden``; the run ends at the last of them."""
     found: dict[str, Tensor] = {}
 
     def see(layer: str, x: Tensor) -> None:
         found[layer] = x
         if len(found) == len(layers):
-            raise _SeenEnoughError
+            raise _AllInputsSeenError
 
-    with torch.no_grad(), capture_inputs(block, layers, see), suppress(_SeenEnoughError):
+    with torch.no_grad(), capture_inputs(block, layers, see), suppress(_AllInputsSeenError):
         block.run(hidden, index)
     return found
 
@@ -72,21 +72,26 @@ def observe(
     stage: list[list[str]],
     done: Mapping[str, LayerResult],
     input_scales: Mapping[str, Tensor],
-    cross: bool,
 ) -> Iterator[tuple[list[str], SecondMoments]]:
     """Second moments of what each set of layers of ``stage`` multiplies, with the layers in ``done`` quantized.
 
-    Sums are taken of as many sets at a time as memory for the block has room for.
+    The moments of all sets that are summed in one pass take no more memory than the weights of the block.
 
     Args:
-        cross: also observe what the dense block on ``block.originals`` feeds the layer, the input it was meant to read.
+        block: the dense block, with its samples.
+        stage: an entry of :func:`stages`.
+        done: the layers that are quantized already.
+        input_scales: static global scales of inputs, float64 ``[]``, of the layers that have one.
+
+    Yields:
+        the layers of a set, and the moments of their common input; sets that no sample reaches are left out.
     """
     for part in _passes(block, stage):
         leaders = [layers[0] for layers in part]
         moments: dict[str, SecondMoments] = {}
         for index in range(len(block.inputs)):
             return_freed_pages()
-            _add_batch(block, leaders, index, done, input_scales, cross, moments)
+            _add_batch(block, leaders, index, done, input_scales, moments)
         return_freed_pages()
         for layers in part:
             if layers[0] in moments:
@@ -99,42 +104,37 @@ def _add_batch(
     index: int,
     done: Mapping[str, LayerResult],
     input_scales: Mapping[str, Tensor],
-    cross: bool,
     moments: dict[str, SecondMoments],
 ) -> None:
-    """Adds what ``layers`` read in one batch to their ``moments``; nothing else is kept of it."""
-    meant = _inputs_of(block, layers, block.originals[index], index) if cross else {}
+    """Add what ``layers`` read in one batch to their ``moments``, one layer's input after the other to save memory."""
     with emulated(block, done) if done else nullcontext():
-        used = _inputs_of(block, layers, block.inputs[index], index)
-    for layer in list(used):
-        x, rotation = used.pop(layer), block.rotation(layer)
+        inputs = _inputs_of(block, layers, block.inputs[index], index)
+    for layer in list(inputs):
+        x, rotation = inputs.pop(layer), block.rotation(layer)
         values = quantized_input(x, block.layers[layer], rotation, input_scales.get(layer))
         del x
-        wanted = meant.pop(layer, None)
-        if wanted is not None and rotation is not None:
-            wanted = rotate(wanted, rotation)
         if layer not in moments:
-            moments[layer] = SecondMoments.empty(values.shape[-1], values.device, cross=cross)
-        moments[layer].update(values, wanted)
+            moments[layer] = SecondMoments.empty(values.shape[-1], values.device)
+        moments[layer].update(values)
 
 
-def _room(block: Block) -> int:
-    """Elements of second moments that are kept at once."""
+def _elements_kept(block: Block) -> int:
+    """How many elements of second moments are kept at once: as many as the block has parameters."""
     return sum(parameter.numel() for parameter in block.module.parameters())
 
 
 def _passes(block: Block, stage: list[list[str]]) -> Iterator[list[list[str]]]:
-    """``stage`` in parts, the second moments of each of which take no more memory than the block's own weights.
+    """Split ``stage`` into parts whose second moments fit into memory together, each with a pass of its own.
 
-    Only the experts of a block can be so many that these are more than one, each with a pass over the samples.
+    Only the experts of a block are so many that one part is not enough.
     """
     part: list[list[str]] = []
-    left = room = _room(block)
+    left = capacity = _elements_kept(block)
     for layers in stage:
         size = block.linear(layers[0]).in_features ** 2
         if part and size > left:
             yield part
-            part, left = [], room
+            part, left = [], capacity
         part.append(layers)
         left -= size
     yield part

@@ -1,4 +1,4 @@
-"""Recipes of calibration data: what a YAML file may say, every mistake named with its line and key."""
+"""Recipes of calibration data, read from YAML and checked; errors name the line and key of each mistake."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class DatasetRecipe(_Strict):
     Attributes:
         path: hub id, folder, or file (jsonl, json, parquet, arrow, csv, txt).
         name: configuration of a hub dataset that has several.
-        split: of the dataset.
+        split: which split of the dataset is read.
         weight: its share of the samples, relative to the other datasets.
-        streaming: read no more of it than is needed, without downloading all; shuffled within a buffer.
+        streaming: read no more rows than are needed, without downloading all; they are shuffled within a buffer.
         columns: what the formatter reads: a column or several for ``raw_text``, ``{prompt: ..., answer: ...}`` for
             ``prompt_answer``, the column with the turns for the chat formats. Detected where not named.
         formatter: how a row becomes text. Detected where not named.
@@ -46,7 +46,7 @@ class Amounts(_Strict):
     Attributes:
         max_samples: samples in all.
         max_seq_len: tokens that a sample is cut to.
-        seed: of the random order.
+        seed: seed of the random order.
         min_token_length: shorter samples are left out.
         oversample_ratio: how many times more rows are taken than samples are wanted, since some will be too short.
     """
@@ -59,7 +59,7 @@ class Amounts(_Strict):
 
 
 class Recipe(_Strict):
-    """Datasets, and how much is taken of them."""
+    """A recipe: datasets, and how much is taken of them."""
 
     datasets: list[DatasetRecipe] = Field(min_length=1)
     calibration: Amounts = Amounts()
@@ -69,8 +69,8 @@ def read_recipe(path: Path) -> Recipe:
     """Read a YAML recipe.
 
     Raises:
-        ValueError: it is no YAML or no recipe; the message lists every mistake with its line and key.
-        OSError: it cannot be read.
+        ValueError: the file is no YAML or no recipe; the message lists every mistake with its line and key.
+        OSError: the file cannot be read.
     """
     try:
         content, node = read_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -87,24 +87,25 @@ def read_recipe(path: Path) -> Recipe:
         raise ValueError(f"{path} has {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}:\n{listed}") from error
 
 
-def _lines(node: yaml.Node | None, at: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:
-    """The line, counted from one, of every key and list entry."""
+def _lines(node: yaml.Node | None, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:
+    """The line of every key and list entry of a YAML file, counted from one, by path."""
     found: dict[tuple[Any, ...], int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            found[(*at, key.value)] = key.start_mark.line + 1
-            found |= _lines(value, (*at, key.value))
+            found[(*path, key.value)] = key.start_mark.line + 1
+            found |= _lines(value, (*path, key.value))
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            found[(*at, index)] = value.start_mark.line + 1
-            found |= _lines(value, (*at, index))
+            found[(*path, index)] = value.start_mark.line + 1
+            found |= _lines(value, (*path, index))
     return found
 
 
 def _describe(mistake: Any, lines: dict[tuple[Any, ...], int]) -> str:
+    """One of pydantic's errors as a phrase that starts with line and key."""
     path = list(mistake["loc"])
     while path and tuple(path) not in lines:
-        path.pop()  # a key that is missing, or the branch of a union that pydantic tried
+        path.pop()  # a missing key has no line, nor has the branch of a union that pydantic tried
     missing = mistake["type"] == "missing"
     place = [*path, mistake["loc"][-1]] if missing else path
     key = ".".join(str(part) if isinstance(part, str) else f"[{part}]" for part in place).replace(".[", "[")

@@ -1,5 +1,8 @@
-"""Where the command prints to. Names of files and layers are printed as they are: rich would take ``[x]`` in one for
-markup, and ``:fire:`` for an emoji. What has a style is a :class:`rich.text.Text` or a styled column."""
+"""The consoles that the commands print to, without markup.
+
+Names of files and layers are printed as they are: rich would take ``[x]`` in one for markup, and ``:fire:`` for an
+emoji. Styled text is a :class:`rich.text.Text` or a styled column.
+"""
 
 from __future__ import annotations
 

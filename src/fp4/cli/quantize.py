@@ -90,13 +90,10 @@ def quantize(
     override: Annotated[
         list[str] | None,
         typer.Option(
-            help="Another scheme for some of them: '*.mamba.*=fp8_dynamic', or '=keep'. The first that fits wins.",
+            help="Another scheme for some of them: '*.mamba.*=fp8_dynamic', or '=keep'. Repeat for more; the first "
+            "that fits wins.",
             rich_help_panel=_WHAT,
         ),
-    ] = None,
-    overrides: Annotated[
-        Path | None,
-        typer.Option(help="A YAML file of such patterns and schemes, for many.", rich_help_panel=_WHAT),
     ] = None,
     method: Annotated[
         str,
@@ -227,7 +224,7 @@ def quantize(
     Ctrl-C, after both of which the same command goes on.
     """
     # What is given with a mistake in its form is refused before anything large is imported.
-    options, pairs = _read_options(option or []), [*(override or []), *_read_overrides(overrides)]
+    options = _read_options(option or [])
     from fp4.pipeline import Hub, Job
     from fp4.progress import shown
 
@@ -241,7 +238,7 @@ def quantize(
         rule=rule,
         skip=skip or [],
         only=only or [],
-        overrides=pairs,
+        overrides=override or [],
         options=options,
         experts=experts,
         samples=samples,
@@ -302,17 +299,6 @@ def _recorded(context: typer.Context) -> str:
             for each in value if isinstance(value, (list, tuple)) else [value]:
                 words += [option, str(each)]
     return shlex.join(words)
-
-
-def _read_overrides(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    from fp4.plain_yaml import read_yaml
-
-    content, _ = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}; expected lines of the form '\"*.down_proj\": mxfp4'")
-    return [f"{pattern}={'keep' if scheme is None else scheme}" for pattern, scheme in content.items()]
 
 
 def _read_options(entries: list[str]) -> dict[str, Any]:

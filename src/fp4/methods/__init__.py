@@ -1,7 +1,6 @@
-"""Quantization methods: from weights and what was observed of their inputs to canonical triples, block by block.
+"""Quantization methods: from the weights of a block, and statistics of their inputs, to quantized tensors.
 
-They know no models and no files: what they meet is a :class:`~fp4.calibration.block.Block` and its ``nn.Linear``
-layers.
+They know no models and no files, only a :class:`~fp4.calibration.block.Block` and its ``nn.Linear`` layers.
 """
 
 from fp4.calibration.block import Block, LayerResult, Method
@@ -14,30 +13,29 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method(
-            "rtn",
-            rtn_block,
-            RTNOptions,
-            "seconds; no data but for static input scales",
+            name="rtn",
+            run=rtn_block,
+            options=RTNOptions,
+            cost="seconds; no data but for static input scales",
             needs_data=False,
             memory=1.5,
             passes=3,
         ),
         Method(
-            "gptq",
-            gptq_block,
-            GPTQOptions,
-            "one pass over the samples and a sweep over the columns of every layer",
+            name="gptq",
+            run=gptq_block,
+            options=GPTQOptions,
+            cost="one pass over the samples and a sweep over the columns of every layer",
             needs_data=True,
             memory=1.7,
             passes=2.5,
             sweeps=1,
-            needs_originals=lambda options: options.shift > 0,
         ),
         Method(
-            "autoround",
-            autoround_block,
-            AutoRoundOptions,
-            "iters forward and backward passes over a batch of samples",
+            name="autoround",
+            run=autoround_block,
+            options=AutoRoundOptions,
+            cost="iters forward and backward passes over a batch of samples",
             needs_data=True,
             memory=10.5,
             passes=3,
@@ -45,15 +43,14 @@ METHODS: dict[str, Method] = {
             needs_originals=lambda options: options.iters > 0,
         ),
         Method(
-            "best",
-            best_block,
-            BestOptions,
-            "as gptq, and sweeps of descent that cost twice that of a layer",
+            name="best",
+            run=best_block,
+            options=BestOptions,
+            cost="as gptq, and sweeps of descent that cost twice that of a layer",
             needs_data=True,
             memory=3.5,
             passes=2.5,
             sweeps=5,
-            needs_originals=lambda options: options.shift > 0,
         ),
     )
 }

@@ -14,102 +14,148 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fp4.methods.grid import NEAR_OFFSETS, WIDE_OFFSETS, effective, nearest_, neighbours, reordered, scale_to_six
+from fp4.methods.grid import nearest_
 from fp4.methods.hessian import Objective, invert_lower_
+from fp4.methods.scale_search import NEAR_OFFSETS, WIDE_OFFSETS, effective, neighbours, scale_to_six
+from fp4.methods.tiling import reordered
 from fp4.numerics.formats import Format
 
 
 class Rounded(NamedTuple):
-    """E2M1 values ``[..., K, N]`` (transposed) with their block scales ``[..., K/B, N]``."""
+    """A rounded weight by columns, as the sweeps work on it.
+
+    Attributes:
+        values: on the E2M1 grid, float32 ``[..., K, N]``.
+        scales: block scales ``[..., K/B, N]``.
+    """
 
     values: Tensor
     scales: Tensor
 
 
-class _Block(NamedTuple):
-    values: Tensor  # [..., B, N], on the grid
-    scales: Tensor  # [..., N]
-    effective: Tensor  # float32 [..., N]
-    errors: Tensor  # [..., B, N], each over the diagonal of the factor
-    loss: Tensor  # [..., N]
+class _RoundedBlock(NamedTuple):
+    """One block of columns, rounded with the best of the scales that were tried.
+
+    Attributes:
+        values: on the E2M1 grid, float32 ``[..., B, N]``.
+        scales: block scales ``[..., N]``.
+        effective: the same times the global scale, float32 ``[..., N]``.
+        Err: errors of the columns over the diagonal of Hinv, float32 ``[..., B, N]``.
+        loss: sum of the squares of Err, float32 ``[..., N]``.
+    """
+
+    values: Tensor
+    scales: Tensor
+    effective: Tensor
+    Err: Tensor
+    loss: Tensor
 
 
-def _round_block(target: Tensor, factor: Tensor, candidates: Tensor, unit: Tensor | None) -> _Block:
-    """Round ``target`` ``[..., B, N]`` against V ``[..., B, B]``, with the best of ``candidates`` ``[..., C, N]``."""
-    scale = effective(candidates, None if unit is None else unit[..., None])
+def _round_block(W: Tensor, Hinv: Tensor, candidates: Tensor, global_scale: Tensor | None) -> _RoundedBlock:
+    """Round the columns of one block with every candidate scale, and keep the best of each row.
+
+    Args:
+        W: float32 ``[..., B, N]``.
+        Hinv: lower triangular, ``[..., B, B]``.
+        candidates: block scales ``[..., C, N]``.
+        global_scale: float64 ``[..., 1]``, None for a format without.
+    """
+    scale = effective(candidates, None if global_scale is None else global_scale[..., None])
     reciprocal = scale.reciprocal()
-    size, shape = target.shape[-2], (*target.shape[:-2], target.shape[-2], *scale.shape[-2:])
-    values, errors = target.new_empty(shape), target.new_empty(shape)
+    size, shape = W.shape[-2], (*W.shape[:-2], W.shape[-2], *scale.shape[-2:])
+    Q, Err = W.new_empty(shape), W.new_empty(shape)
     for j in range(size):
-        left = target[..., j, None, :]
-        if j:  # what the columns before leave to this one, in one product over memory in its order
-            fed = factor[..., j, None, :j] @ errors[..., :j, :, :].flatten(-2)
-            left = left - fed.view_as(scale)
-        value = nearest_(left * reciprocal)
-        values[..., j, :, :] = value
-        torch.addcmul(left, value, scale, value=-1, out=errors[..., j, :, :])
-        errors[..., j, :, :] /= factor[..., j, j, None, None]
-    loss, chosen = errors.square().sum(dim=-3).min(dim=-2, keepdim=True)
-    at = chosen[..., None, :, :].expand(*shape[:-2], 1, shape[-1])
+        w = W[..., j, None, :]
+        if j:
+            # All earlier columns are fed to this one in one product, over memory in its order.
+            fed = Hinv[..., j, None, :j] @ Err[..., :j, :, :].flatten(-2)
+            w = w - fed.view_as(scale)
+        q = nearest_(w * reciprocal)
+        Q[..., j, :, :] = q
+        torch.addcmul(w, q, scale, value=-1, out=Err[..., j, :, :])
+        Err[..., j, :, :] /= Hinv[..., j, j, None, None]
+    loss, chosen = Err.square().sum(dim=-3).min(dim=-2, keepdim=True)
+    index = chosen[..., None, :, :].expand(*shape[:-2], 1, shape[-1])
     scales = candidates.view(torch.uint8).gather(-2, chosen).view(candidates.dtype)
-    return _Block(
-        values.gather(-2, at)[..., 0, :],
+    return _RoundedBlock(
+        Q.gather(-2, index)[..., 0, :],
         scales[..., 0, :],
         scale.gather(-2, chosen)[..., 0, :],
-        errors.gather(-2, at)[..., 0, :],
+        Err.gather(-2, index)[..., 0, :],
         loss[..., 0, :],
     )
 
 
-def _unit(global_scale: Tensor | None) -> Tensor | None:
+def _with_column_axis(global_scale: Tensor | None) -> Tensor | None:
+    """``[...]`` -> ``[..., 1]``, to broadcast against block scales ``[..., N]``."""
     return None if global_scale is None else global_scale[..., None]
 
 
 def forward_sweep(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | None) -> Rounded:
-    """Round ``weight`` ``[..., N, K]`` block by block in the order of ``goal``, which keeps blocks together."""
-    size, unit = fmt.block_size, _unit(global_scale)
-    left = reordered(weight, goal.order, -1).transpose(-1, -2).contiguous()
-    values, scales = torch.empty_like(left), []
-    for start in range(0, left.shape[-2], size):
+    """Round a weight block by block, each block after the errors of all earlier ones were fed to it.
+
+    Args:
+        weight: float32 ``[..., N, K]``.
+        goal: with blocks of columns together in its order.
+        fmt: the format to round to.
+        global_scale: float64 ``[...]`` or ``[]``, None for a format without.
+    """
+    size, global_scale = fmt.block_size, _with_column_axis(global_scale)
+    W = reordered(weight, goal.order, -1).transpose(-1, -2).contiguous()
+    Err = W  # one tensor is both: rows before the current block hold errors, those after it weights
+    Q, scales = torch.empty_like(W), []
+    for start in range(0, W.shape[-2], size):
         inside = slice(start, start + size)
-        target = left[..., inside, :] - goal.factor[..., inside, :start] @ left[..., :start, :]
-        middle = scale_to_six(target.abs().amax(dim=-2), fmt, unit)
+        target = W[..., inside, :] - goal.Hinv[..., inside, :start] @ Err[..., :start, :]
+        middle = scale_to_six(target.abs().amax(dim=-2), fmt, global_scale)
         candidates = neighbours(middle, fmt, WIDE_OFFSETS[fmt.family]).movedim(0, -2)
-        block = _round_block(target, goal.factor[..., inside, inside], candidates, unit)
-        values[..., inside, :], left[..., inside, :] = block.values, block.errors
+        block = _round_block(target, goal.Hinv[..., inside, inside], candidates, global_scale)
+        Q[..., inside, :], Err[..., inside, :] = block.values, block.Err
         scales.append(block.scales.view(torch.uint8))
-    order = goal.order[..., ::size] // size
-    found = reordered(torch.stack(scales, dim=-2), order.argsort(dim=-1), -2)
-    return Rounded(reordered(values, goal.order.argsort(dim=-1), -2), found.view(fmt.scale_dtype))
+    block_order = goal.order[..., ::size] // size
+    sorted_scales = reordered(torch.stack(scales, dim=-2), block_order.argsort(dim=-1), -2)
+    return Rounded(reordered(Q, goal.order.argsort(dim=-1), -2), sorted_scales.view(fmt.scale_dtype))
 
 
 def descend(
     weight: Tensor, rounded: Rounded, goal: Objective, fmt: Format, global_scale: Tensor | None, sweeps: int
 ) -> Rounded:
-    """Improve ``rounded`` by ``sweeps`` passes of block coordinate descent on the objective of ``goal``."""
-    size, unit = fmt.block_size, _unit(global_scale)
-    values, scales = rounded.values.clone(), rounded.scales.view(torch.uint8).clone()
-    target = weight.transpose(-1, -2)
-    scale = effective(rounded.scales, None if unit is None else unit[..., None])
-    difference = values * scale.repeat_interleave(size, dim=-2) - target
-    blocks = range(0, target.shape[-2], size)
-    assert goal.hessian is not None
-    factors = torch.stack([goal.hessian[..., s : s + size, s : s + size] for s in blocks])
-    if not invert_lower_(factors):
+    """Improve a rounded weight by block coordinate descent on the objective.
+
+    Args:
+        weight: float32 ``[..., N, K]``.
+        rounded: what to start from.
+        goal: the objective, with its Hessian.
+        fmt: the format of ``rounded``.
+        global_scale: float64 ``[...]`` or ``[]``, None for a format without.
+        sweeps: passes over all blocks.
+
+    Raises:
+        ValueError: the Hessian of a block of columns is not positive definite.
+    """
+    assert goal.H is not None
+    size, global_scale = fmt.block_size, _with_column_axis(global_scale)
+    Q, scales = rounded.values.clone(), rounded.scales.view(torch.uint8).clone()
+    W = weight.transpose(-1, -2)
+    scale = effective(rounded.scales, None if global_scale is None else global_scale[..., None])
+    difference = Q * scale.repeat_interleave(size, dim=-2) - W
+    blocks = range(0, W.shape[-2], size)
+    Hinv = torch.stack([goal.H[..., s : s + size, s : s + size] for s in blocks])
+    if not invert_lower_(Hinv):
         raise ValueError("the Hessian of a block of columns is not positive definite; raise the damping")
-    inverses = factors @ factors.transpose(-1, -2)
+    inverses = Hinv @ Hinv.transpose(-1, -2)
     for _ in range(sweeps):
         for number, start in enumerate(blocks):
             inside = slice(start, start + size)
-            now = values[..., inside, :] * scale[..., number, None, :]
-            gradient = goal.hessian[..., inside, :] @ difference
+            before = Q[..., inside, :] * scale[..., number, None, :]
+            gradient = goal.H[..., inside, :] @ difference
             step = inverses[number] @ gradient
             current = scales[..., number, :].contiguous().view(fmt.scale_dtype)
             candidates = neighbours(current, fmt, NEAR_OFFSETS[fmt.family]).movedim(0, -2)
-            block = _round_block(now - step, factors[number], candidates, unit)
+            block = _round_block(before - step, Hinv[number], candidates, global_scale)
             better = block.loss < (step * gradient).sum(dim=-2)
-            values[..., inside, :] = torch.where(better[..., None, :], block.values, values[..., inside, :])
+            Q[..., inside, :] = torch.where(better[..., None, :], block.values, Q[..., inside, :])
             scales[..., number, :] = torch.where(better, block.scales.view(torch.uint8), scales[..., number, :])
             scale[..., number, :] = torch.where(better, block.effective, scale[..., number, :])
-            difference[..., inside, :] += values[..., inside, :] * scale[..., number, None, :] - now
-    return Rounded(values, scales.view(fmt.scale_dtype))
+            difference[..., inside, :] += Q[..., inside, :] * scale[..., number, None, :] - before
+    return Rounded(Q, scales.view(fmt.scale_dtype))

@@ -1,4 +1,4 @@
-"""The driver of methods that quantize layer by layer against second moments of what each layer reads."""
+"""Layer-wise quantization: each layer of a block is solved against the second moments of what it reads, in order."""
 
 from __future__ import annotations
 
@@ -9,29 +9,32 @@ import torch
 from torch import Tensor
 
 from fp4.calibration.block import Block, LayerResult, siblings
-from fp4.calibration.channel_statistics import Survey
+from fp4.calibration.channel_statistics import ChannelStatistics
 from fp4.calibration.global_scales import shared_global_scale, static_input_scales
 from fp4.calibration.layer_order import observe, stages
 from fp4.calibration.observers import SecondMoments
 from fp4.host_memory import return_freed_pages
-from fp4.methods.grid import elements_at_once
-from fp4.methods.hessian import Objective, objective, shifted
+from fp4.methods.hessian import Objective, objective
+from fp4.methods.tiling import elements_at_once
 from fp4.numerics.formats import Format, QuantizedTensor
 from fp4.numerics.rotation import rotate
 from fp4.numerics.tensors import require_finite
 from fp4.rounding import round_to_nearest
 
-# weight [..., N, K], its objective, the format and the global scale -> canonical triple
+# A solver takes a weight [..., N, K], its objective, the format and the global scale.
 Solve = Callable[[Tensor, Objective, Format, "Tensor | None"], QuantizedTensor]
 
-_TOGETHER = 2**24  # elements of fused layers that are put together to be solved at once; larger ones are not copied
+# Fused layers of at most this many elements are copied into one matrix and solved at once.
+_LARGEST_JOINED = 2**24
 
 
 class _Matrix(NamedTuple):
-    """Layers that are solved as one matrix, since they share what they read and their global scale.
+    """Layers that are solved as one matrix, since they share their input and their global scale.
 
     Attributes:
-        weight: of all of them, rotated and shifted: ``[N, K]``.
+        layers: their names.
+        weight: rows of all of them, rotated where their scheme rotates: ``[N, K]``.
+        goal: their objective.
         global_scale: float64 ``[]``, None for a format without.
     """
 
@@ -44,29 +47,34 @@ class _Matrix(NamedTuple):
 def quantize_in_order(
     block: Block,
     solve: Solve,
+    *,
     rule: str,
     damping: float,
-    shift: float,
-    seen: Survey | None = None,
-    by_block: bool = False,
-    keep: bool = True,
+    statistics: ChannelStatistics | None = None,
+    blocks_together: bool = False,
+    keep_hessian: bool = True,
 ) -> dict[str, LayerResult]:
     """Quantize every layer of ``block`` with ``solve``, later ones on what the quantized earlier ones feed them.
 
-    Layers that no sample reaches are rounded to nearest. Experts are solved many at once, with the bytes that each
-    would get by itself.
+    Layers that no sample reaches are rounded to nearest. Many experts are solved at once, and each gets the bytes that
+    it would get alone.
 
     Args:
+        block: the dense block, with its samples.
+        solve: rounds one weight, or those of several experts.
         rule: the name of ``solve`` in the results.
-        damping: of the Hessians.
-        shift: share of the shift to the original target (:mod:`fp4.methods.hessian`).
-        seen: of the block as it is, where a survey was made; without it the block is run for static input scales alone.
-        by_block: for a format with a global scale the columns of a block stay together in the objective's order.
-        keep: the Hessian, for ``solve`` or a shift (:func:`.objective`).
+        damping: added to the diagonal of each Hessian, as a share of its mean.
+        statistics: of the block as it is now; without them the block is run once more for static input scales.
+        blocks_together: keep the columns of a block together in the order of the objective, where the format has a
+            global scale.
+        keep_hessian: keep the Hessian beside its factor, for a ``solve`` that reads it (:func:`.objective`).
+
+    Raises:
+        NotQuantizable: a weight holds NaN or infinity, or the inputs of a layer overflow.
     """
     for layer in block.layers:
         require_finite(block.linear(layer).weight.data, f"{block.name}.{layer}.weight")
-    input_scales = static_input_scales(block, seen)
+    input_scales = static_input_scales(block, statistics)
     results: dict[str, LayerResult] = {}
 
     def round_layer(layer: str) -> None:
@@ -75,11 +83,12 @@ def quantize_in_order(
         results[layer] = LayerResult(rounded, rotation, input_scales.get(layer), scheme.weight_rule)
 
     for layer, scheme in block.layers.items():
-        if not scheme.format.feeds_errors:
+        if not scheme.format.feeds_errors:  # FP8 is so fine that feeding errors on gains nothing
             round_layer(layer)
     for stage in stages(block):
-        observed = observe(block, stage, dict(results), input_scales, cross=shift > 0)
-        for layer, weight in _solved(block, solve, _matrices(block, observed, damping, shift, by_block, keep)):
+        observed = observe(block, stage, dict(results), input_scales)
+        matrices = _matrices(block, observed, damping, blocks_together, keep_hessian)
+        for layer, weight in _solved(block, solve, matrices):
             results[layer] = LayerResult(weight, block.rotation(layer), input_scales.get(layer), rule)
     for layer in block.layers:
         if layer not in results:
@@ -88,8 +97,8 @@ def quantize_in_order(
 
 
 def _solved(block: Block, solve: Solve, matrices: Iterable[_Matrix]) -> Iterator[tuple[str, QuantizedTensor]]:
-    """Each layer of ``matrices`` with its weight."""
-    for batch in _at_once(block, matrices):
+    """Each layer of ``matrices`` with its quantized weight."""
+    for batch in _batched(block, matrices):
         return_freed_pages()
         fmt = block.layers[batch[0].layers[0]].format
         for matrix, solved in zip(batch, _solve_all(solve, batch, fmt), strict=True):
@@ -103,40 +112,37 @@ def _matrices(
     block: Block,
     observed: Iterable[tuple[list[str], SecondMoments]],
     damping: float,
-    shift: float,
-    by_block: bool,
-    keep: bool,
+    blocks_together: bool,
+    keep_hessian: bool,
 ) -> Iterator[_Matrix]:
-    """What there is to solve in a stage; nothing of a later set of layers is made before it is asked for."""
+    """The matrices to solve in a stage, each made when it is asked for, so that few Hessians exist at a time."""
     groups = block.groups()
     for layers, moments in observed:
         scheme, rotation = block.layers[layers[0]], block.rotation(layers[0])
         if not scheme.format.feeds_errors:
             continue
         fmt = scheme.format
-        together = fmt.block_size if by_block and fmt.needs_global_scale else 1
-        goal = objective(moments, damping, f"{block.name}.{layers[0]}", together, keep)
-        here = set(layers)
+        together = fmt.block_size if blocks_together and fmt.needs_global_scale else 1
+        goal = objective(moments, damping, f"{block.name}.{layers[0]}", together, keep_hessian)
         for group in groups:
-            members = [layer for layer in group if layer in here]
+            members = [layer for layer in group if layer in layers]
             if not members:
                 continue
-            parts = []
-            for layer in members:
-                weight = block.linear(layer).weight.data
-                parts.append(shifted(weight if rotation is None else rotate(weight, rotation), moments, goal, shift))
-            shared = shared_global_scale(parts, scheme)
-            if len(members) > 1 and sum(part.numel() for part in parts) <= _TOGETHER:
-                yield _Matrix(members, torch.cat(parts), goal, shared)
+            weights = [block.linear(layer).weight.data for layer in members]
+            if rotation is not None:
+                weights = [rotate(weight, rotation) for weight in weights]
+            global_scale = shared_global_scale(weights, scheme)
+            if len(members) > 1 and sum(weight.numel() for weight in weights) <= _LARGEST_JOINED:
+                yield _Matrix(members, torch.cat(weights), goal, global_scale)
             else:
-                for layer, part in zip(members, parts, strict=True):
-                    yield _Matrix([layer], part, goal, shared)
+                for layer, weight in zip(members, weights, strict=True):
+                    yield _Matrix([layer], weight, goal, global_scale)
 
 
-def _at_once(block: Block, matrices: Iterable[_Matrix]) -> Iterator[list[_Matrix]]:
-    """Neighbours that are the same matrices of sibling modules (experts), as many as are worth working on at once."""
+def _batched(block: Block, matrices: Iterable[_Matrix]) -> Iterator[list[_Matrix]]:
+    """Batches of neighbouring matrices that are alike (experts), each of as many as are worth solving at once."""
     batch: list[_Matrix] = []
-    room = 0
+    elements_left = 0
     for matrix in matrices:
         first = batch[0] if batch else matrix
         alike = (
@@ -146,19 +152,20 @@ def _at_once(block: Block, matrices: Iterable[_Matrix]) -> Iterator[list[_Matrix
         )
         size = matrix.weight.numel()
         if not batch or matrix.goal is not batch[-1].goal:
-            size += sum(part.numel() for part in (matrix.goal.factor, matrix.goal.hessian) if part is not None)
-        if batch and not (alike and size <= room):
+            size += sum(part.numel() for part in (matrix.goal.Hinv, matrix.goal.H) if part is not None)
+        if batch and not (alike and size <= elements_left):
             yield batch
             batch = []
         if not batch:
-            room = elements_at_once(matrix.weight.device)
+            elements_left = elements_at_once(matrix.weight.device)
         batch.append(matrix)
-        room -= size
+        elements_left -= size
     if batch:
         yield batch
 
 
 def _solve_all(solve: Solve, matrices: list[_Matrix], fmt: Format) -> list[QuantizedTensor]:
+    """The matrices of a batch, solved in one call with a leading axis of experts."""
     first = matrices[0]
     if len(matrices) == 1:
         return [solve(first.weight, first.goal, fmt, first.global_scale)]
@@ -166,9 +173,9 @@ def _solve_all(solve: Solve, matrices: list[_Matrix], fmt: Format) -> list[Quant
         goal = Objective(*(None if part is None else part[None] for part in first.goal))  # type: ignore[arg-type]
     else:
         parts = zip(*(matrix.goal for matrix in matrices), strict=True)
-        goal = Objective(*(None if each[0] is None else torch.stack(each) for each in parts))  # type: ignore[arg-type]
-    scales = [matrix.global_scale for matrix in matrices if matrix.global_scale is not None]
+        goal = Objective(*(None if part[0] is None else torch.stack(part) for part in parts))  # type: ignore[arg-type]
+    global_scales = [matrix.global_scale for matrix in matrices if matrix.global_scale is not None]
     weight = torch.stack([matrix.weight for matrix in matrices])
-    codes, block_scales, _, _ = solve(weight, goal, fmt, torch.stack(scales) if scales else None)
-    each = zip(codes, block_scales, matrices, strict=True)
-    return [QuantizedTensor(own, own_scales, matrix.global_scale, fmt) for own, own_scales, matrix in each]
+    solved = solve(weight, goal, fmt, torch.stack(global_scales) if global_scales else None)
+    experts = zip(solved.codes, solved.scales, matrices, strict=True)
+    return [QuantizedTensor(codes, scales, matrix.global_scale, fmt) for codes, scales, matrix in experts]

@@ -1,4 +1,4 @@
-"""Round to nearest: every block by itself, no data."""
+"""Round to nearest: every block of every weight by itself, without data."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from fp4.rounding import round_to_nearest
 
 @dataclass(frozen=True)
 class RTNOptions:
-    """Nothing to choose: the scheme says it all."""
+    """Options of ``rtn``: none, since the scheme decides everything."""
 
 
 def rtn_block(block: Block, options: RTNOptions) -> dict[str, LayerResult]:
-    """Round every layer of ``block`` to nearest; without ``block.inputs`` no static input scale is calibrated."""
+    """Round every layer of ``block`` to nearest; without ``block.inputs`` no static input scale is calibrated.
+
+    Raises:
+        NotQuantizable: a weight holds NaN or infinity.
+    """
     input_scales = observe_input_scales(block)
     results = {}
     for group in block.groups():

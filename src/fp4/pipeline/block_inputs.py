@@ -1,7 +1,7 @@
-"""What a decoder passes to its blocks: hidden states to the first, and to each its mask, positions and the like.
+"""The inputs of a decoder's blocks: hidden states of the first, and the mask, positions and the like of each.
 
-The decoder's own forward is run with blocks that compute nothing, so no rule about any architecture is needed: a mask
-for sliding attention goes to the blocks that slide because the decoder itself hands it to them.
+The decoder's own forward runs with blocks that compute nothing, so that no rule about any architecture is needed: the
+decoder itself passes a mask for sliding attention to the blocks that use one.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from fp4.pipeline.skeleton import Skeleton
 
 
-class _Enough(Exception):
-    """All blocks have been reached; what follows in the decoder is of no interest."""
+class _AllBlocksReachedError(Exception):
+    """Raised to end a run of the decoder once all blocks have been called, since nothing after them is needed."""
 
 
-def encodes(skeleton: Skeleton) -> str | None:
-    """Why the model is no decoder, whose blocks need nothing but the tokens before; None where it is one."""
+def why_no_decoder(skeleton: Skeleton) -> str | None:
+    """Why the blocks need more than the tokens before them, so that they cannot be calibrated; None for a decoder."""
     config = skeleton.model.config
     if config.is_encoder_decoder:
         return f"{type(skeleton.model).__name__} has an encoder beside its decoder, and text alone does not run both"
-    # What is left undeclared (Mamba, models with code of their own) is taken for a decoder.
+    # Models that declare nothing (Mamba, models with code of their own) are taken for decoders.
     causal = [module.is_causal for module in skeleton.decoder.modules() if hasattr(module, "is_causal")]
     masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if masked or (causal and not any(causal)):
@@ -35,21 +35,21 @@ def encodes(skeleton: Skeleton) -> str | None:
 
 
 class Call(NamedTuple):
-    """The arguments of one block besides its hidden states."""
+    """Arguments of one block besides its hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class Captured(NamedTuple):
-    """One batch: hidden states ``[batch, tokens, hidden]`` of the first block, and the arguments of each block."""
+    """The inputs of one batch: hidden states ``[batch, tokens, hidden]`` of the first block, and each block's call."""
 
     hidden: Tensor
     calls: list[Call]
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among a block's arguments."""
+    """The hidden states among a block's arguments. ValueError if there are none."""
     value = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(value, Tensor):
         raise ValueError("the decoder's blocks take no hidden states as their first argument")
@@ -63,7 +63,7 @@ def output_of(result: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _replaced(blocks: Sequence[nn.Module], make: Callable[[int, nn.Module], Callable[..., Any]]) -> Iterator[None]:
-    """The blocks with another ``forward``; all else about them (attributes, hooks) stays."""
+    """Give blocks another ``forward`` within this context; their attributes and hooks stay."""
     try:
         for number, block in enumerate(blocks):
             block.forward = make(number, block)
@@ -74,9 +74,17 @@ def _replaced(blocks: Sequence[nn.Module], make: Callable[[int, nn.Module], Call
 
 
 def result_form(skeleton: Skeleton, ids: Tensor) -> int:
-    """How the decoder's blocks return hidden states: 0 for a tensor, n for a tuple of n with them first.
+    """How the decoder's blocks return hidden states, found by running the first block on a few tokens.
 
-    Found by running the first block (which must be filled, as must the decoder around it) on a few tokens.
+    Args:
+        skeleton: with the first block and the decoder around the blocks in memory.
+        ids: token ids ``[batch, tokens]``.
+
+    Returns:
+        0 for a tensor, n for a tuple of n whose first entry are the hidden states.
+
+    Raises:
+        ValueError: the decoder does not run its first block.
     """
     found: list[Any] = []
 
@@ -85,12 +93,12 @@ def result_form(skeleton: Skeleton, ids: Tensor) -> int:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             found.append(original(*args, **kwargs))
-            raise _Enough
+            raise _AllBlocksReachedError
 
         return forward
 
     blocks = [skeleton.model.get_submodule(skeleton.blocks[0])]
-    with _replaced(blocks, observe), contextlib.suppress(_Enough), torch.no_grad():
+    with _replaced(blocks, observe), contextlib.suppress(_AllBlocksReachedError), torch.no_grad():
         _run(skeleton, ids)
     if not found:
         raise ValueError(f"{type(skeleton.decoder).__name__} never runs {skeleton.blocks[0]}; fp4 cannot calibrate it")
@@ -98,7 +106,16 @@ def result_form(skeleton: Skeleton, ids: Tensor) -> int:
 
 
 def capture(skeleton: Skeleton, ids: Tensor, form: int) -> Captured:
-    """Run the decoder (filled but for its blocks) on token ids ``[batch, tokens]`` with blocks that do nothing."""
+    """Run the decoder on one batch with blocks that compute nothing, and note what it passes to them.
+
+    Args:
+        skeleton: with the decoder in memory except for its blocks.
+        ids: token ids ``[batch, tokens]``.
+        form: how blocks return hidden states (:func:`result_form`).
+
+    Raises:
+        ValueError: the decoder does not run each of its blocks once.
+    """
     calls: list[Call] = []
     first: list[Tensor] = []
 
@@ -110,13 +127,13 @@ def capture(skeleton: Skeleton, ids: Tensor, form: int) -> Captured:
             rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
             calls.append(Call(args[1:], rest))
             if len(calls) == len(skeleton.blocks):
-                raise _Enough
+                raise _AllBlocksReachedError
             return (hidden, *[None] * (form - 1)) if form else hidden
 
         return forward
 
     blocks = [skeleton.model.get_submodule(name) for name in skeleton.blocks]
-    with _replaced(blocks, stub), contextlib.suppress(_Enough), torch.no_grad():
+    with _replaced(blocks, stub), contextlib.suppress(_AllBlocksReachedError), torch.no_grad():
         _run(skeleton, ids)
     if len(calls) != len(skeleton.blocks):
         raise ValueError(
@@ -131,7 +148,7 @@ def _run(skeleton: Skeleton, ids: Tensor) -> None:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two calls' arguments are equal, so that one copy serves both."""
+    """Whether the arguments of two calls are equal, so that one copy is enough for both."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
     if isinstance(a, dict) and isinstance(b, dict):

@@ -1,4 +1,4 @@
-"""Calibrated quantization: one decoder block in memory at a time, with what the quantized ones before it make."""
+"""Calibrated quantization: one decoder block in memory at a time, on hidden states from the quantized ones before."""
 
 from __future__ import annotations
 
@@ -36,15 +36,28 @@ from fp4.pipeline.stream import Progress, quantize_weight, sampled_statistics
 
 _UNSEEN = "no calibration token reached it: rounded to nearest"
 _UNSEEN_INPUT = f"{_UNSEEN}, its input scale from the range of its weight"
-# Output errors for the report are measured on so many tokens.
-_MEASURED_TOKENS = 512
+_MEASURED_TOKENS = 512  # tokens that the output errors of the report are measured on
 
 
 class BlockCalibration:
-    """Quantizes a model block by block; every finished block is on disk, with the hidden states that follow it."""
+    """Quantization block by block; every finished block is on disk, with the hidden states after it.
+
+    Args:
+        skeleton: the model without weights.
+        plan: what becomes of each layer.
+        codec: writes the checkpoint format.
+        staging: folder of unfinished work.
+        method: how blocks are quantized.
+        options: the method's.
+        memory: what may be used, and the device that computes.
+        seed: seed of everything random.
+        experts: ``"all"`` to calibrate each expert on all tokens, ``"routed"`` on those that the router sends to it.
+        progress: called with the name of a stage, and how much of how much of it is done.
+    """
 
     def __init__(
         self,
+        *,
         skeleton: Skeleton,
         plan: LayerPlan,
         codec: Codec,
@@ -62,11 +75,18 @@ class BlockCalibration:
         self.device = memory.device
         self.needs_originals = method.needs_originals(options)
         self.batches: list[Tensor] = []
-        #: Arguments of each block besides hidden states, one list of blocks a batch; equal ones are one object.
+        #: Arguments besides hidden states, by batch and block; batches with equal arguments share one list.
         self.calls: list[list[Call]] = []
 
     def prepare(self, read: Callable[[Any], Samples]) -> dict[str, Any]:
-        """``read(tokenizer)`` the samples, or what an interrupted run read; returns what the report says of them."""
+        """Read the samples, and cut them into batches.
+
+        Args:
+            read: reads samples with the model's tokenizer; not called where an interrupted run has read them.
+
+        Returns:
+            what the report says of the samples.
+        """
         found = stored_samples(self.staging, self.skeleton.checkpoint.folder, read)
         self.batches = batches_of(found.tokens, self.skeleton.model.config.get_text_config().vocab_size)
         return {
@@ -79,7 +99,7 @@ class BlockCalibration:
         }
 
     def run(self) -> tuple[list[dict[str, object]], dict[str, LayerScheme], list[str]]:
-        """Quantize every block that is not finished, then put the output's files together.
+        """Quantize every block that is not finished, then merge the files of all blocks.
 
         Returns:
             the report's rows, the scheme of each layer as the checkpoint's configuration names it, and the names of
@@ -126,9 +146,9 @@ class BlockCalibration:
         return states
 
     def _first_hidden(self, start: int) -> tuple[HiddenStates, HiddenStates | None]:
-        """What reaches block ``start`` from the quantized and, for a method that asks for it, from the original prefix.
+        """Hidden states before block ``start``, from the quantized prefix and from the original one; sets ``calls``.
 
-        Fills :attr:`calls`.
+        The second are None for a method that does not ask for them.
         """
         skeleton = self.skeleton
         first: HiddenStates | None = None
@@ -156,7 +176,7 @@ class BlockCalibration:
         return inputs, originals
 
     def _shared(self, calls: list[Call]) -> list[Call]:
-        """``calls``, or those of an earlier batch that are equal to them."""
+        """The calls of an earlier batch where they equal ``calls``, so that all batches share one copy."""
         for earlier in self.calls:
             if same(earlier, calls):
                 return earlier
@@ -165,6 +185,7 @@ class BlockCalibration:
     def _quantize(
         self, number: int, module: nn.Module, inputs: HiddenStates, originals: HiddenStates | None, last: bool
     ) -> tuple[HiddenStates, HiddenStates | None]:
+        """Quantize and write one block; returns the hidden states after it, as :meth:`_first_hidden` those before."""
         name = self.skeleton.blocks[number]
         started = time.perf_counter()
         planned = {
@@ -184,19 +205,19 @@ class BlockCalibration:
                 return output_of(module(hidden, *args, **kwargs))
 
             block = Block(
-                name,
-                module,
-                {short: layer.scheme for short, layer in planned.items() if layer.scheme.format.feeds_errors},
-                [
+                name=name,
+                module=module,
+                layers={short: layer.scheme for short, layer in planned.items() if layer.scheme.format.feeds_errors},
+                fused=[
                     [member.removeprefix(f"{name}.") for member in group]
                     for group in self.plan.groups
                     if group[0].startswith(f"{name}.")
                 ],
-                inputs,
-                () if originals is None else originals,
-                run,
-                self.seed + number,
-                self.skeleton.dtype,
+                inputs=inputs,
+                originals=() if originals is None else originals,
+                run=run,
+                seed=self.seed + number,
+                dtype=self.skeleton.dtype,
             )
             originals_after: HiddenStates | None = None
             if originals is not None and not last:
@@ -221,12 +242,12 @@ class BlockCalibration:
             if not last:
                 with emulated(block, results):
                     self._propagate(inputs, run, inputs_after)
-            each = (time.perf_counter() - started) / max(1, len(planned))
+            seconds = (time.perf_counter() - started) / max(1, len(planned))
             rows = []
             for short, layer in planned.items():
                 result = results[short]
                 statistics = sampled_statistics(block.linear(short).weight.data, result.weight, result.rotation)
-                row = layer_row(layer, statistics, result.rule, errors.get(short), each)
+                row = layer_row(layer, statistics, result.rule, errors.get(short), seconds)
                 rows.append(row | ({"note": notes[short]} if short in notes else {}))
         note = {
             "file": self._write(number, module, planned, results),
@@ -237,14 +258,14 @@ class BlockCalibration:
         return inputs_after, originals_after
 
     def _halve(self, planned: Iterable[PlannedLayer]) -> None:
-        """Keep weights that will be quantized in the dtype of the checkpoint, where blocks are computed in float32."""
+        """Turn weights that will be quantized back into the dtype of the checkpoint, which takes half of the memory."""
         for layer in planned:
             name = f"{layer.name}.weight" if layer.expert is None else layer.expert.stack
             stored = DTYPES[self.skeleton.checkpoint.tensors[layer.keys[0]].dtype]
             halve(self.skeleton.model.get_parameter(name), stored)
 
     def _to_fp8(self, layer: PlannedLayer, weight: Tensor) -> LayerResult:
-        """FP8 has nothing to calibrate; its scales have the dtype of the checkpoint."""
+        """Round a layer to FP8, which needs no calibration; its scales have the dtype of the checkpoint."""
         stored = self.skeleton.checkpoint.tensors[layer.keys[0]]
         quantized = quantize_weight(weight.to(DTYPES[stored.dtype]), layer)
         return LayerResult(quantized, None, None, layer.scheme.weight_rule)
@@ -256,7 +277,7 @@ class BlockCalibration:
         after.close()
 
     def _output_errors(self, block: Block, results: dict[str, LayerResult]) -> dict[str, float]:
-        """``|Y - Yq| / |Y|`` of each layer on the first inputs."""
+        """Relative output error ``|Y - Yq| / |Y|`` of each layer on the first tokens of the first batch."""
         errors: dict[str, float] = {}
 
         def see(layer: str, x: Tensor) -> None:
@@ -276,16 +297,16 @@ class BlockCalibration:
     def _write(
         self, number: int, module: nn.Module, planned: dict[str, PlannedLayer], results: dict[str, LayerResult]
     ) -> str:
-        """Write the shard of one block; returns its name."""
+        """Write the file of one block; returns its name."""
         checkpoint, name = self.skeleton.checkpoint, self.skeleton.blocks[number]
-        complete, tensors = StoredTensors(self.codec), dict[str, Tensor]()
+        stored_tensors, tensors = StoredTensors(self.codec), dict[str, Tensor]()
         used: set[str] = set()
         for short, layer in planned.items():
             result = results[short]
             codes, scales, global_scale, fmt = result.weight
             weight = QuantizedTensor(codes.cpu(), scales.cpu(), _cpu(global_scale), fmt)
             stored = StoredLinear(weight, _cpu(result.input_global_scale), _cpu(result.rotation))
-            tensors |= complete.of(layer, stored)
+            tensors |= stored_tensors.of(layer, stored)
             used.update(layer.keys)
         kept = [key for key in self.skeleton.keys_below(name) if key not in used]
         tensors |= self._changed(name, module, set(kept))
@@ -301,7 +322,7 @@ class BlockCalibration:
         return file
 
     def _changed(self, name: str, module: nn.Module, kept: set[str]) -> dict[str, Tensor]:
-        """What the method changed of the parameters that are kept (norms, biases), by stored name, in stored dtype."""
+        """The kept parameters (norms, biases) that the method changed, by stored name and in the stored dtype."""
         changed = {}
         for parameter, value in module.named_parameters():
             source = self.skeleton.sources.get(f"{name}.{parameter}")
@@ -315,7 +336,11 @@ class BlockCalibration:
 
 
 def _fill_input_scales(block: Block, results: dict[str, LayerResult]) -> list[str]:
-    """Give layers that no token reached the range of their weight for that of their input; returns their names."""
+    """Give layers without an input scale, since no token reached them, one from the range of their weight.
+
+    Returns:
+        the names of these layers.
+    """
     unseen = []
     for layer, result in results.items():
         scheme = block.layers[layer]
@@ -327,7 +352,7 @@ def _fill_input_scales(block: Block, results: dict[str, LayerResult]) -> list[st
 
 
 def block_parts(skeleton: Skeleton, plan: LayerPlan) -> dict[str, str]:
-    """What is planned for each block, as a digest, by the name of the note that says that it is finished."""
+    """A digest of the plan of each block, by the name of the note that says that the block is finished."""
     names: list[list[str]] = [[] for _ in skeleton.blocks]
     for name, layer in plan.layers.items():
         names[layer.block].append(name)
@@ -343,9 +368,11 @@ def _cpu(tensor: Tensor | None) -> Tensor | None:
 
 
 def _fields(layer: PlannedLayer, result: LayerResult) -> list[Any]:
+    """The fields of a layer's ``LayerScheme`` without its format, as a block's note keeps them."""
     scheme = scheme_in_file(layer, result.rotation)
     return [scheme.activations, scheme.rotation, scheme.group_size]
 
 
 def _scheme(layer: PlannedLayer, fields: list[Any]) -> LayerScheme:
+    """Inverse of :func:`_fields`."""
     return LayerScheme(layer.scheme.format, *fields)

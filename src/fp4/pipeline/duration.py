@@ -1,8 +1,8 @@
-"""How long a job will take: the work of every layer counted, at rates that this machine shows within seconds.
+"""Estimate of how long a job takes: the operations of every layer, at rates measured on this machine in seconds.
 
-Products of matrices are counted, and timed on one. What a method does beside them (searching scales, rounding,
-learning) goes with the number of weights, and is timed by running the method itself on one layer. So the estimate is
-as good as the machine is steady: it should be right to a factor of two where nothing else runs.
+Products of matrices are counted, and one is timed. The rest of a method (searching scales, rounding, learning) grows
+with the number of weights, and is timed by running the method itself on one layer. The estimate is as good as the
+machine is steady: it should be right to a factor of two where nothing else runs.
 """
 
 from __future__ import annotations
@@ -23,16 +23,23 @@ from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.rounding import round_to_nearest
 from fp4.scheme import Scheme
 
-# The layer that methods are timed on: large enough that calls cost little beside what they do.
+# The layer that methods are timed on is so large that the overhead of calls hardly counts.
 _ROWS, _COLUMNS, _TOKENS = 1024, 512, 1024
 _STEPS = 4
-# Attention, norms and rounding of activations take time beside the products, most of which are smaller than that timed.
+# Attention, norms and rounding of activations take time beside the products, and most products are smaller, so slower
+# for their size, than the one that is timed.
 _BESIDE = 1.3
-_READ = 32 << 20  # bytes that reading is timed on
+_READ = 32 << 20  # bytes read to time reading
 
 
 def streaming_seconds(checkpoint: Checkpoint, plan: LayerPlan, written: int) -> float:
-    """Of rounding from file to file: every scheme is timed on one weight, reading on one tensor."""
+    """Seconds of rounding from file to file; every scheme is timed on one weight, and reading on one tensor.
+
+    Args:
+        checkpoint: what is read.
+        plan: the layers to round.
+        written: bytes to write.
+    """
     weights: dict[Scheme, int] = {}
     for layer in plan.layers.values():
         weights[layer.scheme] = weights.get(layer.scheme, 0) + layer.shape[0] * layer.shape[1]
@@ -44,18 +51,29 @@ def calibration_seconds(
     checkpoint: Checkpoint,
     plan: LayerPlan,
     written: int,
+    *,
     method: Method,
     options: Any,
     tokens: int,
     memory: Memory,
 ) -> float:
-    """Of quantizing block by block on ``tokens`` tokens, whose blocks are computed on ``memory``'s device."""
+    """Seconds of quantizing block by block.
+
+    Args:
+        checkpoint: what is read.
+        plan: the layers to quantize.
+        written: bytes to write.
+        method: the method, which is run on one layer to time it.
+        options: the method's.
+        tokens: number of calibration tokens.
+        memory: names the device that computes.
+    """
     rate, device = _flops(memory.device), memory.device
     leaders = {name: group[0] for group in fused_groups(plan.layers) for name in group}
     shapes = [(layer.shape, leaders.get(layer.name, layer.name) == layer.name) for layer in plan.layers.values()]
-    # Hidden states are handed on by the quantized block, and by the dense one for a method that reads the originals.
-    handed = 2 if method.needs_originals(options) else 1
-    seconds = _BESIDE * _products(method, options, shapes, tokens, handed) / rate
+    # The quantized block computes the next hidden states, and the dense one too for a method that reads the originals.
+    propagations = 2 if method.needs_originals(options) else 1
+    seconds = _BESIDE * _products(method, options, shapes, tokens, propagations) / rate
     # Layers of FP8 take no time beside the others.
     schemes: dict[Scheme, int] = {}
     for layer in _with_blocks(plan.layers.values()):
@@ -70,41 +88,52 @@ def _with_blocks(layers: Iterable[PlannedLayer]) -> list[PlannedLayer]:
 
 
 def _products(
-    method: Method, options: Any, shapes: list[tuple[tuple[int, int], bool]], tokens: int, handed: int = 0
+    method: Method, options: Any, shapes: list[tuple[tuple[int, int], bool]], tokens: int, propagations: int = 0
 ) -> float:
     """Floating-point operations of all products of matrices.
 
     Args:
+        method: the method.
+        options: the method's.
         shapes: N, K of each layer, and whether it is the first of those that read the same input.
-        handed: passes that hand hidden states on.
+        tokens: number of calibration tokens.
+        propagations: passes over all tokens that compute the hidden states after each block.
     """
     weights = sum(n * k for (n, k), _ in shapes)
-    count = 2.0 * (method.passes + handed) * tokens * weights
-    if method.steps is not None:  # forward, and backward to inputs and to weights
+    count = 2.0 * (method.passes + propagations) * tokens * weights
+    if method.steps is not None:  # a step runs forward, and backward to inputs and to weights
         count += 3 * 2.0 * getattr(options, method.steps) * _TOKENS * weights
     if method.sweeps:
         for (n, k), first in shapes:
             count += method.sweeps * n * k**2
-            if first:  # half of the second moments of its input, which are symmetric, and their factor
+            if first:  # half of the second moments of the input, which are symmetric, and their factorisation
                 count += tokens * k**2 + k**3
     return count
 
 
 def _method_time(method: Method, options: Any, scheme: Scheme, device: torch.device, rate: float) -> float:
-    """Seconds a weight that a method takes beside products of matrices."""
+    """Seconds that a method takes for each weight besides products of matrices."""
     generator = torch.Generator().manual_seed(0)
     module = nn.Sequential(nn.Linear(_COLUMNS, _ROWS, bias=False)).to(device)
     hidden = torch.randn(1, _TOKENS, _COLUMNS, generator=generator).to(device)
     few = options if method.steps is None else dataclasses.replace(options, **{method.steps: _STEPS})
 
     def once() -> float:
-        block = Block("", module, {"0": scheme}, [], [hidden], [hidden], lambda x, _: module(x))
+        block = Block(
+            name="",
+            module=module,
+            layers={"0": scheme},
+            fused=[],
+            inputs=[hidden],
+            originals=[hidden],
+            run=lambda x, _: module(x),
+        )
         started = time.perf_counter()
         method.run(block, few)
         return time.perf_counter() - started
 
     with torch.random.fork_rng(devices=[]):
-        once()  # what is compiled or allocated at first use
+        once()  # the first run also compiles and allocates
         taken = min(once() for _ in range(2))
     taken -= _products(method, few, [((_ROWS, _COLUMNS), True)], _TOKENS) / rate
     repeats = 1.0 if method.steps is None else getattr(options, method.steps) / _STEPS
@@ -112,7 +141,7 @@ def _method_time(method: Method, options: Any, scheme: Scheme, device: torch.dev
 
 
 def _rounding_time(scheme: Scheme) -> float:
-    """Seconds a weight of rounding to nearest."""
+    """Seconds that rounding to nearest takes for each weight."""
     weight = torch.randn(_ROWS, _COLUMNS, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     times = []
     for _ in range(3):
@@ -135,7 +164,7 @@ def _copying(checkpoint: Checkpoint, written: int) -> float:
 
 
 def _flops(device: torch.device) -> float:
-    """Operations a second of a matmul, measured for a moment."""
+    """Floating-point operations a second of a matmul, measured for a tenth of a second."""
     size = 1024
     x = torch.ones(size, size, device=device)
     x @ x

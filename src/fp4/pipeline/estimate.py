@@ -1,4 +1,4 @@
-"""What a job will need, told before it starts."""
+"""Estimate of the memory and disk that a job needs, before it starts."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fp4.pipeline.memory_budget import Memory
 from fp4.pipeline.plan import LayerPlan
 from fp4.pipeline.skeleton import Skeleton
 
-# What passes through a block with a batch of tokens, in the measure of the block's own bytes: as found on small models.
+# Bytes of intermediate values of a batch in a block, which count like the bytes of the block: found on small models.
 _BATCH_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Rough figures.
+    """Rough figures of a job.
 
     Attributes:
-        memory: peak, in bytes.
-        disk: of output and work files together, in bytes.
-        written: of the output's weights, in bytes.
-        tokens: to calibrate on; 0 where nothing is calibrated.
-        bits_per_weight: of the quantized layers.
+        memory: bytes of memory at the peak.
+        disk: bytes of output and work files together.
+        written: bytes of the output's weights.
+        tokens: number of calibration tokens; 0 where nothing is calibrated.
+        bits_per_weight: bits of code and block scales for each weight of the quantized layers.
     """
 
     memory: int
@@ -41,6 +41,7 @@ class Estimate:
 def estimate(
     skeleton: Skeleton,
     plan: LayerPlan,
+    *,
     method: Method,
     calibrates: bool,
     samples: int | None,
@@ -51,6 +52,13 @@ def estimate(
     """Estimate memory and disk of a job.
 
     Args:
+        skeleton: the model without weights.
+        plan: the layers to quantize.
+        method: the method.
+        calibrates: whether blocks are calibrated, or weights streamed from file to file.
+        samples: number of samples; None for the default of recipes.
+        seq_len: tokens a sample; None for the default of recipes.
+        memory: what may be used.
         originals: whether hidden states of the original prefix are computed as well.
     """
     tensors = skeleton.checkpoint.tensors
@@ -60,7 +68,7 @@ def estimate(
     dense = sum(tensors[key].nbytes for key in {key for layer in plan.layers.values() for key in layer.keys})
     written = stored - dense + int(bits / 8)
     if not calibrates:
-        # Of a block's experts, which are gathered in stacks where they are stored so.
+        # Where experts are stored in stacks, those of one block are gathered in memory.
         stacked = sum(
             layer.shape[0] * layer.shape[1] * layer.scheme.format.element.bits // 8
             for layer in plan.layers.values()
@@ -76,7 +84,7 @@ def estimate(
         for name in skeleton.blocks
     ]
     block = int(method.memory * (max(blocks) * torch.float32.itemsize + _BATCH_BYTES))
-    # Before and after a block, of each kind.
+    # There are hidden states before and after a block, from each prefix.
     states = (4 if originals else 2) * hidden
     kept = states if memory.keeps(hidden) else 0
     peak = max(block + kept, _outside(skeleton, tokens))
@@ -84,7 +92,7 @@ def estimate(
 
 
 def _streamed(skeleton: Skeleton, plan: LayerPlan) -> int:
-    """Bytes that the threads of :class:`.StreamedRounding` hold: what they read, and the packed form of that."""
+    """Bytes that the threads of :class:`.StreamedRounding` hold: weights that they read, and their packed form."""
     tensors = skeleton.checkpoint.tensors
     group_of = {name: group[0] for group in plan.groups for name in group}
     units: Counter[str] = Counter()
@@ -95,7 +103,7 @@ def _streamed(skeleton: Skeleton, plan: LayerPlan) -> int:
 
 
 def _outside(skeleton: Skeleton, tokens: int) -> int:
-    """Bytes of the decoder without its blocks, as it runs: of the embedding no more rows than there are tokens."""
+    """Bytes of the decoder without its blocks, with no more rows of the embedding than there are tokens."""
     sizes = {key: math.prod(skeleton.checkpoint.tensors[key].shape) for key in skeleton.keys_outside()}
     table = skeleton.table()
     if table is not None:

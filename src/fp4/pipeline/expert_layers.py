@@ -1,4 +1,4 @@
-"""Experts in a plan: one layer for each matrix of each expert, wherever the checkpoint keeps it."""
+"""Experts as planned layers: one layer for each matrix of each expert, however the checkpoint stores it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class ExpertsModule:
     """An experts module of the model.
 
     Attributes:
-        name: in the model.
-        names: what checkpoints call the matrices of an expert, by ``layout.parts``, in pairs.
-        stacks: the projections that the family's checkpoints store as a layer of their own.
+        name: its name in the model.
+        layout: shapes and order of its stacked weights.
+        names: pairs of a matrix's name in ``layout.parts`` and its name in checkpoints.
+        stacks: projections that the family's checkpoints store as one stack, as gpt-oss and Granite do.
     """
 
     name: str
@@ -47,7 +48,14 @@ class ExpertsModule:
 
 @dataclass(frozen=True)
 class ExpertMatrix:
-    """One matrix of one expert: rows of the ``expert``-th entry of the stack called ``projection``."""
+    """One matrix of one expert: rows of entry ``expert`` of the stack called ``projection``.
+
+    Attributes:
+        module: the experts module.
+        projection: name of the stacked parameter.
+        part: name of the matrix in ``module.layout.parts``.
+        expert: number of the expert.
+    """
 
     module: ExpertsModule
     projection: str
@@ -56,20 +64,26 @@ class ExpertMatrix:
 
     @property
     def short(self) -> str:
-        """Its name below the module."""
+        """The name of the matrix below the module, such as ``3.gate_proj``."""
         return f"{self.expert}.{dict(self.module.names)[self.part]}"
 
     @property
     def name(self) -> str:
+        """The name of the matrix in the model, as that of a layer."""
         return f"{self.module.name}.{self.short}"
 
     @property
     def stack(self) -> str:
-        """The parameter of the model that it is part of."""
+        """The name of the model's parameter that the matrix is part of."""
         return f"{self.module.name}.{self.projection}"
 
     def stored(self, skeleton: Skeleton) -> tuple[str, str | None, tuple[str, ...]]:
-        """What it will be stored as, the stored tensor that is its weight (or None), and those that hold it."""
+        """Where the checkpoint stores the matrix.
+
+        Returns:
+            the name of the layer in a quantized checkpoint, the stored tensor that is the weight (None where it is part
+            of others), and all stored tensors that hold it.
+        """
         source = skeleton.sources[self.stack]
         keys, operations = source.keys, () if source.converter is None else source.converter.operations
         for key in keys:
@@ -82,11 +96,13 @@ class ExpertMatrix:
         return self.name, None, tuple(keys)
 
     def stack_in(self, codec: type[Codec], fmt: Format, stored: str, keys: tuple[str, ...]) -> str | None:
-        """What the stack that the matrix is stored in is called, or None where ``codec`` stores the matrix by itself.
+        """The name of the stack that ``codec`` stores the matrix in, None where it stores the matrix by itself.
 
         Args:
-            fmt: of the quantized weight.
-            stored, keys: as of :meth:`stored`.
+            codec: writes the checkpoint format.
+            fmt: format of the quantized weight.
+            stored: name of the layer, as :meth:`stored` returns it.
+            keys: stored tensors, as :meth:`stored` returns them.
         """
         if codec.stacks:
             return stored.removesuffix(self.short) + self.projection
@@ -96,7 +112,7 @@ class ExpertMatrix:
 
 
 class Stack:
-    """The quantized matrices of all experts of a projection, gathered in the rows that the model has them in."""
+    """The quantized matrices of one projection of all experts, gathered in the order of the model's stack."""
 
     def __init__(self, module: ExpertsModule, projection: str) -> None:
         self.layout, self.projection = module.layout, projection
@@ -104,7 +120,7 @@ class Stack:
         self._tensors: list[Tensor] = []
 
     def add(self, matrix: ExpertMatrix, weight: QuantizedTensor) -> QuantizedTensor | None:
-        """Take one matrix in; with the last one the whole stack ``[E, N, ...]`` is returned."""
+        """Add one matrix; returns the stack ``[E, N, ...]`` once it is complete, None before."""
         rows = self.layout.projections[self.projection][0]
         if not self._tensors:
             self._tensors = [
@@ -112,15 +128,16 @@ class Stack:
                 for tensor in weight[:2]
             ]
         number = self.layout.parts(self.projection).index(matrix.part)
-        for stack, own in zip(self._tensors, weight[:2], strict=True):
-            dtype = torch.uint8 if own.element_size() == 1 else own.dtype  # few operations know FP8
-            self.layout.split(stack.view(dtype), self.projection)[number][matrix.expert].copy_(own.view(dtype))
+        for stack, tensor in zip(self._tensors, weight[:2], strict=True):
+            # Bytes are copied as uint8, since few operations support FP8.
+            dtype = torch.uint8 if tensor.element_size() == 1 else tensor.dtype
+            self.layout.split(stack.view(dtype), self.projection)[number][matrix.expert].copy_(tensor.view(dtype))
         self.left.discard((matrix.part, matrix.expert))
         return None if self.left else weight._replace(codes=self._tensors[0], scales=self._tensors[1])
 
 
 def find_experts(skeleton: Skeleton) -> dict[str, ExpertsModule | None]:
-    """Modules that hold stacks of experts, by name; None for one that fp4 cannot run."""
+    """The modules that hold stacked weights of experts, by name; None for a module that fp4 cannot run."""
     found: dict[str, ExpertsModule | None] = {}
     for name, module in skeleton.model.named_modules():
         if not any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
@@ -136,7 +153,7 @@ def find_experts(skeleton: Skeleton) -> dict[str, ExpertsModule | None]:
 
 
 class ExpertReader:
-    """Reads the weights of experts out of a checkpoint; holds at most one stack, where it must be converted."""
+    """Reader of experts' weights; where a stack must be converted, it keeps the last one in memory."""
 
     def __init__(self, skeleton: Skeleton) -> None:
         self.skeleton = skeleton
@@ -148,10 +165,10 @@ class ExpertReader:
         source = self.skeleton.sources[matrix.stack]
         info = self.skeleton.checkpoint.tensors[source.keys[0]]
         if source.converter is None and info.shape == tuple(self._parameter(matrix).shape):
-            own = load(_entry(info, matrix.expert))
+            expert = load(_entry(info, matrix.expert))
         else:
-            own = self._converted(matrix)[matrix.expert]
-        rows = own.T if layout.is_transposed else own
+            expert = self._converted(matrix)[matrix.expert]
+        rows = expert.T if layout.is_transposed else expert
         parts = layout.split(rows[None], matrix.projection)
         return parts[layout.parts(matrix.projection).index(matrix.part)][0].contiguous()
 
@@ -160,7 +177,7 @@ class ExpertReader:
         return module.get_parameter(matrix.projection)
 
     def _converted(self, matrix: ExpertMatrix) -> Tensor:
-        """The whole stack, as Transformers makes it out of the stored tensors."""
+        """The whole stack, as Transformers converts it from the stored tensors."""
         if self._held is None or self._held[0] != matrix.stack:
             self._held = None
             self.skeleton.fill(self.skeleton.sources[matrix.stack].keys, torch.device("cpu"))
@@ -171,16 +188,22 @@ class ExpertReader:
 
 
 def _entry(info: TensorInfo, index: int) -> TensorInfo:
-    """One entry of a stored stack."""
+    """The part of a stored stack that is its entry ``index``."""
     size = info.nbytes // info.shape[0]
     return info._replace(shape=info.shape[1:], start=info.start + index * size, end=info.start + (index + 1) * size)
 
 
 @contextmanager
 def separate_experts(module: nn.Module, block: str, experts: list[ExpertsModule], all_tokens: bool) -> Iterator[None]:
-    """Within it, the experts of a block (with weights) are Linear layers of their own.
+    """Within this context the experts of a block are separate Linear layers.
 
-    Biases that were changed are in the block's own module afterwards; its stacks of weights may be gone.
+    Changed biases are copied into the block's own modules at the end; their stacks of weights may be gone.
+
+    Args:
+        module: the block, with weights.
+        block: its name in the model.
+        experts: its experts modules.
+        all_tokens: whether every expert reads every token while inputs are captured.
     """
     views = {}
     for found in experts:

@@ -1,4 +1,4 @@
-"""A block computed in float32 whose large weights stay in the checkpoint's half precision, at half the memory."""
+"""Weights kept in the checkpoint's half precision, at half the memory, in a block that computes in float32."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-# Of a weight, looked at together.
+# Elements of a weight that are compared at a time.
 _TILE_ELEMENTS = 1 << 20
 
 
 class _HalfLinear(nn.Linear):
-    """Multiplies in the dtype of its input, which its weight is turned into for as long as that takes."""
+    """A Linear layer that multiplies in the dtype of its input, with a copy of its weight in that dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[..., K]`` -> ``[..., N]``, in the dtype of ``x``."""
         return linear(x, self.weight.to(x.dtype), self.bias)
 
 
 def halve(parameter: nn.Parameter, stored: torch.dtype) -> None:
-    """Keep ``parameter`` (float32) in the half precision ``stored``, if that holds all of its values."""
+    """Turn a float32 parameter into the half precision ``stored``, where that holds all of its values."""
     value = parameter.data
     if value.dtype is not torch.float32 or stored not in (torch.bfloat16, torch.float16):
         return
@@ -34,7 +35,7 @@ def halve(parameter: nn.Parameter, stored: torch.dtype) -> None:
 
 @contextmanager
 def computed_wide(linears: Iterable[nn.Linear]) -> Iterator[None]:
-    """Within it those of ``linears`` whose weights are in half precision compute in the dtype of their input."""
+    """Within this context layers whose weights are in half precision compute in the dtype of their input."""
     changed = [module for module in linears if type(module) is nn.Linear and module.weight.element_size() == 2]
     for module in changed:
         module.__class__ = _HalfLinear

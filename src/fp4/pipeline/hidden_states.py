@@ -1,4 +1,4 @@
-"""Hidden states of all calibration batches, in a file, and in memory too where they fit."""
+"""Hidden states of all calibration batches, stored in a file, and in memory too where they fit."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from fp4.checkpoint.io.shards import write_all
 
 
 class HiddenStates(Sequence[Tensor]):
-    """One tensor ``[batch, tokens, hidden]`` a batch, all of one dtype, written in order and read at random.
+    """A sequence of tensors ``[batch, tokens, hidden]``, one a batch, written in order and read in any order.
 
-    The file is what a job goes on from after it was killed. Tensors are read from it one at a time, so that only the
-    system's page cache holds more; with ``keep`` they stay in memory as well.
+    A job that was killed continues from the file. Tensors are read from it one at a time, so that only the system's
+    page cache holds more; with ``keep`` they stay in memory as well.
 
     Args:
-        path: of the file; made by :meth:`append` and complete once :meth:`close` has been called.
-        shapes: of all batches.
-        device: where tensors are handed out.
-        keep: whether they are kept in memory.
+        path: the file; :meth:`append` makes it, and it is complete after :meth:`close`.
+        shapes: shapes of all batches.
+        dtype: dtype of all of them.
+        device: the device of the tensors that are read.
+        keep: whether tensors are kept in memory.
     """
 
     def __init__(
@@ -41,14 +42,15 @@ class HiddenStates(Sequence[Tensor]):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return self._offsets[-1]
 
     def complete(self) -> bool:
-        """Whether the file is there, whole."""
+        """Whether the file exists in its full length."""
         return self.path.is_file() and self.path.stat().st_size == self.nbytes
 
     def append(self, hidden: Tensor) -> None:
-        """Write the next batch."""
+        """Write the next batch. ValueError if it does not have the shape expected."""
         value = hidden.detach().to(self.dtype)
         if tuple(value.shape) != self.shapes[self._written]:
             raise ValueError(f"hidden states are {tuple(value.shape)}; expected {self.shapes[self._written]}")
@@ -66,7 +68,7 @@ class HiddenStates(Sequence[Tensor]):
         os.replace(self._partial, self.path)
 
     def remove(self) -> None:
-        """Delete the file and what is in memory."""
+        """Delete the file and the tensors in memory."""
         self.path.unlink(missing_ok=True)
         self._kept.clear()
 

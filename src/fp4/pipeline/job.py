@@ -1,4 +1,4 @@
-"""``fp4.quantize``: a checkpoint in, a quantized checkpoint out."""
+"""``fp4.quantize``: plan, calibrate and write a quantized checkpoint."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from fp4.calibration.data import Samples, load_samples, seed_of
+from fp4.calibration.global_scales import has_static_input_scale
 from fp4.checkpoint import CODECS
 from fp4.checkpoint.contradictions import tokenizer_problem
 from fp4.checkpoint.io.headers import Checkpoint
@@ -29,7 +30,7 @@ from fp4.checkpoint.io.publish import (
     write_json,
 )
 from fp4.methods import METHODS
-from fp4.pipeline.block_inputs import encodes
+from fp4.pipeline.block_inputs import why_no_decoder
 from fp4.pipeline.calibrate import BlockCalibration, block_parts
 from fp4.pipeline.duration import calibration_seconds, streaming_seconds
 from fp4.pipeline.estimate import Estimate, estimate
@@ -40,7 +41,6 @@ from fp4.pipeline.samples import batches_of, read_samples
 from fp4.pipeline.side_files import (
     UNCALIBRATED,
     choose_format,
-    has_static_input,
     holds,
     rotation_of,
     scheme_in_file,
@@ -54,13 +54,19 @@ from fp4.spelling import hint, names_nearest
 
 logger = logging.getLogger("fp4")
 
-# What decides about the plan of layers and nothing else.
+# The parts of a request that decide about the plan of layers and about nothing else.
 _PLANNING = ("scheme", "rotation", "rule", "skip", "only", "overrides")
 
 
 @dataclass(frozen=True)
 class Hub:
-    """Where a model of the hub comes from, as everywhere in huggingface_hub; the token is in no repr."""
+    """Where a model of the hub comes from, as in huggingface_hub. The token is left out of the repr.
+
+    Attributes:
+        revision: branch, tag or commit.
+        token: for models that need one.
+        cache_dir: folder of the hub's cache.
+    """
 
     revision: str | None = None
     token: str | bool | None = field(default=None, repr=False)
@@ -68,13 +74,7 @@ class Hub:
 
 
 class Job:
-    """One quantization, checked and planned; nothing is written before :meth:`run`.
-
-    Args: as :func:`quantize`.
-
-    Raises:
-        ValueError: an option has no meaning, or the model cannot be quantized; the message says why.
-    """
+    """One quantization, checked and planned; nothing is written before :meth:`run`."""
 
     def __init__(
         self,
@@ -99,6 +99,11 @@ class Job:
         trust_remote_code: bool = False,
         hub: Hub = Hub(),
     ) -> None:
+        """Check a request, and plan it. The arguments are those of :func:`quantize`.
+
+        Raises:
+            ValueError: an option has no meaning, or the model cannot be quantized; the message says why.
+        """
         if method not in METHODS:
             raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}{hint(method, METHODS)}")
         if experts not in ("all", "routed"):
@@ -133,17 +138,17 @@ class Job:
         layers = list(self.plan.layers.values())
         self.format = choose_format(format, layers)
         self.plan = stored_as(self.plan, CODECS[self.format])
-        self.calibrates = self.method.needs_data or any(has_static_input(layer.scheme) for layer in layers)
+        self.calibrates = self.method.needs_data or any(has_static_input_scale(layer.scheme) for layer in layers)
         # One seed for the samples and for the method: the caller's, or the recipe's.
         self.seed = seed if seed is not None else seed_of(self.data) if self.calibrates else 0
         if self.calibrates:
-            if (encoder := encodes(self.skeleton)) is not None:
-                raise ValueError(f"{model} cannot be calibrated, since {encoder}; {UNCALIBRATED}")
+            if (reason := why_no_decoder(self.skeleton)) is not None:
+                raise ValueError(f"{model} cannot be calibrated, since {reason}; {UNCALIBRATED}")
             self.skeleton = Skeleton(checkpoint, self.memory.compute_dtype(checkpoint.dtype), trust_remote_code)
 
     @property
     def request(self) -> dict[str, Any]:
-        """Everything that decides about the bytes of the output, as JSON."""
+        """Everything that decides about the bytes of the output, as a JSON object."""
         request: dict[str, Any] = {
             "source": self.model,
             "scheme": self.choice.scheme,
@@ -168,38 +173,44 @@ class Job:
         return request
 
     def _parts(self) -> dict[str, str]:
-        """What is planned for each part of the work that is finished at once: a block, or a shard."""
+        """A digest of the plan of each block or shard, by the name of the note that says it is finished."""
         return (block_parts if self.calibrates else shard_parts)(self.skeleton, self.plan)
 
     def _pattern(self, layer: str) -> str:
-        """What to skip for a layer to be kept: its name, or the experts that it is quantized with."""
+        """The pattern that skips a layer: its name, or that of the experts that it is quantized with."""
         planned = self.plan.layers.get(layer)
         return layer if planned is None or planned.expert is None else f"{planned.expert.module.name}.*"
 
     def estimate(self) -> Estimate:
-        """What the job needs, without doing it."""
+        """Memory, disk and tokens that the job needs."""
         return estimate(
             self.skeleton,
             self.plan,
-            self.method,
-            self.calibrates,
-            self.samples,
-            self.seq_len,
-            self.memory,
-            self.method.needs_originals(self.options),
+            method=self.method,
+            calibrates=self.calibrates,
+            samples=self.samples,
+            seq_len=self.seq_len,
+            memory=self.memory,
+            originals=self.method.needs_originals(self.options),
         )
 
     def duration(self) -> float:
-        """Seconds that the whole job will take, about (:mod:`fp4.pipeline.duration`); finding out takes some itself."""
+        """About how many seconds the job will take; measuring rates for it takes a few itself."""
         checkpoint, needs = self.skeleton.checkpoint, self.estimate()
         if not self.calibrates:
             return streaming_seconds(checkpoint, self.plan, needs.written)
         return calibration_seconds(
-            checkpoint, self.plan, needs.written, self.method, self.options, needs.tokens, self.memory
+            checkpoint,
+            self.plan,
+            needs.written,
+            method=self.method,
+            options=self.options,
+            tokens=needs.tokens,
+            memory=self.memory,
         )
 
     def check(self, out: str | Path, overwrite: bool = False) -> None:
-        """Everything that :meth:`run` finds out before it computes: the target, the disk, the data.
+        """Check the target, the disk and the data, as :meth:`run` does before it computes.
 
         Raises:
             ValueError: ``out`` may not be made, or the data cannot be read.
@@ -236,16 +247,16 @@ class Job:
             data = None
             if self.calibrates:
                 blocks = BlockCalibration(
-                    self.skeleton,
-                    self.plan,
-                    writer,
-                    staging,
-                    self.method,
-                    self.options,
-                    self.memory,
-                    self.seed,
-                    self.experts,
-                    progress,
+                    skeleton=self.skeleton,
+                    plan=self.plan,
+                    codec=writer,
+                    staging=staging,
+                    method=self.method,
+                    options=self.options,
+                    memory=self.memory,
+                    seed=self.seed,
+                    experts=self.experts,
+                    progress=progress,
                 )
                 data = blocks.prepare(self._samples)
                 rows, schemes, shards = blocks.run()
@@ -253,7 +264,7 @@ class Job:
                 rows = StreamedRounding(self.skeleton, self.plan, writer, staging, progress).run()
                 schemes = {name: scheme_in_file(layer, rotation_of(layer)) for name, layer in self.plan.layers.items()}
                 shards = [shard.name for shard in self.skeleton.checkpoint.shards]
-            # Whoever loads a stack may ask for it by its own name.
+            # Engines that load a stack look its scheme up by the name of the stack, not by those of its layers.
             stacks = {layer.stack: schemes[name] for name, layer in self.plan.layers.items() if layer.stack}
             kept = [layer.name for layer in self.plan.kept]
             quantization = CODECS[self.format].configuration(schemes | stacks, sorted(kept), {})
@@ -288,7 +299,7 @@ def _options(method: str, given: Mapping[str, Any]) -> Any:
 
 
 def _data_identity(data: str | None) -> Any:
-    """The data as named, with size and time where it is a file, which may change while its name stays."""
+    """What tells calibration data apart: its name, and size and time of a file, which may change under one name."""
     path = None if data is None else Path(data)
     if path is None or not path.is_file():
         return data
@@ -337,28 +348,31 @@ def quantize(
         method: a name of ``fp4.methods.METHODS``: rtn, gptq, autoround, best.
         data: what to calibrate on: a recipe (YAML), a file (txt, jsonl, parquet), a folder, a hub id; None for the
             text that comes with fp4 (:func:`fp4.calibration.data.load_samples`).
-        format: of the checkpoint; by default compressed-tensors where it can hold the scheme, fp_quant for rotations.
+        format: checkpoint format; by default compressed-tensors where it can hold the scheme, fp_quant for rotations.
         rotation: block rotation of weights and inputs: ``"none"``, ``"hadamard64"``, ``"gsr64"``, ...; ``"auto"`` is
             what measurement shows best (none for NVFP4, hadamard64 for MXFP4), none in a ``format`` without rotations.
         rule: how block scales of weights are chosen, in place of the scheme's own: ``"abs_max"`` is fastest.
-        skip, only: patterns of layers to keep, or to quantize alone; what both name is kept.
+        skip: patterns of layers to keep as they are.
+        only: patterns of layers to quantize, where not all are; a layer that ``skip`` fits too is kept.
         overrides: pattern -> scheme, or None to keep, for layers that these leave; the first that fits wins.
-        options: of the method, by name.
+        options: options of the method, by name.
         experts: which tokens an expert is calibrated on: ``"all"``, or ``"routed"``, those that the router sends to it,
-            which takes less time; one that gets none is rounded to nearest then.
-        samples, seq_len: of calibration (default 128 of 512 tokens, or the recipe's).
-        seed: of everything random (default 0, or the recipe's).
+            which takes less time; an expert that gets none is rounded to nearest then.
+        samples: number of calibration samples (default 128, or the recipe's).
+        seq_len: tokens a sample (default 512, or the recipe's).
+        seed: seed of everything random (default 0, or the recipe's).
         device: where blocks are computed; default a GPU if there is one.
-        max_memory: ``"gpu:60GiB,cpu:200GiB"`` or a mapping; default what is free.
+        max_memory: ``"gpu:60GiB,cpu:200GiB"`` or a mapping; by default all that is free.
         trust_remote_code: run model code that comes with the checkpoint.
         hub: revision, token and cache of a hub id.
         overwrite: replace ``out``, and unfinished work for another request.
-        command: what to name in the report as the command.
+        command: the command that the report names; by default this call.
         progress: True shows a bar in a terminal, a widget in a notebook, and elsewhere a line a minute on stderr; False
             shows nothing; a function is called with the name of a stage, and how much of how much of it is done.
 
     Returns:
-        what report.json holds: per layer error, share of clipped and zero codes, scale rule, time; and what was kept.
+        the content of report.json: error, share of clipped and zero codes, scale rule and time of each layer, and the
+        layers that were kept.
 
     Raises:
         ValueError: a mistake in the call, or a model, data or weight that cannot be quantized.

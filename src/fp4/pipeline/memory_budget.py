@@ -1,4 +1,4 @@
-"""How much memory a job may use, and where it computes."""
+"""The memory that a job may use, and the device that it computes on."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils import convert_file_size_to_int, get_max_memory
 
-# Of what is free; the rest is for the operating system's page cache and for what was not counted.
+# Share of the free memory that is used; the rest is for the system's page cache and for what was not counted.
 _SHARE = 0.8
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that may be used.
+    """Limits of memory.
 
     Attributes:
-        device: where blocks are computed.
-        gpu: on that device, 0 without one.
-        cpu: in main memory.
+        device: the device that computes.
+        gpu: bytes that may be used on that device, 0 for a CPU.
+        cpu: bytes of main memory that may be used.
     """
 
     device: torch.device
@@ -28,10 +28,14 @@ class Memory:
 
     @classmethod
     def of(cls, asked: str | Mapping[str, str | int] | None, device: str | torch.device | None) -> Memory:
-        """Read ``"gpu:60GiB,cpu:200GiB"``; what is not named is what is free.
+        """The limits that a user asks for.
+
+        Args:
+            asked: such as ``"gpu:60GiB,cpu:200GiB"``, or a mapping; what it does not name is limited by what is free.
+            device: the device that computes; None is a GPU if there is one.
 
         Raises:
-            ValueError: it has another form, or there is no such device.
+            ValueError: ``asked`` has another form, or there is no such device.
         """
         limits = _parse(asked)
         if device is None:
@@ -52,15 +56,18 @@ class Memory:
 
     @property
     def allowed(self) -> int:
-        """Where blocks are computed."""
+        """Bytes that may be used where blocks are computed."""
         return self.cpu if self.device.type == "cpu" else self.gpu
 
     def keeps(self, nbytes: int) -> bool:
-        """Whether hidden states of so many bytes stay in memory: two generations of two kinds, in half of the room."""
+        """Whether hidden states of ``nbytes`` stay in memory.
+
+        Those before and after a block, from the quantized and the original prefix, may take half of what is allowed.
+        """
         return 4 * nbytes <= self.allowed // 2
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """What blocks are computed in: float32 on CPUs, where half precision is slower, the checkpoint's on a GPU."""
+        """The dtype that blocks compute in: float32 on CPUs, where half precision is slower, else the checkpoint's."""
         return torch.float32 if self.device.type == "cpu" else stored
 
 

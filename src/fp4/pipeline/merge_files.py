@@ -1,4 +1,4 @@
-"""From one file a block to the files of a checkpoint, of a size that people expect."""
+"""The files of all blocks merged into the shards of a checkpoint."""
 
 from __future__ import annotations
 

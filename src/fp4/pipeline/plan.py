@@ -1,4 +1,4 @@
-"""Which layers of a model are quantized to what, which are kept and why: decided from names and shapes alone."""
+"""The plan of a job: the scheme of each layer, or why it is kept, decided from names and shapes alone."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ class PlannedLayer:
     """One layer that will be quantized.
 
     Attributes:
-        name: in the model.
+        name: its name in the model.
         preset: name of its scheme.
-        block: number of the decoder block it is in.
+        scheme: the scheme, with the rotation and the rule that were chosen.
+        block: number of the decoder block that it is in.
         shape: N, K.
-        stored: what its tensors are called in the checkpoint, without their suffix.
-        key: the stored tensor that is its weight; None where the weight is made out of others.
-        keys: the stored tensors that it is made out of.
-        expert: which matrix of which expert it is; None for a layer that is an ``nn.Linear`` of the model.
-        stack: what the stack of all experts is called that it is stored in; None for a layer stored by itself.
+        stored: name of its tensors in the checkpoint, without their suffix.
+        key: name of the stored tensor that is its weight; None where the weight is converted from others.
+        keys: names of the stored tensors that the weight comes from.
+        expert: the matrix of an expert that the layer is; None for an ``nn.Linear`` of the model.
+        stack: name of the stack of all experts that it will be stored in; None for a layer stored by itself.
     """
 
     name: str
@@ -50,7 +51,13 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """One layer with a matrix that stays as it is."""
+    """One layer that stays as it is, and why.
+
+    Attributes:
+        name: its name in the model.
+        shape: shape of its weight.
+        reason: a phrase for the report.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -59,11 +66,12 @@ class KeptLayer:
 
 @dataclass
 class LayerPlan:
-    """What becomes of every layer.
+    """The plan for every layer of a model.
 
     Attributes:
-        layers: to be quantized, by name, in the order of the model.
-        groups: layers that share one global scale.
+        layers: layers to quantize, by name, in the order of the model.
+        kept: layers that stay as they are.
+        groups: names of layers that share one global scale.
     """
 
     layers: dict[str, PlannedLayer] = field(default_factory=dict)
@@ -71,15 +79,15 @@ class LayerPlan:
     groups: list[list[str]] = field(default_factory=list)
 
     def digest(self, names: Collection[str]) -> str:
-        """Of everything that the plan says about the layers ``names``: equal digests give equal bytes."""
+        """SHA-256 of everything in the plan that decides about the bytes of the layers ``names``."""
         layers = [self.layers[name] for name in names]
-        said = [(layer.name, layer.preset, repr(layer.scheme), layer.stack) for layer in layers]
+        planned = [(layer.name, layer.preset, repr(layer.scheme), layer.stack) for layer in layers]
         groups = [
             [(member, repr(self.layers[member].scheme)) for member in group]
             for group in self.groups
             if not {*group}.isdisjoint(names)
         ]
-        return hashlib.sha256(json.dumps([said, groups]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([planned, groups]).encode()).hexdigest()
 
 
 def plan_layers(skeleton: Skeleton, choice: Choice) -> LayerPlan:
@@ -137,7 +145,7 @@ def _plan_experts(
     choice: Choice,
     dense: DenseLayers,
 ) -> None:
-    """Add all matrices of an experts module, which are quantized together, or what is kept of it."""
+    """Add all matrices of an experts module to the plan, or its stacks to what is kept."""
     module = skeleton.model.get_submodule(name)
     chosen: dict[str, str] | str
     if experts is None:
@@ -160,7 +168,11 @@ def _plan_experts(
 def _presets_of_experts(
     skeleton: Skeleton, experts: ExpertsModule, block_of: Mapping[str, int], choice: Choice, dense: DenseLayers
 ) -> dict[str, str] | str:
-    """The preset of each projection, or why they are kept. ValueError if some matrices are chosen, but not all."""
+    """The preset of each projection, or why the module is kept.
+
+    Raises:
+        ValueError: some matrices are chosen, but not all.
+    """
     matrices = list(experts.matrices())
     if matrices[0].name not in block_of:
         return "outside the decoder's blocks"
@@ -215,9 +227,10 @@ def rotated(plan: LayerPlan, rotation: str, nearest: bool) -> LayerPlan:
     """The plan with a block rotation of weights and inputs.
 
     Args:
+        plan: the plan without rotations.
         rotation: ``"none"``, a name of ``rotation.ROTATIONS`` with its size (``"hadamard64"``), or ``"auto"``: what
             measurement shows best.
-        nearest: whether weights are only rounded to nearest, which has another best in some schemes.
+        nearest: whether weights are only rounded to nearest, for which another choice is best in some schemes.
 
     Raises:
         ValueError: there is no such rotation.
@@ -236,7 +249,7 @@ def rotated(plan: LayerPlan, rotation: str, nearest: bool) -> LayerPlan:
         elif rotation == "auto" and unrotated_rule is None:
             chosen = preset.rotation
         if chosen is None or chosen[0] == "identity" or layer.shape[1] % chosen[1]:
-            # As is a layer whose columns do not divide.
+            # Layers whose columns are no multiple of the rotation's size are not rotated either.
             scheme = replace(layer.scheme, weight_rule=unrotated_rule or layer.scheme.weight_rule)
         else:
             scheme = replace(layer.scheme, rotation=chosen[0], group_size=chosen[1])
@@ -245,7 +258,7 @@ def rotated(plan: LayerPlan, rotation: str, nearest: bool) -> LayerPlan:
 
 
 def stored_as(plan: LayerPlan, codec: type[Codec]) -> LayerPlan:
-    """The plan for a checkpoint format: experts in stacks where it has such; a format of nothing else keeps the rest.
+    """The plan for a checkpoint format: experts go into stacks, and layers that it cannot store are kept.
 
     Raises:
         ValueError: the format holds only stacks of experts, and there are none.
@@ -270,10 +283,10 @@ def _is_size(size: int) -> bool:
 
 
 def ruled(plan: LayerPlan, rule: str | None) -> LayerPlan:
-    """The plan with another rule for the block scales of weights, in every layer whose format has it.
+    """The plan with another rule for the block scales of weights, in every layer whose format defines it.
 
     Raises:
-        ValueError: no layer's format has it.
+        ValueError: no layer's format defines it.
     """
     if rule is None:
         return plan

@@ -1,4 +1,4 @@
-"""report.json: what was done to which layer, and what it cost."""
+"""The content of report.json: what was done to each layer, its error, and what the job cost."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from fp4.quality.layer_statistics import LayerStatistics
 def layer_row(
     layer: PlannedLayer, statistics: LayerStatistics, rule: str, output_error: float | None, seconds: float
 ) -> dict[str, object]:
-    """One layer of the report.
+    """The entry of one layer in the report.
 
     Args:
+        layer: the layer as planned.
+        statistics: of its weight.
+        rule: how its block scales were chosen.
+        seconds: the time that it took.
         output_error: ``|Y - Yq| / |Y|`` on calibration inputs, None where there were none.
     """
     rotated = layer.scheme.rotation != "identity"
@@ -40,7 +44,7 @@ def layer_row(
 
 
 def kept_rows(skeleton: Skeleton, plan: LayerPlan) -> list[dict[str, object]]:
-    """The layers that stay as they are, with the reason."""
+    """The entries of the layers that stay as they are, with the reason."""
     rows: list[dict[str, object]] = []
     for layer in plan.kept:
         source = skeleton.sources.get(f"{layer.name}.weight", skeleton.sources.get(layer.name))
@@ -50,7 +54,7 @@ def kept_rows(skeleton: Skeleton, plan: LayerPlan) -> list[dict[str, object]]:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides about the result."""
+    """Versions of the packages that decide about the result."""
     found = {"python": platform.python_version()}
     for name in ("fp4", "torch", "transformers"):
         try:
@@ -69,5 +73,5 @@ def peak_memory() -> int:
 def build_report(
     request: dict[str, Any], rows: Sequence[dict[str, object]], kept: Sequence[dict[str, object]], **more: Any
 ) -> dict[str, Any]:
-    """The whole report; ``request`` and ``more`` are its top level."""
+    """The whole report; entries of ``request`` and ``more`` are its top level."""
     return {"version": 1, **request, "versions": versions(), **more, "layers": list(rows), "kept": list(kept)}

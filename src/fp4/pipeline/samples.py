@@ -1,4 +1,4 @@
-"""The samples of a job: read once, kept with its work, and cut into batches."""
+"""The calibration samples of a job: read once, stored with its unfinished work, and cut into batches."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from fp4.pipeline.side_files import UNCALIBRATED
 _FILE = "samples.safetensors"
 _NOTE = "samples.json"
 
-# Tokens computed together, which are one step of autoround. More would not be faster on a CPU, what methods look at on
-# one batch would cost more, and a block's intermediate values grow with them.
+# Tokens of a batch, which is one step of autoround. Larger batches would not be faster on a CPU, and memory for a
+# block's intermediate values grows with them.
 _BATCH_TOKENS = 1024
 
 
 def stored_samples(staging: Staging, folder: Path, read: Callable[[Any], Samples]) -> Samples:
-    """What an interrupted run read, else what ``read(tokenizer)`` gives, so that a job never changes its data.
+    """The samples that an interrupted run has stored, else new ones, so that a job never changes its data.
+
+    Args:
+        staging: folder of unfinished work.
+        folder: the checkpoint's, which has the tokenizer.
+        read: reads samples with the tokenizer.
 
     Raises:
         ValueError: there is no tokenizer in ``folder``, or what :func:`fp4.calibration.data.load_samples` raises.
@@ -43,7 +48,7 @@ def stored_samples(staging: Staging, folder: Path, read: Callable[[Any], Samples
 
 
 def read_samples(folder: Path, read: Callable[[Any], Samples]) -> Samples:
-    """``read(tokenizer)`` with the tokenizer in ``folder``. ValueError if there is none, or what ``read`` raises."""
+    """Samples read with the tokenizer in ``folder``. ValueError if there is none, or what ``read`` raises."""
     return read(_tokenizer(folder))
 
 
@@ -57,7 +62,7 @@ def _tokenizer(folder: Path) -> Any:
         raise ValueError(
             f"{folder} has no tokenizer that can be read ({first[0] if first else error!r}); {UNCALIBRATED}"
         ) from error
-    # For some model types Transformers makes one up that knows nothing but special tokens.
+    # For some model types Transformers makes up a tokenizer that knows nothing but special tokens.
     if len(found) <= len(found.all_special_tokens):
         raise ValueError(f"{folder} has no tokenizer: that of its model type has no vocabulary there; {UNCALIBRATED}")
     return found
@@ -67,7 +72,7 @@ def batches_of(tokens: list[Tensor], vocabulary: int) -> list[Tensor]:
     """Batches of neighbouring samples of equal length, ``[batch, tokens]`` each.
 
     Raises:
-        ValueError: a token is unknown to the model, whose tokenizer belongs to another one then.
+        ValueError: a token is not in the model's vocabulary, so that the tokenizer belongs to another model.
     """
     largest = max(int(sample.max()) for sample in tokens)
     if largest >= vocabulary:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fp4.calibration.global_scales import has_static_input_scale
 from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear, codec_named, holders
 from fp4.checkpoint.formats.codec import name_rotation
 from fp4.checkpoint.io.shards import Spec, spec_of
@@ -15,7 +16,7 @@ from fp4.numerics.formats import Format, QuantizedTensor
 from fp4.numerics.rotation import rotation_for
 from fp4.pipeline.expert_layers import Stack
 from fp4.pipeline.plan import PlannedLayer
-from fp4.scheme import SCHEMES, Scheme
+from fp4.scheme import SCHEMES
 
 
 def choose_format(asked: str | None, layers: Iterable[PlannedLayer]) -> str:
@@ -65,18 +66,13 @@ def _require_holds(codec: type[Codec], layers: Iterable[PlannedLayer]) -> None:
 
 
 def scheme_in_file(layer: PlannedLayer, rotation: torch.Tensor | None) -> LayerScheme:
-    """How the layer's scheme is called in a checkpoint."""
+    """The scheme of a layer as a checkpoint's configuration names it."""
     activations = {"auto": "fp4", "fp4": "fp4", "fp8": "fp8", "model": "model"}[layer.scheme.activations]
     name, size = name_rotation(rotation)
     return LayerScheme(layer.scheme.format, activations, name, size)  # type: ignore[arg-type]
 
 
-def has_static_input(scheme: Scheme) -> bool:
-    """Whether activations are quantized under a global scale that calibration finds."""
-    return scheme.activations != "model" and scheme.format.needs_global_scale
-
-
-_STREAMED = ", ".join(name for name, preset in SCHEMES.items() if not has_static_input(preset.scheme))
+_STREAMED = ", ".join(name for name, preset in SCHEMES.items() if not has_static_input_scale(preset.scheme))
 #: What to do about a model that cannot be calibrated, for the end of a message.
 UNCALIBRATED = f"method rtn with a scheme that needs no calibration ({_STREAMED}) quantizes it"
 
@@ -87,30 +83,42 @@ def rotation_of(layer: PlannedLayer) -> torch.Tensor | None:
 
 
 def empty_weight(fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedTensor:
-    """What a weight ``[..., N, K]`` of ``dtype`` is quantized to, without values but for a global scale of one."""
+    """A quantized weight ``[..., N, K]`` on the meta device, with a global scale of one, for its dtypes and shapes.
+
+    Args:
+        fmt: format of the quantized weight.
+        shape: shape of the weight.
+        dtype: dtype of the weight, which scales of FP8 have too.
+    """
     codes, scales = fmt.empty(shape, dtype, "meta")
     unit = torch.ones((), dtype=torch.float64) if fmt.needs_global_scale else None
     return QuantizedTensor(codes, scales, unit, fmt)
 
 
 def planned_specs(codec: Codec, layer: PlannedLayer, dtype: torch.dtype) -> dict[str, Spec]:
-    """dtype and shape of the tensors that a layer, or the stack it is part of, will be stored as, by name.
+    """The dtype and shape of the tensors that store a layer, or the stack that it is part of, by name.
 
-    ``dtype`` is that of the weight. ValueError if the format cannot hold it.
+    Args:
+        codec: writes the checkpoint format.
+        layer: the layer as planned.
+        dtype: dtype of the weight.
+
+    Raises:
+        ValueError: the format cannot hold the layer.
     """
     rotation = rotation_of(layer)
-    unit = torch.ones((), dtype=torch.float64) if has_static_input(layer.scheme) else None
+    input_scale = torch.ones((), dtype=torch.float64) if has_static_input_scale(layer.scheme) else None
     shape: tuple[int, ...] = layer.shape
     if layer.stack is not None and layer.expert is not None:
         layout = layer.expert.module.layout
         shape = (layout.num_experts, *layout.projections[layer.expert.projection])
-    stored = StoredLinear(empty_weight(layer.scheme.format, shape, dtype), unit, rotation)
+    stored = StoredLinear(empty_weight(layer.scheme.format, shape, dtype), input_scale, rotation)
     tensors = codec.write(stored, scheme_in_file(layer, rotation))
     return {f"{layer.stack or layer.stored}{suffix}": spec_of(tensor) for suffix, tensor in tensors.items()}
 
 
 class StoredTensors:
-    """What quantized layers are stored as: each by itself, or experts in stacks. Several threads may use it at once."""
+    """The tensors that store quantized layers, each by itself, or experts in stacks. Several threads may share one."""
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
@@ -118,7 +126,7 @@ class StoredTensors:
         self._filling = threading.Lock()
 
     def of(self, layer: PlannedLayer, stored: StoredLinear) -> dict[str, Tensor]:
-        """The tensors that are complete with this layer, by name: none until all matrices of its stack were here.
+        """The tensors that are complete with this layer, by name; none while matrices of its stack are missing.
 
         Raises:
             ValueError: the format cannot hold the layer, which the message names.

@@ -1,7 +1,7 @@
-"""A model without its weights, parts of which are filled from the checkpoint and emptied again.
+"""A model without weights on the meta device, parts of which are loaded from the checkpoint and unloaded again.
 
-The model is built on the meta device by Transformers' own classes, and a part is filled by Transformers' own weight
-conversion, so a checkpoint loads here exactly as ``from_pretrained`` loads it, only one part at a time.
+The model is built by Transformers' own classes, and a part is loaded by Transformers' own weight conversion, so that a
+checkpoint loads here exactly as ``from_pretrained`` loads it, only one part at a time.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-# Modules that a model may have beside its stored tensors: activations, dropouts, experts that are stored in stacks.
+# Limits on the number of modules. A model has more modules than stored tensors: activations, dropouts, and experts that
+# are stored in stacks.
 _MODULES = 50_000
 _MODULES_A_TENSOR = 30
 
 
 class _Lazy:
-    """A stored tensor that is read when Transformers asks for its values, as it does with safetensors' slices."""
+    """A stored tensor that is read when Transformers indexes it, like a slice of safetensors."""
 
     def __init__(self, info: TensorInfo) -> None:
         self.info = info
@@ -58,11 +59,11 @@ class _Lazy:
 
 @dataclass
 class Source:
-    """Where a parameter of the model comes from.
+    """The stored tensors that a parameter of the model comes from.
 
     Attributes:
         keys: names of stored tensors; several where Transformers merges them (experts).
-        converter: how they are merged or split; None where the stored tensor is the parameter.
+        converter: how Transformers merges or splits them; None where the stored tensor is the parameter.
     """
 
     keys: list[str] = field(default_factory=list)
@@ -73,8 +74,12 @@ class Skeleton:
     """A model on the meta device, its decoder's blocks, and where each parameter is stored.
 
     Attributes:
-        model: what config.json describes, in ``dtype``.
+        checkpoint: what the model is loaded from.
+        dtype: dtype of the parameters.
+        model: the model that config.json describes.
         decoder: the part that turns tokens into hidden states of text.
+        decoder_name: its name in the model; empty for the model itself.
+        conversions: Transformers' renamings and conversions of stored tensors for this model.
         blocks: full names of the decoder's blocks, in order.
         sources: stored tensors of each parameter, by its full name (of its first target, where one is split).
     """
@@ -119,7 +124,7 @@ class Skeleton:
                 f"config.json contradicts the weights: {len(problems)} tensors have other shapes ({problems[0]}); "
                 "take both from the same model"
             )
-        # Of what Transformers splits a tensor into only the first part is among the sources; what is tied needs none.
+        # Where Transformers splits a tensor, only the first part is among the sources. Tied parameters need no source.
         targets = [target for entry in self.conversions for target in entry.target_patterns[1:]]
         needless = [re.escape(re.split(r"\\\d|[*^$]", target.rstrip("$"))[-1]) for target in targets]
         needless += self.model._keys_to_ignore_on_load_missing or []
@@ -138,11 +143,11 @@ class Skeleton:
             )
 
     def keys_below(self, name: str) -> list[str]:
-        """Stored tensors of everything in the module ``name``."""
+        """Names of the stored tensors of everything in the module ``name``."""
         return [key for parameter, source in self.sources.items() if _below(parameter, name) for key in source.keys]
 
     def keys_outside(self) -> list[str]:
-        """Stored tensors of the decoder, without those of its blocks."""
+        """Names of the stored tensors of the decoder, without those of its blocks."""
         outside = [
             source
             for parameter, source in self.sources.items()
@@ -152,7 +157,7 @@ class Skeleton:
         return [key for source in outside for key in source.keys]
 
     def table(self) -> tuple[nn.Embedding, str] | None:
-        """The token embedding and the stored tensor of its rows, where they can be read one by one."""
+        """The token embedding and the name of its stored tensor; None where rows cannot be read one by one."""
         embedding = self.model.get_input_embeddings()
         path = next((name for name, module in self.decoder.named_modules() if module is embedding), None)
         source = self.sources.get(".".join(filter(None, (self.decoder_name, path, "weight"))))
@@ -161,18 +166,18 @@ class Skeleton:
         return (embedding, source.keys[0]) if reads_rows(embedding, self.checkpoint.tensors[source.keys[0]]) else None
 
     def fill(self, keys: list[str], device: torch.device) -> None:
-        """Load the parameters that ``keys`` make up, and the buffers of their modules, onto ``device``.
+        """Load the parameters that come from the stored tensors ``keys``, and the buffers of their modules.
 
         Raises:
             ValueError: a tensor cannot be converted, or does not fit the model.
             OSError: a file cannot be read.
-            MemoryError: there was no room for what a tensor is made of.
+            MemoryError: memory was too small for a conversion.
         """
         state = {key: _Lazy(self.checkpoint.tensors[key]) for key in keys}
         options = LoadStateDictConfig(
             device_map={"": device},
             dtype=self.dtype,
-            dtype_plan=self.model._get_dtype_plan(self.dtype),  # routers that stay in float32
+            dtype_plan=self.model._get_dtype_plan(self.dtype),  # keeps some routers in float32
             weight_mapping=self.conversions,
         )
         with _quiet():
@@ -190,7 +195,7 @@ class Skeleton:
 
     @contextlib.contextmanager
     def filled(self, name: str, device: torch.device) -> Iterator[nn.Module]:
-        """The module ``name`` (a block), with its weights while the context lasts."""
+        """The module ``name`` (a block), with its weights within this context."""
         module = self.model.get_submodule(name)
         replaced = list(self.model.get_submodule(name).named_modules())
         try:
@@ -205,10 +210,11 @@ class Skeleton:
 
     @contextlib.contextmanager
     def outside_filled(self, device: torch.device, batches: Sequence[Tensor]) -> Iterator[None]:
-        """The decoder with everything but its blocks (embeddings, rotary tables, norms) in memory.
+        """Within this context the decoder without its blocks (embeddings, rotary tables, norms) is in memory.
 
         Args:
-            batches: the token ids that it will be run on.
+            device: the device to load onto.
+            batches: the token ids that the decoder will run on, which decide about the rows of the embedding.
         """
         parts = [
             (name, module)
@@ -231,15 +237,26 @@ class Skeleton:
             yield
 
     def settle(self, part: nn.Module, device: torch.device, name: str, recurse: bool = True) -> None:
-        """Compute what no checkpoint holds (rotary tables and the like), as Transformers initialises it."""
+        """Initialise the buffers that no checkpoint holds (rotary tables and the like), as Transformers does.
+
+        Args:
+            part: a module whose parameters are in memory.
+            device: the device of the buffers.
+            name: the module's name, for errors.
+            recurse: whether its child modules are included.
+
+        Raises:
+            ValueError: the checkpoint had no weight for a parameter.
+        """
         for module in part.modules() if recurse else [part]:
             empty = [key for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
             for key in empty:
                 setattr(module, key, torch.empty_like(getattr(module, key), device=device))
             if empty:
                 for value in module.parameters(recurse=False):
-                    setattr(value, "_is_hf_initialized", True)  # noqa: B010  (Transformers leaves such ones alone)
-                with torch.no_grad():  # Transformers up to 5.23 saw to it itself
+                    # Transformers does not initialise parameters with this mark.
+                    setattr(value, "_is_hf_initialized", True)  # noqa: B010
+                with torch.no_grad():  # Transformers after 5.23 no longer does this itself
                     self.model._init_weights(module)
         missing = [key for key, value in part.named_parameters(recurse=recurse) if value.is_meta]
         if missing:
@@ -254,7 +271,7 @@ def _below(name: str, module: str) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Transformers' own progress bar, of which there would be one a block."""
+    """Within this context Transformers shows no progress bar, since it would show one for each block."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -268,7 +285,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) 
     """The model that config.json describes.
 
     Raises:
-        ValueError: no model can be built from it, or only one far larger than the checkpoint.
+        ValueError: no model can be built from the file, or only one far larger than the checkpoint.
     """
     refuse_endless(checkpoint.config, len(checkpoint.tensors))
     try:
@@ -276,14 +293,18 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) 
             return _built(checkpoint.folder, dtype, trust_remote_code)
     except (MemoryError, OSError, ImportError):
         raise
-    except Exception as error:  # classes of models raise whatever their arithmetic comes to
+    except Exception as error:  # model classes raise any error for a configuration that they cannot handle
         said = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"no model can be built from {checkpoint.folder / 'config.json'}: {said}") from error
 
 
 @contextlib.contextmanager
 def _few_modules(limit: int) -> Iterator[None]:
-    """ValueError once more than ``limit`` modules were put together, which take time and memory on meta too."""
+    """Within this context no more than ``limit`` modules can be built, which take time and memory on meta too.
+
+    Raises:
+        ValueError: there are more.
+    """
     count = itertools.count(1)
 
     def check(parent: nn.Module, name: str, child: nn.Module | None) -> None:
@@ -320,7 +341,7 @@ def _decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
 
 
 def find_blocks(decoder: nn.Module, prefix: str = "") -> list[str]:
-    """Names of the blocks of ``decoder``: the ModuleList, inside no other, that holds most of its parameters.
+    """Names of the decoder's blocks, which are the outermost ModuleList that holds most of its parameters.
 
     Raises:
         ValueError: there is no list of blocks.

@@ -1,4 +1,4 @@
-"""Round to nearest without data: weights are streamed from file to file, and no model is built."""
+"""Round to nearest without data: weights are streamed from file to file, and no model is loaded."""
 
 from __future__ import annotations
 
@@ -30,22 +30,27 @@ from fp4.rounding import global_scale_of, round_to_nearest
 
 Progress = Callable[[str, int, int], None]
 
-# A rotated weight is float32; each thread holds that many elements of it at a time.
+# A rotated weight is float32, so each thread holds only this many elements of it at a time.
 _TILE_ELEMENTS = 1 << 22
-# Statistics of the report are taken of about this many elements of a weight, since all would take longer than rounding.
+# The statistics of the report read about this many elements of a weight, since all would take longer than rounding.
 _SAMPLED_ELEMENTS = 1 << 15
 
 
 @dataclass
-class _Unit:
-    """Layers that are rounded together because they share a global scale, or one layer."""
+class _Group:
+    """Layers that are rounded together because they share a global scale, or one layer.
+
+    Attributes:
+        layers: the layers, also those that another shard stores.
+        nbytes: bytes to read for all of them.
+    """
 
     layers: list[PlannedLayer]
     nbytes: int
 
 
-class _Room:
-    """Bytes that the workers may hold together; one of them may hold more where it is alone."""
+class _ByteLimit:
+    """A limit on the bytes that all workers hold together; a worker that is alone may hold more."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes, self.held = nbytes, 0
@@ -53,7 +58,7 @@ class _Room:
 
     @contextmanager
     def taken(self, nbytes: int) -> Iterator[None]:
-        """Waits for so much room, and has it within the context."""
+        """Wait until ``nbytes`` more may be held, and count them as held within this context."""
         with self._changed:
             self._changed.wait_for(lambda: not self.held or self.held + nbytes <= self.nbytes)
             self.held += nbytes
@@ -69,7 +74,7 @@ class _Room:
 def _workers() -> Iterator[ThreadPoolExecutor]:
     """Threads that read, round and write at once, one more than there are cores because one is likely to wait.
 
-    Each computes by itself: threads of its own would only take the cores from the others, while they wait for work too.
+    Torch computes with one thread in each of them, since more threads would only compete for the cores.
     """
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads + 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -81,24 +86,25 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
 
 
 class StreamedRounding:
-    """Rounds the planned layers of a checkpoint shard by shard, each output file named as its source.
+    """Rounding of the planned layers of a checkpoint shard by shard; each output file has the name of its source.
 
-    Several units are worked on at once, each by one thread from reading to writing, as long as no more than twice the
-    largest tensor of the checkpoint is held; units of the next shard while what was written of one reaches the disk.
+    Several groups of layers are worked on at once, each by one thread from reading to writing, as long as no more than
+    twice the largest tensor of the checkpoint is held. Two shards are open, so that the threads go on with the next one
+    while the last bytes of one reach the disk.
     """
 
     def __init__(self, skeleton: Skeleton, plan: LayerPlan, codec: Codec, staging: Staging, progress: Progress) -> None:
         self.skeleton, self.plan, self.codec, self.staging, self.progress = skeleton, plan, codec, staging, progress
         self.tensors = skeleton.checkpoint.tensors
         self.experts = ExpertReader(skeleton)
-        self.room = _Room(2 * max(info.nbytes for info in self.tensors.values()))
+        self.limit = _ByteLimit(2 * max(info.nbytes for info in self.tensors.values()))
         self.homes = _homes(skeleton, plan)
         self.done = 0
         self.total = sum(info.nbytes for info in self.tensors.values())
         self._counting, self._filling = threading.Lock(), threading.Lock()
 
     def run(self) -> list[dict[str, object]]:
-        """Write every shard that is not there yet; returns the report's rows of all layers.
+        """Write every shard that is not finished; returns the report's entries of all layers.
 
         Raises:
             ValueError: a weight holds NaN or infinity; the message names it.
@@ -106,8 +112,8 @@ class StreamedRounding:
         with _workers() as pool, ThreadPoolExecutor(2) as shards:
             try:
                 numbered = enumerate(self.skeleton.checkpoint.shards)
-                each = [shards.submit(self._shard, pool, number, shard) for number, shard in numbered]
-                rows = [row for future in each for row in future.result()]
+                futures = [shards.submit(self._shard, pool, number, shard) for number, shard in numbered]
+                rows = [row for future in futures for row in future.result()]
             except BaseException:
                 shards.shutdown(wait=False, cancel_futures=True)
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -137,14 +143,14 @@ class StreamedRounding:
         complete = StoredTensors(self.codec)
         with ShardWriter(self.staging.folder / shard.name, specs, metadata) as file:
             copies = [pool.submit(self._copy, file, name) for name in copied]
-            units = [pool.submit(self._round, file, complete, unit, set(layers)) for unit in self._units(layers)]
+            groups = [pool.submit(self._round, file, complete, group, set(layers)) for group in self._groups(layers)]
             try:
                 for copy in copies:
                     copy.result()
-                return [row for unit in units for row in unit.result()]
+                return [row for group in groups for row in group.result()]
             except BaseException:
-                # The file may not be closed while it is written.
-                everything: list[Future[Any]] = [*copies, *units]
+                # Wait for the threads, because the file may not be closed while they write.
+                everything: list[Future[Any]] = [*copies, *groups]
                 wait([future for future in everything if not future.cancel()])
                 raise
 
@@ -153,7 +159,7 @@ class StreamedRounding:
         self._advance(self.tensors[name].nbytes)
 
     def _nbytes(self, layer: PlannedLayer) -> int:
-        """What is read of the checkpoint for one layer."""
+        """Bytes that are read of the checkpoint for one layer."""
         if layer.expert is not None:
             return layer.shape[0] * layer.shape[1] * self._dtype(layer).itemsize
         return sum(self.tensors[key].nbytes for key in layer.keys)
@@ -161,15 +167,15 @@ class StreamedRounding:
     def _dtype(self, layer: PlannedLayer) -> torch.dtype:
         return DTYPES[self.tensors[layer.keys[0]].dtype]
 
-    def _units(self, layers: dict[str, PlannedLayer]) -> list[_Unit]:
+    def _groups(self, layers: dict[str, PlannedLayer]) -> list[_Group]:
         group_of = {name: group for group in self.plan.groups for name in group}
-        units: dict[tuple[str, ...], _Unit] = {}
+        groups: dict[tuple[str, ...], _Group] = {}
         for name in layers:
             names = tuple(group_of.get(name, [name]))
             members = [self.plan.layers[member] for member in names]
             size = sum(map(self._nbytes, members))
-            units[names] = _Unit(members, size)
-        return list(units.values())
+            groups[names] = _Group(members, size)
+        return list(groups.values())
 
     def _weight(self, layer: PlannedLayer) -> Tensor:
         if layer.key is not None:
@@ -177,7 +183,7 @@ class StreamedRounding:
         with self._filling:
             if layer.expert is not None:
                 return self.experts.read(layer.expert)
-            # Made out of other tensors, by Transformers.
+            # Transformers converts the weight from other tensors.
             self.skeleton.fill(list(layer.keys), torch.device("cpu"))
             module = self.skeleton.model.get_submodule(layer.name)
             weight: Tensor = module.get_parameter("weight").data
@@ -185,22 +191,29 @@ class StreamedRounding:
             return weight
 
     def _round(
-        self, file: ShardWriter, complete: StoredTensors, unit: _Unit, here: set[str]
+        self, file: ShardWriter, complete: StoredTensors, group: _Group, here: set[str]
     ) -> list[dict[str, object]]:
-        """Round and write the layers of the unit that are stored in this shard; returns their rows of the report."""
+        """Round and write the layers of a group that this shard stores; returns their entries of the report.
+
+        Args:
+            file: the shard.
+            complete: collects stacks of experts.
+            group: the layers that share a global scale.
+            here: names of the layers that this shard stores.
+        """
         rows = []
-        with self.room.taken(unit.nbytes):
-            # Weights that do not fit into memory together are read once more.
-            fits = unit.nbytes <= self.room.nbytes
-            weights = {layer.name: self._weight(layer) for layer in unit.layers} if fits else {}
+        with self.limit.taken(group.nbytes):
+            # Weights that do not fit into memory together are read twice: for the global scale, and to be rounded.
+            fits = group.nbytes <= self.limit.nbytes
+            weights = {layer.name: self._weight(layer) for layer in group.layers} if fits else {}
             shared = None
-            if len(unit.layers) > 1:
-                each = (weights[layer.name] if fits else self._weight(layer) for layer in unit.layers)
-                own = [_global_scale(weight, layer) for weight, layer in zip(each, unit.layers, strict=True)]
-                shared = torch.stack([scale for scale in own if scale is not None]).amax()
-            for layer in unit.layers:
+            if len(group.layers) > 1:
+                loaded = (weights[layer.name] if fits else self._weight(layer) for layer in group.layers)
+                scales = [_global_scale(weight, layer) for weight, layer in zip(loaded, group.layers, strict=True)]
+                shared = torch.stack([scale for scale in scales if scale is not None]).amax()
+            for layer in group.layers:
                 if layer.name not in here:
-                    continue  # fused with these, but stored in another file
+                    continue  # the layer shares the global scale, but another file stores it
                 started = time.perf_counter()
                 weight = weights.pop(layer.name) if fits else self._weight(layer)
                 try:
@@ -224,7 +237,7 @@ class StreamedRounding:
 
 
 def shard_parts(skeleton: Skeleton, plan: LayerPlan) -> dict[str, str]:
-    """What is planned for each shard, as a digest, by the name of the note that says that it is finished."""
+    """A digest of the plan of each shard, by the name of the note that says that the shard is finished."""
     homes = _homes(skeleton, plan)
     return {
         _note(number): plan.digest([name for name, home in homes.items() if home == shard])
@@ -233,7 +246,7 @@ def shard_parts(skeleton: Skeleton, plan: LayerPlan) -> dict[str, str]:
 
 
 def _homes(skeleton: Skeleton, plan: LayerPlan) -> dict[str, Path]:
-    """The shard that each layer is written to: that of its first stored tensor, or that of its stack's."""
+    """The shard that each layer is written to: that of its first stored tensor, or of its stack's first."""
     first = {layer.stack: layer.keys[0] for layer in reversed(plan.layers.values()) if layer.stack}
     return {
         name: skeleton.checkpoint.tensors[first[layer.stack] if layer.stack else layer.keys[0]].file
@@ -256,13 +269,19 @@ def _global_scale(weight: Tensor, layer: PlannedLayer) -> Tensor | None:
     if rotation is None:
         return global_scale_of(weight, layer.scheme)
     # Scales grow with the largest magnitude, so the largest of the tiles' is the whole weight's.
-    own = [global_scale_of(weight[tile], layer.scheme, rotation) for tile in _tiles(weight)]
-    found = [scale for scale in own if scale is not None]
-    return torch.stack(found).amax() if found else None
+    of_tiles = [global_scale_of(weight[tile], layer.scheme, rotation) for tile in _tiles(weight)]
+    scales = [scale for scale in of_tiles if scale is not None]
+    return torch.stack(scales).amax() if scales else None
 
 
 def quantize_weight(weight: Tensor, layer: PlannedLayer, global_scale: Tensor | None = None) -> QuantizedTensor:
-    """Round ``weight`` ``[N, K]`` to nearest, a rotated one some rows at a time because rotating makes it float32."""
+    """Round a weight to nearest; a rotated one some rows at a time, because rotation makes it float32.
+
+    Args:
+        weight: floating point ``[N, K]``.
+        layer: the layer as planned.
+        global_scale: float64 ``[]``; None takes it from the weight where the format has one.
+    """
     rotation, name = rotation_of(layer), f"{layer.name}.weight"
     if rotation is None:
         return round_to_nearest(weight, layer.scheme, None, name, global_scale)
@@ -274,7 +293,13 @@ def quantize_weight(weight: Tensor, layer: PlannedLayer, global_scale: Tensor | 
 
 
 def sampled_statistics(weight: Tensor, quantized: QuantizedTensor, rotation: Tensor | None) -> LayerStatistics:
-    """Statistics of some rows, evenly spread over the weight."""
+    """Statistics of a quantized weight from some of its rows, evenly spaced.
+
+    Args:
+        weight: floating point ``[N, K]``.
+        quantized: the same in canonical form.
+        rotation: ``[h, h]`` that it was rotated by, None for none.
+    """
     step = max(1, weight.numel() // _SAMPLED_ELEMENTS)
     codes, scales, _, _ = quantized
     bits = scales.view(torch.uint8) if scales.element_size() == 1 else scales

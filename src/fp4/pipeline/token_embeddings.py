@@ -1,4 +1,4 @@
-"""Token embeddings of the calibration samples alone: a whole table can be larger than several blocks."""
+"""Rows of the token embedding that the calibration samples need, since the whole table can outweigh several blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fp4.checkpoint.io.headers import DTYPES, TensorInfo, load
 
 
 def reads_rows(embedding: nn.Embedding, info: TensorInfo) -> bool:
-    """Whether the stored tensor is the table as it is."""
+    """Whether the rows of the embedding can be read from the stored tensor one by one."""
     return embedding.max_norm is None and info.shape == embedding.weight.shape
 
 
@@ -21,11 +21,14 @@ def reads_rows(embedding: nn.Embedding, info: TensorInfo) -> bool:
 def rows_filled(
     embedding: nn.Embedding, info: TensorInfo, batches: Sequence[Tensor], dtype: torch.dtype, device: torch.device
 ) -> Iterator[None]:
-    """``embedding`` with the rows of the tokens in ``batches`` alone, while the context lasts; it takes no others.
+    """Within this context an embedding holds the rows of the tokens in ``batches``, and accepts no others.
 
     Args:
-        info: the stored weight.
+        embedding: the token embedding, whose weight may be on the meta device.
+        info: its stored weight.
         batches: token ids ``[batch, tokens]`` each.
+        dtype: dtype of the rows.
+        device: device of the rows.
     """
     tokens = torch.cat([batch.flatten() for batch in batches]).unique()
     rows = torch.empty(len(tokens), embedding.embedding_dim, dtype=DTYPES[info.dtype])
@@ -42,7 +45,7 @@ def rows_filled(
     hook = embedding.register_forward_pre_hook(renumber)
     try:
         embedding.weight = nn.Parameter(rows.to(device, dtype), requires_grad=False)
-        embedding.padding_idx = None  # of no meaning without gradients, and it must lie in the table
+        embedding.padding_idx = None  # it must be a row of the table, and matters for gradients alone
         yield
     finally:
         hook.remove()

@@ -1,4 +1,4 @@
-"""How good a model is: perplexity on a text, and how far its predictions are from those of the original."""
+"""Evaluation of a model: perplexity on a text, and how far its predictions are from those of the original."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fp4.nn.activations import describe_activations, set_activations
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Logits are turned into float32 log-probabilities this many at a time.
+# This many logits at a time are turned into float32 log-probabilities.
 _CHUNK_ELEMENTS = 1 << 23
 
 Progress = Callable[[int, int], None]
@@ -29,12 +29,14 @@ ActivationChoice = Literal["auto", "fp4", "model"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` measures.
+    """The result of :func:`compare`.
 
     Attributes:
-        perplexity, original_perplexity: of the two models, as :func:`perplexity` defines it.
-        kl_mean, kl_p99: Kullback-Leibler divergence of the model's next-token distribution from the original's,
-            KL(original || model), in nats: mean over all positions, and their 99th percentile.
+        perplexity: of the model, as :func:`perplexity` defines it.
+        original_perplexity: of the original.
+        kl_mean: Kullback-Leibler divergence of the model's next-token distribution from the original's,
+            KL(original || model), in nats: mean over all positions.
+        kl_p99: 99th percentile of the same.
         top1_agreement: share of positions where both models find the same token most likely.
     """
 
@@ -47,12 +49,19 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` measured, on what, and how the model was run.
+    """The result of :func:`evaluate`: what was measured, on what text, and how the model ran.
 
     Attributes:
+        model: folder or hub id.
         data: name, SHA-256 and length in tokens of the text.
+        window: tokens a window.
+        windows: number of windows.
+        dtype: dtype of the model.
+        device: where it ran.
+        perplexity: as :func:`perplexity` defines it.
         runs: number of layers by how they ran, such as ``"nvfp4, fp4 activations, cpu"``.
-        comparison: None where there was no original to compare with.
+        against: folder or hub id of the original, None without one.
+        comparison: None without an original.
     """
 
     model: str
@@ -67,15 +76,21 @@ class Evaluation:
     comparison: Comparison | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, as ``fp4 evaluate --save`` leaves it."""
+        """The evaluation as a JSON object, which ``fp4 evaluate --save`` writes."""
         return asdict(self)
 
 
 def split_windows(token_ids: Tensor, window: int, windows: int | None = None, first: int | None = None) -> Tensor:
-    """The first ``windows`` (default: all) windows of ``window`` tokens: ``[windows, window]``.
+    """Windows of tokens that do not overlap; tokens after the last whole window are left out.
 
-    Windows do not overlap; tokens after the last whole one are left out. ``first`` is a token, such as a tokenizer's
-    BOS, that every window starts with and that is not in the text.
+    Args:
+        token_ids: integer ``[tokens]`` or ``[1, tokens]``.
+        window: tokens a window, at least 2.
+        windows: how many windows from the start; all by default.
+        first: a token that every window starts with and that is not in the text, such as a tokenizer's BOS.
+
+    Returns:
+        integer ``[windows, window]``.
 
     Raises:
         ValueError: a window of fewer than 2 tokens, or a text too short for the windows asked for.
@@ -115,7 +130,7 @@ def perplexity(
         token_ids: integer ``[tokens]`` or ``[1, tokens]``.
         window: tokens a window, at least 2.
         windows: how many windows from the start of the text; all of them by default.
-        first: as for :func:`split_windows`.
+        first: a token that every window starts with (:func:`split_windows`).
         progress: called with the number of windows done and in all.
 
     Raises:
@@ -149,7 +164,14 @@ def compare(
 
     One window's logits of each model are in memory at a time, in the model's dtype.
 
-    Args: as for :func:`perplexity`; the models may be on different devices.
+    Args:
+        model: a causal language model of Transformers.
+        original: another one, which may be on another device.
+        token_ids: integer ``[tokens]`` or ``[1, tokens]``.
+        window: tokens a window, at least 2.
+        windows: how many windows from the start of the text; all of them by default.
+        first: a token that every window starts with (:func:`split_windows`).
+        progress: called with the number of windows done and in all.
 
     Raises:
         ValueError: as for :func:`perplexity`, or the models' vocabularies differ in size.
@@ -170,7 +192,7 @@ def compare(
         for a, b, t in zip(*(x.split(_chunk(ours)) for x in (ours, theirs, targets)), strict=True):
             ours_log, theirs_log = a.float().log_softmax(-1), b.float().log_softmax(-1)
             probability = theirs_log.exp()
-            # A token that the original rules out adds nothing, however unlikely it is here.
+            # Tokens of probability zero in the original add nothing, even where 0 x infinity would be NaN.
             terms = torch.where(probability > 0, probability * (theirs_log - ours_log), 0.0)
             divergences.append(terms.sum(-1).clamp_min(0).cpu())
             agreements += int((a.argmax(-1) == b.argmax(-1)).sum())
@@ -223,14 +245,20 @@ def evaluate(
     """Load a model, and the original where one is named, and measure them on a text.
 
     Args:
-        model, against: folders or hub ids that ``from_pretrained`` loads. ``revision`` is the model's,
-            ``token`` is for both.
+        model: folder or hub id that ``from_pretrained`` loads.
         data: a text file in UTF-8.
+        against: folder or hub id of the original; None compares with nothing.
+        window: tokens a window, at least 2.
+        windows: how many windows from the start of the text; all of them by default.
         activations: ``"fp4"`` quantizes the activations of all layers (of FP8 layers to FP8), ``"model"`` those of
             none, ``"auto"`` leaves it to the backends.
         bos: start every window with the tokenizer's BOS token, without which some models (Gemma) predict nothing.
         dtype: torch's name of one; ``"auto"`` is float32 on a CPU, where it is also the fastest, else the checkpoint's.
         device: as ``device_map`` of ``from_pretrained``; ``"auto"`` is the GPU where there is one.
+        revision: branch, tag or commit of the model.
+        token: token of the hub, for both models.
+        trust_remote_code: run model code that comes with the checkpoints.
+        progress: called with the number of windows done and in all.
 
     Raises:
         ValueError: what :func:`compare` raises, no such file, dtype or device, no BOS token, or a model whose
@@ -250,7 +278,7 @@ def evaluate(
     if bos and tokenizer.bos_token_id is None:
         raise ValueError(f"the tokenizer of {model} has no BOS token to start windows with")
     first = tokenizer.bos_token_id if bos else None
-    # Windows are cut here, so that no model needs to be told of a text longer than its context.
+    # The text is longer than the model's context, which the tokenizer would warn of, but it is cut into windows.
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     rows = split_windows(ids, window, windows, first)  # refuses before anything large is loaded
     used: dict[str, Any] = {"window": window, "windows": windows, "first": first, "progress": progress}
@@ -281,14 +309,14 @@ def evaluate(
 
 
 def _tokenizer(model: str | Path, against: str | Path | None, revision: str | None, hub: dict[str, Any]) -> Any:
-    """The model's, or the original's where the model came without one."""
+    """The tokenizer of the model, or of the original where the model has none."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(model, revision=revision, **hub)
     except MemoryError:
         raise
-    except Exception as error:  # a configuration that is refused has an error of its own
+    except Exception as error:  # a configuration that is refused raises an error of its own class
         if against is None:
             said = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What rounding did to one weight, in a few numbers."""
+"""Statistics of one quantized weight: relative error, clipped elements, zeros."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _TILE_ELEMENTS = 1 << 22
 
 
 class LayerStatistics(NamedTuple):
-    """Of one weight.
+    """Statistics of one quantized weight.
 
     Attributes:
         weight_error: ``|W - Wq| / |W|`` (Frobenius norms), 0 for a weight of zeros.
-        weight_snr_db: the same as a signal to noise ratio, ``-20 log10(weight_error)``; None where nothing was lost.
+        weight_snr_db: the same as a signal to noise ratio in decibels, ``-20 log10(weight_error)``; None without error.
         clipped: share of elements larger than the largest value that their block scale can express.
         zero: share of quantized values that are zero.
     """
@@ -36,8 +36,8 @@ def layer_statistics(weight: Tensor, quantized: QuantizedTensor, rotation: Tenso
 
     Args:
         weight: ``[..., N, K]``, floating point, as in the unquantized checkpoint.
-        quantized: canonical form of the same, in the rotated basis where ``rotation`` is given.
-        rotation: ``[h, h]``, applied to groups of h columns before quantizing.
+        quantized: the same in canonical form, after the rotation where one is given.
+        rotation: ``[h, h]``, applied to each h neighbouring columns before quantizing; None for none.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -51,17 +51,17 @@ def layer_statistics(weight: Tensor, quantized: QuantizedTensor, rotation: Tenso
     clipped = zero = 0
     rows = max(1, _TILE_ELEMENTS // max(1, shape[-1]))
     for matrix in range(math.prod(shape[:-2])):
-        dense, own_codes, own_scales = (t.reshape(-1, *t.shape[-2:])[matrix] for t in (weight, codes, scales))
-        unit = None
-        if global_scale is not None:
-            unit = global_scale.expand(shape[:-2]).reshape(-1)[matrix] if global_scale.ndim else global_scale
+        dense, matrix_codes, matrix_scales = (t.reshape(-1, *t.shape[-2:])[matrix] for t in (weight, codes, scales))
+        matrix_global_scale = global_scale
+        if global_scale is not None and global_scale.ndim:
+            matrix_global_scale = global_scale.expand(shape[:-2]).reshape(-1)[matrix]
         for start in range(0, shape[-2], rows):
             tile = slice(start, start + rows)
             original = dense[tile].float()
             if rotation is not None:
                 original = rotate(original, rotation)
-            values = dequantize(own_codes[tile], own_scales[tile], unit, fmt)
-            limit = effective_scales(own_scales[tile], unit).float() * largest
+            values = dequantize(matrix_codes[tile], matrix_scales[tile], matrix_global_scale, fmt)
+            limit = effective_scales(matrix_scales[tile], matrix_global_scale).float() * largest
             blocks = original.unflatten(-1, (limit.shape[-1], -1))
             signal += original.square().sum(dtype=torch.float64).item()
             noise += (original - values).square_().sum(dtype=torch.float64).item()

@@ -1,4 +1,4 @@
-"""README.md of a quantized model: where it comes from, how it was made, how good it is, how to load it."""
+"""The model card of a quantized model: where it comes from, how it was made, how good it is, how to load it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ CARD = "README.md"
 REPORT = "report.json"
 EVALUATION = "evaluation.json"
 
-# What a quantized model inherits of its original's card.
+# Fields that a quantized model's card inherits from the original's.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-# By the end of an architecture's name; what is not here generates text, or gives features.
+# Tasks by the end of an architecture's name; other architectures generate text or give features.
 _TASKS = {
     "ForMaskedLM": "fill-mask",
     "ForSequenceClassification": "text-classification",
@@ -37,9 +37,10 @@ def write_model_card(folder: Path, report: Mapping[str, Any], source: Path | Non
     """Write ``folder``/README.md.
 
     Args:
-        report: what report.json holds.
-        source: folder of the original, whose card says under which licence the model may be used; without it, or where
-            it has no card, what README.md in ``folder`` says so far stays.
+        folder: the quantized model's.
+        report: content of report.json.
+        source: folder of the original, whose card names the licence; without it, or where it has no card, the metadata
+            of the present README.md in ``folder`` stays.
     """
     inherited: dict[str, Any] = {}
     for place in (source, folder):
@@ -51,7 +52,7 @@ def write_model_card(folder: Path, report: Mapping[str, Any], source: Path | Non
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
-    """What ``fp4 evaluate --save`` left in ``folder``, None where it was not called.
+    """The content of the evaluation.json that ``fp4 evaluate --save`` writes into ``folder``, None where there is none.
 
     Raises:
         ValueError: the file holds something else; the message says what is missing.
@@ -80,7 +81,7 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
 
 
 def refresh_model_card(folder: Path) -> bool:
-    """Write the card anew where ``folder`` has a report.json; whether it has one."""
+    """Write the card of ``folder`` anew where it has a report.json; returns whether it has one."""
     if not (folder / REPORT).is_file():
         return False
     write_model_card(folder, read_json(folder / REPORT))
@@ -113,10 +114,10 @@ def model_card(
     """The text of the card.
 
     Args:
-        report: what report.json holds; anything may be missing.
-        evaluation: what evaluation.json holds.
+        report: content of report.json, in which anything may be missing.
+        evaluation: content of evaluation.json.
         inherited: metadata of the original's card.
-        name: of the model, in the commands that load it.
+        name: name of the model in the commands that load it.
     """
     base = report.get("base_model")
     scheme, fmt = str(report.get("scheme") or "FP4"), str(report.get("format") or "")
@@ -206,7 +207,7 @@ def _quality(evaluation: Mapping[str, Any] | None) -> str:
 
 
 def _task(report: Mapping[str, Any]) -> tuple[str, str]:
-    """What the model is for, as the hub calls it, and the class that loads it."""
+    """The model's task as the hub names it, and the class of Transformers that loads it."""
     named = report.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else ""
     for suffix, task in _TASKS.items():
@@ -239,7 +240,7 @@ def _schemes(report: Mapping[str, Any]) -> list[str]:
 
 
 def _engines(name: str, fmt: str, schemes: list[str]) -> str:
-    """How other engines load it, where that has been tried."""
+    """How other engines load the model, where that has been tried."""
     paragraphs: list[str] = []
     if fmt not in CODECS:
         return ""

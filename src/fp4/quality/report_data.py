@@ -1,4 +1,4 @@
-"""Which layers of a quantized model hurt: numbers gathered from its folder, for the page that shows them."""
+"""The data of a quantization report: errors of each layer, sizes and facts, gathered from a model's folder."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Report:
-    """What there is to show.
+    """The data that the report page shows.
 
     Attributes:
+        model: name of the model.
         facts: how the model was made, in the order to be shown.
-        layers: of each quantized layer: ``name``, ``kind`` (the name without block number), ``depth`` (the block number
+        layers: for each quantized layer: ``name``, ``kind`` (the name without block number), ``depth`` (block number
             or None), ``scheme``, ``shape``, ``scale_rule``, and as far as known ``output_error`` (of the layer's output
             on calibration data, relative), ``weight_error`` (of its weight, relative), ``weight_snr_db``, ``clipped``,
             ``zero``, ``bits_per_weight``, ``seconds``; None where not known.
-        kept: ``name``, ``dtype``, ``shape``, ``reason`` of what is not quantized.
-        sizes: bytes by what they are for.
-        evaluation: what ``fp4 evaluate --save`` left.
-        notes: what could not be measured, and problems found.
+        kept: for each layer that is not quantized: ``name``, ``dtype``, ``shape``, ``reason``.
+        sizes: bytes of the checkpoint by what they hold.
+        evaluation: content of evaluation.json, None without one.
+        notes: sentences about what could not be measured, and problems found.
     """
 
     model: str
@@ -51,16 +52,16 @@ class Report:
 
     @property
     def measured(self) -> str:
-        """The error that layers are ranked by: of their outputs where all have it, else of their weights."""
+        """Key of the error that layers are ranked by: that of outputs where all layers have one, else of weights."""
         return "output_error" if all(layer["output_error"] is not None for layer in self.layers) else "weight_error"
 
     def worst(self, count: int) -> list[dict[str, Any]]:
-        """The ``count`` layers of the largest error, worst first."""
+        """The ``count`` layers with the largest errors, worst first."""
         ranked = [layer for layer in self.layers if layer[self.measured] is not None]
         return sorted(ranked, key=lambda layer: -layer[self.measured])[:count]
 
     def by_kind(self) -> dict[str, list[dict[str, Any]]]:
-        """Layers of each kind; the kind with the largest median error first."""
+        """Layers by kind; the kind with the largest median error comes first."""
         kinds: dict[str, list[dict[str, Any]]] = {}
         for layer in self.layers:
             if layer[self.measured] is not None:
@@ -69,7 +70,7 @@ class Report:
 
 
 def median_error(layers: Iterable[Mapping[str, Any]], measured: str) -> float:
-    """Median of one of the errors (``Report.measured``) over some of ``Report.layers``."""
+    """Median of the error under the key ``measured`` (``Report.measured``) over some of ``Report.layers``."""
     return float(statistics.median(layer[measured] for layer in layers))
 
 
@@ -81,13 +82,14 @@ def gather(
     token: str | bool | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Collect the numbers of a quantized model.
+    """Collect the report's data of a quantized model.
 
     Args:
         model: folder or hub id, with a report.json of ``fp4 quantize``, or any FP4 checkpoint where ``source`` is
             given.
         source: the original, folder or hub id; weights are then compared, one layer in memory at a time.
-        revision, token: for hub ids, as everywhere in huggingface_hub; ``revision`` is the model's.
+        revision: branch, tag or commit of the model, where it is a hub id.
+        token: token of the hub.
         progress: called with the number of layers compared and in all.
 
     Raises:

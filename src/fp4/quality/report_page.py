@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs nothing else, no network either."""
+"""The report page: one HTML file with its styles, script, data and plots inside, which needs no network."""
 
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 
 
 def write_report(model: str | Path, output: Path, **options: Any) -> Report:
-    """Write the page about ``model`` to ``output``; options and errors as for :func:`gather`."""
+    """Write the report page of ``model`` to ``output``, with the options and errors of :func:`gather`."""
     report = gather(model, **options)
     write_text(output, page(report))
     return report
 
 
 def page(report: Report) -> str:
-    """``report`` as HTML."""
+    """The report as an HTML page."""
     title = html.escape(report.model)
     sections = [
         f"<h1>{title}</h1>",
@@ -122,7 +122,7 @@ def page(report: Report) -> str:
 
 
 def verdict(report: Report) -> list[str]:
-    """What a person should take from the numbers, in sentences."""
+    """Conclusions from the report's numbers, in sentences."""
     ranked = report.worst(len(report.layers))
     if not ranked:
         return []
@@ -199,7 +199,7 @@ def _layers(report: Report) -> str:
     )
     order = [key for key, _, _ in columns]
     data = {"rows": rows, "sorted": order.index(report.measured) if report.measured in order else 0}
-    # `</script` would end the element, whatever a layer is called.
+    # A layer's name could contain `</script`, which would end the element.
     embedded = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     return (
         '<p><label>Filter <input id="filter" placeholder="down_proj, layers.3 ..."></label> '
@@ -226,7 +226,7 @@ def _sort_key(value: Any) -> Any:
         for size in value:
             count *= size
         return count
-    # Numbers in names are made as long as each other, so that block 2 comes before block 10.
+    # Numbers in names are padded to one length, so that block 2 comes before block 10.
     return re.sub(r"\d+", lambda m: m[0].zfill(6), value) if isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""Plots of a report as SVG that takes its text colour from the page around it."""
+"""Plots of a report as SVG, whose text has the colour of the page around it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fp4.quality.report_data import Report, median_error
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Stands for the page's text colour until the SVG is written.
+# This colour is replaced by the page's text colour when the SVG is written.
 _INK = "#010203"
-# Told apart by readers who do not see all colours (Okabe and Ito), and visible on white and on black.
+# Readers who do not see all colours can tell these apart (Okabe and Ito), on white and on black.
 _COLOURS = (
     "#0072b2",
     "#e69f00",
@@ -47,7 +47,10 @@ def _names(measured: str) -> str:
 
 
 def error_by_depth(report: Report) -> str | None:
-    """Error over block number, a line a kind of layer; where a block has many of a kind, their median and range."""
+    """Plot of the error over block number, a line for each kind of layer, None where no layer has a block number.
+
+    Where a block has many layers of a kind, the line is their median, and an area shows their range.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9, 4.2), layout="constrained")
         axes = figure.add_subplot()
@@ -78,7 +81,7 @@ def error_by_depth(report: Report) -> str | None:
 
 
 def error_by_kind(report: Report) -> str | None:
-    """Every layer a dot, a row a kind, the median marked."""
+    """Plot with a dot for each layer and a row for each kind, the median marked; None without layers."""
     kinds = report.by_kind()
     if not kinds:
         return None
@@ -96,7 +99,7 @@ def error_by_kind(report: Report) -> str | None:
 
 
 def size_bar(report: Report) -> str | None:
-    """What the bytes of the checkpoint are."""
+    """Plot of the bytes of the checkpoint by what they hold; None where the sizes are unknown."""
     total = sum(report.sizes.values())
     if not total:
         return None
@@ -120,7 +123,7 @@ def _error_axis(axes: Axes, axis: Literal["x", "y"], measured: str) -> None:
     chosen: Any = axes.xaxis if axis == "x" else axes.yaxis
     chosen.set_major_formatter(PercentFormatter(1, decimals=None))
     chosen.set_label_text(_names(measured))
-    # From zero, so that errors that are nearly the same look so.
+    # The axis starts at zero, so that errors that are nearly equal look so.
     (axes.set_xlim if axis == "x" else axes.set_ylim)(0, 1.08 * max(*chosen.get_data_interval(), 1e-6))
     axes.grid(axis=axis, color=_INK, alpha=0.15, linewidth=0.7)
 
