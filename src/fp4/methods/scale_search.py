@@ -39,10 +39,9 @@ def scale_to_six(amax: Tensor, fmt: Format, global_scale: Tensor | None) -> Tens
 
 def neighbours(scales: Tensor, fmt: Format, offsets: tuple[int, ...]) -> Tensor:
     """The scales that are ``offsets`` representable steps away from block scales ``[...]``: ``[len(offsets), ...]``."""
-    low, high = (1, 126) if fmt.needs_global_scale else (0, 252)
     steps = torch.tensor(offsets, dtype=torch.int16, device=scales.device).view(-1, *[1] * scales.dim())
     bits = scales.view(torch.uint8).to(torch.int16) + steps
-    return bits.clamp(low, high).to(torch.uint8).view(fmt.scale_dtype)
+    return bits.clamp(*fmt.scale_bytes).to(torch.uint8).view(fmt.scale_dtype)
 
 
 def effective(scales: Tensor, global_scale: Tensor | None) -> Tensor:
