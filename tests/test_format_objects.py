@@ -182,3 +182,9 @@ def test_a_new_format_is_one_class_and_one_row(fmt: Format, monkeypatch: pytest.
         tracked = x.clone().requires_grad_()
         module(tracked).float().sum().backward()
         torch.testing.assert_close(tracked.grad, values.sum(0).bfloat16().expand_as(x), atol=0.02, rtol=0.02)
+
+
+def test_a_layer_holds_weights_of_its_own_format_only() -> None:
+    layer = FP4Linear(64, 8, False, Scheme(NVFP4))
+    with pytest.raises(ValueError, match="the weight is in nvfp4_32; this layer holds nvfp4"):
+        layer.parameters_of(quantize(torch.randn(8, 64), NVFP4.wide(32)))

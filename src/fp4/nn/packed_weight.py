@@ -106,7 +106,9 @@ class PackedWeight(nn.Module):
         return self.parameters_of(round_to_nearest(weight, self.scheme, rotation, name, global_scale))
 
     def parameters_of(self, weight: QuantizedTensor) -> dict[str, Tensor]:
-        """The parameters, by name, that hold ``weight``."""
+        """The parameters, by name, that hold ``weight``. Raises ValueError for one in another format."""
+        if weight.format != self.scheme.format:
+            raise ValueError(f"the weight is in {weight.format.name}; this layer holds {self.scheme.format.name}")
         parameters = {"weight": weight.codes, "weight_scale": weight.scales}
         if weight.global_scale is not None:
             parameters["global_scale"] = weight.global_scale
