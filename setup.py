@@ -65,7 +65,9 @@ def cpu_extension() -> list[Extension]:
         Extension(
             "fp4._C_cpu",
             sources,
-            depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.h")),
+            depends=sorted(
+                str(p.relative_to(ROOT)) for p in (*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cpu").glob("*.h"))
+            ),
             define_macros=list(libtorch.STABLE_ABI),
             # No contraction: quantization is exact to the bit; matmuls name their FMAs.
             extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"],
@@ -92,7 +94,7 @@ def cuda_extension() -> list[Extension]:
         Extension(
             "fp4._C_cuda",
             sources,
-            depends=sorted(str(p.relative_to(ROOT)) for p in folder.glob("*.[ch]*")),
+            depends=sorted(str(p.relative_to(ROOT)) for p in (*folder.glob("*.[ch]*"), *folder.parent.glob("*.h"))),
             define_macros=list(libtorch.STABLE_ABI),
             extra_compile_args=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-Wno-unknown-pragmas"],
             extra_link_args=libtorch.link_arguments(),

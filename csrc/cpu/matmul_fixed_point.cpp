@@ -130,12 +130,11 @@ void FixedPoint::run_tiles(const Piece& piece) const {
     std::fill_n(sums.get(), panels * rows * kPanelRows, 0.0f);
     for (int64_t c = 0; c < k; c += chunk_) {
       const int64_t at = c / block, blocks = std::min(chunk_, k - c) / block;
+      const DecodedBlocks<int16_t> decoded = {.values = weights.get(), .scales = weight_scales.get(), .count = blocks};
       for (int64_t p = 0; p < panels; ++p) {
         float* panel_sums = sums.get() + p * rows * kPanelRows;
         fixed_point_format_.decode(blocks_of(segment, group + p, c, blocks * block), weights.get(),
                                    weight_scales.get());
-        const DecodedBlocks<int16_t> decoded = {
-            .values = weights.get(), .scales = weight_scales.get(), .count = blocks};
         for (int64_t t = piece.first_tile; t < piece.last_tile; ++t) {
           const int64_t start = tiles.start(t);
           fixed_point_format_.multiply_decoded(

@@ -61,13 +61,12 @@ void IntegerProduct::run(int64_t begin, int64_t end) const {
         const int64_t at = c / block, blocks = std::min(chunk_, k - c) / block;
         const uint8_t* chunk = x + at * integer_block_bytes(product_.format, segment.rows);
         const int64_t per_row = blocks * integer_block_bytes(product_.format, 1);
+        const DecodedBlocks<uint8_t> decoded = {.values = weights.get(), .scales = weight_scales.get(), .count = blocks};
         for (int64_t p = 0; p < panels; ++p) {
           format_kernels_.decode_integer(blocks_of(segment, group + p, c, blocks * block), weights.get(),
                                          weight_scales.get());
           const bool is_whole = whole != nullptr && whole->convert(weight_scales.get(), blocks);
           const auto multiply = is_whole ? whole->multiply : format_kernels_.multiply_integer;
-          const DecodedBlocks<uint8_t> decoded = {
-              .values = weights.get(), .scales = weight_scales.get(), .count = blocks};
           for (int64_t t = piece.first_tile; t < piece.last_tile; ++t) {
             const int64_t start = tiles.start(t);
             multiply(chunk + start * per_row, static_cast<int>(tiles.start(t + 1) - start), decoded,
