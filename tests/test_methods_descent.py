@@ -32,24 +32,7 @@ def test_descent_never_makes_the_objective_worse(fmt: Format) -> None:
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(costs))
     assert costs[-1] < costs[0]
     assert costs[-1] < cost(gptq(weight, goal, fmt, unit), weight, goal)
-    assert costs[-1] < 0.7 * cost(formats.quantize(weight, fmt, "mse", unit), weight, goal)
-
-
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
-def test_experts_at_once_are_experts_one_by_one(fmt: Format) -> None:
-    weights = torch.stack([weight_of(16, 64, seed) for seed in range(3)])
-    goals = [objective(moments_of(correlated(200, 64, seed)), 0.01, "layer", fmt.block_size) for seed in range(3)]
-    together = Objective(*(torch.stack(parts) for parts in zip(*goals, strict=True)))
-    unit = torch.stack([formats.portable_global_scale_for(w.abs().amax()) for w in weights]) if fmt is NVFP4 else None
-    batched = forward_sweep(weights, together, fmt, unit)
-    batched = descend(weights, batched, together, fmt, unit, 2)
-    for i in range(3):
-        own = None if unit is None else unit[i]
-        alone = descend(weights[i], forward_sweep(weights[i], goals[i], fmt, own), goals[i], fmt, own, 2)
-        values = formats.dequantize(*canonical(alone, own))
-        got = formats.dequantize(*canonical(Rounded(batched.values[i], batched.scales[i]), own))
-        # Batched products may differ in the last place, which can tip a tie.
-        assert (got == values).float().mean() > 0.98
+    assert costs[-1] < cost(formats.quantize(weight, fmt, "mse", unit), weight, goal)
 
 
 def test_values_on_the_grid_stay_where_they_are() -> None:
@@ -167,3 +150,21 @@ def test_a_block_that_cannot_be_factorised_is_an_error() -> None:
     broken = goal._replace(hessian=-goal.hessian)
     with pytest.raises(ValueError, match="not positive definite; raise the damping"):
         descend(weight, start, broken, NVFP4, unit, 1)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_experts_at_once_are_the_naive_ones(fmt: Format) -> None:
+    problems = [problem(fmt, seed) for seed in (11, 12)]
+    weights = torch.stack([weight for weight, *_ in problems])
+    together = Objective(*(torch.stack(parts) for parts in zip(*(goal for _, _, goal, _ in problems), strict=True)))
+    unit = torch.stack([unit for *_, unit in problems]) if fmt is NVFP4 else None
+    rounded = descend(weights, forward_sweep(weights, together, fmt, unit), together, fmt, unit, 1)
+    for i, (weight, hessian, _, own) in enumerate(problems):
+        wide, near = OFFSETS[fmt.name]
+        number = 1.0 if own is None else float(own)
+        want, stored = swept(weight, hessian, blocks_in_order(hessian, fmt.block_size), fmt.name, number, wide)
+        want, stored = descended(weight, want, stored, hessian, fmt.name, number, near)
+        got = canonical(Rounded(rounded.values[i], rounded.scales[i]), own)
+        values, steps = decoded(*got, fmt.name)
+        assert torch.equal(got.scales.view(torch.uint8), stored)
+        assert torch.equal(values * steps, want)

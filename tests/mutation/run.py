@@ -51,7 +51,7 @@ TESTS = {
     "methods/grid.py": "test_methods_gptq test_methods_descent test_methods_autoround",
     "methods/hessian.py": "test_methods_gptq test_methods_descent test_methods_walk test_methods_block",
     "methods/layerwise.py": "test_methods_walk test_methods_block test_methods_experts test_methods_autoround",
-    "methods/rtn.py": "test_methods_scales test_methods_block test_methods_autoround test_checkpoint_rtn",
+    "methods/rtn.py": "test_methods_rtn test_methods_scales test_methods_block test_checkpoint_rtn",
     "methods/scales.py": "test_methods_scales test_methods_block",
     "methods/survey.py": "test_methods_scales test_methods_equalise",
     "methods/walk.py": "test_methods_walk test_methods_block test_methods_experts",
@@ -59,7 +59,8 @@ TESTS = {
     "test_checkpoint_writing test_convert test_inspect test_damaged",
     "nn": "test_quantizer test_experts test_experts_loading test_fp8 test_fp8_experts test_gradient test_training "
     "test_saving test_resizing",
-    "pipeline": "test_pipeline test_pipeline_failures test_pipeline_resume test_pipeline_exhausted test_pipeline_half "
+    "pipeline": "test_pipeline_report test_pipeline "
+    "test_pipeline_failures test_pipeline_resume test_pipeline_exhausted test_pipeline_half "
     "test_pipeline_memory test_experts_pipeline",
 }
 
