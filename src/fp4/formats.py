@@ -230,7 +230,7 @@ def _block_scales(blocks: Tensor, fmt: Format, rule: str, global_scale: Tensor |
     """Block scales by ``rule``: float32 ``[..., B]`` -> ``fmt.scale_dtype [...]``, as the global scale broadcasts."""
     amax = blocks.abs().amax(dim=-1)
     unit = 1.0 if global_scale is None else global_scale.float()
-    if fmt is MXFP4:
+    if fmt.scale_dtype == MXFP4.scale_dtype:  # blocks wider than its own too
         scales = encode_e8m0(_mx_exponents(blocks, amax, "abs_max" if rule == "mse" else rule, unit))
         if rule == "mse":
             scales = _best_of(blocks, _neighbours(scales, _MXFP4_OFFSETS, 0, 252), global_scale)
