@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from test_methods_block import LAYERS, make_block
+from test_methods_walk import chain
 from torch import Tensor, nn
 
 from fp4.formats import NVFP4
@@ -113,6 +114,19 @@ def test_channels_that_are_never_active_keep_their_scale(alpha: float) -> None:
     assert all(torch.isfinite(p).all() for p in block.module.parameters())
     assert block.module.norm.weight[5] == 0
     torch.testing.assert_close(block.run(block.inputs[0], 0), before, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_layer_before_is_a_producer_and_nothing_before_is_none() -> None:
+    block = chain(SCHEME)  # no norm before the first layer; a positive factor passes through ReLU
+    before = {name: value.clone() for name, value in block.module.state_dict().items()}
+    assert equalise(block, 0.5, survey(block)) == ["second"]
+    for name in ("first.weight", "first.bias", "second.weight"):
+        assert not torch.equal(block.module.state_dict()[name], before[name])
+    block = chain(SCHEME)
+    del block.layers["second"]
+    assert equalise(block, 0.5, survey(block)) == []
+    assert torch.equal(block.module.state_dict()["first.weight"], before["first.weight"])
 
 
 def scales_by_hand(energy: list[float], columns: list[float], alpha: float) -> Tensor:
