@@ -129,6 +129,17 @@ def test_a_layer_before_is_a_producer_and_nothing_before_is_none() -> None:
     assert torch.equal(block.module.state_dict()["first.weight"], before["first.weight"])
 
 
+@torch.no_grad()
+def test_a_gain_that_bfloat16_rounds_to_zero_stays() -> None:
+    block = make_block(SCHEME)
+    block.module.norm.weight.data[5] = 4e-41  # less than half of the smallest subnormal
+    before, column = block.module.norm.weight[5].clone(), block.module.gate_proj.weight[:, 5].clone()
+    assert equalise(block, 0.5, survey(block)) == ["gate_proj", "down_proj"]
+    assert torch.equal(block.module.norm.weight[5], before)
+    assert torch.equal(block.module.gate_proj.weight[:, 5], column)
+    assert all(torch.isfinite(parameter).all() for parameter in block.module.parameters())
+
+
 def scales_by_hand(energy: list[float], columns: list[float], alpha: float) -> Tensor:
     """(rms of the input)^alpha / (rms of the column)^(1 - alpha), of geometric mean one."""
     s = [math.sqrt(e) ** alpha / math.sqrt(c) ** (1 - alpha) for e, c in zip(energy, columns, strict=True)]

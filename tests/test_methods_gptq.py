@@ -252,6 +252,20 @@ def test_the_shift_is_the_least_squares_solution() -> None:
     assert shifted(weight, moments_of(used), objective(moments_of(used), 1e-6, "layer"), 1.0) is weight
 
 
+def test_a_token_seen_twice_is_a_token_seen_once() -> None:
+    used, meant, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 1.0]]), torch.tensor([[3.0, -1.0]])
+    once, twice = moments_of(used, meant), moments_of(used.repeat(2, 1), meant.repeat(2, 1))
+    goals = [objective(moments, 0.4, "layer") for moments in (once, twice)]
+    # The mean of 1 and 4 is 2.5, of which 0.4 is one.
+    assert goals[0].hessian.tolist() == goals[1].hessian.tolist() == [[2.0, 2.0], [2.0, 5.0]]
+    # C - H = (2 1)^T (1 2) - (1 2)^T (1 2) = [1 2; -1 -2], and W (C - H) = (4 8).
+    want = torch.tensor([[3.0 + 2 / 3, -1.0 + 4 / 3]])  # (4 8) [5 -2; -2 2] / 6 = (2/3 4/3)
+    for moments, goal in zip((once, twice), goals, strict=True):
+        torch.testing.assert_close(shifted(weight, moments, goal, 1.0), want)
+    nothing = SecondMoments.empty(2, cross=True)
+    assert torch.equal(shifted(weight, nothing, objective(nothing, 0.4, "layer"), 1.0), weight)
+
+
 def test_nearest_is_the_rounding_of_formats() -> None:
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 7.0, 1e9, 0.0, 1e-30])
     x = torch.cat([ties, -ties, torch.randn(10000, generator=torch.Generator().manual_seed(0)) * 3])
