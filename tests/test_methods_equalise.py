@@ -110,7 +110,7 @@ def test_channels_that_are_never_active_keep_their_scale(alpha: float) -> None:
     block.module.norm.weight.data[5] = 0
     block.linear("down_proj").weight.data[:, 7] = 0
     before = block.run(block.inputs[0], 0)
-    equalise(block, alpha, survey(block))
+    assert equalise(block, alpha, survey(block)) == ["gate_proj", "down_proj"]
     assert all(torch.isfinite(p).all() for p in block.module.parameters())
     assert block.module.norm.weight[5] == 0
     torch.testing.assert_close(block.run(block.inputs[0], 0), before, atol=1e-4, rtol=1e-4)
@@ -127,6 +127,15 @@ def test_a_layer_before_is_a_producer_and_nothing_before_is_none() -> None:
     del block.layers["second"]
     assert equalise(block, 0.5, survey(block)) == []
     assert torch.equal(block.module.state_dict()["first.weight"], before["first.weight"])
+
+
+@torch.no_grad()
+def test_what_is_repeated_without_heads_is_left_alone() -> None:
+    module = nn.Module()
+    module.narrow, module.wide = nn.Linear(32, 32), nn.Linear(64, 32)
+    module.forward = lambda x: module.wide(module.narrow(x).repeat(1, 1, 2))
+    block = block_of(module, ["narrow", "wide"], 32)
+    assert equalise(block, 0.5, survey(block)) == []
 
 
 @torch.no_grad()
@@ -165,9 +174,15 @@ def test_scales_are_those_of_the_formula(alpha: float) -> None:
         y = module.norm(hidden)
         outer.append(y.flatten(0, 1))
         inner.append((nn.functional.silu(module.gate_proj(y)) * module.up_proj(y)).flatten(0, 1))
-    before = {name: value.double() for name, value in module.state_dict().items()}
-    before = {name: value.clone() for name, value in before.items()}
+    before = {name: value.double().clone() for name, value in module.state_dict().items()}
+
+    def run(hidden: Tensor, index: int) -> Tensor:
+        assert hidden is block.inputs[index]  # each batch with its own mask and positions
+        return module(hidden)
+
+    block.run = run
     assert equalise(block, alpha, survey(block)) == ["gate_proj", "down_proj"]
+    assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
     gate, up = (mean_squares(before[f"{layer}.weight"]) for layer in ("gate_proj", "up_proj"))
     outer_scale = scales_by_hand(
         mean_squares(torch.cat(outer)), [(a + b) / 2 for a, b in zip(gate, up, strict=True)], alpha
