@@ -224,3 +224,7 @@ def test_a_block_starts_from_the_search_and_learns(iters: int, lr: float | None)
         want = learn(block, start, {"proj": turned}, iters, lr or 1 / iters, "autoround")
         assert want["proj"].rule == "autoround"
         assert same(autoround_block(block, AutoRoundOptions(iters, lr)), want)
+
+
+def test_defaults() -> None:
+    assert AutoRoundOptions() == AutoRoundOptions(iters=100, lr=None)

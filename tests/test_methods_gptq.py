@@ -10,7 +10,7 @@ from torch import Tensor
 from fp4 import elements, formats
 from fp4.calibration.observers import SecondMoments
 from fp4.formats import MXFP4, NVFP4, Format, QuantizedTensor
-from fp4.methods.gptq import gptq, search_scales
+from fp4.methods.gptq import GPTQOptions, gptq, search_scales
 from fp4.methods.grid import OFFSETS, codes_of, nearest
 from fp4.methods.hessian import Objective, invert_lower_, objective, shifted
 
@@ -264,6 +264,10 @@ def test_a_token_seen_twice_is_a_token_seen_once() -> None:
         torch.testing.assert_close(shifted(weight, moments, goal, 1.0), want)
     nothing = SecondMoments.empty(2, cross=True)
     assert torch.equal(shifted(weight, nothing, objective(nothing, 0.4, "layer"), 1.0), weight)
+
+
+def test_defaults() -> None:
+    assert GPTQOptions() == GPTQOptions(damping=0.01, shift=0.0)
 
 
 def test_nearest_is_the_rounding_of_formats() -> None:

@@ -210,6 +210,9 @@ def test_the_scale_of_an_input() -> None:
     for activations in ("fp4", "fp8"):
         scale = input_scale(amax, Scheme(NVFP4, activations=activations))
         assert (scale.dtype, scale.shape) == (torch.float64, ())
+    fixed = Scheme(NVFP4, activations="fp4", global_scale=0.75)
+    for scale in (input_scale(amax, fixed), shared_global_scale([torch.ones(1, 16)], fixed)):
+        assert (scale.dtype, scale.shape) == (torch.float64, ())
 
 
 @pytest.mark.parametrize("largest_in", [0, 1])
