@@ -82,10 +82,11 @@ def test_a_hessian_without_correlations_rounds_to_nearest(fmt: Format) -> None:
     assert torch.equal(formats.dequantize(*gptq(weight, goal, fmt, unit)), nearest(weight / scale) * scale)
 
 
+@pytest.mark.parametrize("columns", [64, 288])  # within a panel, and over two
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
-def test_experts_at_once_are_experts_one_by_one(fmt: Format) -> None:
-    weights = torch.stack([weight_of(16, 64, seed) for seed in range(3)])
-    goals = [objective(moments_of(correlated(200, 64, seed)), 0.01, "layer") for seed in range(3)]
+def test_experts_at_once_are_experts_one_by_one(columns: int, fmt: Format) -> None:
+    weights = torch.stack([weight_of(16, columns, seed) for seed in range(3)])
+    goals = [objective(moments_of(correlated(400, columns, seed)), 0.01, "layer") for seed in range(3)]
     together = Objective(*(torch.stack(parts) for parts in zip(*goals, strict=True)))
     unit = torch.stack([formats.portable_global_scale_for(w.abs().amax()) for w in weights]) if fmt is NVFP4 else None
     batched = gptq(weights, together, fmt, unit)
@@ -106,8 +107,12 @@ def test_a_singular_hessian_is_damped_until_it_can_be_factorised() -> None:
     )
 
 
+@pytest.mark.parametrize("panel", [1, 2, 128])  # an attempt fails before anything was written, or after
 @pytest.mark.parametrize("keep", [True, False])
-def test_damping_grows_tenfold_until_it_is_enough(keep: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_damping_grows_tenfold_until_it_is_enough(
+    keep: bool, panel: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fp4.methods.hessian._PANEL", panel)
     caplog.set_level(logging.INFO, "fp4")
     x = torch.tensor([[1.0, 1.0, 1.0]]) * torch.tensor([[2.0**8], [1.0]])
     moments = moments_of(x)

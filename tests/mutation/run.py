@@ -148,7 +148,8 @@ def survivors_of(source: Path, mutants: list[Mutant], package: Path) -> list[Mut
     import_as_in(imported)
     limit = 5 * (time.monotonic() - started) + 20
     alive = []
-    for mutant in mutants:
+    for number, mutant in enumerate(mutants, 1):
+        print(f"\r{number} of {len(mutants)}", end="\r", file=sys.stderr, flush=True)
         target.write_text(mutant.code, encoding="utf-8")
         if passes(tests, package.parent, limit):
             alive.append(mutant)
