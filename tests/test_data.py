@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import re
+import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from small_models import CHAT_TEMPLATE, TEXT, tokenizer
 
-from fp4.calibration.data import Samples, load_samples
+from fp4.calibration.data import Samples, from_recipe, load_samples
 from fp4.calibration.formatters import detect, formatter
-from fp4.calibration.recipe import read_recipe
+from fp4.calibration.recipe import Amounts, DatasetRecipe, Recipe, read_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -402,3 +406,306 @@ def test_an_empty_line_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path.write_text("\n" + path.read_text())
     with pytest.raises(ValueError, match=r"a\.jsonl\): line 1 is empty"):
         load_samples(path, tokenizer())
+
+
+# --- amounts, to the sample and to the token
+
+
+class Letters:
+    """Every letter a token of its own number, a 1 before them where special tokens are asked for."""
+
+    chat_template = CHAT_TEMPLATE
+
+    def __call__(self, text: str, add_special_tokens: bool, **kwargs: Any) -> Any:
+        assert kwargs == {"return_tensors": "pt", "verbose": False}
+        numbers = [1] * add_special_tokens + [ord(letter) for letter in text]
+        return type("Encoding", (), {"input_ids": torch.tensor([numbers])})
+
+    def apply_chat_template(self, turns: list[dict[str, str]], tokenize: bool) -> str:
+        assert not tokenize
+        return "".join(f"[{turn['role']}: {turn['content']}]" for turn in turns)
+
+
+def drawn(path: Path, rows: list[dict[str, object]], dataset: dict[str, Any], **amounts: Any) -> list[str]:
+    """The texts of the samples that a recipe gives, without the special token."""
+    write_jsonl(path / "rows.jsonl", rows)
+    recipe = Recipe(datasets=[DatasetRecipe(path="rows.jsonl", **dataset)], calibration=Amounts(**amounts))
+    found = from_recipe(recipe, Letters(), path).tokens
+    assert all(sample.dtype == torch.int64 and sample.dim() == 1 for sample in found)
+    return ["".join(map(chr, sample[sample != 1].tolist())) for sample in found]
+
+
+def test_samples_are_cut_and_the_shortest_that_is_kept_is_as_long_as_asked(tmp_path: Path) -> None:
+    rows = [{"text": letter * length} for letter, length in (("a", 4), ("b", 5), ("c", 6), ("d", 9), ("e", 0))]
+    # One token more than letters: 5, 6, 7, 10 and none.
+    found = drawn(tmp_path, rows, {}, min_token_length=6, max_seq_len=7)
+    assert sorted(found) == ["b" * 5, "c" * 6, "d" * 6]
+    assert sorted(drawn(tmp_path, rows, {}, min_token_length=1, max_seq_len=2)) == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("formatter", ["raw_text", "prompt_answer", "chat_completion", "sharegpt"])
+def test_only_what_has_no_template_begins_with_a_special_token(formatter: str, tmp_path: Path) -> None:
+    row = {"text": "abc", "prompt": "d", "answer": "e", "messages": CHAT, "conversations": SHARE}
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    dataset = DatasetRecipe(path="rows.jsonl", formatter=formatter)
+    recipe = Recipe(datasets=[dataset], calibration=Amounts(min_token_length=1))
+    (sample,) = from_recipe(recipe, Letters(), tmp_path).tokens
+    assert (sample[0] == 1) == (formatter in ("raw_text", "prompt_answer"))
+
+
+def test_plain_text_has_no_special_tokens(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("abcdefg")
+    assert [sample.tolist() for sample in load_samples(tmp_path / "text.txt", Letters(), 9, 3).tokens] == [
+        [97, 98, 99],
+        [100, 101, 102],
+    ]
+    whole = load_samples(tmp_path / "text.txt", Letters(), 2, 3)
+    assert not whole.warnings
+    assert (len(whole.tokens), whole.count) == (2, 6)
+    assert load_samples(tmp_path / "text.txt", Letters(), 3, 3).warnings == [
+        "text.txt holds 7 tokens: 2 samples of 3 tokens, 3 of 3 were asked for"
+    ]
+    assert load_samples(tmp_path / "text.txt", Letters(), 1, 8).warnings == [
+        "text.txt holds 7 tokens: 1 samples of 7 tokens, 1 of 8 were asked for"
+    ]
+    (tmp_path / "two.txt").write_text("ab")
+    assert load_samples(tmp_path / "two.txt", Letters(), 1, 8).tokens[0].tolist() == [97, 98]
+
+
+def test_the_digest_is_of_lengths_and_tokens() -> None:
+    samples = Samples([torch.tensor([1, 2]), torch.tensor([300])], "two")
+    stored = struct.pack("<Qqq", 2, 1, 2) + struct.pack("<Qq", 1, 300)
+    assert samples.sha256 == hashlib.sha256(stored).hexdigest()
+    assert samples.count == 3
+    assert samples.sha256 != Samples([torch.tensor([1]), torch.tensor([2, 300])], "two").sha256
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_seed_chooses_rows_and_their_order(streaming: bool, tmp_path: Path) -> None:
+    rows = [{"text": chr(97 + i) * 4} for i in range(20)]
+    options = {"min_token_length": 1, "max_samples": 6, "oversample_ratio": 1}
+
+    def chosen(seed: int) -> list[str]:
+        return drawn(tmp_path, rows, {"streaming": streaming}, seed=seed, **options)
+
+    found = [chosen(seed) for seed in range(3)]
+    assert all(len(texts) == len(set(texts)) == 6 for texts in found)
+    assert len({frozenset(texts) for texts in found}) == 3  # which rows
+    assert all(texts != sorted(texts) for texts in found)
+    assert found[1] == chosen(1)
+    # Where all rows are taken their order alone is left to the seed, of each dataset and of all of them together.
+    everything = [
+        drawn(tmp_path, rows, {"streaming": streaming}, seed=seed, min_token_length=1, max_samples=20)
+        for seed in range(2)
+    ]
+    assert everything[0] != everything[1]
+    assert sorted(everything[0]) == sorted(everything[1]) == [row["text"] for row in rows]
+
+
+def test_the_pool_is_shuffled_by_the_seed(tmp_path: Path) -> None:
+    """Of two datasets with equal rows each, only the order of the pool depends on the seed."""
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": name * 4}] * 8)
+
+    def order(seed: int) -> str:
+        amounts = Amounts(max_samples=16, min_token_length=1, oversample_ratio=1, seed=seed)
+        recipe = Recipe(datasets=[DatasetRecipe(path=f"{name}.jsonl") for name in "ab"], calibration=amounts)
+        return "".join(chr(sample[1]) for sample in from_recipe(recipe, Letters(), tmp_path).tokens)
+
+    found = {order(seed) for seed in range(4)}
+    assert len(found) == 4
+    assert {"".join(sorted(letters)) for letters in found} == {"a" * 8 + "b" * 8}
+    assert "aaaaaaaabbbbbbbb" not in found
+
+
+@pytest.mark.parametrize(
+    ("weights", "ratio", "counts"),
+    [([3, 1], 1, [9, 3]), ([1, 1], 1, [6, 6]), ([2, 1], 1.5, [12, 6]), ([1, 10], 1, [2, 11])],
+)
+def test_of_each_dataset_so_many_rows_are_drawn(
+    weights: list[float], ratio: float, counts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares of twelve, times the ratio, rounded up."""
+    from fp4.calibration import data
+
+    wanted: list[int] = []
+    rows = data._rows
+    monkeypatch.setattr(
+        data, "_rows", lambda dataset, count, *rest: wanted.append(count) or rows(dataset, count, *rest)
+    )
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": name * 4}] * 20)
+    listed = [DatasetRecipe(path=f"{name}.jsonl", weight=weight) for name, weight in zip("ab", weights, strict=True)]
+    amounts = Amounts(max_samples=12, min_token_length=1, oversample_ratio=ratio)
+    samples = from_recipe(Recipe(datasets=listed, calibration=amounts), Letters(), tmp_path)
+    assert wanted == counts
+    assert len(samples.tokens) == 12
+    assert not samples.warnings
+    assert samples.description == "12 samples of at most 512 tokens, drawn with seed 0 from a.jsonl, b.jsonl"
+
+
+def test_arguments_take_the_place_of_what_the_recipe_says(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", sentences(20))
+    (tmp_path / "r.yaml").write_text(
+        "datasets: [{path: a.jsonl}]\ncalibration: {max_samples: 7, max_seq_len: 30, seed: 5, min_token_length: 3}\n"
+    )
+    assert (
+        "7 samples of at most 30 tokens, drawn with seed 5" in load_samples(tmp_path / "r.yaml", Letters()).description
+    )
+    found = load_samples(tmp_path / "r.yaml", Letters(), 4, 20, 6)
+    assert "4 samples of at most 20 tokens, drawn with seed 6" in found.description
+    assert [len(sample) for sample in found.tokens] == [20] * 4
+    assert "drawn with seed 0" in load_samples(tmp_path / "r.yaml", Letters(), seed=0).description
+    assert "drawn with seed 3" in load_samples(tmp_path / "a.jsonl", Letters(), seed=3).description
+
+
+def test_defaults_of_a_recipe() -> None:
+    recipe = Recipe(datasets=[DatasetRecipe(path="x")])
+    assert recipe.calibration.model_dump() == {
+        "max_samples": 128,
+        "max_seq_len": 512,
+        "seed": 0,
+        "min_token_length": 16,
+        "oversample_ratio": 1.5,
+    }
+    assert recipe.datasets[0].model_dump() == {
+        "path": "x",
+        "name": None,
+        "split": "train",
+        "weight": 1.0,
+        "streaming": False,
+        "columns": None,
+        "formatter": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "amounts",
+    [
+        {"max_samples": 0},
+        {"max_seq_len": 1},
+        {"seed": -1},
+        {"min_token_length": 0},
+        {"oversample_ratio": 0.99},
+        {"oversample_ratio": float("inf")},
+        {"samples": 3},
+    ],
+    ids=str,
+)
+def test_amounts_out_of_range(amounts: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(amounts))):
+        Amounts(**amounts)
+    least = {"max_samples": 1, "max_seq_len": 2, "seed": 0, "min_token_length": 1, "oversample_ratio": 1}
+    assert Amounts(**least).model_dump() == least
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan")])
+def test_weights_are_positive_numbers(weight: float) -> None:
+    with pytest.raises(ValueError, match="weight"):
+        DatasetRecipe(path="x", weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("role", "said"),
+    [
+        ("human", "user"),
+        ("User", "user"),
+        ("gpt", "assistant"),
+        ("assistant", "assistant"),
+        ("model", "assistant"),
+        ("chatgpt", "assistant"),
+        ("bot", "assistant"),
+        ("system", "system"),
+        ("tool", "tool"),
+        ("function", "tool"),
+        ("observation", "tool"),
+        ("Narrator", "Narrator"),
+    ],
+)
+def test_roles_are_those_of_templates(role: str, said: str) -> None:
+    row = {"conversations": [{"from": role, "value": "x"}], "messages": [{"role": role, "content": "y"}]}
+    assert formatter("sharegpt", None, row, Letters())(row) == f"[{said}: x]"
+    assert formatter("chat_completion", None, row, Letters())(row) == f"[{said}: y]"
+
+
+def test_columns_are_found_in_the_order_of_their_names() -> None:
+    for names in (
+        ("text", "content", "document", "body", "article", "story", "code"),
+        ("prompt", "question", "instruction", "query", "problem", "input"),
+        ("answer", "response", "output", "completion", "chosen", "solution", "target"),
+    ):
+        for first, second in itertools.pairwise(names):
+            row = {second: "later", first: "earlier", "prompt_": 3, "text_": 4}
+            if "text" in names:
+                assert formatter("raw_text", None, row, None)(row) == "earlier"
+            elif "prompt" in names:
+                row |= {"target": "a"}
+                assert formatter("prompt_answer", None, row, None)(row) == "earlier\na"
+            else:
+                row |= {"input": "q"}
+                assert formatter("prompt_answer", None, row, None)(row) == "q\nearlier"
+
+
+def test_text_is_joined_by_lines_without_what_is_empty() -> None:
+    row = {"title": "T", "text": None, "body": "", "end": "E", "number": 7}
+    assert formatter("raw_text", ["title", "text", "body", "end", "number"], row, None)(row) == "T\nE\n7"
+    assert formatter("raw_text", {"a": "end", "b": "title"}, row, None)(row) == "E\nT"
+    assert formatter("raw_text", "end", row, None)(row) == "E"
+    assert formatter("prompt_answer", ["end", "title"], row, None)(row) == "E\nT"
+
+
+def test_what_a_row_is_taken_for() -> None:
+    both = {"messages": CHAT, "conversations": SHARE, "prompt": "a", "answer": "b", "text": "c"}
+    assert detect(both) == "chat_completion"
+    assert detect(both | {"messages": []}) == "sharegpt"
+    assert detect(both | {"messages": [], "conversations": "no list"}) == "prompt_answer"
+    assert detect({"prompt": "a", "answer": 1, "text": "c"}) == "raw_text"
+    assert detect({"prompt": 1, "answer": "b", "text": "c"}) == "raw_text"
+    assert detect({"anything": "c", "number": 1}) == "raw_text"
+    assert detect({"turns": [{"role": "user", "content": "x", "more": 1}]}) == "chat_completion"
+    for row in ({"a": "x", "b": "y"}, {"turns": [{"role": "user"}]}, {"turns": [{"from": "human"}]}, {"n": 1}):
+        with pytest.raises(ValueError, match="no formatter fits its columns"):
+            detect(row)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "message"),
+    [
+        ("raw_text", None, "finds no column of text among a, b, n"),
+        ("raw_text", ["a", "c"], "no column 'c'; its columns are a, b, n"),
+        ("prompt_answer", None, "finds no columns of prompt and answer among a, b, n"),
+        ("prompt_answer", {"prompt": "a"}, "needs the columns 'prompt' and 'answer', found prompt"),
+        ("prompt_answer", {"prompt": "a", "answer": "b", "more": "n"}, "found prompt, answer, more"),
+        ("prompt_answer", {"prompt": "a", "answer": "c"}, "no column 'c'"),
+        ("prompt_answer", {"prompt": "c", "answer": "a"}, "no column 'c'"),
+        ("prompt_answer", "a", "needs two columns, found 'a'"),
+        ("prompt_answer", ["a", "b", "n"], "needs two columns"),
+        ("chat_completion", None, "finds no column of turns among a, b, n"),
+        ("sharegpt", ["a", "b"], r"sharegpt reads one column, the turns; found \['a', 'b'\]"),
+        ("sharegpt", "c", "no column 'c'"),
+    ],
+)
+def test_columns_that_do_not_fit(name: str, columns: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        formatter(name, columns, {"a": "x", "b": "y", "n": 1}, Letters())
+
+
+def test_turns_are_found_by_the_usual_names() -> None:
+    for name, columns in (
+        ("chat_completion", ("messages", "conversation", "chat")),
+        ("sharegpt", ("conversations", "conversation")),
+    ):
+        turns = CHAT if name == "chat_completion" else SHARE
+        for column in columns:
+            row = {column: turns}
+            assert formatter(name, None, row, Letters())(row) == "[user: Hello?][assistant: Hello.]"
+            row = {"other": turns}
+            assert formatter(name, {"turns": "other"}, row, Letters())(row) == "[user: Hello?][assistant: Hello.]"
+
+
+def test_a_row_of_another_form_is_named(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"messages": CHAT}] * 3 + [{"messages": [{"role": "user", "content": None}]}]
+    assert drawn(tmp_path, rows, {}, min_token_length=1)
+    recipe = Recipe(datasets=[DatasetRecipe(path="rows.jsonl", formatter="sharegpt", columns="messages")])
+    with pytest.raises(ValueError, match=r"datasets\[0\] \(rows.jsonl\): a row does not have the form of sharegpt"):
+        from_recipe(recipe, Letters(), tmp_path)

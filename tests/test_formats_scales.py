@@ -111,6 +111,16 @@ def test_nvfp4_mse_is_the_minimum_over_all_scales() -> None:
         assert naive_error(block, f32(scale * unit)) <= best * (1 + 1e-5) + 1e-30
 
 
+def test_two_powers_above_abs_max_are_never_better_than_one() -> None:
+    """Which is why the search does not try them: abs_max leaves magnitudes below 8 steps.
+
+    Errors are straight lines between multiples of a quarter of a step, so these tell of everything between them.
+    """
+    for quarter in range(8 * 4 + 1):
+        value = quarter / 4
+        assert naive_error([value], 2.0) <= naive_error([value], 4.0)
+
+
 def test_mxfp4_mse_is_the_minimum_over_all_scales() -> None:
     blocks = blocks_of(MXFP4, seed=3, count=16)
     scales = quantize(blocks, MXFP4, "mse").scales.float().flatten().tolist()

@@ -271,7 +271,7 @@ FP4_TARGET_AVX2 __attribute__((noinline)) __m256i best_neighbour(const Quantizer
   const int8_t* offsets = B == 16 ? kNvfp4Offsets : kMxfp4Offsets;
   Search<B, kIsHalf, Bits> search(q, x, _mm256_min_epi32(_mm256_max_epi32(start, low), high));
   bool smaller = true;  // whether smaller scales than these are worth a try
-  for (int i = 1; i < (B == 16 ? 17 : 4); ++i) {
+  for (int i = 1; i < (B == 16 ? 17 : 3); ++i) {
     const __m256i moved = _mm256_add_epi32(start, _mm256_set1_epi32(offsets[i]));
     const __m256i candidates = _mm256_min_epi32(_mm256_max_epi32(moved, low), high);
     if (offsets[i] < 0) {

@@ -16,7 +16,7 @@ constexpr uint32_t kInfinityBits = 0x7f800000u;
 
 // Candidates of the `mse` search relative to the abs_max scale, nearest first, so that ties keep that one.
 constexpr int8_t kNvfp4Offsets[17] = {0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, -8, 8};
-constexpr int8_t kMxfp4Offsets[4] = {0, 1, -1, 2};
+constexpr int8_t kMxfp4Offsets[3] = {0, 1, -1};
 
 // Gaussian-optimal clipping of a block (QuEST, arXiv 2502.05003).
 constexpr float kQuestFactor = static_cast<float>(2.92247856 / 6.0);

@@ -119,7 +119,6 @@ FP4_BOTH uint8_t block_scale(const float (&values)[B], float amax, Rule rule, do
       Search<B> search(values, global_scale, static_cast<uint8_t>(floor));
       search.offer(static_cast<uint8_t>(clamp_int(floor + 1, 0, kE8m0Max)));
       search.offer(static_cast<uint8_t>(clamp_int(floor - 1, 0, kE8m0Max)));
-      search.offer(static_cast<uint8_t>(clamp_int(floor + 2, 0, kE8m0Max)));
       return search.best;
     }
     default:

@@ -292,10 +292,10 @@ def block_scale(blocks, unit, MX: tl.constexpr, RULE: tl.constexpr):
     elif RULE == "mse":
         start = best
         least = squared_error(blocks, best, unit, MX)
-        # Steps away from the start, nearest first: MXFP4 0 1 -1 2, NVFP4 0 -1 1 -2 2 .. -8 8.
-        for i in range(1, 4 if MX else 17):
+        # Steps away from the start, nearest first: MXFP4 0 1 -1, NVFP4 0 -1 1 -2 2 .. -8 8.
+        for i in range(1, 3 if MX else 17):
             if MX:
-                step = tl.where(i == 2, -1, (i + 1) // 2)
+                step = tl.where(i == 2, -1, 1)
                 other = tl.minimum(tl.maximum(start + step, 0), 252)
             else:
                 step = tl.where(i % 2 == 1, -(i + 1) // 2, i // 2)

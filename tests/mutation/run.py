@@ -1,0 +1,199 @@
+"""Mutation testing: small faults put into the code one by one, and whether the nearest tests notice.
+
+    python tests/mutation/run.py src/fp4/methods/gptq.py       # or folders; nothing for all that TESTS names
+    python tests/mutation/run.py --sample 60 src/fp4/pipeline  # of each file so many, drawn at random
+
+The mutants are cosmic-ray's (its operators, as a library). Its own runner starts a process for every mutant, which here
+is ten seconds of importing torch and Transformers for a second of tests; mutmut changes no function that has a
+decorator, which here are those that run without gradients and all context managers. So this script imports what is slow
+once and forks for each mutant. Mutants are put into a copy of the package, beside its compiled modules, never into
+the working tree. A test that fails, an error at import and a run without end count as noticed.
+
+Survivors are written to ``survivors.yaml`` beside this file, where each keeps the reason that was given for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import random
+import shutil
+import signal
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from operators import Mutant, mutants_of
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "src/fp4"
+SURVIVORS = Path(__file__).with_name("survivors.yaml")
+
+#: The tests that are nearest to each file, the fastest to notice first; of a folder, where its files are not named.
+TESTS = {
+    "calibration/data.py": "test_data",
+    "calibration/experts.py": "test_calibration_experts test_methods_experts",
+    "calibration/formatters.py": "test_data",
+    "calibration/observers.py": "test_methods_gptq test_methods_scales test_methods_walk",
+    "calibration/recipe.py": "test_data",
+    "methods/autoround.py": "test_methods_autoround test_methods_block test_methods_experts",
+    "methods/best.py": "test_methods_best test_methods_descent test_methods_block test_methods_experts",
+    "methods/block.py": "test_methods_block test_methods_walk test_methods_equalise test_methods_scales",
+    "methods/descent.py": "test_methods_descent test_methods_block",
+    "methods/equalise.py": "test_methods_equalise test_methods_block",
+    "methods/gptq.py": "test_methods_gptq test_methods_descent test_methods_block",
+    "methods/grid.py": "test_methods_gptq test_methods_descent test_methods_autoround",
+    "methods/hessian.py": "test_methods_gptq test_methods_descent test_methods_walk test_methods_block",
+    "methods/layerwise.py": "test_methods_walk test_methods_block test_methods_experts test_methods_autoround",
+    "methods/rtn.py": "test_methods_rtn test_methods_scales test_methods_block test_checkpoint_rtn",
+    "methods/scales.py": "test_methods_scales test_methods_block",
+    "methods/survey.py": "test_methods_scales test_methods_equalise",
+    "methods/walk.py": "test_methods_walk test_methods_block test_methods_experts",
+    "checkpoint": "test_checkpoint_codecs test_checkpoint_configurations test_checkpoint_quantizer test_checkpoint_rtn "
+    "test_checkpoint_writing test_convert test_inspect test_damaged",
+    "nn": "test_quantizer test_experts test_experts_loading test_fp8 test_fp8_experts test_gradient test_training "
+    "test_saving test_resizing",
+    "pipeline": "test_pipeline_report test_pipeline "
+    "test_pipeline_failures test_pipeline_resume test_pipeline_exhausted test_pipeline_half "
+    "test_pipeline_memory test_experts_pipeline",
+}
+
+
+def tests_for(source: Path) -> list[str]:
+    """The test files of one source file."""
+    name = str(source.relative_to(PACKAGE))
+    names = TESTS.get(name) or TESTS[name.split("/")[0]]
+    return [str(path) for test in names.split() if (path := ROOT / f"tests/{test}.py").is_file()]
+
+
+def sources(named: list[str]) -> list[Path]:
+    """The files that are named, those of folders that are named, or all that have tests in the table."""
+    paths = [Path(name).resolve() for name in named] or [PACKAGE / name for name in TESTS]
+    files = {file for path in paths for file in ([path] if path.is_file() else path.rglob("*.py"))}
+    return sorted(file for file in files if file.name != "__init__.py")
+
+
+def copy_package(folder: Path) -> Path:
+    """A copy of the package to be changed, with links to its compiled modules."""
+    target = folder / "fp4"
+    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for library in PACKAGE.rglob("*.so"):
+        (target / library.relative_to(PACKAGE)).symlink_to(library)
+    return target
+
+
+def import_as_in(imported: Path) -> None:
+    """Imports the libraries that a run of tests has noted, so that the forks that follow need not.
+
+    fp4 is not among them: each fork has its own, and its operators can be registered once in a process.
+    """
+    for name in imported.read_text(encoding="utf-8").split():
+        with contextlib.suppress(Exception):  # such as parts of a library that are imported in one order alone
+            importlib.import_module(name)
+
+
+def _libraries() -> list[str]:
+    inside = sysconfig.get_path("purelib")
+    return [
+        name for name, module in list(sys.modules.items()) if str(getattr(module, "__file__", "")).startswith(inside)
+    ]
+
+
+def passes(tests: list[str], folder: Path, limit: float, note: Path | None = None) -> bool:
+    """Whether the tests pass on the package in ``folder`` within ``limit`` seconds, in a fork of this process.
+
+    ``note`` is where the names of the libraries that they import are left.
+    """
+    child = os.fork()
+    if child == 0:
+        os.setsid()  # so that whatever it starts is ended with it
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):
+            os.dup2(null, stream)
+        os.environ["PYTHONPATH"] = str(folder)  # for the processes that tests start
+        sys.path.insert(0, str(folder))
+        sys.dont_write_bytecode = True
+        os.chdir(ROOT)
+        import pytest
+
+        status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+        if note is not None:
+            note.write_text(" ".join(_libraries()), encoding="utf-8")
+        os._exit(status)
+    ends = time.monotonic() + limit
+    status = None
+    while status is None and time.monotonic() < ends:
+        ended, code = os.waitpid(child, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(code) if ended else None
+        time.sleep(0.02)
+    if status is None:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return status == 0
+
+
+def survivors_of(source: Path, mutants: list[Mutant], package: Path) -> list[Mutant]:
+    """Those of ``mutants`` that the tests of ``source`` do not notice."""
+    target, tests = package / source.relative_to(PACKAGE), tests_for(source)
+    started = time.monotonic()
+    imported = package.parent / "imported"
+    if not passes(tests, package.parent, 3600, imported):
+        sys.exit(f"{source}: its tests fail without a fault; mend them first")
+    import_as_in(imported)
+    limit = 5 * (time.monotonic() - started) + 20
+    alive = []
+    for number, mutant in enumerate(mutants, 1):
+        print(f"\r{number} of {len(mutants)}", end="\r", file=sys.stderr, flush=True)
+        target.write_text(mutant.code, encoding="utf-8")
+        if passes(tests, package.parent, limit):
+            alive.append(mutant)
+            print(f"  {mutant.line}: {mutant.was}\n   -> {mutant.now}", flush=True)
+    shutil.copyfile(source, target)
+    return alive
+
+
+def record(source: Path, alive: list[Mutant], tried: list[Mutant]) -> None:
+    """Brings the list of survivors up to date with what was tried of one file; reasons stay with their mutants."""
+    known: list[dict[str, Any]] = yaml.safe_load(SURVIVORS.read_text(encoding="utf-8")) if SURVIVORS.exists() else []
+    name = str(source.relative_to(ROOT))
+    reasons = {(entry["was"], entry["now"]): entry["reason"] for entry in known or [] if entry["file"] == name}
+    again = {(mutant.was, mutant.now) for mutant in tried}
+    listed = [entry for entry in known or [] if entry["file"] != name or (entry["was"], entry["now"]) not in again]
+    keys = dict.fromkeys((mutant.was, mutant.now) for mutant in alive)
+    listed += [{"file": name, "was": was, "now": now, "reason": reasons.get((was, now), "")} for was, now in keys]
+    listed.sort(key=lambda entry: entry["file"])
+    SURVIVORS.write_text(yaml.safe_dump(listed, sort_keys=False, width=1000, allow_unicode=True), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sources", nargs="*", help="files or folders of src/fp4 (default: all that have tests)")
+    parser.add_argument("--sample", type=int, help="try so many mutants of each file, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    arguments = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)  # threads do not survive a fork
+    totals = []
+    with tempfile.TemporaryDirectory() as folder:
+        package = copy_package(Path(folder))
+        for source in sources(arguments.sources):
+            mutants = mutants_of(source.read_text(encoding="utf-8"))
+            if arguments.sample and len(mutants) > arguments.sample:
+                mutants = random.Random(arguments.seed).sample(mutants, arguments.sample)
+            print(f"{source.relative_to(ROOT)}: {len(mutants)} mutants", flush=True)
+            alive = survivors_of(source, mutants, package)
+            record(source, alive, mutants)
+            totals.append((source, len(mutants), len(mutants) - len(alive)))
+    for source, tried, noticed in totals:
+        print(f"{source.relative_to(ROOT)}: {noticed} of {tried} noticed ({noticed / max(tried, 1):.0%})")
+
+
+if __name__ == "__main__":
+    main()
