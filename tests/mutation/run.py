@@ -68,7 +68,7 @@ TESTS = {
 def tests_for(source: Path) -> list[str]:
     """The test files of one source file."""
     name = str(source.relative_to(PACKAGE))
-    names = TESTS.get(name) or TESTS[name.split("/")[0]]
+    names = TESTS.get(name) or TESTS[name.split("/", maxsplit=1)[0]]
     return [str(path) for test in names.split() if (path := ROOT / f"tests/{test}.py").is_file()]
 
 
