@@ -8,6 +8,8 @@ MODEL ?=
 PIP = $(VENV)/bin/pip install -q --only-binary=:all:
 PYTEST = $(VENV)/bin/python -m pytest -rs
 BOTH_CORES = -n 2 --dist worksteal
+NEWEST = $(VENV)/newest/installed
+NEWEST_PYTEST = $(VENV)/newest/bin/python -m pytest -rs $(BOTH_CORES)
 export TOKENIZERS_PARALLELISM = false
 # The environments below are for CPUs and Triton: compiling the CUDA kernels takes minutes, and `make cuda` does it.
 FP4_CUDA ?= 0
@@ -43,17 +45,23 @@ pytest-slow: $(VENV)/test $(FP4_SMOLLM2)
 
 # The parts that meet other packages, once more with the oldest supported versions of them.
 pytest-oldest: $(VENV)/oldest
-	PYTHONPATH=$(VENV)/oldest $(PYTEST) $(BOTH_CORES) $(MEET_TRANSFORMERS)
+	PYTHONPATH=$(VENV)/oldest $(PYTEST) $(BOTH_CORES) -m "not slow" $(MEET_TRANSFORMERS)
+
+# The same with today's releases, and what they meet besides: torch, Triton's interpreter, compressed-tensors.
+pytest-newest: $(NEWEST)
+	$(NEWEST_PYTEST) -m "not slow" $(MEET_TRANSFORMERS) tests/numerics tests/backends/test_cpu_kernels.py \
+		tests/backends/test_ops.py tests/parity/test_compressed_tensors.py
+	TRITON_INTERPRET=1 $(NEWEST_PYTEST) tests/backends/test_triton_kernels.py tests/backends/test_triton_experts.py
 
 # The Triton kernels on the CPU by Triton's interpreter, then their compilation for GPUs that need not be there.
 pytest-triton: $(VENV)/parity
-	PYTHONPATH=$(VENV)/parity TRITON_INTERPRET=1 $(PYTEST) $(BOTH_CORES) tests/test_triton_kernels.py \
-		tests/test_triton_experts.py tests/test_gpu_benchmarks.py
-	PYTHONPATH=$(VENV)/parity $(PYTEST) $(BOTH_CORES) tests/test_triton_compile.py
+	PYTHONPATH=$(VENV)/parity TRITON_INTERPRET=1 $(PYTEST) $(BOTH_CORES) tests/backends/test_triton_kernels.py \
+		tests/backends/test_triton_experts.py tests/benchmarks/test_gpu_benchmarks.py
+	PYTHONPATH=$(VENV)/parity $(PYTEST) $(BOTH_CORES) tests/backends/test_triton_compile.py
 
 # lm-eval's own hf model on quantized checkpoints, offline.
 pytest-lm-eval: $(VENV)/lm-eval
-	PYTHONPATH=$(VENV)/lm-eval $(PYTEST) tests/test_lm_eval.py
+	PYTHONPATH=$(VENV)/lm-eval $(PYTEST) tests/engines/test_lm_eval.py
 
 # Against other tools: FP-Quant's own Triton kernels, run by Triton's interpreter, then what compressed-tensors, ModelOpt
 # and auto-round make of checkpoints.
@@ -65,7 +73,7 @@ parity: $(VENV)/parity $(VENV)/parity-checkpoints
 # where FP4_BUILD_CACHE says: from nothing about eleven minutes of two cores and 18 GB, from there less than one.
 cuda: $(VENV)/test $(VENV)/disassembler
 	FP4_CPU=0 FP4_CUDA=1 $(VENV)/bin/python setup.py build_ext --inplace
-	FP4_REQUIRE_CUDA=1 PYTHONPATH=$(VENV)/disassembler $(PYTEST) $(BOTH_CORES) tests/test_cutlass_*.py
+	FP4_REQUIRE_CUDA=1 PYTHONPATH=$(VENV)/disassembler $(PYTEST) $(BOTH_CORES) tests/backends/test_cutlass_*.py tests/backends/test_linking.py
 
 # One configuration of the matmul: the instructions and the layouts are those of the others.
 cuda-if-nvcc:
@@ -101,10 +109,7 @@ clean:
 # --- environments. Each installs exact versions, from a lock in requirements/ that `make lock` refreshes.
 
 BUILD_INPUTS := pyproject.toml setup.py $(wildcard build_tools/*.py) csrc/binding_cpu.cpp $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
-MEET_TRANSFORMERS := tests/test_quantizer.py tests/test_damaged.py tests/test_saving.py tests/test_new_layers.py \
-	tests/test_training.py tests/test_gradient.py tests/test_hostile.py tests/test_experts.py \
-	tests/test_experts_loading.py tests/test_fp8_experts.py tests/test_resizing.py tests/test_adapters.py \
-	tests/test_copies.py
+MEET_TRANSFORMERS := tests/integrations tests/nn tests/checkpoint/test_hostile.py tests/checkpoint/test_damaged.py
 
 $(VENV)/torch: requirements/develop.txt
 	$(PYTHON) -m venv $(VENV)
@@ -131,6 +136,18 @@ $(OVERLAYS): $(VENV)/%: requirements/%.txt $(VENV)/test
 	rm -rf $@
 	$(PIP) --no-deps --target $@ -r $<
 	touch $@
+
+# Its torch is another one, so it is an environment of its own; the kernels are those that were built for .venv.
+$(NEWEST): requirements/newest.txt $(VENV)/test
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q --only-binary=:all: -r $<
+	FP4_CPU=0 $(@D)/bin/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+# Large packages that the overlay of the oldest versions takes from the environment below it, torch and what that needs first.
+SHARED_WITH_OLDEST = torch triton numpy pandas pyarrow sympy mpmath networkx setuptools \
+	$(shell sed -nE 's/^((nvidia|cuda)[a-z0-9-]*).*/\1/p' requirements/develop.txt | sort -u)
 
 # uv, because it resolves for every Python and platform at once and pip's own locks are for the machine that made them.
 UV = $(VENV)/bin/uv pip compile -q --universal --no-header --no-annotate --upgrade

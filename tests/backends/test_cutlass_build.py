@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 needs_setuptools = pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="setuptools is absent")
 pytestmark = [needs_setuptools, pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are for Linux")]
 

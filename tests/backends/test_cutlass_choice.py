@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parent.parent / "csrc" / "cuda"
+CSRC = Path(__file__).parents[2] / "csrc" / "cuda"
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the table with")
 SMALL = {10: (128, 64, 256), 12: (128, 128, 128)}
 LARGE = {10: (256, 256, 256), 12: (256, 128, 128)}

@@ -15,7 +15,7 @@ from small_models import TEXT, save_small
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import continuous_twin  # noqa: E402  (of the folder above)

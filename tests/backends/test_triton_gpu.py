@@ -1,10 +1,11 @@
 """The Triton backend on a CUDA GPU: sizes, graphs, compilation and devices that the interpreter cannot show.
 
-With ``tests/test_triton_kernels.py``, which runs there as well, these are all kernels against the reference. For memory
-errors run both under the checker, without the caching allocator, which would hide accesses beyond a tensor:
+With ``test_triton_kernels.py`` beside it, which runs there as well, these are all kernels against the reference. For
+memory errors run both under the checker, without the caching allocator, which would hide accesses beyond a tensor:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \\
-        python -m pytest -x tests/test_triton_kernels.py tests/test_triton_gpu.py -k "not (graph or compile or huge)"
+        pytest -x tests/backends/test_triton_kernels.py tests/backends/test_triton_gpu.py \\
+        -k "not (graph or compile or huge)"
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="readelf reads the libraries of Linux"),
     pytest.mark.skipif(shutil.which("readelf") is None, reason="there is no readelf (binutils)"),

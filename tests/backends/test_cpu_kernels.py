@@ -386,5 +386,5 @@ def test_narrower_instruction_sets(isa: str) -> None:
     skip = "narrower or interpreter or compiles"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"not ({skip})", __file__]
     environment = os.environ | {"FP4_CPU_ISA": isa}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert run.returncode == 0, run.stdout[-4000:]

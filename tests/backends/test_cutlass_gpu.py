@@ -2,9 +2,9 @@
 
 Where a GPU is at hand, also once each under its checker (torch's allocator would hide what memcheck looks for):
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m pytest tests/test_cutlass_gpu.py
-    compute-sanitizer --tool racecheck python -m pytest tests/test_cutlass_gpu.py -k quantize
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool initcheck python -m pytest tests/test_cutlass_gpu.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck pytest tests/backends/test_cutlass_gpu.py
+    compute-sanitizer --tool racecheck pytest tests/backends/test_cutlass_gpu.py -k quantize
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool initcheck pytest tests/backends/test_cutlass_gpu.py
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from fp4.numerics import elements, formats, tensors
 from fp4.numerics.formats import FORMATS, MXFP4, NVFP4, Format
 from fp4.numerics.rotation import hadamard, rotate
 
-CSRC = Path(__file__).parent.parent / "csrc" / "cuda"
+CSRC = Path(__file__).parents[2] / "csrc" / "cuda"
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the kernels with")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

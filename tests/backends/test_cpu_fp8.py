@@ -200,6 +200,10 @@ def test_the_portable_kernels_pass_too() -> None:
         pytest.skip("this is that process")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
-        command, env={**os.environ, "FP4_CPU_ISA": "scalar"}, cwd=Path(__file__).parent, capture_output=True, text=True
+        command,
+        env={**os.environ, "FP4_CPU_ISA": "scalar"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]

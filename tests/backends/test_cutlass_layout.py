@@ -21,7 +21,7 @@ from fp4.backends.cutlass import CutlassBackend, swizzle, unswizzle
 from fp4.numerics import formats
 from fp4.numerics.formats import FORMATS, Format
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc" / "cuda"
 BACKEND = CutlassBackend()
 FORMAT = pytest.mark.parametrize("fmt", list(FORMATS.values()), ids=list(FORMATS))
