@@ -81,7 +81,7 @@ def naive_error(block: list[float], scale: float) -> float:
 def naive_scale(block: list[float], fmt: Format, rule: str, unit: float) -> float:
     """Block scale (global scale not included) of the rules that are formulas."""
     amax = max(map(abs, block))
-    if fmt is NVFP4:
+    if fmt.name == NVFP4.name:
         return nearest_e4m3(f32(amax / f32(6 * unit)))
     if rule == "quest":
         mean = math.fsum(block) / len(block)

@@ -31,3 +31,13 @@ def sharded(source: Path, folder: Path, count: int = 3) -> Path:
         save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, folder / file, {"format": "pt"})
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def assert_index_fits(folder: Path) -> None:
+    """The index names every tensor with its file, and the bytes of all of them, as other readers count these."""
+    index = json.loads((folder / INDEX_NAME).read_text())
+    held = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+    assert len(held) > 1
+    assert index["weight_map"] == {name: file for file, tensors in held.items() for name in tensors}
+    sizes = [tensor.numel() * tensor.element_size() for tensors in held.values() for tensor in tensors.values()]
+    assert index["metadata"]["total_size"] == sum(sizes)

@@ -67,8 +67,12 @@ def save_small(architecture: str, folder: Path, dtype: torch.dtype = torch.bfloa
     torch.manual_seed(0)
     name, own = ARCHITECTURES[architecture]
     config = getattr(transformers, name)(**(_COMMON | own | options))
-    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
-    model.save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    # Transformers begins with biases of zero and gains of one (or zero), under which forgetting one would not show.
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    model.to(dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import assert_same_tensors, same_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,18 +53,6 @@ def layers_of(folder: Path) -> Iterator[tuple[str, dict[str, torch.Tensor], Stor
         assert scheme is not None
         stored = codec.read(tensors, scheme)
         yield layer, tensors, stored, as_stored(scheme, stored)
-
-
-def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
-def assert_same_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert set(found) == set(expected)
-    for name, tensor in expected.items():
-        flat = tensor.reshape(1) if tensor.ndim == 0 else tensor
-        assert found[name].shape == tensor.shape, name
-        assert same_bytes(found[name].reshape(flat.shape), flat), name
 
 
 @pytest.mark.parametrize(("name", "count", "scheme"), FIXTURES, ids=[row[0] for row in FIXTURES])

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import assert_same_files, packed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import auto
 
-from fp4 import CheckpointConfig, CheckpointHfQuantizer, FP4Linear, FPQuantConfig, backends
+from fp4 import CheckpointConfig, CheckpointHfQuantizer, FPQuantConfig, backends
 from fp4.checkpoint import codec_for
 from fp4.checkpoint.io.headers import Checkpoint, load
 from fp4.checkpoint.layers import packed_layers
@@ -49,10 +50,6 @@ def from_pretrained(path: Path, **options: object) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, **options)
 
 
-def packed(model: PreTrainedModel) -> dict[str, FP4Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, FP4Linear)}
-
-
 @pytest.mark.parametrize(("name", "dtype", "activations"), FIXTURES, ids=[row[0] for row in FIXTURES])
 def test_loads_packed_and_saves_the_same_bytes(
     name: str,
@@ -80,15 +77,7 @@ def test_loads_packed_and_saves_the_same_bytes(
     assert isinstance(model.lm_head, torch.nn.Linear)
 
     model.save_pretrained(tmp_path / "out")
-    expected: dict[str, torch.Tensor] = {}
-    for path in source.glob("*.safetensors"):
-        expected |= load_file(path)
-    found = load_file(tmp_path / "out/model.safetensors")
-    assert set(found) == set(expected)
-    for key, tensor in expected.items():
-        assert found[key].dtype == tensor.dtype, key
-        assert found[key].shape == tensor.shape, key
-        assert found[key].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), key
+    assert_same_files(tmp_path / "out", source)
     if not name.startswith("fpquant"):
         theirs = json.loads((source / "config.json").read_text())["quantization_config"]
         assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"] == theirs

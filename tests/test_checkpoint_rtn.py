@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from comparing import assert_same_tensors
+from shards import tensors_of
 from transformers import AutoModelForCausalLM
 
 from fp4 import FPQuantConfig
@@ -153,16 +154,6 @@ def test_fp_quants_nvfp4_is_abs_max_of_the_rotated_weight(shared: Callable[[str]
 # --- from the source model to the tool's file ------------------------------------------------------------------------
 
 
-def bytes_of(folder: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
-    tensors: dict[str, torch.Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        tensors |= load_file(path)
-    return {
-        name: (tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        for name, tensor in tensors.items()
-    }
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -185,11 +176,10 @@ def test_a_model_rounded_by_a_tools_rule_is_saved_as_the_tools_own_file(
     source = shared("fixtures/source-qwen3moe" if name.endswith("moe") else "fixtures/source-llama")
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "out")
-    ours, theirs = bytes_of(tmp_path / "out"), bytes_of(shared(f"fixtures/{name}"))
+    ours, theirs = tensors_of(tmp_path / "out"), tensors_of(shared(f"fixtures/{name}"))
     # Scales of activations come from calibration data.
     theirs = {key: value for key, value in theirs.items() if not key.endswith((".input_global_scale", ".input_scale"))}
-    assert set(ours) == set(theirs)
-    assert [key for key in ours if ours[key] != theirs[key]] == []
+    assert_same_tensors(ours, theirs)
 
 
 def test_tool_rules_keep_to_their_formats() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import assert_same_files
 from conftest import make_llama
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fp4 import CheckpointConfig, FP4Linear, FPQuantConfig
@@ -40,11 +40,7 @@ def test_saved_and_loaded_is_the_same_model(
     with torch.no_grad():
         assert torch.equal(model(token_ids).logits, again(token_ids).logits)
     again.save_pretrained(tmp_path / "again")
-    first, second = load_file(tmp_path / "out/model.safetensors"), load_file(tmp_path / "again/model.safetensors")
-    assert first.keys() == second.keys()
-    assert all(
-        torch.equal(first[key].view(-1).view(torch.uint8), second[key].view(-1).view(torch.uint8)) for key in first
-    )
+    assert_same_files(tmp_path / "again", tmp_path / "out")
     assert json.loads((tmp_path / "again/config.json").read_text()) == json.loads(
         (tmp_path / "out/config.json").read_text()
     )

@@ -279,7 +279,7 @@ def test_failures_of_the_machine_exit_with_3(
 def test_folders_of_the_hub_come_from_an_env_file(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text(f"HF_HOME={tmp_path / 'hub'}\n")
     code = (
-        "import atexit; from huggingface_hub import constants; atexit.register(lambda: print(constants.HF_HOME)); "
+        "import atexit, importlib; atexit.register(lambda: print(importlib.import_module('huggingface_hub.constants').HF_HOME)); "
         "from fp4.cli import main; main()"
     )
     command = [sys.executable, "-c", code, "schemes"]

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import assert_same_files
+from conftest import make_llama
 from safetensors.torch import load_file, save_file
-from shards import sharded, tensors_of
+from shards import assert_index_fits, sharded, tensors_of
 
 from fp4.checkpoint import codec_for
 from fp4.checkpoint.convert import FORMATS, convert
@@ -21,15 +23,6 @@ from fp4.checkpoint.io.shards import ShardWriter, Spec
 from fp4.checkpoint.layers import packed_layers
 from fp4.errors import OptionError
 from fp4.numerics.formats import dequantize
-
-
-def assert_same_bytes(found: Path, expected: Path) -> None:
-    a, b = tensors_of(found), tensors_of(expected)
-    assert set(a) == set(b)
-    for name in b:
-        assert a[name].dtype == b[name].dtype, name
-        assert a[name].shape == b[name].shape, name
-        assert a[name].reshape(-1).view(torch.uint8).equal(b[name].reshape(-1).view(torch.uint8)), name
 
 
 def values_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -97,7 +90,7 @@ def test_every_way_there_and_back_is_byte_exact_or_refused(
         assert (there.source_format, there.target_format) == (back, to)
         assert_same_values(tmp_path / to, source)
         convert(tmp_path / to, tmp_path / f"{to}-back", back)
-        assert_same_bytes(tmp_path / f"{to}-back", source)
+        assert_same_files(tmp_path / f"{to}-back", source)
     assert {path.name for path in tmp_path.iterdir()} == {*holders, *(f"{to}-back" for to in holders)}
 
 
@@ -149,7 +142,7 @@ def test_what_fp4_writes_converts_to_every_format_and_back(
         assert_same_values(folder, packed)
         assert torch.equal(logits_of(folder, token_ids), expected), to
         previous = folder
-    assert_same_bytes(previous, packed)
+    assert_same_files(previous, packed)
 
 
 def test_refusals_come_before_anything_is_written(shared: Callable[[str], Path], tmp_path: Path) -> None:
@@ -222,7 +215,7 @@ def test_gpt_oss_experts_come_back(tmp_path: Path) -> None:
     config = {"dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm"]}}
     (source / "config.json").write_text(json.dumps(config))
     convert(source, tmp_path / "out", "mxfp4")
-    assert_same_bytes(tmp_path / "out", source)
+    assert_same_files(tmp_path / "out", source)
     with pytest.raises(ValueError, match=r"stacks matrices \(4,\), for which compressed-tensors has no place"):
         convert(source, tmp_path / "bad", "compressed-tensors")
 
@@ -232,8 +225,7 @@ def test_layers_split_over_shards(packed: Path, tmp_path: Path) -> None:
     result = convert(source, tmp_path / "out", "modelopt")
     assert (result.shards, result.layers) == (3, 14)
     assert_same_values(tmp_path / "out", packed)
-    index = json.loads((tmp_path / "out" / INDEX_NAME).read_text())
-    assert set(index["weight_map"]) == set(tensors_of(tmp_path / "out"))
+    assert_index_fits(tmp_path / "out")
     assert (tmp_path / "out/hf_quant_config.json").is_file()
     for path in (tmp_path / "out").glob("*.safetensors"):  # aligned, as safetensors itself writes them
         header = read_header(path)
@@ -241,7 +233,7 @@ def test_layers_split_over_shards(packed: Path, tmp_path: Path) -> None:
             assert (info.start - 8) % {"F32": 4, "BF16": 2}.get(info.dtype, 1) == 0
         assert header.metadata == {"format": "pt"}
     convert(tmp_path / "out", tmp_path / "back", "fp_quant")
-    assert_same_bytes(tmp_path / "back", packed)
+    assert_same_files(tmp_path / "back", packed)
 
 
 def test_an_interrupted_conversion_goes_on(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,6 +330,45 @@ def test_an_existing_target_is_replaced_only_on_request(packed: Path, tmp_path: 
         convert(tmp_path / "out", tmp_path / "out", "modelopt", overwrite=True)
     with pytest.raises(ValueError, match="'gguf'; expected one of fp_quant"):
         convert(packed, tmp_path / "other", "gguf")
+
+
+def test_what_an_interrupted_conversion_with_other_options_left_is_not_taken(
+    shared: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = sharded(shared("fixtures/llmcompressor-NVFP4"), tmp_path / "source")
+
+    def interrupt(position: int, total: int) -> None:
+        if position > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", "fp_quant", progress=interrupt)
+    result = convert(source, tmp_path / "out", "fp_quant", weight_only=True)
+    assert result.resumed_shards == 0
+    # FP-Quant's format says by a third that a file has no scale of its inputs.
+    scales = [tensor for name, tensor in tensors_of(tmp_path / "out").items() if name.endswith("act_global_scale")]
+    assert len(scales) == 14
+
+
+@pytest.mark.parametrize(
+    ("to", "key"), [("compressed-tensors", "ignore"), ("modelopt", "ignore"), ("fp_quant", "modules_to_not_convert")]
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_layer_that_is_not_packed_is_named(tied: bool, to: str, key: str, tmp_path: Path) -> None:
+    """A head that is tied to the embedding has no tensor of its own, and is kept all the same."""
+    from transformers import AutoModelForCausalLM
+
+    from fp4 import FPQuantConfig
+
+    make_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "dense")
+    config = FPQuantConfig("nvfp4", activation_dtype="model", modules_to_not_convert=["lm_head", "o_proj"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "packed")
+    result = convert(tmp_path / "packed", tmp_path / "out", to)
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"][key]
+    heads = ["lm_head", "model.embed_tokens"]
+    assert found == sorted([*heads, *(f"model.layers.{block}.self_attn.o_proj" for block in range(2))])
+    assert (result.layers, result.kept) == (12, 4)
 
 
 def test_every_format_name_is_offered() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from fp4.numerics.elements import E2M1_VALUES, decode_e2m1, encode_e2m1, pack_co
 from fp4.numerics.formats import (
     MXFP4,
     NVFP4,
+    WEIGHT_FORMATS,
     Format,
     dequantize,
     effective_scales,
@@ -115,6 +120,39 @@ def test_quantizing_what_was_dequantized_changes_nothing(fmt: Format, rule: str,
     codes, scales, global_scale = quantize(x, fmt, rule)
     once = dequantize(codes, scales, global_scale)
     assert torch.equal(bits(dequantize(*quantize(once, fmt, rule, global_scale))), bits(once))
+
+
+WIDE = [replace(MXFP4, block_size=64), replace(NVFP4, block_size=32), replace(NVFP4, block_size=64)]
+
+
+@pytest.mark.parametrize(
+    ("fmt", "rule"),
+    [(fmt, rule) for fmt in WIDE for rule in fmt.rules if rule not in ("mse", "four_over_six")],
+    ids=lambda v: f"{v.name}-{v.block_size}" if isinstance(v, Format) else v,
+)
+def test_a_wide_variant_rounds_as_its_format_does_with_more_elements_a_scale(fmt: Format, rule: str) -> None:
+    x = blocks_of(fmt, seed=4, count=24)[8:]
+    codes, scales, global_scale = quantize(x, fmt, rule)
+    assert (scales.dtype, scales.shape, codes.shape) == (fmt.scale_dtype, (16, 1), (16, fmt.block_size // 2))
+    unit = 1.0 if global_scale is None else f32(float(x.abs().max()) / (6 * 448))
+    assert global_scale is None or global_scale == unit
+    for row, found, scale in zip(
+        x.tolist(), unpack_codes(codes).tolist(), scales.float().flatten().tolist(), strict=True
+    ):
+        assert scale == naive_scale(row, fmt, rule, unit)
+        quotients = [f32(value / f32(scale * unit)) for value in row]
+        assert found == [nearest_e2m1(q) | (math.copysign(1, q) < 0) << 3 for q in quotients]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda fmt: pickle.loads(pickle.dumps(fmt))])
+def test_copies_of_a_format_are_equal_by_value_and_the_named_ones_are_themselves(copied: Any) -> None:
+    for fmt in WIDE:
+        assert copied(fmt) == fmt
+        assert copied(fmt).block_size == fmt.block_size
+        assert fmt not in (NVFP4, MXFP4)
+    for known in WEIGHT_FORMATS.values():
+        assert copied(known) is known
+    assert replace(WIDE[1], block_size=16) == NVFP4
 
 
 @each_rule

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import assert_same_files, packed_experts, same_logits
 from moe import make_moe
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,7 +23,7 @@ from fp4.checkpoint.convert import convert
 from fp4.checkpoint.inspect import inspect
 from fp4.checkpoint.io.headers import Checkpoint
 from fp4.cli import app
-from fp4.nn import FP4Experts, FP4GroupedLinear
+from fp4.nn import FP4GroupedLinear
 from fp4.numerics.formats import FP8, NVFP4, dequantize, fake_quantize_fp8
 from fp4.scheme import SCHEMES
 
@@ -44,26 +45,9 @@ def load_model(path: Path, **options: object) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **extra)
 
 
-def experts_of(model: nn.Module) -> dict[str, FP4Experts]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, FP4Experts)}
-
-
 def formats_of(model: nn.Module) -> dict[str, str]:
     packed = (FP4Linear, FP4GroupedLinear)
     return {name: module.scheme.format.name for name, module in model.named_modules() if isinstance(module, packed)}
-
-
-def same_logits(a: nn.Module, b: nn.Module, token_ids: torch.Tensor) -> bool:
-    with torch.no_grad():
-        return torch.equal(a(token_ids).logits, b(token_ids).logits)
-
-
-def require_same_tensors(found: Path, expected: Path) -> None:
-    a, b = (load_file(folder / "model.safetensors") for folder in (found, expected))
-    assert a.keys() == b.keys()
-    for key, tensor in b.items():
-        assert (a[key].dtype, a[key].shape) == (tensor.dtype, tensor.shape), key
-        assert torch.equal(a[key].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), key
 
 
 def quantization_config(folder: Path) -> dict[str, object]:
@@ -80,8 +64,8 @@ def test_llm_compressors_granite_has_its_values_and_is_saved_with_the_same_bytes
     source = shared(FIXTURE)
     model = load_model(source)
     stored = load_file(source / "model.safetensors")
-    assert len(experts_of(model)) == 2
-    for prefix, experts in experts_of(model).items():
+    assert len(packed_experts(model)) == 2
+    for prefix, experts in packed_experts(model).items():
         for part, (weight, projection) in experts.matrices().items():
             assert projection.scheme.format is FP8
             values = dequantize(*weight)
@@ -96,7 +80,7 @@ def test_llm_compressors_granite_has_its_values_and_is_saved_with_the_same_bytes
         expected = stored[f"{name}.weight"].float() * stored[f"{name}.weight_scale"].float()
         assert torch.equal(module.dequantize(), expected)
     model.save_pretrained(tmp_path / "out")
-    require_same_tensors(tmp_path / "out", source)
+    assert_same_files(tmp_path / "out", source)
     assert same_logits(model, load_model(tmp_path / "out"), token_ids)
 
 
@@ -158,14 +142,14 @@ def test_saved_and_loaded_is_the_same_model(
     assert formats_of(again) == formats
     assert same_logits(model, again, token_ids)
     again.save_pretrained(tmp_path / "again")
-    require_same_tensors(tmp_path / "again", tmp_path / "out")
+    assert_same_files(tmp_path / "again", tmp_path / "out")
 
 
 def test_it_generates_what_its_dequantized_twin_does(granite: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
     load_model(granite, scheme="fp8_dynamic", checkpoint_format="compressed-tensors").save_pretrained(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).dequantize()
-    assert not experts_of(twin)
+    assert not packed_experts(twin)
     with torch.no_grad():
         logits = model(token_ids).logits
         torch.testing.assert_close(logits, twin(token_ids).logits, rtol=1e-4, atol=1e-4)
@@ -224,7 +208,7 @@ def test_mixed_precision_converts_there_and_back(granite: Path, token_ids: torch
         convert(previous, folder, to)
         assert same_logits(model, load_model(folder), token_ids)
         previous = folder
-    require_same_tensors(previous, tmp_path / "compressed-tensors")
+    assert_same_files(previous, tmp_path / "compressed-tensors")
 
 
 # --- FP8 activations -------------------------------------------------------------------------------------------------
@@ -233,7 +217,7 @@ def test_mixed_precision_converts_there_and_back(granite: Path, token_ids: torch
 @pytest.mark.parametrize("weights", ["fp8", "nvfp4"])
 def test_fp8_activations_of_experts_are_emulated_where_asked(weights: str, granite: Path) -> None:
     model = load_model(granite, forward_dtype=weights, activation_dtype="fp8")
-    experts = next(iter(experts_of(model).values()))
+    experts = next(iter(packed_experts(model).values()))
     assert all(projection.quantizes_input for projection in experts.packed().values())
     torch.manual_seed(0)
     projection = experts.packed()["down_proj"]
@@ -271,7 +255,7 @@ def test_modelopts_w4a8_experts_keep_their_input_scales(granite: Path, token_ids
     asked.activation_dtype = "fp8"
     with pytest.warns(UserWarning, match="loading attributes"):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=asked, dtype=torch.bfloat16)
-    for experts in experts_of(loaded).values():
+    for experts in packed_experts(loaded).values():
         for projection in experts.packed().values():
             assert projection.scheme.format is NVFP4
             assert projection.quantizes_input
@@ -280,7 +264,7 @@ def test_modelopts_w4a8_experts_keep_their_input_scales(granite: Path, token_ids
     with torch.no_grad():
         assert torch.isfinite(loaded(token_ids).logits).all()
     loaded.save_pretrained(tmp_path / "again")
-    require_same_tensors(tmp_path / "again", tmp_path / "out")
+    assert_same_files(tmp_path / "again", tmp_path / "out")
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -305,14 +289,14 @@ def test_fp4_quantize_mixes_precisions(shared: Callable[[str], Path], token_ids:
         for suffix in ("weight", "weight_scale"):
             assert torch.equal(ours[f"{name}.{suffix}"].float(), theirs[f"{name}.{suffix}"].float())
     model.save_pretrained(tmp_path / "saved")
-    require_same_tensors(tmp_path / "saved", out)
+    assert_same_files(tmp_path / "saved", out)
     assert inspect(out, values=True).problems == []
     previous = out
     for to in ("modelopt", "fp_quant", "compressed-tensors"):
         convert(previous, tmp_path / to, to)
         assert same_logits(model, load_model(tmp_path / to), token_ids)
         previous = tmp_path / to
-    require_same_tensors(previous, out)
+    assert_same_files(previous, out)
 
 
 def test_experts_that_fp_quant_left_as_they_were_stay_so(
@@ -320,12 +304,12 @@ def test_experts_that_fp_quant_left_as_they_were_stay_so(
 ) -> None:
     """FP-Quant itself quantizes Linear layers alone, and its configuration does not say so."""
     model = load_model(granite, forward_dtype="nvfp4", modules_to_not_convert=["lm_head", "experts"])
-    assert not experts_of(model)
+    assert not packed_experts(model)
     model.save_pretrained(tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
     config["quantization_config"]["modules_to_not_convert"] = ["lm_head"]
     (tmp_path / "out/config.json").write_text(json.dumps(config))
     again = load_model(tmp_path / "out")
-    assert not experts_of(again)
+    assert not packed_experts(again)
     assert formats_of(again) == formats_of(model)
     assert same_logits(model, again, token_ids)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import assert_same_files, packed, same_logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from fp4 import FP4Linear, FPQuantConfig
+from fp4 import FPQuantConfig
 from fp4.checkpoint.convert import convert
 from fp4.checkpoint.inspect import inspect
 from fp4.numerics.formats import FP8, NVFP4
@@ -30,29 +31,13 @@ def load(path: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
 
 
-def packed(model: PreTrainedModel) -> dict[str, FP4Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, FP4Linear)}
-
-
-def same_logits(a: PreTrainedModel, b: PreTrainedModel, token_ids: torch.Tensor) -> bool:
-    with torch.no_grad():
-        return torch.equal(a(token_ids).logits, b(token_ids).logits)
-
-
-def same_files(found: Path, expected: Path) -> bool:
-    a, b = (load_file(folder / "model.safetensors") for folder in (found, expected))
-    return a.keys() == b.keys() and all(
-        a[key].dtype == b[key].dtype and torch.equal(a[key].view(torch.uint8), b[key].view(torch.uint8)) for key in b
-    )
-
-
 def test_saved_as_compressed_tensors_it_is_what_llm_compressor_writes(
     shared: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = quantized(shared("fixtures/source-llama"), scheme="fp8_dynamic", checkpoint_format="compressed-tensors")
     model.save_pretrained(tmp_path / "out")
     theirs = shared("fixtures/llmcompressor-FP8_DYNAMIC")
-    assert same_files(tmp_path / "out", theirs)
+    assert_same_files(tmp_path / "out", theirs)
     configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", theirs)]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
@@ -69,7 +54,7 @@ def test_saved_and_loaded_is_the_same_model(
     assert len(packed(again)) == 14
     assert same_logits(model, again, token_ids)
     again.save_pretrained(tmp_path / "again")
-    assert same_files(tmp_path / "again", tmp_path / "out")
+    assert_same_files(tmp_path / "again", tmp_path / "out")
 
 
 def test_logits_are_close_to_the_source(llama: Path, token_ids: torch.Tensor) -> None:
@@ -144,7 +129,7 @@ def test_mixed_precision_converts_there_and_back(llama: Path, token_ids: torch.T
         assert inspect(folder, values=True).schemes == {"fp8_dynamic": 8, "nvfp4a16": 6}
         assert same_logits(model, load(folder), token_ids)
         previous = folder
-    assert same_files(previous, tmp_path / "compressed-tensors")
+    assert_same_files(previous, tmp_path / "compressed-tensors")
     first, last = (
         json.loads((folder / "config.json").read_text())["quantization_config"]
         for folder in (tmp_path / "compressed-tensors", previous)

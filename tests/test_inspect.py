@@ -225,3 +225,31 @@ def test_a_link_that_leads_nowhere_is_named_as_itself(indexed: bool, llama: Path
         (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
     with pytest.raises(ValueError, match=r"model\.safetensors is a link to \.\./blobs/1234, which does not exist"):
         inspect(folder)
+
+
+def test_bits_per_weight_and_zero_scales_by_hand(tmp_path: Path) -> None:
+    """NVFP4 layers of [4, 32] and [8, 64], with 4-byte scales of weight and input beside the blocks."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, rows, columns in (("model.layers.2.q_proj", 4, 32), ("model.layers.10.o_proj", 8, 64)):
+        tensors[f"{name}.weight_packed"] = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+        scales = torch.full((rows, columns // 16), 0x38, dtype=torch.uint8)
+        scales[0, :2] = 0
+        tensors[f"{name}.weight_scale"] = scales.view(torch.float8_e4m3fn)
+        tensors |= {f"{name}.{key}_global_scale": torch.ones(1) for key in ("weight", "input")}
+    tensors["lm_head.weight"] = torch.zeros(5, 32, dtype=torch.bfloat16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    args = {"num_bits": 4, "type": "float", "group_size": 16}
+    group = {"targets": ["Linear"], "weights": args, "input_activations": args}
+    quantization = {"quant_method": "compressed-tensors", "config_groups": {"g": group}, "ignore": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    found = inspect(tmp_path, values=True)
+    nbytes = {"model.layers.2.q_proj": 4 * 16 + 4 * 2 + 8, "model.layers.10.o_proj": 8 * 32 + 8 * 4 + 8}
+    weights = {"model.layers.2.q_proj": 4 * 32, "model.layers.10.o_proj": 8 * 64}
+    assert [row.name for row in found.layers] == list(weights), "layers 2 before 10"
+    for row in found.layers:
+        assert row.bits_per_weight == 8 * nbytes[row.name] / weights[row.name]
+        assert row.shape == ((4, 32) if "q_proj" in row.name else (8, 64))
+        assert row.problems == [f"2 of {weights[row.name] // 16} block scales are zero"]
+    assert found.bits_per_weight == 8 * sum(nbytes.values()) / sum(weights.values())
+    assert found.bytes == sum(nbytes.values()) + 5 * 32 * 2
+    assert [(row.name, row.dtype, row.shape) for row in found.kept] == [("lm_head", "BF16", (5, 32))]

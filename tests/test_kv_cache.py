@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import assert_same_files
 from safetensors.torch import load_file, save_file
+from shards import tensors_of
 from transformers import AutoModelForCausalLM
 
 from fp4 import FP4Linear
@@ -45,20 +47,8 @@ def with_cache(shared: Callable[[str], Path], tmp_path: Path) -> Callable[..., P
     return make
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def cache_of(folder: Path) -> dict[str, float]:
     return {name: t.item() for name, t in tensors_of(folder).items() if name in cache_tensors([name])}
-
-
-def same(a: Path, b: Path) -> bool:
-    x, y = tensors_of(a), tensors_of(b)
-    return x.keys() == y.keys() and all(
-        x[k].shape == y[k].shape and torch.equal(x[k].view(-1).view(torch.uint8), y[k].view(-1).view(torch.uint8))
-        for k in y
-    )
 
 
 def quantization(folder: Path, file: str = "config.json") -> dict[str, object]:
@@ -79,7 +69,7 @@ def test_loading_and_saving_keep_them(
     assert any(isinstance(module, FP4Linear) for module in model.modules())
     model.save_pretrained(tmp_path / "out")
     assert len(cache_of(tmp_path / "out")) == 4
-    assert same(tmp_path / "out", source)
+    assert_same_files(tmp_path / "out", source)
     for file in ("config.json", "hf_quant_config.json"):
         assert quantization(tmp_path / "out", file) == quantization(source, file)
 
@@ -100,7 +90,7 @@ def test_converting_to_compressed_tensors_and_back(
     assert "model.layers.1.self_attn.v_scale" in names
     assert "4 scales of a quantized KV cache" in " ".join(inspect(tmp_path / "there").notes)
     convert(tmp_path / "there", tmp_path / "back", "modelopt")
-    assert same(tmp_path / "back", source)
+    assert_same_files(tmp_path / "back", source)
     assert quantization(tmp_path / "back")["kv_cache_scheme"] == FP8
     assert quantization(tmp_path / "back", "hf_quant_config.json")["kv_cache_quant_algo"] == "FP8"
 

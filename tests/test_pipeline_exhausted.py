@@ -31,7 +31,7 @@ import torch
 torch.set_num_threads(1)
 import fp4
 from fp4 import cli
-from fp4.pipeline.calibrate import BlockCalibration
+from fp4.pipeline import calibrate as blocks
 from safetensors import safe_open
 
 arguments, out = json.loads(sys.argv[1]), Path(sys.argv[2])
@@ -101,13 +101,13 @@ def full_at_tensor(number):
     return patch
 
 def full_at_block_1():
-    original = BlockCalibration._states
+    original = blocks.BlockCalibration._states
     def states(self, number, kind, hidden):
         if number == 2:
             with no_more_than(16 << 20):
                 torch.empty(64 << 20, dtype=torch.uint8)
         return original(self, number, kind, hidden)
-    BlockCalibration._states = states
+    blocks.BlockCalibration._states = states
 
 small, calibrates = sys.argv[3:]
 fp4.quantize(small, f"{out}-warm", "nvfp4", "gptq", samples=2, seq_len=16, device="cpu")  # loads what is loaded late

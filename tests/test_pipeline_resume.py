@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -254,3 +255,77 @@ def test_shards_that_are_finished_stay_when_others_are_planned_anew(
     fp4.quantize(**call, skip=[layer])  # type: ignore[arg-type]
     assert finished.isdisjoint(written)
     assert len(finished) + len(written) == len(set(index.values()))
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+    """A folder with unfinished work, and the call that it is the work of."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    model, text = save_small("llama", folder / "model"), save_text(folder)
+    call: dict[str, object] = {
+        "model": model, "out": folder / "out", "scheme": "nvfp4", "method": "gptq", "data": text, "samples": 2,
+        "seq_len": 32, "device": "cpu",
+    }  # fmt: skip
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("calibrating", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fp4.quantize(**call, progress=stop)
+    return folder, call
+
+
+# What each option is changed to, and what the refusal calls it where that is another name.
+CHANGES: dict[str, tuple[object, str]] = {
+    "scheme": ("nvfp4a16", "scheme"),
+    "method": ("best", "method"),
+    "options": ({"damping": 0.1}, "options"),
+    "format": ("fp_quant", "format"),
+    "rotation": ("hadamard64", "rotation"),
+    "rule": ("abs_max", "rule"),
+    "skip": (["down_proj"], "skip"),
+    "only": (["down_proj"], "only"),
+    "overrides": (["down_proj=keep"], "overrides"),
+    "seed": (1, "seed"),
+    "samples": (3, "samples"),
+    "seq_len": (16, "seq_len"),
+    "experts": ("routed", "experts"),
+    "data": (None, "data"),
+}
+
+
+@pytest.mark.parametrize("option", CHANGES)
+def test_work_under_another_option_is_not_gone_on_with(
+    option: str, interrupted: tuple[Path, dict[str, object]]
+) -> None:
+    _, call = interrupted
+    value, named = CHANGES[option]
+    with pytest.raises(ValueError, match=rf"another request \(it differs in (\w+, )*{named}(, \w+)*\)"):
+        fp4.quantize(**call | {option: value})
+
+
+@pytest.mark.parametrize(("file", "named"), [("model/model.safetensors", "checkpoint"), ("text.txt", "data")])
+def test_work_on_another_file_of_the_same_name_and_size_is_not_gone_on_with(
+    file: str, named: str, interrupted: tuple[Path, dict[str, object]]
+) -> None:
+    folder, call = interrupted
+    status = (folder / file).stat()
+    os.utime(folder / file, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000_000))
+    with pytest.raises(ValueError, match=rf"another request \(it differs in {named}\)"):
+        fp4.quantize(**call)
+    os.utime(folder / file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_work_under_another_configuration_is_not_gone_on_with(interrupted: tuple[Path, dict[str, object]]) -> None:
+    """The refusal leaves the folder to a later call at once, even while the error is held."""
+    folder, call = interrupted
+    path = folder / "model" / "config.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"rms_norm_eps": 0.01}))
+    with pytest.raises(ValueError, match=r"another request \(it differs in checkpoint\)") as held:
+        fp4.quantize(**call)
+    path.write_text(before)
+    fp4.quantize(**call)
+    assert held
+    assert not (folder / "out.partial").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from comparing import assert_same_tensors, packed
 from conftest import make_llama
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -25,18 +26,8 @@ def load(path: Path, config: object = None, **options: object) -> LlamaForCausal
     return AutoModelForCausalLM.from_pretrained(path, **options)
 
 
-def packed(model: nn.Module) -> dict[str, FP4Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, FP4Linear)}
-
-
-def assert_same_tensors(model: nn.Module, other: nn.Module) -> None:
-    state, other_state = model.state_dict(), other.state_dict()
-    assert state.keys() == other_state.keys()
-    for name, tensor in state.items():
-        other_tensor = other_state[name]
-        assert tensor.dtype == other_tensor.dtype, name
-        assert tensor.shape == other_tensor.shape, name
-        assert torch.equal(tensor.reshape(-1).view(torch.uint8), other_tensor.reshape(-1).view(torch.uint8)), name
+def assert_same_weights(model: nn.Module, other: nn.Module) -> None:
+    assert_same_tensors(model.state_dict(), other.state_dict())
     for name, module in packed(model).items():
         twin = packed(other)[name]
         assert (module.rotation is None) == (twin.rotation is None)
@@ -46,7 +37,7 @@ def assert_same_tensors(model: nn.Module, other: nn.Module) -> None:
 def assert_reloads(model: nn.Module, ids: torch.Tensor, out: Path, **save: object) -> LlamaForCausalLM:
     model.save_pretrained(out, **save)
     reloaded = type(model).from_pretrained(out)
-    assert_same_tensors(model, reloaded)
+    assert_same_weights(model, reloaded)
     with torch.no_grad():
         expected, found = model(ids)[0], reloaded(ids)[0]
     assert torch.equal(expected, found)
@@ -253,7 +244,7 @@ def test_disk_offload(fmt: str, llama: Path, token_ids: torch.Tensor, tmp_path: 
     assert model.model.layers[1].mlp.up_proj.weight.device.type == "meta"
     torch.testing.assert_close(model(token_ids).logits, expected(token_ids).logits, rtol=0.02, atol=0.02)
     model.save_pretrained(tmp_path / "out")
-    assert_same_tensors(expected, load(tmp_path / "out", FPQuantConfig(backend="reference")))
+    assert_same_weights(expected, load(tmp_path / "out", FPQuantConfig(backend="reference")))
 
 
 def test_automatic_device_maps_count_packed_bytes(llama: Path) -> None:

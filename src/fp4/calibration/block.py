@@ -49,7 +49,8 @@ class Block:
         layers: name within ``module`` -> scheme; all are ``nn.Linear``.
         fused: groups of ``layers`` that share one global scale (and one input).
         inputs: hidden states ``[batch, tokens, hidden]``, one entry a batch, from the quantized prefix of the model.
-        originals: the same from the original prefix. The block's target for batch i is ``run(originals[i], i)``.
+        originals: the same from the original prefix. The block's target for batch i is ``run(originals[i], i)``. Empty
+            for a method that does not read them (:attr:`Method.needs_originals`).
         run: ``run(hidden, i)`` is the block's output for batch i, with that batch's mask and positions.
         seed: of everything random.
         dtype: what the module computes in.
@@ -163,8 +164,10 @@ class Method:
     """A way to quantize a block: ``run(block, options)``, with options an instance of the class named here.
 
     Attributes:
+        needs_originals: whether the method reads ``block.originals`` under the given options. They cost a forward pass
+            of every dense block over all samples, and room for a second set of hidden states.
         memory: at its peak, the dense block included, in sizes of that block in float32: as measured on experts.
-        passes: over all samples, for each block, two of which hand hidden states on: dense and quantized.
+        passes: over all samples, for each block, beside those that hand hidden states on to the next.
         sweeps: products of a weight with a matrix ``[K, K]``, in multiples of ``N K^2`` operations; 0 without second
             moments.
         steps: name of the option that says how many steps of gradient descent there are.
@@ -179,3 +182,4 @@ class Method:
     passes: float
     sweeps: float = 0
     steps: str | None = None
+    needs_originals: Callable[[Any], bool] = lambda options: False

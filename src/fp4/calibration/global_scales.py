@@ -54,8 +54,11 @@ def observe_input_scales(block: Block) -> dict[str, Tensor]:
     return _observe(block, layers)
 
 
-def static_input_scales(block: Block, seen: Survey) -> dict[str, Tensor]:
-    """The same from a survey of the block; only rotated layers, whose largest magnitudes it lacks, are run again."""
+def static_input_scales(block: Block, seen: Survey | None) -> dict[str, Tensor]:
+    """The same from a survey of the block, where there is one; only rotated layers, whose largest magnitudes it lacks,
+    are run again."""
+    if seen is None:
+        return observe_input_scales(block)
     layers = [layer for layer, scheme in block.layers.items() if has_static_input_scale(scheme)]
     scales = _observe(block, [layer for layer in layers if block.rotation(layer) is not None])
     for layer in layers:

@@ -29,8 +29,9 @@ METHODS: dict[str, Method] = {
             "one pass over the samples and a sweep over the columns of every layer",
             needs_data=True,
             memory=1.7,
-            passes=4.5,
+            passes=2.5,
             sweeps=1,
+            needs_originals=lambda options: options.shift > 0,
         ),
         Method(
             "autoround",
@@ -39,8 +40,9 @@ METHODS: dict[str, Method] = {
             "iters forward and backward passes over a batch of samples",
             needs_data=True,
             memory=10.5,
-            passes=5,
+            passes=3,
             steps="iters",
+            needs_originals=lambda options: options.iters > 0,
         ),
         Method(
             "best",
@@ -49,8 +51,9 @@ METHODS: dict[str, Method] = {
             "as gptq, and sweeps of descent that cost twice that of a layer",
             needs_data=True,
             memory=3.5,
-            passes=4.5,
+            passes=2.5,
             sweeps=5,
+            needs_originals=lambda options: options.shift > 0,
         ),
     )
 }

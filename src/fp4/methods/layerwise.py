@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fp4.calibration.block import Block, LayerResult, siblings
-from fp4.calibration.channel_statistics import Survey, survey
+from fp4.calibration.channel_statistics import Survey
 from fp4.calibration.global_scales import shared_global_scale, static_input_scales
 from fp4.calibration.layer_order import observe, stages
 from fp4.calibration.observers import SecondMoments
@@ -61,13 +61,13 @@ def quantize_in_order(
         rule: the name of ``solve`` in the results.
         damping: of the Hessians.
         shift: share of the shift to the original target (:mod:`fp4.methods.hessian`).
-        seen: of the block as it is, where a survey was made; else one is.
+        seen: of the block as it is, where a survey was made; without it the block is run for static input scales alone.
         by_block: for a format with a global scale the columns of a block stay together in the objective's order.
         keep: the Hessian, for ``solve`` or a shift (:func:`.objective`).
     """
     for layer in block.layers:
         require_finite(block.linear(layer).weight.data, f"{block.name}.{layer}.weight")
-    input_scales = static_input_scales(block, survey(block) if seen is None else seen)
+    input_scales = static_input_scales(block, seen)
     results: dict[str, LayerResult] = {}
 
     def round_layer(layer: str) -> None:

@@ -22,8 +22,8 @@ FP8 keeps one E4M3 code an element and one scale a row (a channel of a weight, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +53,9 @@ _TILE_ELEMENTS = 1 << 20  # rows are handled so many at once, so that temporarie
 class Format:
     """``block_size`` codes of a row (0: all of them) share one scale of ``scale_dtype``, which ``rules`` can choose.
 
-    A ``scale_dtype`` of float32 stands for bfloat16 and float16 too: scales then have the dtype of the source.
+    A ``scale_dtype`` of float32 stands for bfloat16 and float16 too: scales then have the dtype of the source. Formats
+    are equal by value; a wide variant (``dataclasses.replace(NVFP4, block_size=32)``) shares a scale among more
+    elements and is a format like any other.
     """
 
     name: str
@@ -62,8 +64,8 @@ class Format:
     rules: tuple[str, ...]
     code_dtype: torch.dtype = torch.uint8
 
-    def __reduce__(self) -> str:
-        return self.name.upper()  # of the constant below: formats are told apart by identity, in copies and pickles too
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same_format, tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def needs_global_scale(self) -> bool:
@@ -114,6 +116,12 @@ FP8 = Format("fp8", 0, torch.float32, ("abs_max",), torch.float8_e4m3fn)
 FORMATS = {fmt.name: fmt for fmt in (NVFP4, MXFP4)}
 #: Everything a weight can be in.
 WEIGHT_FORMATS = {**FORMATS, FP8.name: FP8}
+
+
+def _same_format(*values: Any) -> Format:
+    """The format with these field values: where a constant above has them that one, so that copies keep identity."""
+    made = Format(*values)
+    return next((known for known in WEIGHT_FORMATS.values() if known == made), made)
 
 
 class QuantizedTensor(NamedTuple):
@@ -230,7 +238,7 @@ def _block_scales(blocks: Tensor, fmt: Format, rule: str, global_scale: Tensor |
     """Block scales by ``rule``: float32 ``[..., B]`` -> ``fmt.scale_dtype [...]``, as the global scale broadcasts."""
     amax = blocks.abs().amax(dim=-1)
     unit = 1.0 if global_scale is None else global_scale.float()
-    if fmt is MXFP4:
+    if fmt.scale_dtype == torch.float8_e8m0fnu:
         scales = encode_e8m0(_mx_exponents(blocks, amax, "abs_max" if rule == "mse" else rule, unit))
         if rule == "mse":
             scales = _best_of(blocks, _neighbours(scales, _MXFP4_OFFSETS, 0, 252), global_scale)
@@ -334,7 +342,7 @@ def quantize(x: Tensor, fmt: Format, rule: str = "abs_max", global_scale: Tensor
         raise ValueError(
             f"cannot quantize shape {tuple(x.shape)}; {fmt.name} needs [..., N, K], K a multiple of {fmt.k_multiple}"
         )
-    if fmt is FP8:
+    if fmt == FP8:
         if global_scale is not None:
             raise ValueError("fp8 has one scale a row and no global scale, but one was given")
         return _quantize_rows(x)
@@ -392,7 +400,7 @@ def dequantize(
             f"codes {tuple(codes.shape)} and {fmt.name} scales {tuple(scales.shape)} do not belong together: expected "
             f"scales of shape {expected}"
         )
-    if fmt is FP8:
+    if fmt == FP8:
         return (codes.float() * scales.float()).to(dtype)
     if global_scale is not None:
         global_scale = _per_matrix(global_scale, codes.shape[:-2])[..., None, None]

@@ -60,6 +60,7 @@ class BlockCalibration:
         self.method, self.options, self.memory, self.seed, self.progress = method, options, memory, seed, progress
         self.experts = experts
         self.device = memory.device
+        self.needs_originals = method.needs_originals(options)
         self.batches: list[Tensor] = []
         #: Arguments of each block besides hidden states, one list of blocks a batch; equal ones are one object.
         self.calls: list[list[Call]] = []
@@ -107,8 +108,9 @@ class BlockCalibration:
             with self.skeleton.filled(names[number], self.device) as module:
                 module.eval()
                 inputs_after, originals_after = self._quantize(number, module, inputs, originals, last)
-            for before in {id(inputs): inputs, id(originals): originals}.values():
-                before.remove()
+            for before in (inputs, originals):
+                if before is not None:
+                    before.remove()
             inputs, originals = inputs_after, originals_after
             return_freed_pages()
         self.progress("calibrating", len(names), len(names))
@@ -122,8 +124,11 @@ class BlockCalibration:
         states.keep = self.memory.keeps(states.nbytes)
         return states
 
-    def _first_hidden(self, start: int) -> tuple[HiddenStates, HiddenStates]:
-        """What reaches block ``start``; fills :attr:`calls`."""
+    def _first_hidden(self, start: int) -> tuple[HiddenStates, HiddenStates | None]:
+        """What reaches block ``start`` from the quantized and, for a method that asks for it, from the original prefix.
+
+        Fills :attr:`calls`.
+        """
         skeleton = self.skeleton
         first: HiddenStates | None = None
         with skeleton.outside_filled(self.device, self.batches):
@@ -140,10 +145,10 @@ class BlockCalibration:
         assert first is not None
         if start == 0:
             first.close()
-            return first, first
+            return first, first if self.needs_originals else None
         inputs = self._states(start, "inputs", first.shapes[0][-1])
-        originals = self._states(start, "originals", first.shapes[0][-1]) if self.method.needs_data else inputs
-        for states in (inputs, originals):
+        originals = self._states(start, "originals", first.shapes[0][-1]) if self.needs_originals else None
+        for states in filter(None, (inputs, originals)):
             states.keep = False
             if not states.complete():
                 raise ValueError(f"{states.path} is damaged; remove {self.staging.folder} and start again")
@@ -157,8 +162,8 @@ class BlockCalibration:
         return calls
 
     def _quantize(
-        self, number: int, module: nn.Module, inputs: HiddenStates, originals: HiddenStates, last: bool
-    ) -> tuple[HiddenStates, HiddenStates]:
+        self, number: int, module: nn.Module, inputs: HiddenStates, originals: HiddenStates | None, last: bool
+    ) -> tuple[HiddenStates, HiddenStates | None]:
         name = self.skeleton.blocks[number]
         started = time.perf_counter()
         planned = {
@@ -187,15 +192,15 @@ class BlockCalibration:
                     if group[0].startswith(f"{name}.")
                 ],
                 inputs,
-                originals,
+                () if originals is None else originals,
                 run,
                 self.seed + number,
                 self.skeleton.dtype,
             )
-            # The dense block goes first, since a method may change its norms.
-            originals_after = self._states(number + 1, "originals", inputs.shapes[0][-1])
-            follows = self.method.needs_data and not last
-            if follows:
+            originals_after: HiddenStates | None = None
+            if originals is not None and not last:
+                # The dense block is run before the method, which may change its norms.
+                originals_after = self._states(number + 1, "originals", inputs.shapes[0][-1])
                 self._propagate(originals, run, originals_after)
             results = self.method.run(block, self.options) if block.layers else {}
             for short, layer in planned.items():
@@ -228,7 +233,7 @@ class BlockCalibration:
             "schemes": {layer.name: _fields(layer, results[short]) for short, layer in planned.items()},
         }
         self.staging.note(_note(number), note)
-        return inputs_after, originals_after if follows else inputs_after
+        return inputs_after, originals_after
 
     def _halve(self, planned: Iterable[PlannedLayer]) -> None:
         """Keep weights that will be quantized in the dtype of the checkpoint, where blocks are computed in float32."""

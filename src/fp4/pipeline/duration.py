@@ -53,7 +53,9 @@ def calibration_seconds(
     rate, device = _flops(memory.device), memory.device
     leaders = {name: group[0] for group in fused_groups(plan.layers) for name in group}
     shapes = [(layer.shape, leaders.get(layer.name, layer.name) == layer.name) for layer in plan.layers.values()]
-    seconds = _BESIDE * _products(method, options, shapes, tokens) / rate
+    # Hidden states are handed on by the quantized block, and by the dense one for a method that reads the originals.
+    handed = 2 if method.needs_originals(options) else 1
+    seconds = _BESIDE * _products(method, options, shapes, tokens, handed) / rate
     # Layers of FP8 take no time beside the others.
     schemes: dict[Scheme, int] = {}
     for layer in _with_blocks(plan.layers.values()):
@@ -67,14 +69,17 @@ def _with_blocks(layers: Iterable[PlannedLayer]) -> list[PlannedLayer]:
     return [layer for layer in layers if layer.scheme.format.block_size]
 
 
-def _products(method: Method, options: Any, shapes: list[tuple[tuple[int, int], bool]], tokens: int) -> float:
+def _products(
+    method: Method, options: Any, shapes: list[tuple[tuple[int, int], bool]], tokens: int, handed: int = 0
+) -> float:
     """Floating-point operations of all products of matrices.
 
     Args:
         shapes: N, K of each layer, and whether it is the first of those that read the same input.
+        handed: passes that hand hidden states on.
     """
     weights = sum(n * k for (n, k), _ in shapes)
-    count = 2.0 * method.passes * tokens * weights
+    count = 2.0 * (method.passes + handed) * tokens * weights
     if method.steps is not None:  # forward, and backward to inputs and to weights
         count += 3 * 2.0 * getattr(options, method.steps) * _TOKENS * weights
     if method.sweeps:
@@ -101,8 +106,7 @@ def _method_time(method: Method, options: Any, scheme: Scheme, device: torch.dev
     with torch.random.fork_rng(devices=[]):
         once()  # what is compiled or allocated at first use
         taken = min(once() for _ in range(2))
-    own = dataclasses.replace(method, passes=max(0.0, method.passes - 2))  # all but passing hidden states on
-    taken -= _products(own, few, [((_ROWS, _COLUMNS), True)], _TOKENS) / rate
+    taken -= _products(method, few, [((_ROWS, _COLUMNS), True)], _TOKENS) / rate
     repeats = 1.0 if method.steps is None else getattr(options, method.steps) / _STEPS
     return repeats * max(0.0, taken) / (_ROWS * _COLUMNS)
 

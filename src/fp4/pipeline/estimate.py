@@ -46,8 +46,13 @@ def estimate(
     samples: int | None,
     seq_len: int | None,
     memory: Memory,
+    originals: bool,
 ) -> Estimate:
-    """Estimate memory and disk of a job."""
+    """Estimate memory and disk of a job.
+
+    Args:
+        originals: whether hidden states of the original prefix are computed as well.
+    """
     tensors = skeleton.checkpoint.tensors
     stored = sum(info.nbytes for info in tensors.values())
     weights = sum(layer.shape[0] * layer.shape[1] for layer in plan.layers.values())
@@ -71,11 +76,11 @@ def estimate(
         for name in skeleton.blocks
     ]
     block = int(method.memory * (max(blocks) * torch.float32.itemsize + _BATCH_BYTES))
-    kept = 4 * hidden if memory.keeps(hidden) else 0
+    # Before and after a block, of each kind.
+    states = (4 if originals else 2) * hidden
+    kept = states if memory.keeps(hidden) else 0
     peak = max(block + kept, _outside(skeleton, tokens))
-    # Blocks and what is put together of them; hidden states before and after a block, of its inputs and originals.
-    kinds = 2 if method.needs_data else 1
-    return Estimate(peak, 2 * written + 2 * kinds * hidden, written, tokens, bits / weights)
+    return Estimate(peak, 2 * written + states, written, tokens, bits / weights)
 
 
 def _streamed(skeleton: Skeleton, plan: LayerPlan) -> int:

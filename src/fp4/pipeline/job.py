@@ -173,7 +173,16 @@ class Job:
 
     def estimate(self) -> Estimate:
         """What the job needs, without doing it."""
-        return estimate(self.skeleton, self.plan, self.method, self.calibrates, self.samples, self.seq_len, self.memory)
+        return estimate(
+            self.skeleton,
+            self.plan,
+            self.method,
+            self.calibrates,
+            self.samples,
+            self.seq_len,
+            self.memory,
+            self.method.needs_originals(self.options),
+        )
 
     def duration(self) -> float:
         """Seconds that the whole job will take, about (:mod:`fp4.pipeline.duration`); finding out takes some itself."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
@@ -18,6 +17,9 @@ from fp4.nn import FP4Experts, FP4Linear, PackedWeight
 from fp4.numerics.rotation import share
 from fp4.rounding import global_scale_of
 from fp4.selection import float32_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class LoadOp(ConversionOps):
