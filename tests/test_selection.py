@@ -18,7 +18,7 @@ from fp4.checkpoint.formats.fp_quant import FPQuantCodec
 from fp4.integrations.transformers.quantizer import FPQuantHfQuantizer
 from fp4.nn import FP4Experts, FP4Linear
 from fp4.pipeline import Job
-from fp4.selection import as_transformers_reads, fits, parse_overrides, require_pattern
+from fp4.selection import DenseLayers, as_transformers_reads, fits, parse_overrides, require_pattern
 
 # --- patterns --------------------------------------------------------------------------------------------------------
 
@@ -166,6 +166,12 @@ def _longcat_flash() -> nn.Module:
     return transformers.LongcatFlashForCausalLM(config)
 
 
+def _doge() -> nn.Module:
+    """Its experts are rows of two embeddings, found by a router of two halves."""
+    config = transformers.DogeConfig(**_TEXT, is_moe=True, num_experts=256, num_experts_per_tok=4)
+    return transformers.DogeForCausalLM(config)
+
+
 def _llama_classifier(num_labels: int) -> nn.Module:
     return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**_TEXT, num_labels=num_labels))
 
@@ -200,6 +206,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "hunyuan_v1_moe": (_hunyuan_v1_moe, {f"{BLOCK}.mlp.gate.wg": ROUTER}),
     "afmoe": (_afmoe, {f"{BLOCK}.mlp.router.gate": ROUTER, "lm_head": OUTPUT}),
     "longcat_flash": (_longcat_flash, {"model.layers.0.mlp.router.classifier": ROUTER, "lm_head": OUTPUT}),
+    "doge": (_doge, {f"{BLOCK}.mlp.router_gate": ROUTER, "lm_head": OUTPUT}),
     "llama_classifier": (lambda: _llama_classifier(32), {"score": HEAD_OF_TASK}),
     "llama_regressor": (lambda: _llama_classifier(1), {"score": HEAD_OF_TASK}),
     "wav2vec2_ctc": (lambda: _wav2vec2("Wav2Vec2ForCTC"), {"lm_head": HEAD_OF_TASK}),
@@ -277,6 +284,32 @@ def test_what_is_kept_by_the_rule_stays_dense_when_it_is_loaded_again(family: st
     assert all(should_convert_module(name, listed) for name in packed(model))
     assert all(torch.equal(dense.get_parameter(f"{name}.weight"), again.get_parameter(f"{name}.weight").bfloat16())
                for name in linears)  # fmt: skip
+
+
+class Mixture(nn.Module):
+    """As models outside Transformers have it: experts are layers, and nothing is called a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pick = nn.Linear(64, 16)
+        self.mlp_experts = nn.ModuleList(nn.Linear(64, 32) for _ in range(16))
+        self.shared_expert = nn.Linear(64, 32)
+
+
+class Custom(transformers.PreTrainedModel):
+    config_class = transformers.PretrainedConfig
+
+    def __init__(self, config: transformers.PretrainedConfig) -> None:
+        super().__init__(config)
+        self.block, self.gate = Mixture(), nn.Linear(64, 64)
+        self.post_init()
+
+
+def test_routers_are_found_by_the_experts_beside_them() -> None:
+    model = Custom(transformers.PretrainedConfig())
+    dense = DenseLayers(model)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert {name: reason for name in linears if (reason := dense.reason(name))} == {"block.pick": ROUTER}
 
 
 def test_a_list_replaces_what_is_kept_of_the_head_alone() -> None:

@@ -78,8 +78,8 @@ def quantize(
     skip: Annotated[
         list[str] | None,
         typer.Option(
-            help="Keep layers whose name fits this pattern, e.g. '*.down_proj', whatever the next two say. "
-            "Repeat for more.",
+            help="Keep layers whose name fits this pattern, whatever the next two say: a name, the end of one, "
+            "a glob such as '*.down_proj', or a regular expression. Repeat for more.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
