@@ -12,6 +12,11 @@ import pytest
 from small_models import save_small, save_text
 
 import fp4
+from fp4.checkpoint import LayerScheme
+from fp4.numerics.formats import NVFP4
+from fp4.pipeline.calibrate import _scheme
+from fp4.pipeline.plan import PlannedLayer
+from fp4.scheme import SCHEMES
 
 # Forks once a kill, before torch has threads. A child dies at its n-th audited event (opening, renaming, removing a
 # file, and much else), as if by kill -9.
@@ -131,3 +136,11 @@ def test_only_one_process_works_in_a_folder(tmp_path: Path) -> None:
         Staging(tmp_path / "out", {"a": 1}, False)
     first.release()
     assert Staging(tmp_path / "out", {"a": 1}, False).resumed
+
+
+def test_notes_of_earlier_versions_are_understood() -> None:
+    """They end with the size of blocks."""
+    name, scheme = "model.layers.0.mlp.up_proj", SCHEMES["nvfp4a8"].scheme
+    layer = PlannedLayer(name, "nvfp4a8", scheme, 0, (32, 64), name, f"{name}.weight", (f"{name}.weight",))
+    expected = LayerScheme(NVFP4.wide(32), "fp8", "identity", 0)
+    assert _scheme(layer, ["fp8", "identity", 0, 32]) == _scheme(layer, ["fp8", "identity", 0]) == expected
