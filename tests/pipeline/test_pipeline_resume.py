@@ -13,6 +13,11 @@ import pytest
 from small_models import save_small, save_text
 
 import fp4
+from fp4.checkpoint import LayerScheme
+from fp4.numerics.formats import NVFP4
+from fp4.pipeline.calibrate import _scheme
+from fp4.pipeline.plan import PlannedLayer
+from fp4.scheme import SCHEMES
 
 # Forks once a kill, before torch has threads. A child dies at its n-th audited event (opening, renaming, removing a
 # file, and much else), as if by kill -9.
@@ -329,3 +334,11 @@ def test_work_under_another_configuration_is_not_gone_on_with(interrupted: tuple
     fp4.quantize(**call)
     assert held
     assert not (folder / "out.partial").exists()
+
+
+def test_notes_of_earlier_versions_are_understood() -> None:
+    """They end with the size of blocks."""
+    name, scheme = "model.layers.0.mlp.up_proj", SCHEMES["nvfp4a8"].scheme
+    layer = PlannedLayer(name, "nvfp4a8", scheme, 0, (32, 64), name, f"{name}.weight", (f"{name}.weight",))
+    expected = LayerScheme(NVFP4.wide(32), "fp8", "identity", 0)
+    assert _scheme(layer, ["fp8", "identity", 0, 32]) == _scheme(layer, ["fp8", "identity", 0]) == expected

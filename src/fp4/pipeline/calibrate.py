@@ -375,4 +375,5 @@ def _fields(layer: PlannedLayer, result: LayerResult) -> list[Any]:
 
 def _scheme(layer: PlannedLayer, fields: list[Any]) -> LayerScheme:
     """Inverse of :func:`_fields`."""
-    return LayerScheme(layer.scheme.format, *fields)
+    # Notes that an earlier version left behind end with the size of blocks, which the format knows.
+    return LayerScheme(layer.scheme.format, *fields[:3])
