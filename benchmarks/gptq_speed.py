@@ -72,7 +72,7 @@ def ours(weight: Tensor, inputs: list[Tensor]) -> Tensor:
     moments = SecondMoments.empty(weight.shape[1])
     for x in inputs:
         moments.update(x)
-    goal = objective(moments, 0.01, "weight", keep=False)
+    goal = objective(moments, 0.01, "weight", keep_hessian=False)
     return dequantize(*gptq(weight, goal, NVFP4, shared_global_scale([weight], Scheme(NVFP4))))
 
 

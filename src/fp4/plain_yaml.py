@@ -33,10 +33,11 @@ def read_yaml(text: str, name: str) -> tuple[Any, yaml.Node | None]:
     """The value that ``text`` describes, and the node it was made of, which knows lines.
 
     Args:
-        name: of the file, for errors.
+        text: the YAML.
+        name: name of the file, for errors.
 
     Raises:
-        ValueError: it is no YAML, has aliases, or is nested too deep; the message gives the line.
+        ValueError: the text is no YAML, has aliases, or is nested too deep; the message gives the line.
     """
     try:
         loader = _PlainLoader(text)

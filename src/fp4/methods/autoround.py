@@ -66,7 +66,7 @@ def into_cells(scaled: Tensor, value: Tensor) -> Tensor:
 
 
 class _Learned(nn.Module):
-    """Rounding offsets and scale factors of E alike layers (experts, or one layer), which learning starts from rtn.
+    """Learnable rounding offsets and scale factors of E layers of one shape (experts, or a single layer).
 
     The weights of all layers are computed when the first of them runs, once for every step, and once more for the
     gradients of the parameters. Between parameters and weights lie a dozen tensors of their size, which only one stack
