@@ -122,7 +122,7 @@ def defaults_of(fmt: Format) -> list[Scheme]:
     """What fp4 rounds to nearest by when nothing is asked for: at W4A4, and weight-only."""
     found = []
     for preset in SCHEMES.values():
-        if preset.scheme.format is fmt and not preset.scheme.block_size:
+        if preset.scheme.format == fmt:
             weight_only = preset.scheme.activations == "model"
             scheme = replace(preset.scheme, activation_rule="abs_max") if weight_only else preset.scheme
             rotation = preset.rotation

@@ -154,7 +154,7 @@ def test_a_checkpoint_is_judged_as_the_dense_model_with_the_same_values(
         logs += [math.log(probabilities[i, token]) for i, token in enumerate(window[1:])]
     assert printed["ppl"] == pytest.approx(math.exp(-sum(logs) / len(logs)), rel=5e-6)
     unchanged = judge.perplexity(judge.build(source, source, "none"), torch.tensor(ids).reshape(2, 48))
-    assert abs(unchanged / printed["ppl"] - 1) > 2e-4  # the layer matters
+    assert abs(unchanged / printed["ppl"] - 1) > 1e-4  # the layer matters: twenty times the tolerance above
 
 
 def test_inputs_are_quantized_by_the_checkpoints_own_scale_in_the_rotated_basis(tmp_path: Path) -> None:

@@ -421,7 +421,7 @@ class Letters:
         numbers = [1] * add_special_tokens + [ord(letter) for letter in text]
         return type("Encoding", (), {"input_ids": torch.tensor([numbers])})
 
-    def apply_chat_template(self, turns: list[dict[str, str]], tokenize: bool) -> str:
+    def apply_chat_template(self, turns: list[dict[str, str]], tools: object, tokenize: bool) -> str:
         assert not tokenize
         return "".join(f"[{turn['role']}: {turn['content']}]" for turn in turns)
 
@@ -704,8 +704,9 @@ def test_turns_are_found_by_the_usual_names() -> None:
 
 
 def test_a_row_of_another_form_is_named(tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [{"messages": CHAT}] * 3 + [{"messages": [{"role": "user", "content": None}]}]
-    assert drawn(tmp_path, rows, {}, min_token_length=1)
+    assert drawn(tmp_path, [{"messages": CHAT}] * 4, {}, min_token_length=1)
     recipe = Recipe(datasets=[DatasetRecipe(path="rows.jsonl", formatter="sharegpt", columns="messages")])
-    with pytest.raises(ValueError, match=r"datasets\[0\] \(rows.jsonl\): a row does not have the form of sharegpt"):
+    with pytest.raises(
+        ValueError, match=r"datasets\[0\] \(rows.jsonl\): line [1-4] does not have the form of sharegpt"
+    ):
         from_recipe(recipe, Letters(), tmp_path)

@@ -53,10 +53,10 @@ class ToyCodec(Codec):
     ) -> StoredLinear:
         codes = read_codes(require(tensors, ".toy_codes"), "toy_codes", shape)
         scales = read_scales(require(tensors, ".toy_scales"), "toy_scales", MXFP4, codes)
-        return StoredLinear(QuantizedTensor(codes, scales, None), None, None)
+        return StoredLinear(QuantizedTensor(codes, scales, None, scheme.format), None, None)
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
-        codes, scales, _ = stored.weight
+        codes, scales, _, _ = stored.weight
         if (scheme.format, scheme.activations, codes.ndim) != (MXFP4, "model", 2):
             raise ValueError(f"it is {scheme}, which is no toy")
         require_no_rotation(stored, self.name)

@@ -161,7 +161,7 @@ def test_a_format_holds_the_schemes_that_it_names(name: str, scheme: str) -> Non
     weight = round_to_nearest(torch.randn((2, 8, 64) if codec.stacks else (8, 64)), preset)
     static = preset.activations != "model" and preset.format.needs_global_scale
     stored = StoredLinear(weight, torch.tensor(0.25, dtype=torch.float64) if static else None, None)
-    described = LayerScheme(preset.format, preset.activations, block_size=preset.block_size)  # type: ignore[arg-type]
+    described = LayerScheme(preset.format, preset.activations)  # type: ignore[arg-type]
     try:
         codec.writer().write(stored, described, allow_rounding=True)
     except ValueError:

@@ -343,7 +343,9 @@ def test_what_an_interrupted_conversion_with_other_options_left_is_not_taken(
 
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", "fp_quant", progress=interrupt)
-    result = convert(source, tmp_path / "out", "fp_quant", weight_only=True)
+    with pytest.raises(ValueError, match=r"another request \(it differs in weight_only\)"):
+        convert(source, tmp_path / "out", "fp_quant", weight_only=True)
+    result = convert(source, tmp_path / "out", "fp_quant", weight_only=True, overwrite=True)
     assert result.resumed_shards == 0
     # FP-Quant's format says by a third that a file has no scale of its inputs.
     scales = [tensor for name, tensor in tensors_of(tmp_path / "out").items() if name.endswith("act_global_scale")]

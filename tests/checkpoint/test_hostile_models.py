@@ -293,10 +293,9 @@ def test_hostile_yaml(name: str, models: dict[str, Path], tmp_path: Path, refuse
     assert len(BOMB) < 700
     (tmp_path / "recipe.yaml").write_text(content)
     base = ["quantize", models["dense"], "out", "--method", "gptq"]
-    for words in (["--data", "recipe.yaml"], ["--overrides", "recipe.yaml"]):
-        said = refused(*base, *words)
-        assert re.search(message, said), said
-        assert "recipe.yaml" in said
+    said = refused(*base, "--data", "recipe.yaml")
+    assert re.search(message, said), said
+    assert "recipe.yaml" in said
     assert not (tmp_path / "exploded").exists()
     card = tmp_path / "source"
     card.mkdir()

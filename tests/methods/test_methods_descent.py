@@ -10,14 +10,15 @@ from test_methods_gptq import FORMATS, correlated, cost, moments_of, unit_of, we
 from fp4.methods.best import best
 from fp4.methods.descent import Rounded, descend, forward_sweep
 from fp4.methods.gptq import gptq
-from fp4.methods.grid import NEAR_OFFSETS, WIDE_OFFSETS, assemble
+from fp4.methods.grid import assemble
 from fp4.methods.hessian import Objective, objective
+from fp4.methods.scale_search import NEAR_OFFSETS, WIDE_OFFSETS
 from fp4.numerics import formats
 from fp4.numerics.formats import NVFP4, Format, QuantizedTensor
 
 
-def canonical(rounded: Rounded, unit: torch.Tensor | None) -> QuantizedTensor:
-    return assemble(rounded.values.transpose(-1, -2), rounded.scales.transpose(-1, -2).contiguous(), unit)
+def canonical(rounded: Rounded, unit: torch.Tensor | None, fmt: Format) -> QuantizedTensor:
+    return assemble(rounded.values.transpose(-1, -2), rounded.scales.transpose(-1, -2).contiguous(), unit, fmt)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
@@ -25,10 +26,10 @@ def test_descent_never_makes_the_objective_worse(fmt: Format) -> None:
     weight, goal = weight_of(32, 128), objective(moments_of(correlated(600, 128)), 0.01, "layer", fmt.block_size)
     unit = unit_of(weight, fmt)
     rounded = forward_sweep(weight, goal, fmt, unit)
-    costs = [cost(canonical(rounded, unit), weight, goal)]
+    costs = [cost(canonical(rounded, unit, fmt), weight, goal)]
     for _ in range(4):
         rounded = descend(weight, rounded, goal, fmt, unit, 1)
-        costs.append(cost(canonical(rounded, unit), weight, goal))
+        costs.append(cost(canonical(rounded, unit, fmt), weight, goal))
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(costs))
     assert costs[-1] < costs[0]
     assert costs[-1] < cost(gptq(weight, goal, fmt, unit), weight, goal)
@@ -40,7 +41,7 @@ def test_values_on_the_grid_stay_where_they_are() -> None:
     weight = formats.dequantize(*formats.quantize(weight_of(8, 64), NVFP4, "abs_max", unit))
     goal = objective(moments_of(correlated(300, 64)), 0.01, "layer", 16)
     rounded = descend(weight, forward_sweep(weight, goal, NVFP4, unit), goal, NVFP4, unit, 1)
-    torch.testing.assert_close(formats.dequantize(*canonical(rounded, unit)), weight)
+    torch.testing.assert_close(formats.dequantize(*canonical(rounded, unit, NVFP4)), weight)
 
 
 def problem(fmt: Format, seed: int) -> tuple[torch.Tensor, torch.Tensor, Objective, torch.Tensor | None]:
@@ -72,10 +73,10 @@ def test_a_sweep_is_the_naive_one(fmt: Format) -> None:
     wide = OFFSETS[fmt.name][0]
     assert wide == WIDE_OFFSETS[fmt.name]
     rounded = forward_sweep(weight, goal, fmt, unit)
-    got = canonical(rounded, unit)
+    got = canonical(rounded, unit, fmt)
     want, stored = swept(weight, hessian, order, fmt.name, 1.0 if unit is None else float(unit), wide)
     assert torch.equal(got.scales.view(torch.uint8), stored)
-    values, steps = decoded(*got, fmt.name)
+    values, steps = decoded(*got[:3], fmt.name)
     assert torch.equal(values * steps, want)
 
 
@@ -87,15 +88,15 @@ def test_descent_is_the_naive_one_and_changes_scales(fmt: Format) -> None:
     quantized = formats.quantize(weight, fmt, "abs_max", unit)
     larger = (quantized.scales.view(torch.uint8) + 1).view(fmt.scale_dtype)  # than what suits the values
     quantized = quantized._replace(scales=larger)
-    values, steps = decoded(*quantized, fmt.name)
+    values, steps = decoded(*quantized[:3], fmt.name)
     number = 1.0 if unit is None else float(unit)
     want, stored = values * steps, larger.view(torch.uint8)
     start = Rounded(values.float().T.contiguous(), larger.T.contiguous())
     for sweeps in (1, 2):
         want, stored = descended(weight, want, stored, hessian, fmt.name, number, near)
-        got = canonical(descend(weight, start, goal, fmt, unit, sweeps), unit)
+        got = canonical(descend(weight, start, goal, fmt, unit, sweeps), unit, fmt)
         assert torch.equal(got.scales.view(torch.uint8), stored)
-        values, steps = decoded(*got, fmt.name)
+        values, steps = decoded(*got[:3], fmt.name)
         assert torch.equal(values * steps, want)
     assert not torch.equal(stored, quantized.scales.view(torch.uint8))
     assert torch.equal(
@@ -113,12 +114,12 @@ def test_best_is_a_start_and_its_descent(fmt: Format) -> None:
     else:
         goal = objective(moments_of(correlated(4 * 96, 96, 13)), 0.05, "layer")
         start = gptq(weight, goal, fmt, unit)  # compared with the naive one in its own tests
-        values, steps = decoded(*start, fmt.name)
+        values, steps = decoded(*start[:3], fmt.name)
         want, stored = values * steps, start.scales.view(torch.uint8)
     for sweeps in range(3):
         got = best(weight, goal, fmt, unit, sweeps)
         assert torch.equal(got.scales.view(torch.uint8), stored)
-        values, steps = decoded(*got, fmt.name)
+        values, steps = decoded(*got[:3], fmt.name)
         assert torch.equal(values * steps, want)
         want, stored = descended(weight, want, stored, hessian, fmt.name, number, near)
 
@@ -147,7 +148,7 @@ def test_a_tie_between_scales_keeps_the_first(fmt: Format) -> None:
 def test_a_block_that_cannot_be_factorised_is_an_error() -> None:
     weight, _, goal, unit = problem(NVFP4, 11)
     start = forward_sweep(weight, goal, NVFP4, unit)
-    broken = goal._replace(hessian=-goal.hessian)
+    broken = goal._replace(H=-goal.H)
     with pytest.raises(ValueError, match="not positive definite; raise the damping"):
         descend(weight, start, broken, NVFP4, unit, 1)
 
@@ -164,7 +165,7 @@ def test_experts_at_once_are_the_naive_ones(fmt: Format) -> None:
         number = 1.0 if own is None else float(own)
         want, stored = swept(weight, hessian, blocks_in_order(hessian, fmt.block_size), fmt.name, number, wide)
         want, stored = descended(weight, want, stored, hessian, fmt.name, number, near)
-        got = canonical(Rounded(rounded.values[i], rounded.scales[i]), own)
-        values, steps = decoded(*got, fmt.name)
+        got = canonical(Rounded(rounded.values[i], rounded.scales[i]), own, fmt)
+        values, steps = decoded(*got[:3], fmt.name)
         assert torch.equal(got.scales.view(torch.uint8), stored)
         assert torch.equal(values * steps, want)

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from test_layer_order import chain
 from test_methods_block import LAYERS, make_block
-from test_methods_walk import chain
 from torch import Tensor, nn
 
-from fp4.calibration.channel_statistics import survey
+from fp4.calibration.channel_statistics import channel_statistics
 from fp4.methods import Block
 from fp4.methods.equalise import equalise
 from fp4.numerics.formats import NVFP4
@@ -56,9 +56,9 @@ def test_norms_and_the_layers_before_are_scaled_and_nothing_else_changes() -> No
     block = make_block(SCHEME)
     block.module.norm.weight.data = torch.logspace(-1, 1, 64)
     before = [block.run(hidden, i) for i, hidden in enumerate(block.inputs)]
-    seen = survey(block)
+    seen = channel_statistics(block)
     assert equalise(block, 0.5, seen) == ["gate_proj", "down_proj"]
-    again = survey(block)
+    again = channel_statistics(block)
     for layer in LAYERS:
         torch.testing.assert_close(seen.energy[layer], again.energy[layer], atol=1e-5, rtol=1e-3)
         torch.testing.assert_close(seen.amax[layer], again.amax[layer], atol=1e-4, rtol=1e-3)
@@ -77,7 +77,7 @@ def test_heads_that_share_values_and_biases() -> None:
     module.v_proj.weight.data *= torch.logspace(-1, 1, 48)[:, None]
     block = block_of(module, ["q_proj", "k_proj", "v_proj", "o_proj"], 96)
     before = block.run(block.inputs[0], 0)
-    assert equalise(block, 0.5, survey(block)) == ["q_proj", "o_proj"]
+    assert equalise(block, 0.5, channel_statistics(block)) == ["q_proj", "o_proj"]
     torch.testing.assert_close(block.run(block.inputs[0], 0), before, atol=1e-4, rtol=1e-4)
 
 
@@ -98,7 +98,7 @@ def test_a_product_with_other_readers_is_left_alone() -> None:
     module = Routed()
     block = block_of(module, [f"inner.{layer}" for layer in LAYERS], 64)
     gain, before = module.inner.norm.weight.clone(), block.run(block.inputs[0], 0)
-    assert equalise(block, 0.5, survey(block)) == ["inner.down_proj"]
+    assert equalise(block, 0.5, channel_statistics(block)) == ["inner.down_proj"]
     assert torch.equal(module.inner.norm.weight, gain)
     torch.testing.assert_close(block.run(block.inputs[0], 0), before, atol=1e-4, rtol=1e-4)
 
@@ -110,7 +110,7 @@ def test_channels_that_are_never_active_keep_their_scale(alpha: float) -> None:
     block.module.norm.weight.data[5] = 0
     block.linear("down_proj").weight.data[:, 7] = 0
     before = block.run(block.inputs[0], 0)
-    assert equalise(block, alpha, survey(block)) == ["gate_proj", "down_proj"]
+    assert equalise(block, alpha, channel_statistics(block)) == ["gate_proj", "down_proj"]
     assert all(torch.isfinite(p).all() for p in block.module.parameters())
     assert block.module.norm.weight[5] == 0
     torch.testing.assert_close(block.run(block.inputs[0], 0), before, atol=1e-4, rtol=1e-4)
@@ -120,12 +120,12 @@ def test_channels_that_are_never_active_keep_their_scale(alpha: float) -> None:
 def test_a_layer_before_is_a_producer_and_nothing_before_is_none() -> None:
     block = chain(SCHEME)  # no norm before the first layer; a positive factor passes through ReLU
     before = {name: value.clone() for name, value in block.module.state_dict().items()}
-    assert equalise(block, 0.5, survey(block)) == ["second"]
+    assert equalise(block, 0.5, channel_statistics(block)) == ["second"]
     for name in ("first.weight", "first.bias", "second.weight"):
         assert not torch.equal(block.module.state_dict()[name], before[name])
     block = chain(SCHEME)
     del block.layers["second"]
-    assert equalise(block, 0.5, survey(block)) == []
+    assert equalise(block, 0.5, channel_statistics(block)) == []
     assert torch.equal(block.module.state_dict()["first.weight"], before["first.weight"])
 
 
@@ -135,7 +135,7 @@ def test_what_is_repeated_without_heads_is_left_alone() -> None:
     module.narrow, module.wide = nn.Linear(32, 32), nn.Linear(64, 32)
     module.forward = lambda x: module.wide(module.narrow(x).repeat(1, 1, 2))
     block = block_of(module, ["narrow", "wide"], 32)
-    assert equalise(block, 0.5, survey(block)) == []
+    assert equalise(block, 0.5, channel_statistics(block)) == []
 
 
 @torch.no_grad()
@@ -143,7 +143,7 @@ def test_a_gain_that_bfloat16_rounds_to_zero_stays() -> None:
     block = make_block(SCHEME)
     block.module.norm.weight.data[5] = 4e-41  # less than half of the smallest subnormal
     before, column = block.module.norm.weight[5].clone(), block.module.gate_proj.weight[:, 5].clone()
-    assert equalise(block, 0.5, survey(block)) == ["gate_proj", "down_proj"]
+    assert equalise(block, 0.5, channel_statistics(block)) == ["gate_proj", "down_proj"]
     assert torch.equal(block.module.norm.weight[5], before)
     assert torch.equal(block.module.gate_proj.weight[:, 5], column)
     assert all(torch.isfinite(parameter).all() for parameter in block.module.parameters())
@@ -181,7 +181,7 @@ def test_scales_are_those_of_the_formula(alpha: float) -> None:
         return module(hidden)
 
     block.run = run
-    assert equalise(block, alpha, survey(block)) == ["gate_proj", "down_proj"]
+    assert equalise(block, alpha, channel_statistics(block)) == ["gate_proj", "down_proj"]
     assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
     gate, up = (mean_squares(before[f"{layer}.weight"]) for layer in ("gate_proj", "up_proj"))
     outer_scale = scales_by_hand(
@@ -211,7 +211,7 @@ def test_heads_that_share_a_value_have_the_mean_of_their_scales(alpha: float) ->
     module = Attention()
     module.o_proj.weight.data *= torch.logspace(-1, 1, 96)
     block = block_of(module, ["q_proj", "k_proj", "v_proj", "o_proj"], 96)
-    seen = survey(block)
+    seen = channel_statistics(block)
     energy, columns = seen.energy["o_proj"].tolist(), mean_squares(module.o_proj.weight)
     value, bias, output = (t.double().clone() for t in (module.v_proj.weight, module.v_proj.bias, module.o_proj.weight))
     gain = module.norm.weight.double().clone()
@@ -236,7 +236,7 @@ def test_a_bias_of_the_norm_is_divided_as_its_gain() -> None:
     nn.init.uniform_(module.norm.weight, 0.5, 2)
     block = block_of(module, ["q_proj", "k_proj", "v_proj", "o_proj"], 96)
     gain, bias = module.norm.weight.double().clone(), module.norm.bias.double().clone()
-    assert equalise(block, 0.5, survey(block)) == ["q_proj", "o_proj"]
+    assert equalise(block, 0.5, channel_statistics(block)) == ["q_proj", "o_proj"]
     torch.testing.assert_close(module.norm.bias.double(), bias * module.norm.weight.double() / gain)
     assert not torch.allclose(module.norm.bias.double(), bias, rtol=0.1)
 
@@ -257,6 +257,6 @@ def test_halves_are_promoted_to_what_the_block_computes_in() -> None:
         return run(hidden, index)
 
     block.run = widened
-    assert equalise(block, 0.5, survey(block)) == ["gate_proj", "down_proj"]
+    assert equalise(block, 0.5, channel_statistics(block)) == ["gate_proj", "down_proj"]
     assert {parameter.dtype for parameter in (module.up_proj.weight, module.down_proj.weight)} == {torch.float32}
     assert module.down_proj.bias.dtype == torch.float16  # not touched

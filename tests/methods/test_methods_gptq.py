@@ -8,10 +8,11 @@ from naive import assert_nearest, best_scale, damped, decoded, falling, fed_targ
 from torch import Tensor
 
 from fp4.calibration.observers import SecondMoments
-from fp4.methods.gptq import GPTQOptions, gptq, search_scales
-from fp4.methods.grid import OFFSETS, codes_of, nearest
-from fp4.methods.hessian import Objective, invert_lower_, objective, shifted
-from fp4.numerics import elements, formats
+from fp4.methods.gptq import GPTQOptions, gptq
+from fp4.methods.grid import codes_of, nearest
+from fp4.methods.hessian import Objective, invert_lower_, objective
+from fp4.methods.scale_search import OFFSETS, search_scales
+from fp4.numerics import block_scales, elements, formats
 from fp4.numerics.formats import MXFP4, NVFP4, Format, QuantizedTensor
 
 FORMATS = [NVFP4, MXFP4]
@@ -23,9 +24,9 @@ def correlated(tokens: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(tokens, columns, generator=generator) @ mix
 
 
-def moments_of(x: Tensor, meant: Tensor | None = None) -> SecondMoments:
-    moments = SecondMoments.empty(x.shape[-1], cross=meant is not None)
-    moments.update(x, meant)
+def moments_of(x: Tensor) -> SecondMoments:
+    moments = SecondMoments.empty(x.shape[-1])
+    moments.update(x)
     return moments
 
 
@@ -34,18 +35,18 @@ def weight_of(rows: int, columns: int, seed: int = 1) -> Tensor:
 
 
 def unit_of(weight: Tensor, fmt: Format) -> Tensor | None:
-    return formats.portable_global_scale_for(weight.abs().amax()) if fmt is NVFP4 else None
+    return block_scales.portable_global_scale_for(weight.abs().amax()) if fmt is NVFP4 else None
 
 
 def cost(quantized: QuantizedTensor, weight: Tensor, goal: Objective) -> float:
     error = (formats.dequantize(*quantized) - weight).double()
-    return float(((error @ goal.hessian.double()) * error).sum())
+    return float(((error @ goal.H.double()) * error).sum())
 
 
 def assert_gptq(quantized: QuantizedTensor, weight: Tensor, x: Tensor, fmt: Format, damping: float) -> None:
     """``quantized`` is what error feedback in falling order makes of ``weight`` for the inputs ``x``."""
     hessian = damped(mean_outer(x, x), damping)
-    values, steps = decoded(*quantized, fmt.name)
+    values, steps = decoded(*quantized[:3], fmt.name)
     targets = fed_targets(weight, hessian, falling(hessian), values * steps)
     assert_nearest(targets, values, steps)
     unit, size = unit_of(weight, fmt), fmt.block_size
@@ -78,7 +79,7 @@ def test_a_hessian_without_correlations_rounds_to_nearest(fmt: Format) -> None:
     unit = unit_of(weight, fmt)
     goal = Objective(torch.ones(64), torch.arange(64), torch.eye(64), None)
     scales = search_scales(weight, torch.ones(64), fmt, unit)
-    scale = formats.effective_scales(scales, unit).repeat_interleave(fmt.block_size, dim=1)
+    scale = block_scales.effective_scales(scales, unit).repeat_interleave(fmt.block_size, dim=1)
     assert torch.equal(formats.dequantize(*gptq(weight, goal, fmt, unit)), nearest(weight / scale) * scale)
 
 
@@ -88,7 +89,9 @@ def test_experts_at_once_are_experts_one_by_one(columns: int, fmt: Format) -> No
     weights = torch.stack([weight_of(16, columns, seed) for seed in range(3)])
     goals = [objective(moments_of(correlated(400, columns, seed)), 0.01, "layer") for seed in range(3)]
     together = Objective(*(torch.stack(parts) for parts in zip(*goals, strict=True)))
-    unit = torch.stack([formats.portable_global_scale_for(w.abs().amax()) for w in weights]) if fmt is NVFP4 else None
+    unit = (
+        torch.stack([block_scales.portable_global_scale_for(w.abs().amax()) for w in weights]) if fmt is NVFP4 else None
+    )
     batched = gptq(weights, together, fmt, unit)
     for i in range(3):
         alone = gptq(weights[i], goals[i], fmt, None if unit is None else unit[i])
@@ -99,7 +102,7 @@ def test_experts_at_once_are_experts_one_by_one(columns: int, fmt: Format) -> No
 def test_a_singular_hessian_is_damped_until_it_can_be_factorised() -> None:
     x = correlated(5, 64)  # rank 5
     goal = objective(moments_of(x), 1e-9, "layer")
-    assert torch.isfinite(goal.factor).all()
+    assert torch.isfinite(goal.Hinv).all()
     weight = weight_of(16, 64)
     unit = unit_of(weight, NVFP4)
     assert cost(gptq(weight, goal, NVFP4, unit), weight, goal) < cost(
@@ -121,7 +124,7 @@ def test_damping_grows_tenfold_until_it_is_enough(
     moments.mirrored = True
     moments.upper[1, 0] = moments.upper[0, 1]
     sums = moments.hessian.clone().double() / 2
-    goal = objective(moments, 0.0, "some.layer", keep=keep)
+    goal = objective(moments, 0.0, "some.layer", keep_hessian=keep)
     # 1e-6, 1e-5, ... of the mean: the first under which all eigenvalues are positive.
     smallest = float(torch.linalg.eigvalsh(sums)[0])
     share = next(10.0**power for power in range(-6, 1) if 10.0**power * mean + smallest > 0)
@@ -129,10 +132,10 @@ def test_damping_grows_tenfold_until_it_is_enough(
     assert "some.layer: Hessian damped by 0.01 of its mean diagonal" in caplog.text
     want = sums + share * mean * torch.eye(3)
     torch.testing.assert_close(goal.diagonal.double(), want.diagonal(), atol=0, rtol=1e-6)
-    torch.testing.assert_close(goal.factor.double() @ goal.factor.double().T, torch.linalg.inv(want), rtol=1e-3, atol=0)
-    assert (goal.hessian is None) is not keep
+    torch.testing.assert_close(goal.Hinv.double() @ goal.Hinv.double().T, torch.linalg.inv(want), rtol=1e-3, atol=0)
+    assert (goal.H is None) is not keep
     if keep:
-        torch.testing.assert_close(goal.hessian.double(), want, atol=0, rtol=1e-6)
+        torch.testing.assert_close(goal.H.double(), want, atol=0, rtol=1e-6)
 
 
 def test_enough_damping_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
@@ -154,12 +157,12 @@ def test_the_mean_is_over_tokens_and_of_nothing_none() -> None:
     moments.update(torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]))
     # Sums 10 and 2 over four tokens: 2.5 and 0.5, whose mean is 1.5.
     goal = objective(moments, 0.5, "layer")
-    assert goal.hessian.tolist() == [[3.25, 0.0], [0.0, 1.25]]
+    assert goal.H.tolist() == [[3.25, 0.0], [0.0, 1.25]]
     assert goal.diagonal.tolist() == [3.25, 1.25]
     assert goal.order.tolist() == [0, 1]
-    torch.testing.assert_close(goal.factor, torch.diag(torch.tensor([3.25, 1.25]).rsqrt()))
+    torch.testing.assert_close(goal.Hinv, torch.diag(torch.tensor([3.25, 1.25]).rsqrt()))
     assert moments.hessian.tolist() == [[10.0, 0.0], [0.0, 2.0]]  # left as it was
-    assert objective(SecondMoments.empty(2), 0.5, "layer").hessian.tolist() == [[1.5, 0.0], [0.0, 1.5]]
+    assert objective(SecondMoments.empty(2), 0.5, "layer").H.tolist() == [[1.5, 0.0], [0.0, 1.5]]
 
 
 def test_blocks_are_ordered_by_the_mean_of_their_diagonals() -> None:
@@ -189,14 +192,14 @@ def test_a_factor_by_panels(panel: int, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_factor_is_that_of_the_inverse_in_order(keep: bool) -> None:
     x = correlated(900, 300)  # more than two panels
-    want = objective(moments_of(x), 0.01, "layer").hessian
+    want = objective(moments_of(x), 0.01, "layer").H
     assert want is not None
-    goal = objective(moments_of(x), 0.01, "layer", keep=keep)
-    assert (goal.hessian is None) is not keep
+    goal = objective(moments_of(x), 0.01, "layer", keep_hessian=keep)
+    assert (goal.H is None) is not keep
     assert (want.diagonal()[goal.order].diff() <= 0).all()
-    assert torch.equal(goal.factor, goal.factor.tril())
+    assert torch.equal(goal.Hinv, goal.Hinv.tril())
     ordered = want[goal.order][:, goal.order].double()
-    factor = goal.factor.double()
+    factor = goal.Hinv.double()
     torch.testing.assert_close(factor.T @ ordered @ factor, torch.eye(300).double(), atol=2e-3, rtol=0)
     blocks = objective(moments_of(x[:, :288]), 0.01, "layer", 16).order.view(-1, 16)
     assert torch.equal(blocks, blocks[:, :1] + torch.arange(16))
@@ -207,7 +210,7 @@ def test_large_weights_are_solved_in_parts(rows: int, monkeypatch: pytest.Monkey
     weight, x = weight_of(20, 64), correlated(200, 64)
     goal = objective(moments_of(x), 0.01, "layer")
     whole = gptq(weight, goal, NVFP4, unit_of(weight, NVFP4))
-    monkeypatch.setattr("fp4.methods.grid._ELEMENTS", rows * 64 * 3 // 4)
+    monkeypatch.setattr("fp4.methods.tiling._ELEMENTS", rows * 64 * 3 // 4)
     parts = gptq(weight, goal, NVFP4, unit_of(weight, NVFP4))
     assert parts.codes.shape == (20, 32)
     assert torch.equal(whole.scales.view(torch.uint8), parts.scales.view(torch.uint8))
@@ -225,14 +228,14 @@ def test_dead_channels_are_rounded_to_nearest_and_disturb_nothing() -> None:
     mean = hessian.diagonal().mean()
     hessian[[3, 40], [3, 40]] = mean
     hessian += 0.01 * mean * torch.eye(64)
-    torch.testing.assert_close(goal.hessian.double(), hessian, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(goal.H.double(), hessian, atol=1e-5, rtol=1e-5)
     assert goal.order.tolist() == falling(hessian)
     quantized = gptq(weight, goal, NVFP4, unit_of(weight, NVFP4))
-    values, steps = decoded(*quantized, "nvfp4")
+    values, steps = decoded(*quantized[:3], "nvfp4")
     assert_nearest(fed_targets(weight, hessian, falling(hessian), values * steps), values, steps)
     assert_nearest(weight[:, [3, 40]], values[:, [3, 40]], steps[:, [3, 40]], slack=0)
     nothing = objective(moments_of(torch.zeros(10, 64)), 0.01, "layer")
-    torch.testing.assert_close(nothing.hessian, 1.01 * torch.eye(64))
+    torch.testing.assert_close(nothing.H, 1.01 * torch.eye(64))
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
@@ -243,36 +246,15 @@ def test_infinities_name_the_layer(bad: float) -> None:
         objective(moments_of(x), 0.01, "model.layers.7.mlp.down_proj")
 
 
-def test_the_shift_is_the_least_squares_solution() -> None:
-    used = torch.randn(500, 32, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.5, 2, 32)
-    meant = used + 0.3 * torch.randn(500, 32, generator=torch.Generator().manual_seed(3))
-    weight = weight_of(6, 32)
-    moments = moments_of(used, meant)
-    got = shifted(weight, moments, objective(moments, 1e-6, "layer"), 1.0)
-    want = torch.linalg.lstsq(used.double(), meant.double() @ weight.double().T).solution.T.float()
-    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
-    half = shifted(weight, moments, objective(moments, 1e-6, "layer"), 0.5)
-    torch.testing.assert_close(half, (weight + got) / 2)
-    assert torch.equal(shifted(weight, moments, objective(moments, 1e-6, "layer"), 0.0), weight)
-    assert shifted(weight, moments_of(used), objective(moments_of(used), 1e-6, "layer"), 1.0) is weight
-
-
 def test_a_token_seen_twice_is_a_token_seen_once() -> None:
-    used, meant, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 1.0]]), torch.tensor([[3.0, -1.0]])
-    once, twice = moments_of(used, meant), moments_of(used.repeat(2, 1), meant.repeat(2, 1))
-    goals = [objective(moments, 0.4, "layer") for moments in (once, twice)]
+    token = torch.tensor([[1.0, 2.0]])
+    goals = [objective(moments_of(x), 0.4, "layer") for x in (token, token.repeat(2, 1))]
     # The mean of 1 and 4 is 2.5, of which 0.4 is one.
-    assert goals[0].hessian.tolist() == goals[1].hessian.tolist() == [[2.0, 2.0], [2.0, 5.0]]
-    # C - H = (2 1)^T (1 2) - (1 2)^T (1 2) = [1 2; -1 -2], and W (C - H) = (4 8).
-    want = torch.tensor([[3.0 + 2 / 3, -1.0 + 4 / 3]])  # (4 8) [5 -2; -2 2] / 6 = (2/3 4/3)
-    for moments, goal in zip((once, twice), goals, strict=True):
-        torch.testing.assert_close(shifted(weight, moments, goal, 1.0), want)
-    nothing = SecondMoments.empty(2, cross=True)
-    assert torch.equal(shifted(weight, nothing, objective(nothing, 0.4, "layer"), 1.0), weight)
+    assert goals[0].H.tolist() == goals[1].H.tolist() == [[2.0, 2.0], [2.0, 5.0]]
 
 
 def test_defaults() -> None:
-    assert GPTQOptions() == GPTQOptions(damping=0.01, shift=0.0)
+    assert GPTQOptions() == GPTQOptions(damping=0.01)
 
 
 def test_nearest_is_the_rounding_of_formats() -> None:
@@ -330,22 +312,10 @@ def test_scale_search_in_tiles(size: int, monkeypatch: pytest.MonkeyPatch) -> No
     weight, importance = weight_of(10, 64).view(2, 5, 64), torch.rand(2, 64)
     unit = torch.tensor([2.0**-10, 2.0**-9], dtype=torch.float64)
     whole = search_scales(weight, importance, NVFP4, unit)
-    monkeypatch.setattr("fp4.methods.gptq._TILE", size * 2 * 64)
+    monkeypatch.setattr("fp4.methods.scale_search._TILE", size * 2 * 64)
     assert torch.equal(search_scales(weight, importance, NVFP4, unit).view(torch.uint8), whole.view(torch.uint8))
 
 
 def test_codes_are_those_of_the_values() -> None:
     values = torch.tensor([[0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], [-0.0, -0.5, -1, -1.5, -2, -3, -4, -6]])
     assert codes_of(values).tolist() == [list(range(8)), list(range(8, 16))]
-
-
-def test_merged_moments_are_those_of_all_tokens() -> None:
-    x, y = correlated(50, 16, 1), correlated(70, 16, 2)
-    parts = moments_of(x, x + 1)
-    parts.merge(moments_of(y, y + 1))
-    whole = moments_of(torch.cat([x, y]), torch.cat([x, y]) + 1)
-    assert parts.count == whole.count == 120
-    torch.testing.assert_close(parts.hessian, whole.hessian, atol=1e-3, rtol=1e-4)
-    torch.testing.assert_close(parts.cross, whole.cross, atol=1e-3, rtol=1e-4)
-    with pytest.raises(ValueError, match="intended input"):
-        parts.merge(moments_of(x))

@@ -37,24 +37,27 @@ SURVIVORS = Path(__file__).with_name("survivors.yaml")
 
 #: The tests that are nearest to each file, the fastest to notice first; of a folder, where its files are not named.
 TESTS = {
+    "calibration/block.py": "test_methods_block test_layer_order test_methods_equalise test_global_scales",
+    "calibration/channel_statistics.py": "test_global_scales test_methods_equalise",
     "calibration/data.py": "test_data",
-    "calibration/experts.py": "test_calibration_experts test_methods_experts",
+    "calibration/expert_linears.py": "test_expert_linears test_methods_experts",
     "calibration/formatters.py": "test_data",
-    "calibration/observers.py": "test_methods_gptq test_methods_scales test_methods_walk",
+    "calibration/global_scales.py": "test_global_scales test_methods_block",
+    "calibration/layer_order.py": "test_layer_order test_methods_block test_methods_experts",
+    "calibration/observers.py": "test_methods_gptq test_global_scales test_layer_order",
     "calibration/recipe.py": "test_data",
     "methods/autoround.py": "test_methods_autoround test_methods_block test_methods_experts",
     "methods/best.py": "test_methods_best test_methods_descent test_methods_block test_methods_experts",
-    "methods/block.py": "test_methods_block test_methods_walk test_methods_equalise test_methods_scales",
     "methods/descent.py": "test_methods_descent test_methods_block",
     "methods/equalise.py": "test_methods_equalise test_methods_block",
     "methods/gptq.py": "test_methods_gptq test_methods_descent test_methods_block",
     "methods/grid.py": "test_methods_gptq test_methods_descent test_methods_autoround",
-    "methods/hessian.py": "test_methods_gptq test_methods_descent test_methods_walk test_methods_block",
-    "methods/layerwise.py": "test_methods_walk test_methods_block test_methods_experts test_methods_autoround",
-    "methods/rtn.py": "test_methods_rtn test_methods_scales test_methods_block test_checkpoint_rtn",
-    "methods/scales.py": "test_methods_scales test_methods_block",
-    "methods/survey.py": "test_methods_scales test_methods_equalise",
-    "methods/walk.py": "test_methods_walk test_methods_block test_methods_experts",
+    "methods/hessian.py": "test_methods_gptq test_methods_descent test_layer_order test_methods_block",
+    "methods/layerwise.py": "test_layer_order test_methods_block test_methods_experts test_methods_autoround",
+    "methods/rtn.py": "test_methods_rtn test_global_scales test_methods_block test_checkpoint_rtn",
+    "methods/scale_search.py": "test_methods_gptq test_methods_descent test_methods_autoround",
+    "methods/tiling.py": "test_methods_gptq test_methods_descent test_methods_experts",
+    "rounding.py": "test_methods_rtn test_global_scales test_checkpoint_rtn",
     "checkpoint": "test_checkpoint_codecs test_checkpoint_configurations test_checkpoint_quantizer test_checkpoint_rtn "
     "test_checkpoint_writing test_convert test_inspect test_damaged",
     "nn": "test_quantizer test_experts test_experts_loading test_fp8 test_fp8_experts test_gradient test_training "
@@ -69,7 +72,7 @@ def tests_for(source: Path) -> list[str]:
     """The test files of one source file."""
     name = str(source.relative_to(PACKAGE))
     names = TESTS.get(name) or TESTS[name.split("/", maxsplit=1)[0]]
-    return [str(path) for test in names.split() if (path := ROOT / f"tests/{test}.py").is_file()]
+    return [str(path) for test in names.split() for path in (ROOT / "tests").rglob(f"{test}.py")]
 
 
 def sources(named: list[str]) -> list[Path]:
