@@ -13,11 +13,11 @@ from fp4.calibration.global_scales import (
     observe_input_scales,
     shared_global_scale,
     static_input_scales,
-    weight_scale,
 )
 from fp4.calibration.observers import Amax, SecondMoments
 from fp4.methods import METHODS, Block
 from fp4.numerics.formats import FP8, MXFP4, NVFP4
+from fp4.rounding import weight_scale
 from fp4.scheme import Scheme
 
 
@@ -63,6 +63,9 @@ def test_the_largest_magnitude_is_of_all_batches() -> None:
     seen.update(torch.tensor([10.0], dtype=torch.bfloat16))
     assert seen.value == 10
     assert seen.value.dtype == torch.float32
+    other = Amax()
+    other.update(torch.tensor([10.0], dtype=torch.bfloat16))
+    assert other.value.dtype == torch.float32
     seen.update(torch.tensor([math.nan]))
     seen.update(torch.tensor([11.0]))
     assert math.isnan(seen.value)
@@ -70,8 +73,10 @@ def test_the_largest_magnitude_is_of_all_batches() -> None:
 
 def test_nothing_seen_is_zero() -> None:
     seen = Amax()
-    seen.update(torch.empty(0, 4))
+    assert seen.value is None
+    seen.update(torch.empty(0, 4, dtype=torch.bfloat16))
     assert seen.value == 0
+    assert seen.value.dtype == torch.float32
 
 
 def test_second_moments_by_hand() -> None:
@@ -79,8 +84,15 @@ def test_second_moments_by_hand() -> None:
     moments.update(torch.tensor([[1.0, 2.0]]))
     moments.update(torch.tensor([[[0.0, -1.0], [4.0, 0.5]]]))
     assert moments.hessian.tolist() == [[17.0, 4.0], [4.0, 5.25]]
-    assert moments.hessian.dtype == torch.float32
     assert moments.count == 3
+
+
+def test_second_moments_are_summed_in_float32_whatever_the_inputs_are() -> None:
+    moments = SecondMoments.empty(1)
+    moments.update(torch.tensor([[2.0**5], [2.0**-5]], dtype=torch.bfloat16))
+    assert moments.hessian.item() == 2.0**10 + 2.0**-10  # a bfloat16 has 8 bits
+    moments.update(torch.ones(1, 1, dtype=torch.float64))
+    assert moments.hessian.dtype == torch.float32
 
 
 @pytest.mark.parametrize("panel", [1, 2, 5, 384])

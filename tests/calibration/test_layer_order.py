@@ -63,7 +63,7 @@ def second_input(block: Block, first: LayerResult | None, batches: list[Tensor])
         out = x.double() @ linear.weight.double().T
     else:
         scheme = block.layers["first"]
-        values, steps = decoded(*first.weight[:3], scheme.format.name)
+        values, steps = decoded(*first.weight, scheme.format.name)
         out = multiplied(x, scheme, first.input_global_scale) @ (values * steps).T
     return (out + linear.bias.double()).clamp(min=0).detach()
 
@@ -84,7 +84,7 @@ def scheme_id(scheme: Scheme) -> str:
 def test_moments_are_of_what_is_multiplied_behind_the_quantized_layers(scheme: Scheme) -> None:
     block = chain(scheme)
     results = rtn_block(block, RTNOptions())
-    scales = {layer: result.input_global_scale for layer, result in results.items() if scheme.format is NVFP4}
+    scales = {layer: result.input_global_scale for layer, result in results.items() if scheme.format == NVFP4}
     scales = {layer: scale for layer, scale in scales.items() if scale is not None}
     ((_, first),) = observe(block, [["first"]], {}, scales)
     used = multiplied(tokens(block.inputs), scheme, scales.get("first"))
@@ -111,7 +111,7 @@ def test_each_layer_is_rounded_against_what_it_will_multiply(scheme: Scheme) -> 
         assert result.rule == "gptq"
         used = multiplied(x, scheme, result.input_global_scale)
         hessian = damped(mean_outer(used, used), damping)
-        values, steps = decoded(*result.weight[:3], scheme.format.name)
+        values, steps = decoded(*result.weight, scheme.format.name)
         weight = multiplied(
             block.linear(layer).weight.detach(), Scheme(NVFP4, "mse", "model", rotation=scheme.rotation), None
         )
@@ -218,9 +218,9 @@ def test_inputs_are_captured_within_and_no_longer() -> None:
 @pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=lambda fmt: fmt.name)
 def test_quantized_inputs_are_the_naive_rounding(fmt: object) -> None:
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 64)
-    unit = torch.tensor(2.0**-7, dtype=torch.float64) if fmt is NVFP4 else None
+    unit = torch.tensor(2.0**-7, dtype=torch.float64) if fmt == NVFP4 else None
     got = quantized_input(x, Scheme(fmt, activations="fp4"), None, unit)
-    want = quantized_rows(x.flatten(0, 1), fmt.name, 2.0**-7 if fmt is NVFP4 else 1.0)
+    want = quantized_rows(x.flatten(0, 1), fmt.name, 2.0**-7 if fmt == NVFP4 else 1.0)
     assert got.shape == x.shape
     assert torch.equal(got.flatten(0, 1).double(), want)
     assert torch.equal(

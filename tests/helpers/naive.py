@@ -13,6 +13,8 @@ import torch
 from blocks import e4m3_value
 from torch import Tensor
 
+from fp4.numerics.formats import Format
+
 GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BLOCK = {"nvfp4": 16, "mxfp4": 32}
 
@@ -28,9 +30,17 @@ def scale_of(byte: int, name: str) -> float:
     return e4m3_value(byte) if name == "nvfp4" else 2.0 ** (byte - 127)
 
 
-def decoded(codes: Tensor, scales: Tensor, global_scale: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
-    """E2M1 values and effective scales of a canonical triple ``[N, K/2]``, each ``[N, K]``."""
-    unit, size = 1.0 if global_scale is None else float(global_scale), BLOCK[name]
+def decoded(
+    codes: Tensor, scales: Tensor, global_scale: Tensor | None, fmt: Format, name: str
+) -> tuple[Tensor, Tensor]:
+    """E2M1 values and effective scales of a quantized tensor ``[N, K/2]``, each ``[N, K]``.
+
+    ``name`` is what its format must be called, with the size of a block where that is not the family's own: nvfp4_64.
+    """
+    assert fmt.name == name
+    name, _, width = name.partition("_")
+    unit, size = 1.0 if global_scale is None else float(global_scale), int(width or BLOCK[name])
+    assert scales.shape == (codes.shape[0], 2 * codes.shape[1] // size)
     values = torch.empty(codes.shape[0], 2 * codes.shape[1], dtype=torch.float64)
     steps = torch.empty_like(values)
     stored = scales.view(torch.uint8)

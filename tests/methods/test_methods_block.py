@@ -71,7 +71,7 @@ def cost_of_first(block: Block, scheme: Scheme, results: dict[str, LayerResult])
             result, weight = results[layer], block.linear(layer).weight.detach()
             if result.rotation is not None:
                 weight = rotate(weight, result.rotation)
-            values, steps = decoded(*result.weight[:3], scheme.format.name)
+            values, steps = decoded(*result.weight, scheme.format.name)
             x = y if result.rotation is None else rotate(y, result.rotation)
             if scheme.activations == "fp4":
                 unit = result.input_global_scale
@@ -92,16 +92,16 @@ def test_every_method_gives_canonical_layers(method: str, scheme: Scheme) -> Non
         weight = block.linear(layer).weight
         if result.rotation is not None:
             weight = rotate(weight, result.rotation)
-        values, steps = decoded(*result.weight[:3], scheme.format.name)
+        values, steps = decoded(*result.weight, scheme.format.name)
         if method == "rtn":
             assert_nearest(weight.detach(), values, steps, slack=1e-5)
         assert result.weight.format == scheme.format
         assert (result.rotation is None) == (scheme.rotation == "identity")
-        assert (result.input_global_scale is not None) == (scheme.format is NVFP4 and scheme.activations == "fp4")
+        assert (result.input_global_scale is not None) == (scheme.format == NVFP4 and scheme.activations == "fp4")
     # What a method is for: a smaller error of what it minimises, here the outputs of the layers that run first.
     if method in ("gptq", "best"):
         assert cost_of_first(block, scheme, results) < cost_of_first(block, scheme, rtn_block(block, RTNOptions()))
-    if scheme.format is NVFP4:
+    if scheme.format == NVFP4:
         assert torch.equal(results["gate_proj"].weight.global_scale, results["up_proj"].weight.global_scale)
 
 
@@ -115,7 +115,7 @@ def test_emulated_is_what_the_layers_compute_and_ends() -> None:
     y = block.module.norm(x)
     inner = nn.functional.silu(block.linear("gate_proj")(y)) * block.linear("up_proj")(y)
     rotated = rotate(inner, hadamard(32).bfloat16().float()).detach()
-    values, steps = decoded(*results["down_proj"].weight[:3], "mxfp4")
+    values, steps = decoded(*results["down_proj"].weight, "mxfp4")
     want = x.double() + quantized_rows(rotated.flatten(0, 1), "mxfp4", 1.0).view(2, 40, 96) @ (values * steps).T
     torch.testing.assert_close(out.double(), want + block.linear("down_proj").bias.double(), atol=1e-5, rtol=1e-5)
     assert torch.equal(block.run(x, 0), dense)
@@ -172,6 +172,10 @@ def test_only_linear_layers_are_quantized() -> None:
     assert block.linear("up_proj") is block.module.up_proj
     with pytest.raises(TypeError, match=r"model\.layers\.0\.norm is RMSNorm"):
         block.linear("norm")
+
+
+def test_only_methods_with_second_moments_multiply_by_them() -> None:
+    assert {name: method.sweeps for name, method in METHODS.items()} == {"rtn": 0, "gptq": 1, "autoround": 0, "best": 5}
 
 
 def test_siblings_differ_in_numbers_alone() -> None:

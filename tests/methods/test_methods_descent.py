@@ -76,7 +76,7 @@ def test_a_sweep_is_the_naive_one(fmt: Format) -> None:
     got = canonical(rounded, unit, fmt)
     want, stored = swept(weight, hessian, order, fmt.name, 1.0 if unit is None else float(unit), wide)
     assert torch.equal(got.scales.view(torch.uint8), stored)
-    values, steps = decoded(*got[:3], fmt.name)
+    values, steps = decoded(*got, fmt.name)
     assert torch.equal(values * steps, want)
 
 
@@ -88,7 +88,7 @@ def test_descent_is_the_naive_one_and_changes_scales(fmt: Format) -> None:
     quantized = formats.quantize(weight, fmt, "abs_max", unit)
     larger = (quantized.scales.view(torch.uint8) + 1).view(fmt.scale_dtype)  # than what suits the values
     quantized = quantized._replace(scales=larger)
-    values, steps = decoded(*quantized[:3], fmt.name)
+    values, steps = decoded(*quantized, fmt.name)
     number = 1.0 if unit is None else float(unit)
     want, stored = values * steps, larger.view(torch.uint8)
     start = Rounded(values.float().T.contiguous(), larger.T.contiguous())
@@ -96,7 +96,7 @@ def test_descent_is_the_naive_one_and_changes_scales(fmt: Format) -> None:
         want, stored = descended(weight, want, stored, hessian, fmt.name, number, near)
         got = canonical(descend(weight, start, goal, fmt, unit, sweeps), unit, fmt)
         assert torch.equal(got.scales.view(torch.uint8), stored)
-        values, steps = decoded(*got[:3], fmt.name)
+        values, steps = decoded(*got, fmt.name)
         assert torch.equal(values * steps, want)
     assert not torch.equal(stored, quantized.scales.view(torch.uint8))
     assert torch.equal(
@@ -109,17 +109,17 @@ def test_best_is_a_start_and_its_descent(fmt: Format) -> None:
     weight, hessian, goal, unit = problem(fmt, 13)
     wide, near = OFFSETS[fmt.name]
     number = 1.0 if unit is None else float(unit)
-    if fmt is NVFP4:
+    if fmt == NVFP4:
         want, stored = swept(weight, hessian, blocks_in_order(hessian, 16), fmt.name, number, wide)
     else:
         goal = objective(moments_of(correlated(4 * 96, 96, 13)), 0.05, "layer")
         start = gptq(weight, goal, fmt, unit)  # compared with the naive one in its own tests
-        values, steps = decoded(*start[:3], fmt.name)
+        values, steps = decoded(*start, fmt.name)
         want, stored = values * steps, start.scales.view(torch.uint8)
     for sweeps in range(3):
         got = best(weight, goal, fmt, unit, sweeps)
         assert torch.equal(got.scales.view(torch.uint8), stored)
-        values, steps = decoded(*got[:3], fmt.name)
+        values, steps = decoded(*got, fmt.name)
         assert torch.equal(values * steps, want)
         want, stored = descended(weight, want, stored, hessian, fmt.name, number, near)
 
@@ -128,15 +128,15 @@ def test_best_is_a_start_and_its_descent(fmt: Format) -> None:
 def test_a_tie_between_scales_keeps_the_first(fmt: Format) -> None:
     """A block that two scales hold exactly: 1 and 3/2 (NVFP4), 1 and 2 (MXFP4)."""
     size = fmt.block_size
-    row = [6.0, 3.0, 1.5] + [0.0] * 13 if fmt is NVFP4 else [4.0, 2.0, 1.0] + [0.0] * 29
-    unit = torch.ones((), dtype=torch.float64) if fmt is NVFP4 else None
+    row = [6.0, 3.0, 1.5] + [0.0] * 13 if fmt == NVFP4 else [4.0, 2.0, 1.0] + [0.0] * 29
+    unit = torch.ones((), dtype=torch.float64) if fmt == NVFP4 else None
     goal = objective(moments_of(torch.eye(size)), 0.0, "layer", size)
-    weight, one = torch.tensor([row]), 0x38 if fmt is NVFP4 else 127
+    weight, one = torch.tensor([row]), 0x38 if fmt == NVFP4 else 127
     rounded = forward_sweep(weight, goal, fmt, unit)
     assert rounded.scales.view(torch.uint8).tolist() == [[one]]
     # An equally good scale is no reason to leave the present one.
-    other = torch.tensor([[one + (4 if fmt is NVFP4 else 1)]], dtype=torch.uint8).view(fmt.scale_dtype)
-    start = Rounded(weight.T / (1.5 if fmt is NVFP4 else 2.0), other)
+    other = torch.tensor([[one + (4 if fmt == NVFP4 else 1)]], dtype=torch.uint8).view(fmt.scale_dtype)
+    start = Rounded(weight.T / (1.5 if fmt == NVFP4 else 2.0), other)
     after = descend(weight, start, goal, fmt, unit, 1)
     assert torch.equal(after.scales.view(torch.uint8), other.view(torch.uint8))
     # Nor is an equally good value: 5/2 is as far from 3 as from 2, and the sixes hold the scale.
@@ -158,7 +158,7 @@ def test_experts_at_once_are_the_naive_ones(fmt: Format) -> None:
     problems = [problem(fmt, seed) for seed in (11, 12)]
     weights = torch.stack([weight for weight, *_ in problems])
     together = Objective(*(torch.stack(parts) for parts in zip(*(goal for _, _, goal, _ in problems), strict=True)))
-    unit = torch.stack([unit for *_, unit in problems]) if fmt is NVFP4 else None
+    unit = torch.stack([unit for *_, unit in problems]) if fmt == NVFP4 else None
     rounded = descend(weights, forward_sweep(weights, together, fmt, unit), together, fmt, unit, 1)
     for i, (weight, hessian, _, own) in enumerate(problems):
         wide, near = OFFSETS[fmt.name]
@@ -166,6 +166,6 @@ def test_experts_at_once_are_the_naive_ones(fmt: Format) -> None:
         want, stored = swept(weight, hessian, blocks_in_order(hessian, fmt.block_size), fmt.name, number, wide)
         want, stored = descended(weight, want, stored, hessian, fmt.name, number, near)
         got = canonical(Rounded(rounded.values[i], rounded.scales[i]), own, fmt)
-        values, steps = decoded(*got[:3], fmt.name)
+        values, steps = decoded(*got, fmt.name)
         assert torch.equal(got.scales.view(torch.uint8), stored)
         assert torch.equal(values * steps, want)

@@ -12,7 +12,8 @@ from fp4.methods.gptq import GPTQOptions, gptq
 from fp4.methods.grid import codes_of, nearest
 from fp4.methods.hessian import Objective, invert_lower_, objective
 from fp4.methods.scale_search import OFFSETS, search_scales
-from fp4.numerics import block_scales, elements, formats
+from fp4.numerics import elements, formats
+from fp4.numerics.block_scales import effective_scales, portable_global_scale_for
 from fp4.numerics.formats import MXFP4, NVFP4, Format, QuantizedTensor
 
 FORMATS = [NVFP4, MXFP4]
@@ -35,7 +36,7 @@ def weight_of(rows: int, columns: int, seed: int = 1) -> Tensor:
 
 
 def unit_of(weight: Tensor, fmt: Format) -> Tensor | None:
-    return block_scales.portable_global_scale_for(weight.abs().amax()) if fmt is NVFP4 else None
+    return portable_global_scale_for(weight.abs().amax()) if fmt == NVFP4 else None
 
 
 def cost(quantized: QuantizedTensor, weight: Tensor, goal: Objective) -> float:
@@ -46,7 +47,7 @@ def cost(quantized: QuantizedTensor, weight: Tensor, goal: Objective) -> float:
 def assert_gptq(quantized: QuantizedTensor, weight: Tensor, x: Tensor, fmt: Format, damping: float) -> None:
     """``quantized`` is what error feedback in falling order makes of ``weight`` for the inputs ``x``."""
     hessian = damped(mean_outer(x, x), damping)
-    values, steps = decoded(*quantized[:3], fmt.name)
+    values, steps = decoded(*quantized, fmt.name)
     targets = fed_targets(weight, hessian, falling(hessian), values * steps)
     assert_nearest(targets, values, steps)
     unit, size = unit_of(weight, fmt), fmt.block_size
@@ -79,7 +80,7 @@ def test_a_hessian_without_correlations_rounds_to_nearest(fmt: Format) -> None:
     unit = unit_of(weight, fmt)
     goal = Objective(torch.ones(64), torch.arange(64), torch.eye(64), None)
     scales = search_scales(weight, torch.ones(64), fmt, unit)
-    scale = block_scales.effective_scales(scales, unit).repeat_interleave(fmt.block_size, dim=1)
+    scale = effective_scales(scales, unit).repeat_interleave(fmt.block_size, dim=1)
     assert torch.equal(formats.dequantize(*gptq(weight, goal, fmt, unit)), nearest(weight / scale) * scale)
 
 
@@ -89,9 +90,7 @@ def test_experts_at_once_are_experts_one_by_one(columns: int, fmt: Format) -> No
     weights = torch.stack([weight_of(16, columns, seed) for seed in range(3)])
     goals = [objective(moments_of(correlated(400, columns, seed)), 0.01, "layer") for seed in range(3)]
     together = Objective(*(torch.stack(parts) for parts in zip(*goals, strict=True)))
-    unit = (
-        torch.stack([block_scales.portable_global_scale_for(w.abs().amax()) for w in weights]) if fmt is NVFP4 else None
-    )
+    unit = torch.stack([portable_global_scale_for(w.abs().amax()) for w in weights]) if fmt == NVFP4 else None
     batched = gptq(weights, together, fmt, unit)
     for i in range(3):
         alone = gptq(weights[i], goals[i], fmt, None if unit is None else unit[i])
@@ -231,7 +230,7 @@ def test_dead_channels_are_rounded_to_nearest_and_disturb_nothing() -> None:
     torch.testing.assert_close(goal.H.double(), hessian, atol=1e-5, rtol=1e-5)
     assert goal.order.tolist() == falling(hessian)
     quantized = gptq(weight, goal, NVFP4, unit_of(weight, NVFP4))
-    values, steps = decoded(*quantized[:3], "nvfp4")
+    values, steps = decoded(*quantized, "nvfp4")
     assert_nearest(fed_targets(weight, hessian, falling(hessian), values * steps), values, steps)
     assert_nearest(weight[:, [3, 40]], values[:, [3, 40]], steps[:, [3, 40]], slack=0)
     nothing = objective(moments_of(torch.zeros(10, 64)), 0.01, "layer")
@@ -247,8 +246,8 @@ def test_infinities_name_the_layer(bad: float) -> None:
 
 
 def test_a_token_seen_twice_is_a_token_seen_once() -> None:
-    token = torch.tensor([[1.0, 2.0]])
-    goals = [objective(moments_of(x), 0.4, "layer") for x in (token, token.repeat(2, 1))]
+    x = torch.tensor([[1.0, 2.0]])
+    goals = [objective(moments_of(tokens), 0.4, "layer") for tokens in (x, x.repeat(2, 1))]
     # The mean of 1 and 4 is 2.5, of which 0.4 is one.
     assert goals[0].H.tolist() == goals[1].H.tolist() == [[2.0, 2.0], [2.0, 5.0]]
 
@@ -271,7 +270,7 @@ def test_scale_search_takes_the_least_weighted_error(fmt: Format) -> None:
     importance = torch.rand(64, generator=generator) ** 4
     unit = unit_of(weight, fmt)
     stored = search_scales(weight, importance, fmt, unit).view(torch.uint8)
-    offsets = (0, -1, 1, -2, 2, 3, 4, 5) if fmt is NVFP4 else (0, 1, -1)
+    offsets = (0, -1, 1, -2, 2, 3, 4, 5) if fmt == NVFP4 else (0, 1, -1)
     assert offsets == OFFSETS[fmt.name]
     found, plain = [], []
     for n in range(12):
@@ -300,7 +299,7 @@ def test_scale_search_takes_the_least_weighted_error(fmt: Format) -> None:
 )
 def test_a_tie_between_scales_keeps_the_first(fmt: Format, block: list[float], byte: int) -> None:
     weight, size = torch.tensor([block]), fmt.block_size
-    unit = torch.ones((), dtype=torch.float64) if fmt is NVFP4 else None
+    unit = torch.ones((), dtype=torch.float64) if fmt == NVFP4 else None
     assert search_scales(weight, torch.ones(size), fmt, unit).view(torch.uint8).item() == byte
     # The search of the reference too.
     assert formats.quantize(weight, fmt, "mse", unit).scales.view(torch.uint8).item() == byte

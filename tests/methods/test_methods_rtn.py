@@ -7,7 +7,7 @@ import torch
 from naive import assert_nearest, decoded
 from torch import Tensor
 
-from fp4.numerics.formats import FP8, MXFP4, NVFP4
+from fp4.numerics.formats import FP8, MXFP4, NVFP4, Format
 from fp4.numerics.rotation import hadamard
 from fp4.rounding import global_scale_of, round_to_nearest
 from fp4.scheme import Scheme
@@ -51,10 +51,10 @@ def test_a_stack_has_a_global_scale_for_each_matrix() -> None:
 
 @pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize("rotated", [False, True])
-def test_values_are_the_nearest(fmt: object, rotated: bool) -> None:
+def test_values_are_the_nearest(fmt: Format, rotated: bool) -> None:
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
     rotation = hadamard(16).float() if rotated else None
-    values, steps = decoded(*round_to_nearest(weight, Scheme(fmt, "mse"), rotation)[:3], fmt.name)
+    values, steps = decoded(*round_to_nearest(weight, Scheme(fmt, "mse"), rotation), fmt.name)
     target = weight.double()
     if rotated:
         target = torch.cat([part @ hadamard(16) for part in target.split(16, dim=1)], dim=1)
@@ -62,12 +62,17 @@ def test_values_are_the_nearest(fmt: object, rotated: bool) -> None:
 
 
 @pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=lambda fmt: fmt.name)
-def test_wide_blocks_share_a_scale(fmt: object) -> None:
+def test_wide_blocks_share_one_scale(fmt: Format) -> None:
     weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
     quantized = round_to_nearest(weight, Scheme(fmt.wide(64)))
-    assert quantized.scales.shape == (6, 2)
-    assert len(quantized.scales.view(torch.uint8).unique()) > 1
-    values, steps = decoded(quantized.codes, fmt.wide(64).in_base(quantized.scales), quantized.global_scale, fmt.name)
+    stored = quantized.scales.view(torch.uint8)
+    assert stored.shape == (6, 2)
+    assert len(stored.unique()) > 1
+    values, steps = decoded(*quantized, f"{fmt.name}_64")
+    # Kernels and checkpoints know the format's own blocks: there each scale is stored several times.
+    repeated = quantized.format.in_base(quantized.scales).view(torch.uint8).unflatten(1, (2, -1))
+    assert repeated.shape == (6, 2, 64 // fmt.block_size)
+    assert (repeated == stored[..., None]).all()
     assert_nearest(weight, values, steps, slack=1e-5)
     # The largest of 64 decides: nothing is rounded with a step that is too small for it.
     assert (weight.abs().unflatten(1, (2, 64)).amax(dim=2) <= 8 * steps[:, ::64]).all()
@@ -75,6 +80,6 @@ def test_wide_blocks_share_a_scale(fmt: object) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("fmt", [NVFP4, MXFP4, FP8], ids=lambda fmt: fmt.name)
-def test_what_is_not_finite_is_named(fmt: object, bad: float) -> None:
+def test_what_is_not_finite_is_named(fmt: Format, bad: float) -> None:
     with pytest.raises(ValueError, match=r"layers\.3\.weight holds 1 NaN or infinite"):
         round_to_nearest(peak(bad), Scheme(fmt), name="layers.3.weight")

@@ -37,8 +37,10 @@ SURVIVORS = Path(__file__).with_name("survivors.yaml")
 
 #: The tests that are nearest to each file, the fastest to notice first; of a folder, where its files are not named.
 TESTS = {
-    "calibration/block.py": "test_methods_block test_layer_order test_methods_equalise test_global_scales",
+    "calibration/block.py": "test_methods_block test_layer_order test_methods_equalise test_global_scales "
+    "test_methods_experts",
     "calibration/channel_statistics.py": "test_global_scales test_methods_equalise",
+    "calibration/chat_template.py": "test_data",
     "calibration/data.py": "test_data",
     "calibration/expert_linears.py": "test_expert_linears test_methods_experts",
     "calibration/formatters.py": "test_data",
@@ -57,7 +59,7 @@ TESTS = {
     "methods/rtn.py": "test_methods_rtn test_global_scales test_methods_block test_checkpoint_rtn",
     "methods/scale_search.py": "test_methods_gptq test_methods_descent test_methods_autoround",
     "methods/tiling.py": "test_methods_gptq test_methods_descent test_methods_experts",
-    "rounding.py": "test_methods_rtn test_global_scales test_checkpoint_rtn",
+    "rounding.py": "test_methods_rtn test_global_scales test_methods_block test_checkpoint_rtn",
     "checkpoint": "test_checkpoint_codecs test_checkpoint_configurations test_checkpoint_quantizer test_checkpoint_rtn "
     "test_checkpoint_writing test_convert test_inspect test_damaged",
     "nn": "test_quantizer test_experts test_experts_loading test_fp8 test_fp8_experts test_gradient test_training "

@@ -13,6 +13,7 @@ from small_models import save_small, save_text, tokenizer
 
 import fp4
 from fp4.calibration.data import load_samples
+from fp4.numerics.formats import NVFP4
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -33,7 +34,7 @@ def test_errors_are_relative_and_no_squares(tmp_path: Path) -> None:
         name = f"model.layers.0.self_attn.{part}_proj"
         weight = dense[f"{name}.weight"].double()
         codes, scales = packed[f"{name}.weight_packed"], packed[f"{name}.weight_scale"]
-        values, steps = decoded(codes, scales, 1 / packed[f"{name}.weight_global_scale"].double(), "nvfp4")
+        values, steps = decoded(codes, scales, 1 / packed[f"{name}.weight_global_scale"].double(), NVFP4, "nvfp4")
         error = values * steps - weight
         output = math.sqrt(float((x @ error.T).square().sum() / (x @ weight.T).square().sum()))
         assert rows[name]["output_error"] == pytest.approx(output, rel=1e-4)
