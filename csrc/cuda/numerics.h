@@ -249,7 +249,7 @@ FP4_BOTH float rough_reciprocal(float x) {
 
 // |x| / scale of one scale and many x without a division each: x times a reciprocal of twice float32's precision, in one
 // rounding but for 2^-46 of the result. That E2M1 and E4M3 make of it what they make of the IEEE quotient is checked for
-// every mantissa of the scale and all x near each threshold (tests/test_cutlass_quantize.py); exponents only shift it.
+// every mantissa of the scale and all x near each threshold (test_cutlass_quantize.py); exponents only shift it.
 class Divider {
  public:
   FP4_BOTH explicit Divider(float scale) : Divider(scale, kUnknown) {}

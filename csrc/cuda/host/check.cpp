@@ -1,4 +1,4 @@
-// The kernels of quantize.cu and the arithmetic of blocks.h as a plain library, for tests/test_cutlass_quantize.py.
+// The kernels of quantize.cu and the arithmetic of blocks.h as a plain library, for test_cutlass_quantize.py.
 #include "quantize.h"
 #include "swizzle.h"
 

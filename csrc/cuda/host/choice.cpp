@@ -1,4 +1,4 @@
-// The choice of gemm_table.cpp as a plain library, for tests/test_cutlass_choice.py: tables that hold the tiles of
+// The choice of gemm_table.cpp as a plain library, for test_cutlass_choice.py: tables that hold the tiles of
 // gemm_sm*_{small,large}.cu, and no kernels.
 #include "gemm.h"
 

@@ -1,5 +1,5 @@
 // The contract with CUTLASS, on the host: a matmul whose operands are read through CUTLASS's own layout functions, from
-// the very bytes that the Python backend packed. For tests/test_cutlass_layout.py; compiled with CUTLASS's headers and
+// the very bytes that the Python backend packed. For test_cutlass_layout.py; compiled with CUTLASS's headers and
 // any C++ compiler.
 #include <cstdint>
 
