@@ -22,7 +22,7 @@ from fp4 import FPQuantConfig, cli
 from fp4.checkpoint.convert import convert
 from fp4.checkpoint.inspect import inspect
 from fp4.cli import app
-from fp4.cli.settings import ALLOWED, load_env_file
+from fp4.cli.env_file import ALLOWED, load_env_file
 from fp4.pipeline import Hub as HubOptions
 from fp4.pipeline import Job
 

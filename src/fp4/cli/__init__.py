@@ -10,12 +10,15 @@ from typing import Annotated
 import typer
 
 from fp4 import __version__
-from fp4.cli.checkpoints import convert, inspect
 from fp4.cli.console import console, errors
+from fp4.cli.convert import convert
 from fp4.cli.env import env
-from fp4.cli.quality import evaluate, report
-from fp4.cli.quantize import quantize, schemes
-from fp4.cli.settings import load_env_file
+from fp4.cli.env_file import load_env_file
+from fp4.cli.evaluate import evaluate
+from fp4.cli.inspect import inspect
+from fp4.cli.quantize import quantize
+from fp4.cli.report import report
+from fp4.cli.schemes import schemes
 from fp4.errors import OptionError
 from fp4.host_memory import is_out_of_memory
 

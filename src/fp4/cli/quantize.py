@@ -1,8 +1,7 @@
-"""``fp4 quantize`` and ``fp4 schemes``."""
+"""``fp4 quantize``."""
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections import Counter
@@ -14,50 +13,12 @@ import typer
 
 from fp4.cli.choices import EXPERTS, FORMATS, METHODS, SCHEMES, one_of
 from fp4.cli.console import console, errors, interruptible
+from fp4.cli.options import LAYER_NUMBER
 
 if TYPE_CHECKING:
     from fp4.pipeline import Job
 
-_LAYER_NUMBER = r"(?<=\.)\d+(?=\.)"
 _WHAT, _HOW, _DATA, _MACHINE = "What is quantized", "How", "Calibration data", "Machine and hub"
-
-
-def schemes(as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False) -> None:
-    """List the schemes: what each does, where it runs, which checkpoint formats hold it; and the methods."""
-    from rich.table import Column, Table
-
-    from fp4.checkpoint import holders
-    from fp4.methods import METHODS
-    from fp4.scheme import SCHEMES
-
-    formats = {name: [codec.name for codec in holders(name)] for name in SCHEMES}
-    if as_json:
-        found = {
-            "schemes": [
-                {
-                    "name": name,
-                    "summary": preset.summary,
-                    "bits_per_weight": preset.scheme.format.bits_per_weight,
-                    "runs_on": preset.runs_on,
-                    "formats": formats[name],
-                }
-                for name, preset in SCHEMES.items()
-            ],
-            "methods": [
-                {"name": name, "cost": method.cost, "needs_data": method.needs_data} for name, method in METHODS.items()
-            ],
-        }
-        console.print_json(json.dumps(found))
-        return
-    table = Table(Column("scheme", style="bold"), "what it does", "bits", "runs on", "formats")
-    for name, preset in SCHEMES.items():
-        bits = f"{preset.scheme.format.bits_per_weight:g}"
-        table.add_row(name, preset.summary, bits, preset.runs_on, ", ".join(formats[name]))
-    console.print(table)
-    methods = Table(Column("method", style="bold"), "cost")
-    for name, method in METHODS.items():
-        methods.add_row(name, method.cost)
-    console.print(methods)
 
 
 def quantize(
@@ -331,7 +292,7 @@ def show_plan(job: Job) -> None:
     )
     alike = Counter(
         (
-            re.sub(_LAYER_NUMBER, "*", layer.name),
+            re.sub(LAYER_NUMBER, "*", layer.name),
             layer.preset,
             "" if layer.scheme.rotation == "identity" else f"{layer.scheme.rotation}{layer.scheme.group_size}",
             f"{layer.shape[0]} x {layer.shape[1]}",
@@ -341,7 +302,7 @@ def show_plan(job: Job) -> None:
     for (name, preset, rotation, shape), count in alike.items():
         table.add_row(name, str(count), preset, rotation, shape)
     console.print(table)
-    kept = Counter((re.sub(_LAYER_NUMBER, "*", layer.name), layer.reason) for layer in job.plan.kept)
+    kept = Counter((re.sub(LAYER_NUMBER, "*", layer.name), layer.reason) for layer in job.plan.kept)
     for (name, reason), count in kept.items():
         times = "" if count == 1 else f"{count} x "
         console.print(f"kept: {times}{name} ({reason})", highlight=False)
