@@ -17,8 +17,8 @@ from fp4.checkpoint.formats.fp_quant import FPQuantCodec
 from fp4.checkpoint.formats.modelopt import ModelOptCodec
 from fp4.checkpoint.formats.mxfp4 import Mxfp4Codec
 
-#: All formats, by name. The order is the order of preference: if the user names no format, a model is saved in the first
-#: one that holds all its layers.
+#: All formats by name, in order of preference: if the user names no format, a model is saved in the first one that
+#: holds all its layers.
 CODECS: dict[str, type[Codec]] = {
     codec.name: codec
     for codec in (

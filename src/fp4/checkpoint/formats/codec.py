@@ -111,7 +111,7 @@ class Codec(ABC):
     stacks: ClassVar[bool] = False
     #: Weight formats whose expert stacks ``[E, N, K]`` are written as one tensor, as Granite's checkpoints do.
     stacked_formats: ClassVar[tuple[str, ...]] = ()
-    #: The rule by which the tool that defined the format chooses block scales of activations, by their format. A format
+    #: The rule by which the tool that defined the format chooses block scales of activations, by number format. One
     #: without an entry takes ``abs_max``.
     input_rules: ClassVar[Mapping[Format, str]] = {MXFP4: "even"}
     #: Whether the format stores a layer's rotation as a matrix, so that it can hold any rotation.
@@ -397,8 +397,8 @@ def read_scales(stored: Tensor, name: str, fmt: Format, codes: Tensor) -> Tensor
 
 
 def _largest(bits: Tensor) -> int:
-    # NumPy finds the maximum on one thread. torch.max would wake torch's thread pool, which no other step of a conversion
-    # does, and the threads would then spin for longer than a layer takes: on two cores that halves the speed.
+    # NumPy finds the maximum on one thread. torch.max would wake torch's thread pool, which no other step of a
+    # conversion does. Its threads would then spin for longer than a layer takes: on two cores that halves the speed.
     return int(bits.numpy().max() if bits.device.type == "cpu" else bits.max())
 
 

@@ -44,8 +44,8 @@ class Mxfp4Codec(Codec):
         if not _STACK.search(layer):
             return None
         for kept in fields.names(self.config, "modules_to_not_convert"):
-            # Transformers keeps a module if the entry matches as a regular expression up to the end of a module's name, or
-            # if the full name ends with the entry.
+            # Transformers keeps a module if the entry matches as a regular expression up to the end of a module's
+            # name, or if the full name ends with the entry.
             try:
                 fits = re.match(rf"(?:{kept})(?=\.|$)", layer)
             except re.error as error:
