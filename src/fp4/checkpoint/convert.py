@@ -220,7 +220,7 @@ def _notes(plan: _Plan) -> list[str]:
 
 
 def _shards(plan: _Plan) -> list[_Shard]:
-    """The files to write. A layer goes into the file of its marker tensor, since its tensors may lie in several files."""
+    """The files to write. A layer goes into the file of its marker, since its tensors may lie in several files."""
     shards = {path: _Shard(path, [], {}, {}) for path in plan.checkpoint.shards}
     packed = {info for planned in plan.layers.values() for info in planned.stored.values()}
     for name, info in plan.checkpoint.tensors.items():
@@ -265,7 +265,7 @@ def _write_layer(file: ShardWriter, layer: str, plan: _Plan) -> None:
     infos, source, target, _ = plan.layers[layer]
     bulky = [infos[suffix] for suffix in plan.reader.codes if suffix in infos]
     try:
-        if any(info.dtype not in ("U8", "F8_E4M3") for info in bulky):  # pseudo-quantized values: read finds their codes
+        if any(info.dtype not in ("U8", "F8_E4M3") for info in bulky):  # values, for which read finds the codes
             stored = plan.reader.read({suffix: load(info) for suffix, info in infos.items()}, source)
         else:
             stored, _ = peek(plan.reader, layer, infos, scales=True)

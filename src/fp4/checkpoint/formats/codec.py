@@ -111,8 +111,8 @@ class Codec(ABC):
     stacks: ClassVar[bool] = False
     #: Weight formats whose expert stacks ``[E, N, K]`` are written as one tensor, as Granite's checkpoints do.
     stacked_formats: ClassVar[tuple[str, ...]] = ()
-    #: The rule by which the tool that defined the format chooses block scales of activations, by number format. One
-    #: without an entry takes ``abs_max``.
+    #: The rule by which the format's own tool chooses block scales of activations, by number format. One without an
+    #: entry takes ``abs_max``.
     input_rules: ClassVar[Mapping[Format, str]] = {MXFP4: "even"}
     #: Whether the format stores a layer's rotation as a matrix, so that it can hold any rotation.
     stores_rotations: ClassVar[bool] = False

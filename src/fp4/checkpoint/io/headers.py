@@ -219,7 +219,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Read the configuration and all headers of a folder. ValueError if a file is missing, damaged or suspicious."""
+        """Read the configuration and headers of a folder. ValueError if a file is missing, damaged or suspicious."""
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder with a checkpoint")
         _require_target(folder / "config.json")
@@ -261,7 +261,7 @@ class Checkpoint:
         return known.get(name, torch.float32)
 
     def quantization_config(self) -> dict[str, Any] | None:
-        """The ``quantization_config`` of config.json, or of a format's own file beside it; None if there is neither."""
+        """The ``quantization_config`` of config.json, or of a format's own file beside it; None without either."""
         for holder in (self.config, self.config.get("text_config")):
             found = holder.get("quantization_config") if isinstance(holder, dict) else None
             if found is not None:

@@ -96,7 +96,7 @@ def require_room(out: Path, needed: int) -> None:
     """
     place = next(parent for parent in out.absolute().parents if parent.is_dir())
     partial = _partial(out)
-    # Unfinished work of an earlier run counts as free: the job either reuses it or deletes it.
+    # Unfinished work of an earlier run counts as free, because the job either reuses or deletes it.
     there = sum(path.stat().st_size for path in partial.iterdir() if path.is_file()) if partial.is_dir() else 0
     free = shutil.disk_usage(place).free + there
     if free < needed:
@@ -380,7 +380,7 @@ def write_companions(
 
 
 def _described(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` without the ``quantization_config`` of its ``text_config``, which the caller replaces by an outer one."""
+    """``config`` without the ``quantization_config`` in its ``text_config``, since the new one stands outside."""
     text = config.get("text_config")
     if "quantization_config" in config or not isinstance(text, Mapping) or "quantization_config" not in text:
         return dict(config)

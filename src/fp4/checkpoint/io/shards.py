@@ -116,7 +116,7 @@ class ShardWriter:
 
 
 def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The header's bytes, and the offset of each tensor in the file. Wide dtypes come first, so that all are aligned."""
+    """The header's bytes, and each tensor's offset in the file. Wide dtypes come first, so that all are aligned."""
     order = sorted(specs, key=lambda name: (-DTYPES[specs[name].dtype].itemsize, name))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     relative, position = {}, 0
