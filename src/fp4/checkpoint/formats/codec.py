@@ -125,7 +125,7 @@ class Codec(ABC):
     #: the tensor, its group ``scale`` the tensor's own name (``k_scale``, ``v_bias``). None if the format has no such
     #: tensors.
     cache_scales: ClassVar[re.Pattern[str] | None] = None
-    #: A JSON file beside config.json that says how the weights are quantized. A conversion does not copy it, because the
+    #: A JSON file beside config.json that says how the weights are quantized. Conversions do not copy it, because the
     #: new checkpoint's weights are stored otherwise.
     side_file: ClassVar[str | None] = None
     #: Whether some releases of the tool write only ``side_file``, and no ``quantization_config`` in config.json.

@@ -116,7 +116,7 @@ class Staging:
 
     Args:
         out: the folder that the job is to make.
-        request: everything that determines the bytes of the output. A later call with an equal request resumes the work.
+        request: all that determines the bytes of the output. A later call with an equal request resumes the work.
             One with another request is refused, so that no work is lost by mistake.
         overwrite: whether an existing ``out``, or the unfinished work for another request, may be replaced.
         parts: what is planned for each part of the output, as a digest, by the name of the part's note.
