@@ -1,4 +1,4 @@
-"""On-disk formats: one codec each, between a layer's stored tensors and the canonical form."""
+"""Checkpoints on disk: their formats, reading and writing, conversion and inspection."""
 
 from __future__ import annotations
 

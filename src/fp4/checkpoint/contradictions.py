@@ -1,7 +1,7 @@
-"""Where config.json, or the tokenizer, cannot belong to the tensors beside it, told before a model is built.
+"""Contradictions between config.json, tokenizer and tensors of a checkpoint, found without building the model.
 
-What a model of Transformers' needs exactly is checked when one is built on the meta device
-(:class:`fp4.pipeline.skeleton.Skeleton`); here is what must be known before that, or without it.
+A full check needs the model on the meta device (:class:`fp4.pipeline.skeleton.Skeleton`). The checks here run before
+that, or where no model is built.
 """
 
 from __future__ import annotations
@@ -15,20 +15,27 @@ from fp4.checkpoint.io.headers import TensorInfo
 
 # num_hidden_layers, n_layer, encoder_layers, max_window_layers, ...
 _COUNT_OF_LAYERS = re.compile(r"layers?$|^depth$|dense_replace$")
-# A model of so many layers is built within seconds, whatever its checkpoint holds.
+# Transformers builds a model of this many layers within seconds, so fewer are never refused.
 _FEW_LAYERS = 1000
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings)\.weight$")
 _BLOCK = re.compile(r"^(.*?\.)?(layers|h|blocks|block)\.(\d+)\.")
-# Heads that predict further tokens are stored behind the blocks, as one more.
+# Heads for multi-token prediction are stored as further blocks after the last one.
 _MORE_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers")
-# Musicgen and Moshi give one token more than they count a row.
+# The embeddings of Musicgen and Moshi have one row more than vocab_size.
 _MORE_ROWS = 1
 
 
 def refuse_endless(config: Mapping[str, Any], tensors: int) -> None:
-    """Raise ValueError where a part of the model would have more layers than the checkpoint has tensors.
+    """Refuse a configuration with more layers than the checkpoint has tensors.
 
-    Transformers would build them all, and lists as long as there are layers, before it looks at a weight.
+    Transformers would build all of them before it reads a weight, and so exhaust time and memory.
+
+    Args:
+        config: the content of config.json.
+        tensors: the number of tensors in the checkpoint.
+
+    Raises:
+        ValueError: a part of the configuration names more layers than that, and more than 1000.
     """
     limit = max(_FEW_LAYERS, tensors)
     for path, part in _parts(config):
@@ -38,10 +45,10 @@ def refuse_endless(config: Mapping[str, Any], tensors: int) -> None:
 
 
 def contradictions(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """What config.json says otherwise than the tensors, one sentence each.
+    """Contradictions between config.json and the tensors, one sentence each.
 
-    Looks at the number of decoder blocks and at the token embedding, as far as they have the names that most families
-    give them; what has other names is left out.
+    The number of decoder blocks and the shape of the token embedding are compared, if they have the names that most
+    model families give them.
     """
     try:
         refuse_endless(config, len(tensors))
@@ -83,7 +90,7 @@ def _of_blocks(text: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> It
 
 
 def _parts(config: Mapping[str, Any], path: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The configuration and those within it (of the text, of a vision tower), with where they are."""
+    """The configuration and those nested in it (such as a vision tower's), each with its path of keys."""
     yield path, config
     for key, value in config.items():
         if isinstance(value, Mapping) and depth < 5:
@@ -91,7 +98,7 @@ def _parts(config: Mapping[str, Any], path: str = "", depth: int = 0) -> Iterato
 
 
 def tokenizer_problem(folder: Path) -> str | None:
-    """Why the folder's tokenizer.json cannot be read; None where it can, or where there is none."""
+    """The reason why a folder's tokenizer.json cannot be read; None if it can, or if there is none."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None

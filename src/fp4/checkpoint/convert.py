@@ -1,8 +1,8 @@
-"""Turn a checkpoint of one FP4 format into another's without building the model: shard by shard, layer by layer.
+"""Conversion of a checkpoint from one FP4 format to another, layer by layer and without building the model.
 
-A conversion never changes a value. Codes and block scales are the same bytes in every format; what has no exact place
-in the target (a rotation, FP8 activations, some global scales) is refused before anything is written, all of it at
-once. An interrupted conversion goes on where it was (:mod:`fp4.checkpoint.io.publish`).
+A conversion never changes a value. Codes and block scales are the same bytes in every format. Before anything is
+written, one error lists all layers that the target format cannot hold exactly, because of a rotation, FP8 activations
+or a global scale. An interrupted conversion is resumed by the next call (:mod:`fp4.checkpoint.io.publish`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ from fp4.errors import OptionError
 
 @dataclass
 class Conversion:
-    """What a conversion did.
+    """The outcome of a conversion.
 
     Attributes:
+        source_format: the name of the source's format.
+        target_format: the name of the format written.
         layers: number of packed layers.
-        kept: number of modules with a matrix that is not packed.
-        resumed_shards: shards that an earlier, interrupted run had written already.
-        notes: what a user should know about the result.
+        kept: number of modules whose weight matrix is not quantized.
+        shards: number of weight files.
+        resumed_shards: number of weight files that an earlier, interrupted run had written.
+        bytes_written: bytes of all tensors, those of resumed shards included.
+        notes: sentences that the user should read about the result.
     """
 
     source_format: str
@@ -45,7 +49,7 @@ class Conversion:
 
 
 class _Layer(NamedTuple):
-    """One packed layer: what is stored of it, its scheme on either side, and what it becomes, by suffix."""
+    """One packed layer: its stored tensors, its scheme before and after, and the tensors to write, by suffix."""
 
     stored: Mapping[str, TensorInfo]
     source: LayerScheme
@@ -54,7 +58,7 @@ class _Layer(NamedTuple):
 
 
 class _Shard(NamedTuple):
-    """One file: the packed layers in it, everything else by its new name, and all that is to be written."""
+    """One weight file: its packed layers, its other tensors by their new names, and all tensors to write."""
 
     source: Path
     layers: list[str]
@@ -63,13 +67,13 @@ class _Shard(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors, without the header."""
+        """Bytes of all tensors, without the header."""
         return sum(spec.nbytes for spec in self.specs.values())
 
 
 @dataclass
 class _Plan:
-    """A conversion that is known to be possible."""
+    """Everything that a conversion needs; once ``layers`` is filled, the target is known to hold every layer."""
 
     checkpoint: Checkpoint
     reader: Codec
@@ -91,22 +95,28 @@ def convert(
     cache_dir: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
-    """Write the checkpoint ``source`` in another format.
+    """Write a checkpoint in another format.
 
     Args:
-        source: a folder or a hub id.
-        target: a folder that does not exist, or one to replace with ``overwrite``.
-        to: the name of a format, a key of ``fp4.checkpoint.CODECS``.
+        source: a folder, or the id of a model on the hub.
+        target: the folder to make.
+        to: the name of the format to write, a key of ``fp4.checkpoint.CODECS``.
         allow_rounding: accept global scales that the target holds only rounded, which moves the float32 product of
-            block and global scale by at most one unit in the last place. Otherwise such a scale is refused.
-        weight_only: drop what the source says about activations (W4A4 becomes W4A16) and the KV cache.
-        revision, token, cache_dir: for a hub id, as everywhere in huggingface_hub.
-        progress: called with bytes written so far and in all.
+            block and global scale by at most one unit in the last place. If False, such a scale is an error.
+        weight_only: leave activations (W4A4 becomes W4A16) and the KV cache unquantized.
+        overwrite: replace ``target`` if it exists.
+        revision: branch, tag or commit of a model on the hub.
+        token: the hub's access token, as huggingface_hub takes it.
+        cache_dir: folder of the hub's cache; huggingface_hub's own if None.
+        progress: called with the bytes written so far and the bytes to write in all.
+
+    Returns:
+        what was converted.
 
     Raises:
-        ValueError: the source is damaged or no FP4 checkpoint, or the target cannot hold it; the message lists every
-            layer concerned. Nothing is left behind.
-        OSError: writing failed; a new call with the same arguments goes on from the last complete shard.
+        ValueError: the source is damaged or no FP4 checkpoint, or the target format cannot hold it; the message says
+            which layers are concerned. Nothing is left behind.
+        OSError: writing failed; a new call with the same arguments resumes after the last complete shard.
     """
     writes = codec_named(to, "target format")
     folder = local_folder(source, revision=revision, token=token, cache_dir=cache_dir)
@@ -137,7 +147,7 @@ def convert(
     plan.layers = _layers(plan, groups, weight_only)
     kept = dense_matrices(checkpoint.tensors, groups)
     if checkpoint.config.get("tie_word_embeddings") and "lm_head" not in groups:
-        kept.append("lm_head")  # has no tensor of its own
+        kept.append("lm_head")  # a tied output embedding has no tensor of its own
     schemes = {layer: planned.target for layer, planned in plan.layers.items()}
     new_config = writer.configuration(schemes, sorted(set(kept)), {} if weight_only else reader.config)
 
@@ -152,7 +162,7 @@ def convert(
         try:
             _write_shards(plan, staging.folder, result, progress)
         except ValueError:
-            staging.discard()  # no other call with these arguments could go on
+            staging.discard()  # the same call would fail again, so its work is of no use
             raise
         staging.publish(write_companions(checkpoint, staging.folder, shards, writes, new_config))
     return result
@@ -162,7 +172,7 @@ def convert(
 
 
 def _layers(plan: _Plan, groups: Mapping[str, Mapping[str, TensorInfo]], weight_only: bool) -> dict[str, _Layer]:
-    """Every layer of ``groups`` as it will be. ValueError naming all that the target cannot hold."""
+    """The plan for every layer of ``groups``. ValueError lists those that the target cannot hold."""
     reader, writer = plan.reader, plan.writer
     if not groups:
         raise ValueError(f"the checkpoint has no FP4 layer (no tensor named *{reader.marker})")
@@ -210,7 +220,7 @@ def _notes(plan: _Plan) -> list[str]:
 
 
 def _shards(plan: _Plan) -> list[_Shard]:
-    """A layer belongs to the file of its marker, wherever its other tensors are."""
+    """The files to write. A layer goes into the file of its marker, since its tensors may lie in several files."""
     shards = {path: _Shard(path, [], {}, {}) for path in plan.checkpoint.shards}
     packed = {info for planned in plan.layers.values() for info in planned.stored.values()}
     for name, info in plan.checkpoint.tensors.items():
@@ -255,7 +265,7 @@ def _write_layer(file: ShardWriter, layer: str, plan: _Plan) -> None:
     infos, source, target, _ = plan.layers[layer]
     bulky = [infos[suffix] for suffix in plan.reader.codes if suffix in infos]
     try:
-        if any(info.dtype not in ("U8", "F8_E4M3") for info in bulky):  # values, that codes must be found for
+        if any(info.dtype not in ("U8", "F8_E4M3") for info in bulky):  # values, for which read finds the codes
             stored = plan.reader.read({suffix: load(info) for suffix, info in infos.items()}, source)
         else:
             stored, _ = peek(plan.reader, layer, infos, scales=True)

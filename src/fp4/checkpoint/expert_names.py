@@ -1,4 +1,4 @@
-"""What checkpoints call the matrices of experts: as Transformers' own conversions of each model family name them."""
+"""Names of expert matrices in checkpoints, taken from Transformers' weight conversions of each model family."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ _PER_EXPERT = re.compile(r"\*\.(\w+)\\?\.weight$")
 
 
 def names_on_disk(module: str, layout: ExpertsLayout, conversions: Iterable[Any]) -> dict[str, str]:
-    """What checkpoints call the matrices of an expert, by ``layout.parts``: as Transformers' own converters name them.
+    """The names that checkpoints give the matrices of one expert.
 
-    Without such a converter (the family's checkpoints hold stacks) the names are those of ``layout.parts`` themselves.
+    Args:
+        module: the name of the experts' module in the model.
+        layout: the module's projections and their parts.
+        conversions: Transformers' weight conversions of the model family.
+
+    Returns:
+        the names by part (``layout.parts``). A part that no conversion merges keeps its name, since the family's
+        checkpoints then hold stacks.
     """
     names = {part: part for projection in layout.projections for part in layout.parts(projection)}
     for conversion in conversions:
@@ -34,9 +41,17 @@ def names_on_disk(module: str, layout: ExpertsLayout, conversions: Iterable[Any]
 
 
 def stacks_on_disk(module: str, layout: ExpertsLayout, conversions: Iterable[Any]) -> dict[str, str]:
-    """What checkpoints call the stacks of a family that stores each as a layer of its own (Granite), by projection.
+    """The names of expert stacks in checkpoints of a family that stores each stack as one layer, such as Granite.
 
-    Transformers renames such a layer's ``weight`` to the projection, and with it all tensors whose names go on.
+    Transformers renames such a layer's ``weight`` to the projection, and so every tensor whose name starts that way.
+
+    Args:
+        module: the name of the experts' module in the model.
+        layout: the module's projections.
+        conversions: Transformers' weight conversions of the model family.
+
+    Returns:
+        the layer's name by projection; empty for other families.
     """
     names = {}
     for conversion in conversions:

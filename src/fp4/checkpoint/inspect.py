@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its headers alone: formats, layers, bits per weight, and what is wrong with it."""
+"""Inspection of a checkpoint by its headers: formats, layers, bits per weight, and faults."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ from fp4.checkpoint.layers import dense_matrices, other_quantized, packed_layers
 
 @dataclass
 class LayerRow:
-    """One packed layer: scheme as ``nvfp4``, ``mxfp4a16``, ..., shape N x K, bits per weight, problems."""
+    """One packed layer.
+
+    Attributes:
+        name: the layer's name.
+        scheme: how it is quantized, such as ``nvfp4`` or ``mxfp4a16``.
+        shape: (N, K), or (E, N, K) for a stack of experts; empty if unknown.
+        bits_per_weight: bits of all its tensors, divided by the number of weights.
+        problems: sentences about its faults.
+    """
 
     name: str
     scheme: str
@@ -33,7 +41,7 @@ class LayerRow:
 
 @dataclass
 class KeptRow:
-    """One module with a matrix that is not packed."""
+    """One module whose weight matrix is not quantized: its name, and the matrix's dtype and shape."""
 
     name: str
     dtype: str
@@ -42,15 +50,19 @@ class KeptRow:
 
 @dataclass
 class Inspection:
-    """What :func:`inspect` found.
+    """The findings of :func:`inspect`.
 
     Attributes:
-        format: the codec's name, or the checkpoint's own ``quant_method``, or ``"none"``.
+        path: the folder or hub id that was inspected.
+        format: the checkpoint's ``quant_method``, or ``"none"``.
+        model_type: the model family, as config.json names it.
         schemes: number of layers by scheme.
-        bits_per_weight: over packed layers, everything stored for them counted.
-        bytes: of all tensors.
-        problems: what keeps the checkpoint from loading, or makes it compute something else than was meant.
-        notes: what was not looked at.
+        layers: the packed layers.
+        kept: the modules whose weight matrix is not quantized.
+        bits_per_weight: mean over all packed layers, with scales and all other tensors of a layer counted.
+        bytes: bytes of all tensors.
+        problems: faults that keep the checkpoint from loading, or make it compute something else than was meant.
+        notes: remarks that are no faults, such as checks that were not made.
     """
 
     path: str
@@ -65,7 +77,7 @@ class Inspection:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, as ``fp4 inspect --json`` prints it."""
+        """The findings as plain dictionaries and lists, which ``fp4 inspect --json`` prints."""
         return asdict(self)
 
 
@@ -77,15 +89,21 @@ def inspect(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> Inspection:
-    """Describe a checkpoint.
+    """Describe a checkpoint and list its faults.
 
     Args:
-        source: a folder, or a hub id, of which only configuration and headers are fetched.
-        values: also read all block scales (a ninth of an NVFP4 checkpoint), to find NaN and zero ones. Only locally.
-        revision, token, cache_dir: for a hub id, as everywhere in huggingface_hub.
+        source: a folder, or the id of a model on the hub, of which only configuration and headers are fetched.
+        values: read all block scales too (a ninth of an NVFP4 checkpoint), to find NaN and zeros. It has no effect for
+            a model on the hub.
+        revision: branch, tag or commit of a model on the hub.
+        token: the hub's access token, as huggingface_hub takes it.
+        cache_dir: folder of the hub's cache; huggingface_hub's own if None.
+
+    Returns:
+        the findings. Faults of single layers are listed there and not raised.
 
     Raises:
-        ValueError: the files are damaged so that not even headers can be read, or ``source`` is nowhere.
+        ValueError: the source does not exist, or is so damaged that its headers cannot be read.
     """
     checkpoint, readable = open_headers(source, revision=revision, token=token, cache_dir=cache_dir)
     result = Inspection(str(source), "none", str(checkpoint.config.get("model_type", "unknown")))
@@ -190,7 +208,7 @@ def _note_fused_layers(result: Inspection, dense: list[str]) -> None:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts layers.2 before layers.10."""
+    """A sort key that puts layers.2 before layers.10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
@@ -205,7 +223,7 @@ def _shape_of_codes(codec: Codec, infos: Mapping[str, TensorInfo]) -> tuple[int,
 def _expect_packed(
     result: Inspection, codec: Codec, checkpoint: Checkpoint, groups: Mapping[str, dict[str, TensorInfo]]
 ) -> None:
-    """Find what the configuration calls quantized and the tensors do not hold, or hold in part."""
+    """Report layers that the configuration calls quantized, but whose packed tensors are missing or incomplete."""
     if not groups:
         result.problems.append(f"quant_method is {codec.name}, but no layer is packed in FP4 (no *{codec.marker})")
     others = set(other_quantized(checkpoint.tensors, groups))
@@ -228,5 +246,5 @@ def _expect_packed(
 
 
 def _role(name: str) -> str:
-    """A layer's name with every number left out: what it is called in each block."""
+    """A layer's name with a star for every number, so that the same layer of all blocks has one name."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

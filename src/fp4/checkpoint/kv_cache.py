@@ -1,4 +1,4 @@
-"""Scales of a quantized KV cache: the business of the engine that serves the model, carried along as they are."""
+"""Scales of a quantized KV cache, which fp4 copies unchanged, because only the serving engine applies them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ def cache_tensors(names: Iterable[str]) -> list[str]:
 
 
 def renamed(name: str, codec: type[Codec]) -> str:
-    """What the format of ``codec`` calls a tensor of the KV cache; any other keeps its name."""
+    """The name of a tensor in the format of ``codec``, which differs only for tensors of the KV cache."""
     found = _attention_and_scale(name)
     return codec.cache_scale_name(*found) if found else name
 
 
 def require_place(config: Mapping[str, Any], tensors: list[str], codec: type[Codec]) -> None:
-    """ValueError if the KV cache is quantized and the format of ``codec`` cannot say how."""
+    """Refuse a quantized KV cache that the target format cannot describe.
+
+    Args:
+        config: the source's ``quantization_config``.
+        tensors: the names of the KV cache's tensors.
+        codec: the target format.
+
+    Raises:
+        ValueError: the KV cache is quantized and the format has no place for that.
+    """
     scheme = config.get("kv_cache_scheme")
     if not scheme and not tensors:
         return
@@ -34,7 +43,7 @@ def require_place(config: Mapping[str, Any], tensors: list[str], codec: type[Cod
 
 
 def _attention_and_scale(name: str) -> tuple[str, str] | None:
-    """The attention module, and its scale, that a tensor of any format belongs to."""
+    """The attention module and the own name of a KV cache's tensor in any format; None for other tensors."""
     for codec in CODECS.values():
         found = codec.cache_scales.fullmatch(name) if codec.cache_scales else None
         if found is not None:

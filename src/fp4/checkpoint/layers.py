@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint make up which layer."""
+"""Grouping of a checkpoint's tensors into layers, by their names and dtypes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fp4.checkpoint.io.headers import DTYPES, TensorInfo, load
 if TYPE_CHECKING:
     from torch import Tensor
 
-# No block scales or rotation matrix of a real layer are larger.
+# Block scales and rotation matrices of real layers are smaller; a larger tensor is not read, so that a damaged or
+# malicious file cannot exhaust the memory.
 _LARGEST = 1 << 31
 _WEIGHTS = (".weight", ".weight_packed", ".qweight")
 _QUANTIZED_DTYPES = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32")
@@ -45,7 +46,7 @@ def dense_matrices(tensors: Mapping[str, TensorInfo], packed: Mapping[str, Mappi
 
 
 def other_quantized(tensors: Mapping[str, TensorInfo], packed: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
-    """Names of the modules whose weight is quantized, but not to FP4: of one byte or integer, and not packed."""
+    """Names of the modules whose weight has a one-byte or integer dtype, but no codec of fp4 recognises as packed."""
     weights = ((name.rpartition(".")[0], info) for name, info in tensors.items() if name.endswith(_WEIGHTS))
     return [name for name, info in weights if name not in packed and info.dtype in _QUANTIZED_DTYPES]
 
@@ -53,10 +54,19 @@ def other_quantized(tensors: Mapping[str, TensorInfo], packed: Mapping[str, Mapp
 def peek(
     codec: Codec, layer: str, infos: Mapping[str, TensorInfo], scales: bool = False
 ) -> tuple[StoredLinear, LayerScheme]:
-    """Read a layer without its codes, and without its block scales unless ``scales``.
+    """Read the small tensors of a layer; the others become meta tensors of the same shape and dtype.
 
-    What is not read becomes meta tensors; everything else is real. ValueError if the configuration and the tensors do
-    not fit together.
+    Args:
+        codec: the checkpoint's format.
+        layer: the layer's name.
+        infos: where its tensors lie, by suffix.
+        scales: read the block scales too. Codes are never read.
+
+    Returns:
+        the layer in canonical form, and its scheme with the rotation that it really has.
+
+    Raises:
+        ValueError: the configuration and the tensors contradict each other.
     """
     tensors: dict[str, Tensor] = {}
     for suffix, info in infos.items():

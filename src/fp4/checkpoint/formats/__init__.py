@@ -1,6 +1,6 @@
-"""Checkpoint formats: one codec a file, between a layer's stored tensors and the quantized tensor.
+"""Checkpoint formats, one codec per file, which translate between stored tensors and quantized tensors.
 
-To add a format, write its codec in a file of this folder and give it an import and a row here.
+To add a format, write its codec in a file of this folder, and import and list it here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from fp4.checkpoint.formats.fp_quant import FPQuantCodec
 from fp4.checkpoint.formats.modelopt import ModelOptCodec
 from fp4.checkpoint.formats.mxfp4 import Mxfp4Codec
 
-#: By name. Where none is asked for, the first that holds all layers of a model is written.
+#: All formats by name, in order of preference: if the user names no format, a model is saved in the first one that
+#: holds all its layers.
 CODECS: dict[str, type[Codec]] = {
     codec.name: codec
     for codec in (
@@ -31,14 +32,30 @@ CODECS: dict[str, type[Codec]] = {
 
 
 def codec_named(name: str, what: str = "format") -> type[Codec]:
-    """The codec of the format called ``name``. ValueError, which begins with ``what`` was named, if there is none."""
+    """The codec class of a format.
+
+    Args:
+        name: the format's name, a key of ``CODECS``.
+        what: what the name was given as, with which the error message begins.
+
+    Raises:
+        ValueError: there is no format of that name.
+    """
     if name not in CODECS:
         raise ValueError(f"{what} is {name!r}; expected one of {', '.join(CODECS)}")
     return CODECS[name]
 
 
 def codec_for(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Codec:
-    """The codec of a ``quantization_config``. ValueError if none reads it."""
+    """The codec that reads a checkpoint.
+
+    Args:
+        config: the checkpoint's ``quantization_config``.
+        dtype: the dtype of its unquantized tensors.
+
+    Raises:
+        ValueError: no codec reads the configuration's ``quant_method``.
+    """
     for codec in CODECS.values():
         if codec.claims(config):
             return codec(config, dtype)
@@ -46,5 +63,5 @@ def codec_for(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> 
 
 
 def holders(scheme: str) -> list[type[Codec]]:
-    """The formats that hold layers of ``scheme``, a name of ``fp4.scheme.SCHEMES``, the one to prefer first."""
+    """The formats that can hold layers of a scheme (a name of ``fp4.scheme.SCHEMES``), in order of preference."""
     return [codec for codec in CODECS.values() if scheme in codec.schemes]

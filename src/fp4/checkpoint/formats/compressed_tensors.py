@@ -65,7 +65,7 @@ class CompressedTensorsCodec(PackQuantizedCodec):
         self.groups = list(fields.dictionaries(config, "config_groups").values())
         self.ignore = fields.names(config, "ignore")
         if any(_is_fp8(fields.dictionary(group, "weights")) for group in self.groups):
-            # Called as an ordinary weight is, so that it is looked at only where there can be one.
+            # FP8 codes are called `weight`, as unquantized weights are, so this suffix needs FP8 layers.
             self.suffixes, self.codes = (*self.suffixes, ".weight"), (*self.codes, ".weight")
             self.markers = {**self.markers, ".weight": (CODES,)}
 
@@ -224,7 +224,7 @@ class CompressedTensorsCodec(PackQuantizedCodec):
 
 
 def matches(layer: str, pattern: str) -> bool:
-    """compressed-tensors' rule for names: ``re:`` starts a regular expression, anything else is the whole name."""
+    """Whether a pattern of compressed-tensors fits: ``re:`` starts a regular expression, others are whole names."""
     if pattern.startswith("re:"):
         try:
             return re.match(pattern[3:], layer) is not None
@@ -234,7 +234,7 @@ def matches(layer: str, pattern: str) -> bool:
 
 
 def _is_fp8(args: Mapping[str, Any]) -> bool:
-    """Whether weights are E4M3 with one static scale a channel."""
+    """Whether weights are E4M3 with one static scale per channel."""
     described = tuple(args.get(option) for option in ("num_bits", "type", "strategy"))
     return described == (8, "float", "channel") and args.get("symmetric", True) is True and not args.get("dynamic")
 

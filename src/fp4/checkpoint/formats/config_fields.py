@@ -1,4 +1,8 @@
-"""Fields of a ``quantization_config``, each of the type that it must have: they came with the checkpoint."""
+"""Typed access to the fields of a ``quantization_config``.
+
+A checkpoint may come from a stranger, so a field of a wrong type must end in a sentence and not in a crash. Each
+function takes the configuration and the name of a field, and raises ValueError if the field has another type.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Any
 
 
 def dictionary(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """``config[key]``, empty where there is none or null. ValueError if it is no dictionary."""
+    """A field that is a dictionary; empty if the field is missing or null."""
     found = config.get(key)
     if found is None:
         return {}
@@ -17,7 +21,7 @@ def dictionary(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def dictionaries(config: Mapping[str, Any], key: str) -> dict[str, Mapping[str, Any]]:
-    """As :func:`dictionary`, of dictionaries."""
+    """A field that is a dictionary of dictionaries; empty if the field is missing or null."""
     found = dictionary(config, key)
     if not all(isinstance(value, Mapping) for value in found.values()):
         raise _error(key, found, "a dictionary of dictionaries")
@@ -25,7 +29,7 @@ def dictionaries(config: Mapping[str, Any], key: str) -> dict[str, Mapping[str, 
 
 
 def entries(config: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    """``config[key]``, empty where there is none or null. ValueError if it is no list of dictionaries."""
+    """A field that is a list of dictionaries; empty if the field is missing or null."""
     found = config.get(key)
     if found is None:
         return []
@@ -35,7 +39,7 @@ def entries(config: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 
 
 def names(config: Mapping[str, Any], key: str) -> list[str]:
-    """``config[key]``, empty where there is none or null. ValueError if it is no list of strings."""
+    """A field that is a list of strings; empty if the field is missing or null."""
     found = config.get(key)
     if found is None:
         return []
@@ -45,7 +49,7 @@ def names(config: Mapping[str, Any], key: str) -> list[str]:
 
 
 def whole(config: Mapping[str, Any], key: str, default: int) -> int:
-    """``config[key]``, ``default`` where there is none, null or zero. ValueError if it is no positive whole number."""
+    """A field that is a positive whole number; ``default`` if the field is missing, null or zero."""
     found = config.get(key) or default
     if not isinstance(found, int) or isinstance(found, bool) or found < 0:
         raise _error(key, found, "a positive whole number")

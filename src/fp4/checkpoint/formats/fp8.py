@@ -1,4 +1,4 @@
-"""FP8 weights with one scale a row, which all formats that have them store alike."""
+"""FP8 weights with one scale per row, which all checkpoint formats that have them store in the same way."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ from torch import Tensor
 
 from fp4.numerics.formats import FP8, QuantizedTensor
 
-# As safetensors calls the dtype of the codes, which tells them from ordinary weights of the same name.
+# safetensors' name of the codes' dtype. It tells FP8 weights from unquantized ones, which are called `weight` too.
 CODES = "F8_E4M3"
 
 
 def read_fp8(codes: Tensor, scales: Tensor, shape: tuple[int, ...] | None = None) -> QuantizedTensor:
-    """Canonical form of E4M3 codes ``[..., N, K]`` and scales ``[..., N, 1]`` or ``[..., N]``, checked."""
+    """The canonical form of a stored FP8 weight.
+
+    Args:
+        codes: float8_e4m3fn ``[..., N, K]``.
+        scales: float32, bfloat16 or float16 ``[..., N, 1]`` or ``[..., N]``.
+        shape: the shape that the model expects of the weight, or None if there is no model.
+
+    Returns:
+        the weight, with scales ``[..., N, 1]``.
+
+    Raises:
+        ValueError: a dtype or shape is wrong, or a scale is not positive and finite.
+    """
     found = f"weight is {codes.dtype} {tuple(codes.shape)}"
     if codes.dtype != torch.float8_e4m3fn or codes.ndim < 2:
         raise ValueError(f"{found}; expected torch.float8_e4m3fn [..., N, K]")
@@ -35,6 +47,16 @@ def read_fp8(codes: Tensor, scales: Tensor, shape: tuple[int, ...] | None = None
 
 
 def narrowed(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """``scales`` in ``dtype`` where it holds them exactly: what they were before a format widened them to float32."""
+    """Scales in a narrower dtype, if it holds them exactly.
+
+    Some formats store scales in float32 that were computed in the model's dtype; this restores them.
+
+    Args:
+        scales: float32 scales.
+        dtype: the model's dtype.
+
+    Returns:
+        ``scales`` in ``dtype``, or unchanged if that would round one of them.
+    """
     narrow = scales.to(dtype)
     return narrow if torch.equal(narrow.to(scales.dtype), scales) else scales

@@ -52,8 +52,8 @@ class FPQuantCodec(Codec):
     schemes = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "fp8_dynamic")
     engines: ClassVar = {"vllm": dict.fromkeys(schemes, Serving(False, "it calls the format fp_quant deprecated."))}
     stores_rotations = True
-    shares_fused_scales = False  # FP-Quant writes such files itself, and its own layers are not fused
-    names_kept_layers = False  # nor does it list every layer that it keeps
+    shares_fused_scales = False  # FP-Quant gives each layer its own global scale, and fuses no layers
+    names_kept_layers = False  # FP-Quant does not list every unquantized layer
     suffixes: tuple[str, ...] = tuple(f".{suffix}" for suffix in SUFFIXES)
     codes: tuple[str, ...] = (".qweight", ".dqweight")
     markers: Mapping[str, tuple[str, ...]] = {".weight_global_scale": ()}
@@ -106,7 +106,7 @@ class FPQuantCodec(Codec):
             codes = read_codes(require(stored, "qweight"), "qweight", shape)
             shape = (codes.shape[0], codes.shape[1] * 2)
         read_as = read(stored, scheme.format, *shape)
-        # fp4's own option: the stored scale of the input is then a mere placeholder.
+        # With dynamic scaling, which only fp4 writes, the stored scale of the input is a placeholder.
         dynamic = self.config.get("activation_scaling") == "dynamic" or scheme.activations == "fp8"
         return read_as._replace(input_global_scale=None) if dynamic else read_as
 
@@ -137,7 +137,7 @@ class FPQuantCodec(Codec):
     ) -> dict[str, Any]:
         options = {layer: _options(scheme) for layer, scheme in layers.items()}
         if any("activation_dtype" in own for own in options.values()):
-            # An override only changes what it names.
+            # An override changes only the options that it names, so all layers must name this one.
             options = {layer: {"activation_dtype": "auto"} | own for layer, own in options.items()}
         common = max(options.values(), key=list(options.values()).count)
         config = {
@@ -170,7 +170,7 @@ def _options(scheme: LayerScheme) -> dict[str, Any]:
     options = {
         "forward_dtype": scheme.format.name,
         "hadamard_group_size": max(scheme.group_size, scheme.format.k_multiple),
-        # A matrix without a name is in the tensors all the same; only its size must be declared.
+        # A custom matrix is stored with the layer's tensors, so the configuration must give only its size.
         "transform_init": "hadamard" if name == "custom" else name,
     }
     asked = scheme.activations if scheme.activations != "fp4" and scheme.format != FP8 else None
@@ -180,12 +180,13 @@ def _options(scheme: LayerScheme) -> dict[str, Any]:
 
 
 def read(tensors: Mapping[str, Tensor], fmt: Format, out_features: int, in_features: int) -> StoredLinear:
-    """Canonical form of one stored layer.
+    """The canonical form of one stored layer.
 
     Args:
-        tensors: by suffix (``SUFFIXES``).
-        fmt: what the checkpoint's configuration says the weight is in.
-        out_features, in_features: N and K of the model's layer.
+        tensors: the layer's tensors by suffix (one of ``SUFFIXES``).
+        fmt: the format of the weight, according to the configuration.
+        out_features: N of the model's layer.
+        in_features: K of the model's layer.
 
     Raises:
         ValueError: a tensor is missing, or its shape, dtype or values contradict the format.
@@ -213,9 +214,15 @@ def write(
     """The tensors to store for one layer, by suffix.
 
     Args:
-        pseudo_dtype: asks for ``dqweight`` in that dtype instead of codes and scales.
-        buffer_dtype: of global scales and matrices, where it holds them exactly; float32 where it does not.
+        weight: the quantized weight ``[N, K]``.
+        input_global_scale: float64 ``[]``, the global scale of the layer's input, or None if it is not calibrated.
+        rotation: ``[h, h]``, the block rotation of weight and input, or None.
+        pseudo_dtype: if given, values (``dqweight``) are stored in this dtype instead of codes and scales.
+        buffer_dtype: the dtype of global scales and matrices; those that it cannot hold exactly are stored in float32.
         allow_rounding: store global scales that float32 reciprocals do not hold exactly.
+
+    Raises:
+        InexactScale: a global scale would be rounded, and ``allow_rounding`` is False.
     """
     fmt = weight.format
     one = torch.ones((), dtype=torch.float64)
@@ -273,7 +280,7 @@ def _unpadded(stored: Tensor, fmt: Format, out_features: int, in_features: int) 
 
 
 def _meant(unit: Tensor, fmt: Format) -> Tensor | None:
-    """A global scale of 1 is how this format writes that there is none."""
+    """The global scale, or None for MXFP4's scale of 1, which in this format stands for no global scale."""
     return None if unit == 1 and not fmt.needs_global_scale else unit
 
 

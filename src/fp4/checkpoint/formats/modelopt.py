@@ -203,7 +203,7 @@ class ModelOptCodec(Codec):
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``quantization_config`` that hf_quant_config.json means; one of config.json as it is."""
+    """The ``quantization_config`` in config.json's form, from the content of config.json or of hf_quant_config.json."""
     inner = config.get("quantization")
     if not isinstance(inner, Mapping):
         flat = dict(config)
@@ -222,7 +222,7 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def excluded(layer: str, patterns: Sequence[str]) -> bool:
-    """ModelOpt's rule: a pattern with ``*`` is fitted to the whole name, one without is the name or a parent's."""
+    """Whether ModelOpt excludes a layer: a pattern with ``*`` must match the whole name, others name it or a parent."""
     return any(fnmatch.fnmatchcase(layer, p) or ("*" not in p and layer.startswith(f"{p}.")) for p in patterns)
 
 

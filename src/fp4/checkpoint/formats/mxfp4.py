@@ -1,9 +1,9 @@
-"""gpt-oss's MXFP4 (Transformers ``Mxfp4Config``): stacks of experts, nothing else.
+"""gpt-oss's MXFP4 format (Transformers' ``Mxfp4Config``), which holds only stacks of experts.
 
 Per stack of experts (``gate_up_proj``, ``down_proj``), besides ``*_bias``:
 
-* ``*_blocks`` uint8 ``[E, N, K/32, 16]``: the codes, a block to a row;
-* ``*_scales`` uint8 ``[E, N, K/32]``: bits of E8M0.
+* ``*_blocks`` uint8 ``[E, N, K/32, 16]``: the codes, with the 16 bytes of a block on the last axis;
+* ``*_scales`` uint8 ``[E, N, K/32]``: the bits of E8M0 block scales.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Mxfp4Codec(Codec):
         if not _STACK.search(layer):
             return None
         for kept in fields.names(self.config, "modules_to_not_convert"):
-            # As Transformers reads them: an expression that ends where the name of a module does, or the name's end.
+            # Transformers keeps a module if the entry matches as a regular expression up to the end of a module's
+            # name, or if the full name ends with the entry.
             try:
                 fits = re.match(rf"(?:{kept})(?=\.|$)", layer)
             except re.error as error:

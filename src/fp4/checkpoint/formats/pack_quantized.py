@@ -1,4 +1,4 @@
-"""Names and bytes of packed FP4 layers as compressed-tensors lays them out, which auto-round writes too.
+"""The tensors of packed FP4 layers in compressed-tensors' layout, which auto-round uses too.
 
 Per Linear layer, besides ``bias``:
 
@@ -31,7 +31,10 @@ from fp4.numerics.formats import QuantizedTensor
 
 
 class PackQuantizedCodec(Codec):
-    """The tensors of unrotated NVFP4 and MXFP4 layers; what a configuration says of them is its subclasses' own."""
+    """Reads and writes the tensors of NVFP4 and MXFP4 layers without rotation.
+
+    Subclasses read and write the configuration, which differs between the formats that share this layout.
+    """
 
     suffixes: tuple[str, ...] = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
     codes: tuple[str, ...] = (".weight_packed",)

@@ -23,7 +23,7 @@ from fp4.checkpoint.formats.codec import Codec
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20  # the limit of safetensors itself
 _MAX_AXES = 64
-_LARGE = 1 << 20  # bytes of a tensor from which on its memory is asked of the system
+_LARGE = 1 << 20  # tensors of at least so many bytes get memory directly from the system
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "pytorch_model.pt", "consolidated.00.pth")
 
 DTYPES: dict[str, torch.dtype] = {
@@ -58,19 +58,24 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes that the tensor takes in the file."""
         return self.end - self.start
 
 
 @dataclass
 class Header:
-    """Of one safetensors file: tensors by name, and the free-form metadata."""
+    """The header of one safetensors file: its tensors by name, and its free-form metadata."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
 
 
 def read_header(path: Path) -> Header:
-    """Parse and check the header of a safetensors file. ValueError naming the file and what is wrong with it."""
+    """The checked header of a safetensors file.
+
+    Raises:
+        ValueError: the file is no complete safetensors file; the message names the file and the fault.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -83,7 +88,16 @@ def read_header(path: Path) -> Header:
 
 
 def parse_header(raw: bytes, path: Path, size: int | None) -> Header:
-    """Check header bytes against the size of the whole file (unknown: None)."""
+    """The checked content of a safetensors header.
+
+    Args:
+        raw: the bytes of the header, without the eight bytes that hold its length.
+        path: the file, for messages and for the result.
+        size: the size of the whole file, or None if it is not known.
+
+    Raises:
+        ValueError: the header is malformed, or contradicts the file's size.
+    """
     try:
         entries = json.loads(raw, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
@@ -140,7 +154,7 @@ def _is_size(number: object) -> bool:
 
 
 def load(info: TensorInfo) -> Tensor:
-    """Read one tensor into memory of its own."""
+    """Read one tensor into newly allocated memory."""
     dtype = DTYPES[info.dtype]
     if not info.nbytes:
         return torch.empty(info.shape, dtype=dtype)
@@ -151,9 +165,9 @@ def load(info: TensorInfo) -> Tensor:
 
 
 def _memory(nbytes: int) -> bytearray | mmap.mmap:
-    """Memory that, where it is large, goes back to the system when it is freed.
+    """A buffer whose memory, if it is large, returns to the system when it is freed.
 
-    The C library would keep what several threads read at once, for each of them.
+    The C library has an arena per thread, and would keep the freed memory in each of them.
     """
     if nbytes < _LARGE or not hasattr(mmap, "MAP_ANONYMOUS"):
         return bytearray(nbytes)
@@ -161,7 +175,7 @@ def _memory(nbytes: int) -> bytearray | mmap.mmap:
 
 
 def fill(buffer: memoryview, file: FileIO, start: int) -> None:
-    """Read the bytes of ``file`` from ``start`` on until ``buffer`` is full. ValueError if there are too few."""
+    """Fill ``buffer`` with the bytes of ``file`` from offset ``start``. ValueError if the file ends before."""
     file.seek(start)
     filled = 0
     while filled < len(buffer):
@@ -175,7 +189,7 @@ def fill(buffer: memoryview, file: FileIO, start: int) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. ValueError naming the file if it is anything else."""
+    """The JSON object in a file. ValueError, which names the file, if it holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -187,11 +201,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass
 class Checkpoint:
-    """A folder with a model: its config.json, quantization_config and safetensors headers.
+    """A folder with a model: its configuration and safetensors headers, without the weights.
 
     Attributes:
-        shards: weight files in the order of their names.
-        tensors: over all shards.
+        folder: the folder.
+        config: the content of config.json.
+        shards: the weight files, in the order of their names.
+        tensors: the tensors of all shards, by name.
+        metadata: the free-form metadata of each shard.
     """
 
     folder: Path
@@ -202,7 +219,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Read all headers. ValueError for anything missing, damaged or suspicious."""
+        """Read the configuration and headers of a folder. ValueError if a file is missing, damaged or suspicious."""
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder with a checkpoint")
         _require_target(folder / "config.json")
@@ -222,7 +239,7 @@ class Checkpoint:
         return checkpoint
 
     def add(self, path: Path, header: Header) -> None:
-        """Take in one shard."""
+        """Add the tensors of one shard. ValueError if another shard has a tensor of the same name."""
         for name, info in header.tensors.items():
             if name in self.tensors:
                 raise ValueError(f"{name} is in both {self.tensors[name].file.name} and {path.name}")
@@ -231,20 +248,20 @@ class Checkpoint:
         self.metadata[path] = header.metadata
 
     def check_index(self, index: Mapping[str, str] | None) -> None:
-        """ValueError if ``index`` (weight_map) and the headers disagree."""
+        """Compare the ``weight_map`` of an index with the headers. ValueError if they disagree."""
         for name, file in (index or {}).items():
             if name not in self.tensors or self.tensors[name].file.name != file:
                 raise ValueError(f"{INDEX_NAME} says that {name} is in {file}, but it is not")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the unquantized weights, as config.json says; float32 if it does not."""
+        """The dtype of the unquantized weights according to config.json; float32 if it names none."""
         name = str(self.config.get("dtype") or self.config.get("torch_dtype")).removeprefix("torch.")
         known = {"bfloat16": torch.bfloat16, "float16": torch.float16}
         return known.get(name, torch.float32)
 
     def quantization_config(self) -> dict[str, Any] | None:
-        """config.json's ``quantization_config``, else what a format's own file beside it says, else None."""
+        """The ``quantization_config`` of config.json, or of a format's own file beside it; None without either."""
         for holder in (self.config, self.config.get("text_config")):
             found = holder.get("quantization_config") if isinstance(holder, dict) else None
             if found is not None:
@@ -274,7 +291,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def _require_target(path: Path) -> None:
-    """ValueError for a symbolic link that leads nowhere, as they are left by a cache that was cleaned."""
+    """Refuse a symbolic link without a target, such as the deletion of files from the hub's cache leaves behind."""
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{path} is a link to {path.readlink()}, which does not exist; fetch or copy the file anew")
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a folder, or a model of the Hugging Face hub."""
+"""Access to a checkpoint in a folder or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ def is_hub_id(source: str | Path) -> bool:
 
 
 def checked_token(token: str | bool | None) -> str | bool | None:
-    """``token`` without white space around it, checked, as is the one that huggingface_hub would find by itself.
+    """The hub's access token without surrounding white space, checked for characters that no HTTP header can hold.
 
-    An HTTP client's error about a token that no header can hold would show the token.
+    If ``token`` is None or True, the token that huggingface_hub finds by itself is checked. Without this check, the
+    HTTP client's error message would show the token.
 
     Raises:
-        ValueError: it holds a space or a character beyond ASCII; the message does not show it.
+        ValueError: the token holds a space or a character beyond ASCII; the message does not show it.
     """
     from huggingface_hub import get_token
 
@@ -56,7 +57,19 @@ def local_folder(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """``source`` as a folder; a hub id is downloaded into the cache first (safetensors and text files only)."""
+    """The folder of a checkpoint, which is downloaded first if it is on the hub.
+
+    Only safetensors and text files are downloaded.
+
+    Args:
+        source: a folder, or the id of a model on the hub.
+        revision: branch, tag or commit of a model on the hub.
+        token: the hub's access token, as huggingface_hub takes it.
+        cache_dir: folder of the hub's cache; huggingface_hub's own if None.
+
+    Raises:
+        ValueError: the hub has no such model or cannot be reached, or the token is malformed.
+    """
     if not is_hub_id(source):
         return Path(source)
     from huggingface_hub import snapshot_download
@@ -78,9 +91,21 @@ def open_headers(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> tuple[Checkpoint, bool]:
-    """Configuration and headers of a checkpoint, and whether its tensors can be read (False for a hub id).
+    """The configuration and headers of a checkpoint, without its weights.
 
     Of a model on the hub only the small files and the headers of the weight files are fetched.
+
+    Args:
+        source: a folder, or the id of a model on the hub.
+        revision: branch, tag or commit of a model on the hub.
+        token: the hub's access token, as huggingface_hub takes it.
+        cache_dir: folder of the hub's cache; huggingface_hub's own if None.
+
+    Returns:
+        the checkpoint, and whether its tensors can be read, which is False for a model on the hub.
+
+    Raises:
+        ValueError: a file is damaged, or the hub has no such model or cannot be reached.
     """
     if not is_hub_id(source):
         return Checkpoint.open(Path(source)), True
@@ -119,13 +144,13 @@ def open_headers(
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises: OSError where the hub answered, its HTTP client's own errors where it did not."""
+    """The errors of huggingface_hub: OSError if the hub answered, those of its HTTP client if it did not."""
     clients = (sys.modules.get(name) for name in ("httpx", "httpx2"))
     return (OSError, *(client.HTTPError for client in clients if client is not None))
 
 
 def _not_found(source: str | Path, error: Exception) -> ValueError:
-    """One sentence of what may be several lines."""
+    """An error of one sentence, made from the hub's, which may have several lines."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     did = "did not give it" if isinstance(error, OSError) else "cannot be reached"
     return ValueError(f"{source} is no folder here, and the hub {did}: {' '.join(lines[:2])}")

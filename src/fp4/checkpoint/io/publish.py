@@ -1,9 +1,9 @@
-"""Publishing: nothing has its name before it is complete.
+"""Atomic writing: a file or folder gets its final name only when it is complete.
 
-* one file: :func:`write_text`, :func:`write_json`;
-* a folder that a job makes, which may be interrupted and goes on: :class:`Staging`, :func:`plain_errors`;
-* files that move into a folder which may hold others: :func:`moving_into`;
-* what the folder of a checkpoint holds besides weights: :func:`write_companions`.
+* :func:`write_text` and :func:`write_json` write one file;
+* :class:`Staging` and :func:`plain_errors` make a folder in a long job that can be interrupted and resumed;
+* :func:`moving_into` puts several files into a folder that may hold others;
+* :func:`write_companions` writes the files of a checkpoint other than weights.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ _PARTS = "parts"
 
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:
-    """Write ``text`` to ``path``, which holds all of it or what it held before.
+    """Replace a text file atomically: it holds the new text or the old, never a part.
 
     Args:
-        durable: hold to that even after a loss of power.
+        path: the file.
+        text: its new content, written in UTF-8.
+        durable: flush the file to the disk before it replaces the old one, so that this holds after a power failure.
     """
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("w", encoding="utf-8") as file:
@@ -53,7 +55,7 @@ def write_text(path: Path, text: str, durable: bool = False) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any], durable: bool = False) -> None:
-    """As :func:`write_text`, of JSON."""
+    """Replace a JSON file atomically, as :func:`write_text` does."""
     write_text(path, json.dumps(content, indent=2, sort_keys=False, ensure_ascii=False) + "\n", durable)
 
 
@@ -61,7 +63,7 @@ def write_json(path: Path, content: Mapping[str, Any], durable: bool = False) ->
 
 
 def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What tells whether a checkpoint is still the same one: configuration, and size and time of its files."""
+    """A fingerprint of a checkpoint, for JSON: a digest of its configuration, and the size and time of its files."""
     files = {}
     for shard in checkpoint.shards:
         status = shard.stat()
@@ -71,7 +73,11 @@ def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
-    """ValueError where ``out`` may not be made: it is a file, or it exists and may not be replaced."""
+    """Refuse an output folder that may not be made.
+
+    Raises:
+        ValueError: ``out`` is a file, or it exists and ``overwrite`` is False.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; name a folder")
     if out.exists() and not overwrite:
@@ -79,10 +85,18 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
 
 
 def require_room(out: Path, needed: int) -> None:
-    """OSError (ENOSPC) if the disk that ``out`` will be on has not ``needed`` bytes, unfinished work included."""
+    """Refuse to start a job that the disk has no room for.
+
+    Args:
+        out: the output folder, which need not exist.
+        needed: bytes that output and work files take in all.
+
+    Raises:
+        OSError: ENOSPC, if free space and unfinished work of an earlier run together are less than ``needed``.
+    """
     place = next(parent for parent in out.absolute().parents if parent.is_dir())
     partial = _partial(out)
-    # What an earlier run left is written already, or makes room.
+    # Unfinished work of an earlier run counts as free, because the job either reuses or deletes it.
     there = sum(path.stat().st_size for path in partial.iterdir() if path.is_file()) if partial.is_dir() else 0
     free = shutil.disk_usage(place).free + there
     if free < needed:
@@ -98,12 +112,12 @@ def _partial(out: Path) -> Path:
 
 
 class Staging:
-    """``<out>.partial``: finished parts of the output and the journal of a job, until :meth:`publish` renames it.
+    """The working folder ``<out>.partial`` of a job, which holds finished parts and notes until it is published.
 
     Args:
         out: the folder that the job is to make.
-        request: everything that decides about the bytes of the output. A later call with the same goes on with what
-            is there; with another it is refused, so that no work is lost by mistake.
+        request: all that determines the bytes of the output. A later call with an equal request resumes the work.
+            One with another request is refused, so that no work is lost by mistake.
         overwrite: whether an existing ``out``, or the unfinished work for another request, may be replaced.
         parts: what is planned for each part of the output, as a digest, by the name of the part's note.
         planning: keys of ``request`` that decide about nothing but ``parts``. They may change while the parts that are
@@ -127,7 +141,7 @@ class Staging:
         self.parts = dict(parts or {})
         self.published = False
         self._planning = planning
-        # Held through the handle of a file, so a killed process leaves nothing behind that would keep others out.
+        # The system releases the lock when the process that holds it dies, so a killed job does not lock others out.
         self._lock = FileLock(self.folder / _LOCK)
         refuse_existing(out, overwrite)
         self.resumed = self._claim(json.loads(json.dumps(request)))
@@ -158,7 +172,7 @@ class Staging:
         return resumed
 
     def _goes_on(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-        """Whether everything that is there would be made alike for the request ``wanted``."""
+        """Whether the finished parts of the request ``found`` are also those of the request ``wanted``."""
         free = {_PARTS, *self._planning}
         if any(found.get(key) != wanted.get(key) for key in {*found, *wanted} - free):
             return False
@@ -166,7 +180,7 @@ class Staging:
         return all(before.get(part) == self.parts[part] for part in self.finished())
 
     def finished(self) -> list[str]:
-        """The parts that are complete."""
+        """The names of the parts that are complete."""
         return [part for part in self.parts if (self.folder / part).is_file()]
 
     def _take_lock(self) -> None:
@@ -176,25 +190,25 @@ class Staging:
             raise ValueError(f"another process is at work in {self.folder}") from error
 
     def release(self) -> None:
-        """Let another process have the folder."""
+        """Release the lock, so that another process can use the folder."""
         self._lock.release()
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A note of the journal, None if it was not written."""
+        """The content of a note, or None if it was not written."""
         path = self.folder / name
         return read_json(path) if path.is_file() else None
 
     def note(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a note of the journal; it is there whole, even after a loss of power, or not at all."""
+        """Write a note (a JSON file), which is complete or absent even after a power failure."""
         write_json(self.folder / name, content, durable=True)
 
     def discard(self) -> None:
-        """Remove everything, for a request that cannot be fulfilled."""
+        """Remove the working folder, for a request that cannot succeed."""
         self.release()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self, files: list[str]) -> None:
-        """Remove all but ``files`` and give the folder its final name."""
+        """Remove everything but ``files`` and give the folder its final name."""
         self.published = True
         for path in self.folder.iterdir():
             if path.name not in files:
@@ -212,12 +226,18 @@ class Staging:
 
 @contextlib.contextmanager
 def plain_errors(staging: Staging, pattern: Callable[[str], str] = str) -> Iterator[None]:
-    """Turn what the machine lacks, and a user's interruption, into one sentence that says what to do.
+    """Turn an interruption, or a lack of memory or disk, into one sentence that says what to do.
 
-    Finished parts stay where they are. Where there is none, nothing stays.
+    The working folder is kept if it has a finished part, and removed otherwise.
 
     Args:
-        pattern: from the name of a layer that cannot be quantized to what keeps it when it is skipped.
+        staging: the working folder of the job.
+        pattern: maps the name of a layer that cannot be quantized to the value of ``skip`` that excludes it.
+
+    Raises:
+        KeyboardInterrupt: the user interrupted the job.
+        OptionError: a layer cannot be quantized.
+        OSError: memory or disk is exhausted, or writing failed.
     """
     try:
         yield
@@ -255,15 +275,15 @@ def _kept(staging: Staging, command: str = "the same command") -> str:
 
 @contextlib.contextmanager
 def moving_into(target: Path, stale: Callable[[list[str]], Collection[str]]) -> Iterator[Path]:
-    """A folder beside ``target`` to write files into, all of which move there at the end, or none.
+    """A temporary folder beside ``target``, whose files all move to ``target`` at the end, or none of them.
 
     Args:
-        target: is made where it does not exist; what else it holds stays.
-        stale: from the names of the files that were written to those of files that are to go from ``target``.
+        target: the folder, which is made if it does not exist. Its other files stay.
+        stale: maps the names of the written files to the names of files to remove from ``target``.
 
     Raises:
         ValueError: ``target`` is a file.
-        OSError: writing or moving failed, and nothing in ``target`` was changed, or the message says what was.
+        OSError: writing or moving failed. Nothing in ``target`` was changed, unless the message says otherwise.
     """
     if target.is_file():
         raise ValueError(f"cannot save to {target}: it is a file; name a folder")
@@ -282,11 +302,11 @@ def moving_into(target: Path, stale: Callable[[list[str]], Collection[str]]) -> 
 
 
 class _HalfDoneError(OSError):
-    """Files were exchanged in part, and not all could be put back."""
+    """A failed exchange of files that could not be undone completely."""
 
 
 def _exchange(staging: Path, target: Path, written: list[str], stale: Collection[str]) -> None:
-    """Move ``written`` from ``staging`` into ``target`` and ``stale`` out of it; a failure half-way is taken back."""
+    """Move ``written`` from ``staging`` into ``target``, and remove ``stale`` from it; undo both if a move fails."""
     created = not target.exists()
     target.mkdir(exist_ok=True)
     before = Path(tempfile.mkdtemp(prefix=f".{target.name}.before.", dir=target.parent))
@@ -329,18 +349,20 @@ def write_companions(
     quantization: Mapping[str, Any],
     made_anew: Collection[str] = (),
 ) -> list[str]:
-    """Write config.json, the index of ``shards`` and what the format wants into ``folder``; copy the rest along.
+    """Write all files of a checkpoint except its weights: configuration, index, and copies of the rest.
 
     Args:
-        source: the checkpoint whose tokenizer and the like ``folder`` gets.
-        shards: names of the weight files, which are in ``folder``.
-        quantization: the ``quantization_config``.
-        made_anew: files of ``source`` that are not copied because the caller writes its own.
+        source: the original checkpoint, whose tokenizer, code and documentation are copied.
+        folder: the folder of the new checkpoint.
+        shards: the names of the weight files, which ``folder`` already holds.
+        codec: the new checkpoint's format, which may have a file of its own beside config.json.
+        quantization: the new ``quantization_config``.
+        made_anew: names of files that are not copied because the caller writes its own.
 
     Returns:
-        names of all files that now belong to the checkpoint, ``shards`` among them.
+        the names of all files of the new checkpoint, ``shards`` among them.
     """
-    # What says how weights are stored must not outlive them.
+    # These files describe how the original weights are stored, which is no longer true.
     describing = {"config.json", INDEX_NAME, *(codec.side_file for codec in CODECS.values())}
     left_out = describing | set(made_anew)
     written = []
@@ -358,7 +380,7 @@ def write_companions(
 
 
 def _described(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` without a ``quantization_config`` in its ``text_config``, in whose place there will be one outside."""
+    """``config`` without the ``quantization_config`` in its ``text_config``, since the new one stands outside."""
     text = config.get("text_config")
     if "quantization_config" in config or not isinstance(text, Mapping) or "quantization_config" not in text:
         return dict(config)

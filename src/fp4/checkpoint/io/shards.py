@@ -1,4 +1,4 @@
-"""Files of a checkpoint, written so that each is complete or not there."""
+"""Writing of safetensors files, each of which is either complete or absent."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from fp4.checkpoint.io.headers import DTYPES, TensorInfo, fill
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# Bytes are copied through a buffer that the processor's cache holds, up to multiples of its size in the new file. The
-# kernel's own copying (copy_file_range, sendfile) passes pages on 16 at a time, and takes up to twice as long where a
-# tensor does not lie alike in the 64 KiB of either file, as it hardly ever does. Much more at once is no faster, and
-# where memory is not free yet much slower: the kernel caches what is written in pieces as large as they come.
+# Size of the pieces in which files are copied, which end at multiples of it in the new file. A piece fits into the
+# processor's cache. copy_file_range and sendfile pass on 16 pages at a time, and take up to twice as long if a tensor's
+# offset within 64 KiB differs between the files, as it nearly always does. Larger pieces are no faster, and much slower
+# when memory is scarce, because the kernel then needs cache in units as large as the pieces.
 _PIECE = 1 << 17
 
 
 class Spec(NamedTuple):
-    """dtype (as safetensors calls it) and shape of a tensor to be written."""
+    """The dtype (as safetensors spells it) and shape of a tensor to write."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
+        """Bytes that the tensor takes in the file."""
         count = DTYPES[self.dtype].itemsize
         for number in self.shape:
             count *= number
@@ -39,17 +40,23 @@ class Spec(NamedTuple):
 
 
 def spec_of(tensor: Tensor) -> Spec:
+    """The dtype and shape under which a tensor is written."""
     return Spec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 
 
 class ShardWriter:
-    """Writes one safetensors file whose tensors are known beforehand, in any order, each as soon as it is there.
+    """A writer of one safetensors file, whose tensors may arrive in any order and from several threads.
 
-    Several threads may write at once. A context manager: the file is written under a temporary name and, complete at
-    the end, made durable and given its own. Where anything fails, nothing of it stays.
+    Use it as a context manager. The file has a temporary name until the context ends, and is then flushed to the disk
+    and renamed. If anything fails, it is removed.
+
+    Args:
+        path: the file to make.
+        specs: dtype and shape of every tensor, by name.
+        metadata: the free-form metadata of the header.
 
     Raises:
-        RuntimeError: at the end, some tensors were not written.
+        RuntimeError: the context ended before all tensors were written.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
@@ -64,7 +71,7 @@ class ShardWriter:
         self._file.truncate(len(header) + sum(spec.nbytes for spec in specs.values()))
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put ``tensor`` in its place."""
+        """Write a tensor. ValueError if its dtype or shape is not as planned."""
         if spec_of(tensor) != self._specs[name]:
             raise ValueError(f"{name} turned out as {spec_of(tensor)}; {self._specs[name]} was planned")
         if tensor.numel():
@@ -73,7 +80,7 @@ class ShardWriter:
         self._left.discard(name)
 
     def copy(self, name: str, info: TensorInfo) -> None:
-        """Put the bytes of a tensor of another file in its place."""
+        """Copy a tensor of another file, byte by byte."""
         position, left = self._offsets[name], info.nbytes
         buffer = memoryview(bytearray(_PIECE))
         with info.file.open("rb", buffering=0) as source:
@@ -109,7 +116,7 @@ class ShardWriter:
 
 
 def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """Header bytes, and where each tensor starts in the file. Wide dtypes come first, so that all are aligned."""
+    """The header's bytes, and each tensor's offset in the file. Wide dtypes come first, so that all are aligned."""
     order = sorted(specs, key=lambda name: (-DTYPES[specs[name].dtype].itemsize, name))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     relative, position = {}, 0
@@ -126,7 +133,7 @@ def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[byt
 
 
 def write_all(file: FileIO, data: bytes | memoryview) -> None:
-    """Write ``data`` where ``file`` stands."""
+    """Write all of ``data`` at the file's current position, since an unbuffered file may write only a part."""
     view, done = memoryview(data), 0
     while done < len(view):
         done += file.write(view[done : done + _PIECE])
