@@ -19,7 +19,10 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 def names_nearest(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator whose TypeError for an unknown keyword suggests the most similar one, as Python 3.13 does."""
+    """Decorate ``function`` so that a TypeError for an unknown keyword suggests the most similar one.
+
+    Python does so itself from 3.13 on.
+    """
     known = inspect.signature(function).parameters
 
     @functools.wraps(function)

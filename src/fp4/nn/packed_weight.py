@@ -141,7 +141,7 @@ class PackedWeight(nn.Module):
         return QuantizedTensor(codes, scales, self.global_scale, fmt)
 
     def load_canonical(self, weight: QuantizedTensor) -> None:
-        """Replace the parameters by canonical tensors, without a copy; :meth:`settle` then chooses a backend for them."""
+        """Replace the parameters by canonical tensors, without a copy; :meth:`settle` then chooses a backend."""
         self.backend = backends.REFERENCE
         self.weight, self.weight_scale = frozen(weight.codes), frozen(weight.scales)
         self.global_scale = None if weight.global_scale is None else frozen(weight.global_scale)
