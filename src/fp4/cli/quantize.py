@@ -263,7 +263,7 @@ def _recorded(context: typer.Context) -> str:
 
 
 def _read_options(entries: list[str]) -> dict[str, Any]:
-
+    """Options of a method from entries ``NAME=VALUE``, whose values are read as YAML."""
     from fp4.plain_yaml import read_yaml
 
     options = {}

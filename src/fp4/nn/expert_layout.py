@@ -65,7 +65,7 @@ class ExpertsLayout:
         """Rows of each matrix of a projection, as views.
 
         Args:
-            rows: ``[E, N, *]``, or ``[N]``.
+            rows: ``[E, N, *]``, ``[E, N]`` or ``[N]``.
             projection: name of the projection.
 
         Returns:

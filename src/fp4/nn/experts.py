@@ -262,6 +262,7 @@ class FP4Experts(nn.Module):
         return dense
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        """Gated activation ``[T, N]`` of ``[T, 2 N]``, by the model family's own function if it has one."""
         own: Any = getattr(self.replaced, "_apply_gate", None)
         if own is not None:
             gated: Tensor = own(self, gate_up)
@@ -270,6 +271,7 @@ class FP4Experts(nn.Module):
         return up * self.act_fn(gate)
 
     def _bias(self, part: str) -> Tensor | None:
+        """Bias ``[E, N]`` of a projection or of one of its parts."""
         if not self.layout.has_bias:
             return None
         name = f"{part}_bias"

@@ -47,6 +47,7 @@ NOT_ASKED = "kept by configuration"
 
 
 def _obstacle(linear: nn.Linear, scheme: Scheme) -> str | None:
+    """Reason why a Linear layer cannot be quantized by ``scheme``, or None."""
     if type(linear) is not nn.Linear:
         return f"{type(linear).__name__} may compute something else than nn.Linear"
     if linear.in_features % scheme.k_multiple:
@@ -67,6 +68,9 @@ def swap_linears(
         model: changed in place; a new layer has the device (usually meta) and bias dtype of the one it replaces.
         choose: maps a layer's full name to its scheme and backend preference, or to None to keep it.
         master_weights: use :class:`FP4MasterLinear`, for training.
+
+    Returns:
+        Which layers were replaced, and why the others were not.
     """
     report = SwapReport()
     for name, module in list(model.named_modules()):
@@ -106,6 +110,9 @@ def swap_experts(
         choose: maps a module's full name and layout to scheme and backend preference of each of its projections, or to
             None to keep it.
         master_weights: keep all experts, because they cannot be trained with quantization.
+
+    Returns:
+        Which modules were replaced, and why the others were not.
     """
     report = SwapReport()
     for name, module in list(model.named_modules()):
@@ -130,6 +137,7 @@ def swap_experts(
 
 
 def _experts_obstacle(layout: ExpertsLayout, schemes: dict[str, tuple[Scheme, str]]) -> str | None:
+    """Reason why experts cannot be quantized by ``schemes``, or None."""
     for projection, (_, columns) in layout.projections.items():
         if projection not in schemes:
             return f"{projection} is to be kept, and the projections of experts are quantized together"
