@@ -1,7 +1,7 @@
-"""fp4: models in 4-bit floating point.
+"""fp4: a Transformers quantizer for 4-bit floating point (NVFP4, MXFP4).
 
-Importing it, in any order with Transformers, registers the quantizers. It takes no time: neither torch nor Transformers
-is imported before one of the names below, or Transformers itself, is used.
+Importing this package registers its quantizers with Transformers, whichever of the two is imported first. The import is
+fast, because torch and Transformers are imported only when one of the names below is used.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ else:
     _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
     def __getattr__(name):
-        """Import a public name, or a module of the package, when it is first asked for (PEP 562)."""
+        """Import a public name or a module of the package when it is first used (PEP 562)."""
         if name in _MODULE_OF:
             value = getattr(importlib.import_module(_MODULE_OF[name]), name)
             globals()[name] = value

@@ -1,4 +1,4 @@
-"""``python -m fp4``: the ``fp4`` command."""
+"""The ``fp4`` command as ``python -m fp4``."""
 
 from fp4.cli import main
 

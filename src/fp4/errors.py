@@ -1,4 +1,4 @@
-"""Errors that an option of the caller's interface would mend, which only that interface can spell."""
+"""Errors whose remedy is an option, which is spelled differently in Python and on the command line."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import shlex
 
 
 class NotQuantizable(ValueError):
-    """A layer's weight or inputs cannot be quantized. Whoever has an option that keeps layers adds it to the message.
+    """A layer whose weight or inputs cannot be quantized.
 
-    Attributes:
-        layer: its name.
+    Callers append to the message which option of theirs keeps the layer unquantized.
+
+    Args:
+        message: what was found.
+        layer: name of the layer.
     """
 
     def __init__(self, message: str, layer: str) -> None:
@@ -21,12 +24,12 @@ class NotQuantizable(ValueError):
 
 
 class OptionError(ValueError):
-    """A mistake that ends where an option is given: its text names the argument, :meth:`on_command_line` the flag.
+    """A mistake that another option corrects: ``str`` names the Python argument, :meth:`on_command_line` the flag.
 
     Args:
-        before: what was found, up to the name of the option.
+        before: the sentence up to the name of the option.
         option: name of the Python argument.
-        value: what is to be given, for an option that takes a list; None for a switch.
+        value: the suggested value of an option that takes a list; None for a switch.
         after: the rest of the sentence.
     """
 
@@ -39,7 +42,7 @@ class OptionError(ValueError):
         return f"{self.before} {self.option}={given}{self.after}"
 
     def on_command_line(self) -> str:
-        """The text as a user of the ``fp4`` command reads it."""
+        """Text of the error with the option spelled as a flag of the ``fp4`` command."""
         flag = f"--{self.option.replace('_', '-')}"
         given = flag if self.value is None else f"{flag} {shlex.quote(self.value)}"
         return f"{self.before} {given}{self.after}"

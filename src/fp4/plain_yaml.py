@@ -1,4 +1,4 @@
-"""YAML as plain data: without aliases, which let a few lines stand for terabytes, and without endless nesting."""
+"""A YAML reader for untrusted files: it refuses aliases, which can expand to terabytes, and deep nesting."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 import yaml
 
-# Recipes and the front matter of cards nest four deep.
+# Far more than needed: recipes and the front matter of model cards have four levels.
 _MAX_DEPTH = 50
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Refuses aliases, which nothing here needs and which may also refer to what they are in."""
+    """A safe loader that refuses aliases and deep nesting; an alias can also refer to the value that contains it."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -30,11 +30,14 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_yaml(text: str, name: str) -> tuple[Any, yaml.Node | None]:
-    """The value that ``text`` describes, and the node it was made of, which knows lines.
+    """Parsed value of a YAML text, and its root node, which holds line numbers.
 
     Args:
-        text: the YAML.
-        name: name of the file, for errors.
+        text: the YAML text.
+        name: name of the file, for error messages.
+
+    Returns:
+        The value and the node; both are None for an empty text.
 
     Raises:
         ValueError: the text is no YAML, has aliases, or is nested too deep; the message gives the line.
@@ -43,5 +46,5 @@ def read_yaml(text: str, name: str) -> tuple[Any, yaml.Node | None]:
         loader = _PlainLoader(text)
         node = loader.get_single_node()
         return None if node is None else loader.construct_document(node), node
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none, such as 2001-99-99
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date such as 2001-99-99
         raise ValueError(f"{name} is no valid YAML: {' '.join(str(error).split())}") from error

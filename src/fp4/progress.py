@@ -1,4 +1,4 @@
-"""Progress of long work: bars in a terminal, a widget in a notebook, and elsewhere a plain line a minute."""
+"""Progress display: bars in a terminal, a widget in a notebook, and elsewhere one plain line per minute."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-#: Called with the name of a stage, and how much of how much of it is done; a total of 0 is one that is not known.
+#: Called with the name of a stage, the units done and the total units; the total is 0 if it is not known.
 Report = Callable[[str, int, int], None]
 
-# Seconds between the lines that a log file gets.
+# Seconds between two lines where no bars can be shown, as in a log file.
 INTERVAL = 60.0
 
 
@@ -31,16 +31,16 @@ INTERVAL = 60.0
 def shown(
     console: Console | None = None, *more: ProgressColumn, transient: bool = False, interval: float = INTERVAL
 ) -> Iterator[Report]:
-    """Show what the function that it gives is called with, until the context ends.
+    """Context that displays progress; it yields the function to report progress to.
 
     Args:
-        console: where to show it; default stderr.
-        more: columns of a bar after name, share and time left.
-        transient: let bars disappear at the end.
+        console: console to write to; default stderr.
+        more: additional columns of a bar, after name, share and time left.
+        transient: remove the bars at the end.
         interval: seconds between two lines where neither a terminal nor a notebook shows bars.
     """
     console = console or Console(stderr=True)
-    # Without ipywidgets rich shows nothing in a notebook but advice to install it.
+    # In a notebook without ipywidgets, rich would show advice to install it instead of bars.
     widget = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
     if console.is_terminal or widget:
         with Progress(*_columns(), *more, console=console, transient=transient) as bars:
@@ -55,7 +55,7 @@ def shown(
 
     # A thread, because one block of a large model can take longer than the interval.
     thread = threading.Thread(target=tell_now_and_then, name="fp4-progress", daemon=True)
-    with suppress(RuntimeError):  # no thread can start where memory is short; the work goes on without lines
+    with suppress(RuntimeError):  # out of memory for its stack: the work goes on without lines
         thread.start()
     try:
         yield lines
@@ -70,7 +70,7 @@ def _columns() -> tuple[ProgressColumn, ...]:
 
 
 class _Bars:
-    """One bar a stage; those of stages without a known end go when the next stage begins."""
+    """One bar per stage; the bar of a stage without a known total is removed when the next stage begins."""
 
     def __init__(self, bars: Progress) -> None:
         self.bars, self.tasks = bars, dict[str, TaskID]()
@@ -85,7 +85,7 @@ class _Bars:
 
 @dataclass
 class _Stage:
-    """How far the current stage is; ``first`` was done when it began, by an earlier run for instance."""
+    """State of the current stage; ``first`` units were already done when it began, for instance by an earlier run."""
 
     name: str
     began: float
@@ -95,11 +95,11 @@ class _Stage:
 
 
 class Lines:
-    """Plain lines: one whenever :meth:`tell` is called within a stage, and one at the end of each.
+    """Progress as plain lines: one per call of :meth:`tell`, and one at the end of each stage.
 
     Args:
         write: called with each line.
-        clock: seconds since any time.
+        clock: returns a time in seconds; only differences are used.
     """
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -108,7 +108,7 @@ class Lines:
         self._lock = threading.Lock()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Note how far a stage is."""
+        """Record the progress of a stage; writes a line when the stage is complete."""
         with self._lock:
             if self._stage is None or self._stage.name != stage:
                 self._stage = _Stage(stage, self.clock(), done, done, total)
@@ -119,7 +119,7 @@ class Lines:
                 self.write(f"{stage}: 100%, in {duration(self.clock() - now.began)}")
 
     def tell(self) -> None:
-        """Write how far the current stage is, and how long it is likely to take still."""
+        """Write the progress of the current stage and an estimate of its remaining time."""
         with self._lock:
             now = self._stage
             if now is None or now.done == now.total > 0:
@@ -136,7 +136,7 @@ class Lines:
 
 
 def duration(seconds: float) -> str:
-    """As a person says it, with one unit."""
+    """A number of seconds as text with one unit, such as ``"12 s"`` or ``"3 min"``."""
     if seconds < 100:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"

@@ -1,7 +1,7 @@
-"""Registering with Transformers when it is imported, so that ``import fp4`` need not import it.
+"""Registration with Transformers when that is imported, so that ``import fp4`` need not import it.
 
-Whoever imports fp4 first and Transformers later gets fp4's quantizers at the moment at which Transformers has its own;
-whoever imports Transformers first gets them at once.
+If Transformers has been imported already, the quantizers are registered at once. Otherwise an import hook registers
+them as soon as Transformers' own registry of quantizers has been imported.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# What says where and as whom to look for a file.
+# Keyword arguments of from_pretrained that decide where and with which token a file is looked up.
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
 
 
 def is_switched_off() -> bool:
-    """Whether FP4_TAKE_OVER=0 in the environment says that Transformers is to stay as it is."""
+    """Whether registration is disabled by FP4_TAKE_OVER=0 in the environment."""
     return os.environ.get("FP4_TAKE_OVER", "1") == "0"
 
 
 def when_transformers_is_imported() -> None:
-    """Register what fp4 adds to Transformers, now where it is imported and otherwise when it will be. Idempotent."""
+    """Register the quantizers with Transformers: now if it has been imported, else when it is. Idempotent."""
     if is_switched_off():
         return
     hooks: dict[str, Callable[[Any], None]] = {
@@ -36,7 +36,7 @@ def when_transformers_is_imported() -> None:
     later = {}
     for name, hook in hooks.items():
         if name in sys.modules:
-            hook(importlib.import_module(name))  # which waits where another thread is importing it
+            hook(importlib.import_module(name))  # waits if another thread is importing it
         else:
             later[name] = hook
     if later and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
@@ -44,9 +44,10 @@ def when_transformers_is_imported() -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Calls hooks with modules that have just been imported; how those are found and loaded stays as it is.
+    """Import hook that calls a function with a module right after the module has been imported.
 
-    PyPI's wrapt does the same, but importing it takes as long as everything else that ``fp4 --help`` does.
+    Finding and loading are left to the other finders. The package wrapt offers the same, but importing it would double
+    the time of ``fp4 --help``.
     """
 
     def __init__(self, hooks: dict[str, Callable[[Any], None]]) -> None:
@@ -67,7 +68,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 class _ThenHook(importlib.abc.Loader):
-    """Loads as ``loader`` does and calls ``hook``; the module never shows this loader but its own."""
+    """Loader that delegates to ``loader``, which the module then shows as its own, and calls ``hook`` afterwards."""
 
     def __init__(self, loader: Any, hook: Callable[[Any], None]) -> None:
         self.loader, self.hook = loader, hook
@@ -85,15 +86,16 @@ class _ThenHook(importlib.abc.Loader):
 
 
 def _register_quantizers(auto: Any) -> None:
-    # The package registers itself when it is complete. Where it is being imported already, because it needs this very
-    # module of Transformers, that is later than now.
+    # Importing this package registers the quantizers. If the package itself triggered this hook, by importing the
+    # module of Transformers, its import is still under way and it registers them at its end.
     importlib.import_module("fp4.integrations.transformers")
 
 
 def _read_older_modelopt(configuration_utils: Any) -> None:
-    """Let configurations of models find hf_quant_config.json where config.json says nothing. Idempotent.
+    """Make ``get_config_dict`` read hf_quant_config.json if config.json has no quantization_config. Idempotent.
 
-    It must not wait for the quantizers: a configuration that is read before them is passed to ``from_pretrained``.
+    This is installed before the quantizers are imported, because a configuration can be read before that and then be
+    passed to ``from_pretrained``.
     """
     stock: Any = configuration_utils.PreTrainedConfig.get_config_dict
     if getattr(stock, "_fp4", False):

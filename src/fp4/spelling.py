@@ -1,4 +1,4 @@
-"""Misspelled names: what was probably meant."""
+"""Suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ R = TypeVar("R")
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """``" (did you mean …?)"`` with the nearest of ``known``, to end a message with; nothing where none is near."""
+    """End of a message, ``" (did you mean …?)"``, with the most similar of ``known``; empty if none is similar."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {nearest[0]}?)" if nearest else ""
 
 
 def names_nearest(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, whose TypeError for an unknown keyword names the nearest known one, as Python does from 3.13 on."""
+    """Decorate ``function`` so that a TypeError for an unknown keyword suggests the most similar one.
+
+    Python does so itself from 3.13 on.
+    """
     known = inspect.signature(function).parameters
 
     @functools.wraps(function)

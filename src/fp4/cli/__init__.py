@@ -50,12 +50,12 @@ def fp4(
 for command in (quantize, evaluate, report, inspect, convert, schemes, env):
     app.command()(command)
 
-# The machine's fault rather than the caller's: the same command may succeed later.
+# Failures of the machine rather than mistakes of the caller: the same command may succeed later.
 _FAILED = (errno.ENOSPC, errno.ENOMEM, errno.EIO, errno.EDQUOT, errno.EFBIG)
 
 
 def main() -> None:
-    """Entry point: what went wrong is printed as one sentence, not as a traceback.
+    """Entry point of the command, which prints errors as one sentence instead of a traceback.
 
     Exit code 2 is a mistake of the user, 3 a failure of the machine (disk full, out of memory).
     """

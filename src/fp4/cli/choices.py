@@ -1,6 +1,6 @@
-"""What options of the command may be: the names in fp4's registries, without importing those, and torch with them.
+"""Allowed values of the command's options, repeated here because importing the registries would import torch.
 
-The help lists these names and a mistake in one is told at once; a test holds them equal to the registries.
+So the help lists them quickly and a wrong value is refused at once. A test compares them with the registries.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fp4.spelling import hint
 SCHEMES = ("nvfp4", "nvfp4a16", "nvfp4a8", "mxfp4", "mxfp4a16", "fp8_dynamic")
 #: Names of checkpoint formats.
 FORMATS = ("compressed-tensors", "fp_quant", "modelopt", "auto-round", "mxfp4")
-#: Methods, with what they cost.
+#: What each method costs, by its name.
 METHODS = {
     "rtn": "seconds; no data but for static input scales",
     "gptq": "one pass over the samples and a sweep over the columns of every layer",
@@ -25,7 +25,12 @@ EXPERTS = ("all", "routed")
 
 
 def one_of(what: str, names: Iterable[str]) -> Callable[[typer.Context, str | None], str | None]:
-    """A callback that refuses any value but ``names``, before the command imports what it works with."""
+    """Option callback that refuses values other than ``names`` before the command imports torch.
+
+    Args:
+        what: what the option is called in the error message.
+        names: the allowed values.
+    """
     known = tuple(names)
 
     def check(context: typer.Context, value: str | None) -> str | None:

@@ -1,7 +1,7 @@
-"""The consoles that the commands print to, without markup.
+"""Consoles for stdout and stderr that print text without interpreting markup.
 
-Names of files and layers are printed as they are: rich would take ``[x]`` in one for markup, and ``:fire:`` for an
-emoji. Styled text is a :class:`rich.text.Text` or a styled column.
+Otherwise rich would read ``[x]`` in the name of a file or layer as markup, and ``:fire:`` as an emoji. Text with a
+style is a :class:`rich.text.Text` or stands in a styled column.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import typer
 from rich.console import Console
 
-# Columns of a file or a pipe, where nothing is to be wrapped: rich takes 80 there.
+# Width for a file or pipe: lines must not wrap there, as they would at rich's default of 80 columns.
 _UNWRAPPED = 100_000
 
 
@@ -30,7 +30,7 @@ errors = _console(stderr=True)
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within it Ctrl-C prints what became of the work so far, and exits with 130 as a shell would."""
+    """Context in which Ctrl-C prints what happens to unfinished work and exits with 130, the shell's code for it."""
     try:
         yield
     except KeyboardInterrupt as error:

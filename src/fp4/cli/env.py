@@ -26,7 +26,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print everything a
 
 
 def _gather() -> dict[str, Any]:
-    """What the command shows; its keys are stable."""
+    """Contents of ``fp4 env --json``, whose keys are stable."""
     import importlib.metadata
 
     from fp4 import backends

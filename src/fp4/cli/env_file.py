@@ -6,21 +6,25 @@ import os
 import re
 from pathlib import Path
 
-#: All that a file which may come with somebody's repository may set: it can neither send a token elsewhere
-#: (``HF_ENDPOINT``) nor change what is computed (``FP4_SCHEME``).
+#: Variables that the file may set. It may have come with a repository of someone else, so it can neither redirect a
+#: token (``HF_ENDPOINT``) nor change what is computed (``FP4_SCHEME``).
 ALLOWED = ("HF_TOKEN", "FP4_TOKEN", "HF_HOME", "HF_HUB_CACHE", "FP4_CACHE_DIR")
 
 _OURS = re.compile(r"(FP4|HF)_[A-Z0-9_]+")
 
 
 def load_env_file(path: Path) -> list[str]:
-    """Take the variables of ``ALLOWED`` from lines ``NAME=value``; what is set already stays.
+    """Set environment variables from the lines ``NAME=value`` of a file, unless they are set already.
+
+    Args:
+        path: the file; only variables in ``ALLOWED`` are read from it.
 
     Returns:
-        sentences, without values: which variables were taken, and which of FP4 and the hub are not read from a file.
+        Sentences for the user, without values: which variables were set, and which variables of fp4 or the hub were
+        ignored.
 
     Raises:
-        ValueError: the file is no text, or a variable has no value; the message names the line.
+        ValueError: the file is not text, or a variable has no value; the message names the line.
     """
     if not path.is_file():
         return []
@@ -32,7 +36,7 @@ def load_env_file(path: Path) -> list[str]:
     for number, line in enumerate(lines, start=1):
         text = line.strip().removeprefix("export ")
         name, equals, value = (part.strip() for part in text.partition("="))
-        if name not in ALLOWED:  # the file may serve other programs too
+        if name not in ALLOWED:  # the file may contain settings of other programs
             if equals and _OURS.fullmatch(name):
                 ignored.append(name)
             continue

@@ -56,7 +56,7 @@ def evaluate(
     from fp4.progress import shown
     from fp4.quality.evaluate import evaluate as measure
 
-    transformers_logging.disable_progress_bar()  # two bars would write over each other
+    transformers_logging.disable_progress_bar()  # its bar and ours would overwrite each other
     with shown(errors, MofNCompleteColumn(), TimeElapsedColumn(), transient=True) as progress:
         progress("loading", 0, 0)
         found = measure(

@@ -48,7 +48,7 @@ def inspect(
             shape = " x ".join(map(str, row.shape))
             table.add_row(row.name, row.scheme, shape, f"{row.bits_per_weight:.2f}", "; ".join(row.problems))
         console.print(table)
-    # One entry for the same weight of all layers.
+    # Weights that differ only in the layer number of their names are listed as one.
     alike = Counter(
         f"{re.sub(LAYER_NUMBER, '*', row.name)} ({row.dtype} {' x '.join(map(str, row.shape))})" for row in found.kept
     )

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-# The number of a layer in the name of a module, to show layers that differ in nothing else as one.
+# Matches the layer number in a module name, so that layers whose names differ only in it are shown as one.
 LAYER_NUMBER = r"(?<=\.)\d+(?=\.)"
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, where the model is a hub id.")]

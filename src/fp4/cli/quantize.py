@@ -184,7 +184,7 @@ def quantize(
     Exit codes: 0 done; 2 a mistake in the call, the model or the data; 3 the machine failed (disk, memory), and 130
     Ctrl-C, after both of which the same command goes on.
     """
-    # What is given with a mistake in its form is refused before anything large is imported.
+    # Options are parsed first, so that a malformed one is refused before torch is imported.
     options = _read_options(option or [])
     from fp4.pipeline import Hub, Job
     from fp4.progress import shown
@@ -232,17 +232,17 @@ def quantize(
 
 
 def _counted(layers: Sequence[Mapping[str, Any]]) -> str:
-    """How many layers went to which scheme, the most frequent first."""
+    """Number of layers per scheme as text, the most frequent scheme first."""
     counts = Counter(str(layer["scheme"]) for layer in layers).most_common()
     words = [f"{count} layers to {scheme}" for scheme, count in counts[:1]]
     return ", ".join(words + [f"{count} to {scheme}" for scheme, count in counts[1:]])
 
 
 def _recorded(context: typer.Context) -> str:
-    """The command as the report and the model card, which are published, name it.
+    """Command line for the report and the model card, without the token.
 
-    It is written anew from what was chosen, on the command line or in the environment, so that no spelling of --token
-    gets through; where the hub's cache lies is left out too, since it decides about nothing.
+    Both are published, so the line is rebuilt from the parsed options instead of copied: no spelling of --token can
+    leak. The cache folder is left out as well, because it does not influence the result.
     """
     words = ["fp4", str(context.info_name)]
     for parameter in context.command.params:
@@ -263,7 +263,7 @@ def _recorded(context: typer.Context) -> str:
 
 
 def _read_options(entries: list[str]) -> dict[str, Any]:
-
+    """Options of a method from entries ``NAME=VALUE``, whose values are read as YAML."""
     from fp4.plain_yaml import read_yaml
 
     options = {}
@@ -276,7 +276,7 @@ def _read_options(entries: list[str]) -> dict[str, Any]:
 
 
 def show_plan(job: Job) -> None:
-    """Print what a job would do."""
+    """Print the plan of a job: layers, schemes, and the memory, disk and time that it needs."""
     from rich.table import Table
 
     from fp4.progress import duration

@@ -1,1 +1,1 @@
-"""Where fp4 meets the programs that run models."""
+"""Integrations with libraries that load and run models."""

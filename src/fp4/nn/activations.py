@@ -1,4 +1,4 @@
-"""How the packed layers of a model that is loaded run their activations: to see it, and to choose it anew."""
+"""Shows and changes whether the packed layers of a loaded model quantize their activations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def packed_modules(model: nn.Module) -> Iterator[Any]:
-    """Every module that holds packed weights and chooses a backend for them."""
+    """All modules of ``model`` that hold packed weights and choose a backend for them."""
     for module in model.modules():
         if isinstance(getattr(module, "scheme", None), Scheme) and hasattr(module, "settle"):
             yield module
@@ -23,10 +23,15 @@ def packed_modules(model: nn.Module) -> Iterator[Any]:
 def set_activations(model: nn.Module, activations: Literal["auto", "fp4", "model"]) -> None:
     """Quantize the activations of every packed layer (``"fp4"``), or of none (``"model"``); ``"auto"`` changes nothing.
 
-    FP8 weights, and layers that are meant for FP8 activations, get those in place of FP4 ones.
+    With ``"fp4"``, layers whose weights or stored activations are FP8 get FP8 activations instead, because their
+    scheme has no FP4 ones.
+
+    Args:
+        model: changed in place.
+        activations: what every packed layer is to do with its input.
 
     Raises:
-        ValueError: a layer's backend cannot run it so.
+        ValueError: the backend of a layer cannot run it with these activations.
     """
     if activations == "auto":
         return

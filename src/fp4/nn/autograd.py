@@ -1,6 +1,7 @@
-"""Gradients through packed matmuls, which adapters (LoRA) and embeddings in front of packed layers are trained by.
+"""Gradients of matrix products with packed weights, needed to train LoRA adapters and embeddings around them.
 
-Packed weights are not trained themselves. Where activations are quantized the gradient goes straight through that.
+Packed weights themselves are not trained. Where a layer quantizes its activations, the gradient is the straight-through
+estimator: quantization counts as the identity.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from fp4.numerics.tensors import row_tiles
 # Weights are dequantized in row tiles of this many elements (8 MB of float32), so that no layer is ever held dense.
 _TILE_ELEMENTS = 1 << 21
 
-#: Multiplies x (and adds a bias) as a packed layer does, in its backend.
+#: A packed layer's forward product: takes x and a bias (or None) and calls the backend of the layer.
 Run = Callable[[Tensor, "Tensor | None"], Tensor]
 
 
 def _times_weight(rows: Tensor, weight: QuantizedTensor) -> Tensor:
-    """float32 ``[T, N]`` times a canonical weight ``[N, K]`` -> float32 ``[T, K]``."""
+    """Product of rows ``[T, N]`` (float32) and a canonical weight ``[N, K]``: float32 ``[T, K]``."""
     fmt = weight.format
     columns = fmt.columns(weight.codes)
     converter = backends.for_device(rows.device, fmt)
@@ -37,6 +38,8 @@ def _times_weight(rows: Tensor, weight: QuantizedTensor) -> Tensor:
 
 
 def _implement(backend: Backend) -> None:
+    """Register the input-gradient operators of ``backend``, which unpack its layout and multiply in float32."""
+
     def input_gradient(
         gradient: Tensor,
         weight: Tensor,
@@ -84,6 +87,8 @@ for _backend in backends.BACKENDS.values():
 
 
 class _PackedMatmul(torch.autograd.Function):
+    """The autograd function behind :func:`packed_matmul`; only x and bias have gradients."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -124,14 +129,15 @@ def _of_bias(gradient: Tensor, shape: torch.Size, dtype: torch.dtype, offsets: T
     """Gradient of a bias of ``shape``: the sum of the rows that it was added to."""
     if offsets is None:
         return gradient.flatten(0, -2).float().sum(dim=0).to(dtype)
-    # Rows from offsets[E] on are nobody's, and their gradients are zero.
+    # Rows from offsets[E] on belong to no expert of this process. Their gradients are zero, so that adding them to any
+    # expert changes nothing.
     experts = expert_of_rows(gradient, offsets)
     sums = torch.zeros(shape, dtype=torch.float32, device=gradient.device)
     return sums.index_add(0, experts, gradient.float()).to(dtype)
 
 
 def needs_gradient(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether a product of these has to go through :func:`packed_matmul`."""
+    """Whether autograd needs the product of x and a packed weight to go through :func:`packed_matmul`."""
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
@@ -144,14 +150,19 @@ def packed_matmul(
     rotation: Tensor | None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """``run(x, bias)`` with gradients for x ``[..., K]`` and bias.
+    """Differentiable product with a packed weight: ``run(x, bias)``, with gradients for x and bias.
 
     Args:
-        run: the layer's own multiplication.
-        backend: whose layout the weight has.
+        x: ``[..., K]``, or ``[T, K]`` with rows sorted by expert for a stack of experts.
+        bias: ``[N]``, or ``[E, N]`` for a stack, or None.
+        run: computes the forward product.
+        backend: the backend whose layout the weight has.
         weight: codes and block scales as ``backend`` lays them out, global scale, and format.
         rotation: float32 ``[h, h]`` that x is multiplied with first, or None.
-        offsets: int32 ``[E + 1]``, the rows of each expert, for stacks of experts.
+        offsets: int32 ``[E + 1]``; expert e has rows ``offsets[e]:offsets[e + 1]``. None if there is one matrix.
+
+    Returns:
+        What ``run`` returns: ``[..., N]`` in the dtype of x.
     """
     *tensors, fmt = weight
     name = backend.runs_as(fmt)

@@ -1,8 +1,9 @@
-"""How a model's experts module lays out its weights: read from the module, for every model family alike.
+"""Layout of the weights in an experts module, derived from the module itself so that no model family needs a table.
 
-Transformers keeps experts as parameters with a leading expert axis. Its ``use_experts_implementation`` decorator leaves
-attributes that tell the rest: ``is_transposed``, ``is_concatenated``, ``has_bias``, ``has_gate``. An experts module
-without them (Llama 4's) is understood where its parameters and forward allow one reading only.
+Transformers keeps experts as parameters with a leading expert axis. Its ``use_experts_implementation`` decorator sets
+the attributes ``is_transposed``, ``is_concatenated``, ``has_bias`` and ``has_gate``, which describe the layout. A
+module without these attributes (Llama 4's) is accepted only if the shapes of its parameters and the signature of its
+forward leave one possible layout.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ _DECORATED = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 @dataclass(frozen=True)
 class ExpertsLayout:
-    """What the parameters of an experts module mean.
+    """Shapes and order of the matrices in the parameters of an experts module.
 
     Attributes:
-        num_experts: E.
-        hidden, intermediate: columns of the first projection, columns of ``down_proj``.
+        num_experts: number of experts, E.
+        hidden: columns of ``gate_up_proj`` or ``up_proj``.
+        intermediate: columns of ``down_proj``.
         outputs: rows of ``down_proj``.
         has_gate: ``gate_up_proj`` holds gate and up projection; otherwise there is only ``up_proj``.
         has_bias: each projection has a bias ``[E, N]``, called ``*_bias``.
         is_transposed: weights are ``[E, K, N]`` instead of ``[E, N, K]``.
-        is_concatenated: gate rows before up rows; otherwise they take turns.
-        batched: the module is given the same number of rows for every expert, sorted by expert and already weighted,
-            and no routing.
+        is_concatenated: all gate rows come before all up rows; otherwise gate and up rows alternate.
+        batched: forward receives the same number of rows for every expert, sorted by expert and already weighted,
+            and no routing arguments.
     """
 
     num_experts: int
@@ -45,22 +47,30 @@ class ExpertsLayout:
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
-        """The projections as the module holds them, with their N and K."""
+        """``(N, K)`` of each projection of one expert, by the name of its parameter."""
         first = (
             {GATE_UP: (2 * self.intermediate, self.hidden)} if self.has_gate else {UP: (self.intermediate, self.hidden)}
         )
         return first | {DOWN: (self.outputs, self.intermediate)}
 
     def parts(self, projection: str) -> tuple[str, ...]:
-        """The matrices that a projection is made of, by the names that most checkpoints give them."""
+        """Names of the matrices that a projection consists of, as most checkpoints call them."""
         return ("gate_proj", "up_proj") if projection == GATE_UP else (projection,)
 
     def shape(self, part: str) -> tuple[int, int]:
-        """N and K of one matrix of one expert."""
+        """``(N, K)`` of one matrix of one expert."""
         return (self.outputs, self.intermediate) if part == DOWN else (self.intermediate, self.hidden)
 
     def split(self, rows: Tensor, projection: str) -> list[Tensor]:
-        """``[..., N, *]`` of a projection -> views of its parts' rows; N is at dimension 1 (0 where there is one)."""
+        """Rows of each matrix of a projection, as views.
+
+        Args:
+            rows: ``[E, N, *]``, ``[E, N]`` or ``[N]``.
+            projection: name of the projection.
+
+        Returns:
+            One tensor per name in :meth:`parts`; for ``gate_up_proj`` each has N / 2 rows.
+        """
         if projection != GATE_UP:
             return [rows]
         axis = min(1, rows.ndim - 1)
@@ -69,16 +79,21 @@ class ExpertsLayout:
         return [rows.unflatten(axis, (-1, 2)).select(axis + 1, part) for part in range(2)]
 
     def join_rows(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Inverse of :meth:`split` for ``gate_up_proj``: twice ``[E, N, *]`` -> ``[E, 2 N, *]``."""
+        """Rows of ``gate_up_proj``, ``[E, 2 N, *]``: undoes :meth:`split`.
+
+        Args:
+            gate: ``[E, N, *]``.
+            up: ``[E, N, *]``.
+        """
         return torch.cat([gate, up], dim=1) if self.is_concatenated else torch.stack([gate, up], dim=2).flatten(1, 2)
 
     def join(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Outputs ``[T, N]`` of gate and up projection as the module's own gate expects them."""
+        """Output ``[T, 2 N]`` of ``gate_up_proj`` from the outputs ``[T, N]`` of gate and up projection."""
         return torch.cat([gate, up], dim=-1) if self.is_concatenated else torch.stack([gate, up], dim=-1).flatten(-2)
 
 
 def layout_of(module: nn.Module) -> ExpertsLayout | None:
-    """The layout of an experts module, or None for a module that is not recognised as one."""
+    """Layout of an experts module, or None if the module is not one or its layout is ambiguous."""
     weights = {name: parameter for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3}
     first = weights.get(GATE_UP, weights.get(UP))
     down = weights.get(DOWN)

@@ -1,4 +1,4 @@
-"""Experts of a mixture-of-experts layer whose weights stay packed on every device."""
+"""The experts of a mixture-of-experts layer with packed weights."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ from fp4.scheme import Scheme
 
 
 class FP4GroupedLinear(PackedWeight):
-    """One projection of all experts, a :class:`PackedWeight` ``[E, N, K]``, over rows that are sorted by expert.
+    """One projection of all experts: a packed weight ``[E, N, K]``, multiplied with rows that are sorted by expert.
 
-    Args: as for :class:`PackedWeight`, and
-        num_experts: E.
+    Args:
+        num_experts: number of experts, E.
+        in_features: see :class:`PackedWeight`, as for all that follow.
+        out_features: N.
+        scheme: formats, rules and rotation.
+        backend: ``"auto"`` or the name of a backend.
+        dtype: dtype of the model.
+        device: device of all parameters.
     """
 
     def __init__(
@@ -39,9 +45,20 @@ class FP4GroupedLinear(PackedWeight):
         self.num_experts = num_experts
 
     def round(self, weight: Tensor, name: str = "weight", global_scale: Tensor | None = None) -> dict[str, Tensor]:
-        """As for :class:`PackedWeight`, expert by expert: no more than one of them is held rotated or transposed.
+        """Canonical parameters of a dense stack, rounded to nearest.
 
-        ``weight`` ``[E, N, K]`` may be any view.
+        Experts are rounded one by one, so that only one rotated or contiguous copy is in memory at a time.
+
+        Args:
+            weight: ``[E, N, K]``, with any strides.
+            name: name of the weight, for error messages.
+            global_scale: float64 ``[E]`` to use instead of the scales computed from ``weight``.
+
+        Returns:
+            Tensors with a leading axis E, by name of the parameter.
+
+        Raises:
+            ValueError: the weight of an expert holds NaN or infinity.
         """
         rounded = []
         for expert, matrix in enumerate(weight.unbind(0)):
@@ -50,9 +67,17 @@ class FP4GroupedLinear(PackedWeight):
         return {key: torch.stack([parameters[key] for parameters in rounded]) for key in rounded[0]}
 
     def forward(self, x: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x ``[T, K]``, of which rows ``offsets[e]:offsets[e+1]`` (int32 ``[E+1]``) meet expert e -> ``[T, N]``.
+        """Product of every row of x with the matrix of its expert.
 
-        ``bias`` is ``[E, N]``. It and x get gradients, the packed weights do not.
+        x and bias get gradients; the packed weights do not.
+
+        Args:
+            x: ``[T, K]``, rows sorted by expert.
+            offsets: int32 ``[E + 1]``; expert e has rows ``offsets[e]:offsets[e + 1]``.
+            bias: ``[E, N]``, or None.
+
+        Returns:
+            ``[T, N]`` in the dtype of x.
         """
         if not needs_gradient(x, bias):
             return self._multiply(offsets, x, bias)
@@ -70,6 +95,7 @@ class FP4GroupedLinear(PackedWeight):
         )
 
     def extra_repr(self) -> str:
+        """What ``print(model)`` shows of this module."""
         return f"num_experts={self.num_experts}, {super().extra_repr()}"
 
 
@@ -81,18 +107,22 @@ class ExpertMatrices(NamedTuple):
 
 
 class FP4Experts(nn.Module):
-    """Stands in for an experts module of any model family: routes as Transformers does, multiplies packed weights.
+    """An experts module with packed weights, which replaces that of any model family and routes as Transformers does.
 
-    ``gate_up_proj`` (or ``up_proj``, without a gate) and ``down_proj`` are :class:`FP4GroupedLinear`. Where gate and up
-    projection do not share their global scales they are two, ``gate_proj`` and ``up_proj``. Biases, the activation, a
-    norm after the experts and what the family's own gate reads are those of the module that is replaced.
+    ``gate_up_proj`` (or ``up_proj`` without a gate) and ``down_proj`` are :class:`FP4GroupedLinear`. If gate and up
+    projection have different global scales, two modules ``gate_proj`` and ``up_proj`` take the place of
+    ``gate_up_proj``. Biases, the activation function, a norm after the experts and all attributes that the family's
+    own ``_apply_gate`` reads are taken over from the replaced module.
 
-    Until :meth:`place` replaces them, the projections are the dense parameters of that module: names that checkpoints
-    are read into.
+    Until :meth:`place` is called, the projections are still the dense parameters of the replaced module, because
+    Transformers reads a checkpoint into parameters by these names.
 
     Args:
-        experts: the module that is replaced; its parameters may be on the meta device.
-        schemes: scheme and backend preference of each projection, by ``layout.projections``.
+        experts: the module to replace; its parameters may be on the meta device.
+        schemes: scheme and backend preference of each projection, by the names in ``layout.projections``.
+
+    Raises:
+        ValueError: the layout of ``experts`` is not recognised.
     """
 
     act_fn: Callable[[Tensor], Tensor]
@@ -114,7 +144,7 @@ class FP4Experts(nn.Module):
             self.register_buffer(name, buffer, name not in experts._non_persistent_buffers_set)
         self.layout: ExpertsLayout = layout
         self.schemes = schemes
-        #: What this process holds of each projection, where several hold them together.
+        #: The share of each projection that this process holds, by name; empty if it holds all of them.
         self.splits: dict[str, Split] = {}
         self.replaced: type = type(experts)
         self.train(experts.training)
@@ -123,7 +153,16 @@ class FP4Experts(nn.Module):
     def from_experts(
         cls, experts: nn.Module, schemes: dict[str, tuple[Scheme, str]], name: str = "experts"
     ) -> FP4Experts:
-        """Round the weights of ``experts`` to nearest. Raises ValueError naming ``name`` if one is not finite."""
+        """Experts module with the weights of ``experts``, rounded to nearest.
+
+        Args:
+            experts: a dense experts module.
+            schemes: scheme and backend preference of each projection.
+            name: name of the module, for error messages.
+
+        Raises:
+            ValueError: the layout is not recognised, or a weight holds NaN or infinity.
+        """
         module = cls(experts, schemes)
         for projection in module.layout.projections:
             dense = module.dense_rows(getattr(module, projection).detach())
@@ -134,18 +173,21 @@ class FP4Experts(nn.Module):
         return module
 
     def dense_rows(self, weight: Tensor) -> Tensor:
-        """A projection's dense parameter as ``[E, N, K]``; a view."""
+        """View of a projection's dense parameter with the shape ``[E, N, K]``, whichever way the module stores it."""
         return weight.transpose(-1, -2) if self.layout.is_transposed else weight
 
     def split_of(self, projection: str) -> Split | None:
-        """What this process holds of a projection, or of a part of one; None for all of it."""
+        """The share that this process holds of a projection or of one of its parts; None if it holds all of it."""
         split = self.splits.get(projection)
         if split is None and projection in self.layout.parts(GATE_UP) and GATE_UP in self.splits:
             split = replace(self.splits[GATE_UP], parts=1)
         return split
 
     def place(self, projection: str) -> FP4GroupedLinear:
-        """Put an empty packed projection (meta), what this process holds of it, where the dense parameter was."""
+        """Replace a projection's dense parameter by an empty packed module on the meta device, and return that module.
+
+        Its shape is that of the share which this process holds.
+        """
         existing = self._parameters.get(projection)
         dtype = None if existing is None else existing.dtype
         rows, columns = self.layout.projections.get(projection) or self.layout.shape(projection)
@@ -161,16 +203,20 @@ class FP4Experts(nn.Module):
         return packed
 
     def place_parts(self) -> list[FP4GroupedLinear]:
-        """Like :meth:`place` for ``gate_up_proj``, as two projections that each have their own global scales."""
+        """Replace ``gate_up_proj`` by two empty packed modules, which can have different global scales."""
         delattr(self, GATE_UP)
         return [self.place(part) for part in self.layout.parts(GATE_UP)]
 
     def packed(self) -> dict[str, FP4GroupedLinear]:
-        """The packed projections, by name."""
+        """Packed projections by name."""
         return {name: child for name, child in self.named_children() if isinstance(child, FP4GroupedLinear)}
 
     def matrices(self, projection: str | None = None) -> dict[str, ExpertMatrices]:
-        """The matrices of all experts, stacked, by the names of ``layout.parts``; of one projection if it is named."""
+        """Stacked matrices of all experts, by the names of ``layout.parts``.
+
+        Args:
+            projection: the one projection to return the matrices of; None for all.
+        """
         found = {}
         for name, child in self.packed().items():
             if projection not in (None, name):
@@ -182,12 +228,17 @@ class FP4Experts(nn.Module):
         return found
 
     def settle(self, device: torch.device | None = None) -> None:
+        """Choose a backend for every projection, as :meth:`PackedWeight.settle` does."""
         for projection in self.packed().values():
             projection.settle(device)
 
     def dequantize(self, dtype: torch.dtype = torch.float32, values: Values | None = None) -> nn.Module:
-        """The module that was replaced, with the dense weights that this one multiplies with (``values`` as in
-        :meth:`PackedWeight.dequantize`)."""
+        """Experts module of the replaced class, with the dense weights that this one multiplies with.
+
+        Args:
+            dtype: dtype of the weights.
+            values: see :meth:`PackedWeight.dequantize`.
+        """
         dense: nn.Module = nn.Module.__new__(self.replaced)
         nn.Module.__init__(dense)
         packed = self.packed()
@@ -211,6 +262,7 @@ class FP4Experts(nn.Module):
         return dense
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        """Gated activation ``[T, N]`` of ``[T, 2 N]``, by the model family's own function if it has one."""
         own: Any = getattr(self.replaced, "_apply_gate", None)
         if own is not None:
             gated: Tensor = own(self, gate_up)
@@ -219,6 +271,7 @@ class FP4Experts(nn.Module):
         return up * self.act_fn(gate)
 
     def _bias(self, part: str) -> Tensor | None:
+        """Bias ``[E, N]`` of a projection or of one of its parts."""
         if not self.layout.has_bias:
             return None
         name = f"{part}_bias"
@@ -231,7 +284,7 @@ class FP4Experts(nn.Module):
         return out
 
     def _run(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x ``[T, hidden]`` sorted by expert -> ``[T, outputs]``."""
+        """Outputs ``[T, outputs]`` of the experts for x ``[T, hidden]``, both sorted by expert."""
         if not self.layout.has_gate:
             inner = self.act_fn(self._multiply("up_proj", x, offsets))
         elif GATE_UP in self._modules:
@@ -244,13 +297,19 @@ class FP4Experts(nn.Module):
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        """hidden_states ``[T, hidden]`` -> ``[T, outputs]`` in the same dtype.
+        """Weighted sum of the outputs of each token's experts.
+
+        No shape depends on the values of ``top_k_index``, so a compiled graph serves every routing.
 
         Args:
-            top_k_index: int64 ``[T, k]``; one of E or more stands for an expert on another rank and adds nothing.
-            top_k_weights: ``[T, k]``. Both are absent for a batched layout, whose rows are sorted by expert already.
+            hidden_states: ``[T, hidden]``.
+            top_k_index: int64 ``[T, k]``, the experts of each token. An index of E or more stands for an expert of
+                another rank, which adds nothing here.
+            top_k_weights: ``[T, k]``. This and ``top_k_index`` are None for a batched layout, whose rows are already
+                sorted by expert.
 
-        Nothing here depends on the values of ``top_k_index`` in shape, so a graph compiles once and for any routing.
+        Returns:
+            ``[T, outputs]`` in the dtype of ``hidden_states``.
         """
         num_experts = self.down_proj.num_experts
         steps = torch.arange(num_experts + 1, device=hidden_states.device, dtype=torch.int64)
@@ -260,7 +319,8 @@ class FP4Experts(nn.Module):
 
         tokens, top_k = top_k_index.shape
         experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        # Rows of other ranks' experts come last and are not multiplied: whatever is in their places adds nothing.
+        # Rows for experts of other ranks have the largest indices and so sort last, past offsets[E]. The product leaves
+        # them undefined; masked_fill below zeroes them.
         offsets = torch.searchsorted(experts, steps).to(torch.int32)
         out = self._run(hidden_states[order // top_k], offsets)
         if getattr(self, "has_post_expert_norm", False):

@@ -1,4 +1,4 @@
-"""A Linear layer whose weight stays packed on every device."""
+"""A Linear layer with a packed weight."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ from fp4.scheme import Scheme
 
 
 class FP4Linear(PackedWeight, nn.Linear):  # type: ignore[misc]
-    """``y = x W^T + bias`` with W a :class:`PackedWeight` ``[N, K]``; ``bias`` ``[N]`` in the model's dtype, or None.
+    """A Linear layer with a packed weight: ``y = x W^T + bias``, W ``[N, K]``, bias ``[N]`` in the model's dtype.
 
-    An ``nn.Linear`` so that libraries of adapters (PEFT) take it for one; only the shape of ``weight`` is another.
+    It is a subclass of ``nn.Linear`` because adapter libraries (PEFT) look for that class. Unlike that of other Linear
+    layers, ``weight`` holds codes and so does not have the shape ``[N, K]``.
 
-    Args: as for :class:`PackedWeight`, and
-        bias: whether there is one.
+    Args:
+        in_features: K; see :class:`PackedWeight`, as for all that follow but ``bias``.
+        out_features: N.
+        bias: whether the layer has a bias.
+        scheme: formats, rules and rotation.
+        backend: ``"auto"`` or the name of a backend.
+        dtype: dtype of the model.
+        device: device of all parameters.
     """
 
     bias: nn.Parameter | None  # type: ignore[assignment]
-    #: Says to Transformers that there is nothing to initialize: packed weights are read or rounded, never drawn.
+    #: Keeps Transformers from initializing this module with random values, which packed weights never have.
     _is_hf_initialized = True
 
     def __init__(
@@ -38,7 +45,17 @@ class FP4Linear(PackedWeight, nn.Linear):  # type: ignore[misc]
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, scheme: Scheme, backend: str = "auto", name: str = "weight") -> FP4Linear:
-        """Round ``linear`` to nearest. Raises ValueError naming ``name`` if it holds NaN or infinity."""
+        """Packed layer with the weight of ``linear``, rounded to nearest.
+
+        Args:
+            linear: the dense layer; its bias becomes that of the new layer.
+            scheme: formats, rules and rotation.
+            backend: ``"auto"`` or the name of a backend.
+            name: name of the weight, for error messages.
+
+        Raises:
+            ValueError: the weight holds NaN or infinity.
+        """
         weight = linear.weight.detach()
         module = cls(linear.in_features, linear.out_features, False, scheme, backend, weight.dtype, "meta")
         module.bias = linear.bias
@@ -48,9 +65,13 @@ class FP4Linear(PackedWeight, nn.Linear):  # type: ignore[misc]
         return module
 
     def forward(self, x: Tensor) -> Tensor:
-        """x ``[..., K]`` float32, bfloat16 or float16 -> ``[..., N]`` in the same dtype.
+        """Output of the layer; x and bias get gradients, the packed weight does not.
 
-        x and bias get gradients, the packed weight does not.
+        Args:
+            x: ``[..., K]`` in float32, bfloat16 or float16.
+
+        Returns:
+            ``[..., N]`` in the dtype of x.
         """
         bias = self.bias
         if not needs_gradient(x, bias):
@@ -69,12 +90,19 @@ class FP4Linear(PackedWeight, nn.Linear):  # type: ignore[misc]
 
     @property
     def W_q(self) -> nn.Parameter:
-        """``weight`` by HQQ's name. PEFT calls ``dequantize()`` of modules that have one, for DoRA's norms of rows."""
+        """``weight`` under HQQ's name.
+
+        PEFT computes DoRA's row norms with ``dequantize()`` if a module has ``W_q``.
+        """
         return self.weight
 
     def expect_dense_weight(self, dtype: torch.dtype) -> None:
-        """Let ``weight`` stand for the dense ``[N, K]`` that a checkpoint holds, until its rounded form replaces it."""
+        """Make ``weight`` a dense placeholder ``[N, K]`` on the meta device, until the rounded weight replaces it.
+
+        Transformers reads the checkpoint's dense tensor for a parameter of this name and shape.
+        """
         self.weight = frozen(torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta"))
 
     def extra_repr(self) -> str:
+        """What ``print(model)`` shows of this module."""
         return f"{super().extra_repr()}, bias={self.bias is not None}"

@@ -1,4 +1,4 @@
-"""A Linear layer that keeps its unquantized weight and quantizes it in every forward pass, to be trained."""
+"""A Linear layer for quantization-aware training: it keeps its dense weight and quantizes it in every forward pass."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ from fp4.scheme import Scheme
 
 
 class FP4MasterLinear(nn.Linear):
-    """``y = Q(x R) Q(W R)^T + bias``; W and bias are trained in their own dtype, Q rounds as ``scheme`` says.
+    """A Linear layer for quantization-aware training: ``y = Q(x R) Q(W R)^T + bias``.
 
-    Args: as for ``nn.Linear``, and the scheme. ``scheme.activations`` other than ``"model"`` means W4A4.
+    W and bias are trained in their own dtype; Q quantizes and dequantizes, R is the rotation of the scheme. x is
+    quantized unless ``scheme.activations`` is ``"model"``.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether the layer has a bias.
+        scheme: format, rules and rotation.
+        dtype: dtype of weight and bias.
+        device: device of weight and bias.
     """
 
     def __init__(
@@ -37,6 +46,14 @@ class FP4MasterLinear(nn.Linear):
         return fake_quantize(x, self.scheme.format, rule, scale)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Output of the layer with quantized weight; gradients are straight-through estimates.
+
+        Args:
+            input: ``[..., K]``.
+
+        Returns:
+            ``[..., N]`` in the dtype of ``input``; the product is computed in float32.
+        """
         weight = self._quantized(self.weight, self.scheme.weight_rule)
         rows = input.flatten(0, -2)
         if self.scheme.activations == "model":
@@ -49,4 +66,5 @@ class FP4MasterLinear(nn.Linear):
         return out.view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
+        """What ``print(model)`` shows of this module."""
         return f"{super().extra_repr()}, format={self.scheme.format.name}, master weights"

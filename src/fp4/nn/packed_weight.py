@@ -1,4 +1,4 @@
-"""What all modules with packed weights have in common: canonical parameters, a backend's layout, moving and saving."""
+"""Base class of modules with packed weights: parameters, layout for a backend, moving and saving."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from fp4.rounding import round_to_nearest
 from fp4.scheme import Scheme
 
 _Self = TypeVar("_Self", bound="PackedWeight")
-#: From a canonical weight to float32 values ``[..., N, K]``, or to None where it does not know better.
+#: Computes float32 values ``[..., N, K]`` of a canonical weight, or returns None to leave that to a backend.
 Values = Callable[[QuantizedTensor], Tensor | None]
 
 
 class PackedWeight(nn.Module):
     """A weight ``[..., N, K]`` in NVFP4, MXFP4 or FP8, never dense in memory; subclasses multiply with it.
 
-    Parameters (none needs a gradient), in the canonical form of :mod:`fp4.numerics.formats` until a backend lays them
-    out in its own way; ``state_dict`` always shows the canonical form. ``...`` is nothing, or E for a stack of experts:
+    No parameter needs a gradient. Parameters have the canonical form of :mod:`fp4.numerics.formats` until
+    :meth:`settle` rearranges them for a backend; ``state_dict`` always has the canonical form. The leading axes ``...``
+    are none, or E for a stack of experts:
 
     * ``weight``: uint8 ``[..., N, K/2]``, the codes; FP8: ``float8_e4m3fn [..., N, K]``;
     * ``weight_scale``: ``float8_e4m3fn [..., N, K/16]`` or ``float8_e8m0fnu [..., N, K/32]``; FP8: ``[..., N, 1]`` in
@@ -33,16 +34,20 @@ class PackedWeight(nn.Module):
     * ``input_global_scale``: float64 ``[...]``, or None: taken from each call's activations (NVFP4, FP8) or absent
       (MXFP4).
 
-    ``rotation`` ``[h, h]`` float32 is shared between all modules that use the same one, so it is no parameter.
+    ``rotation``, float32 ``[h, h]``, is a plain attribute rather than a parameter, because all modules with the same
+    rotation share one tensor.
 
     Args:
         in_features: K, a multiple of ``scheme.k_multiple``.
         out_features: N, any.
         scheme: formats, rules and rotation.
         backend: ``"auto"`` or the name of one, which must then be able to run this weight.
-        dtype: of the model, which the rotation is rounded to.
-        device: of everything.
-        lead: leading axes.
+        dtype: dtype of the model; the rotation is rounded to it.
+        device: device of all parameters.
+        lead: sizes of the leading axes.
+
+    Raises:
+        ValueError: ``in_features`` is not a multiple of ``scheme.k_multiple``.
     """
 
     weight: nn.Parameter
@@ -51,7 +56,7 @@ class PackedWeight(nn.Module):
     input_global_scale: nn.Parameter | None
     #: The share of the weight that this process holds, where several hold it together; None for all of it.
     split: Split | None = None
-    #: Says to Transformers that the module computes with plain tensors, not with those of torch's DTensor.
+    #: Tells Transformers' tensor parallelism to leave plain tensors in this module instead of DTensors.
     _hf_quantized_needs_local_tp = True
 
     def __init__(
@@ -84,12 +89,15 @@ class PackedWeight(nn.Module):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``(..., N, K)`` of what this process holds."""
+        """``(..., N, K)`` of the share of the weight that this process holds."""
         whole = (*self.lead, self.out_features, self.in_features)
         return whole if self.split is None else self.split.shape(whole, self.scheme.k_multiple, "weight")
 
     def share(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What this process holds of canonical ``parameters``, which it makes room for."""
+        """The share of canonical ``parameters`` that this process holds.
+
+        Parameters of this module are replaced by empty ones of the share's shapes, on the meta device.
+        """
         if self.split is None:
             return parameters
         own = self.split.of(parameters)
@@ -98,15 +106,25 @@ class PackedWeight(nn.Module):
         return own
 
     def round(self, weight: Tensor, name: str = "weight", global_scale: Tensor | None = None) -> dict[str, Tensor]:
-        """Canonical parameters for a dense weight ``[..., N, K]``, on its device. Raises ValueError on NaN or infinity.
+        """Canonical parameters of a dense weight, rounded to nearest, on its device.
 
-        ``global_scale``, float64 ``[...]``, takes the place of the weight's own.
+        Args:
+            weight: ``[..., N, K]``, floating point.
+            name: name of the weight, for error messages.
+            global_scale: float64 ``[...]`` to use instead of the scale computed from ``weight``.
+
+        Raises:
+            ValueError: the weight holds NaN or infinity.
         """
         rotation = None if self.rotation is None else self.rotation.to(weight.device)
         return self.parameters_of(round_to_nearest(weight, self.scheme, rotation, name, global_scale))
 
     def parameters_of(self, weight: QuantizedTensor) -> dict[str, Tensor]:
-        """The parameters, by name, that hold ``weight``. Raises ValueError for one in another format."""
+        """Parameters of this module that hold ``weight``, by name.
+
+        Raises:
+            ValueError: ``weight`` has another format than this module.
+        """
         if weight.format != self.scheme.format:
             raise ValueError(f"the weight is in {weight.format.name}; this layer holds {self.scheme.format.name}")
         parameters = {"weight": weight.codes, "weight_scale": weight.scales}
@@ -117,43 +135,49 @@ class PackedWeight(nn.Module):
         return parameters
 
     def canonical(self) -> QuantizedTensor:
-        """The weight in canonical form; copies only where the backend's layout differs from it."""
+        """The weight in canonical form: a copy if the backend uses another layout, else the parameters themselves."""
         fmt = self.scheme.format
         codes, scales = self.backend.unpack(self.weight, self.weight_scale, fmt, self.shape[-2])
         return QuantizedTensor(codes, scales, self.global_scale, fmt)
 
     def load_canonical(self, weight: QuantizedTensor) -> None:
-        """Take over canonical tensors as they are; :meth:`settle` then finds a backend for the device they are on."""
+        """Replace the parameters by canonical tensors, without a copy; :meth:`settle` then chooses a backend."""
         self.backend = backends.REFERENCE
         self.weight, self.weight_scale = frozen(weight.codes), frozen(weight.scales)
         self.global_scale = None if weight.global_scale is None else frozen(weight.global_scale)
 
     def dequantize(self, dtype: torch.dtype = torch.float32, values: Values | None = None) -> Tensor:
-        """The dense weight ``[..., N, K]`` that this module multiplies with, rotated back where it is rotated.
+        """Dense weight ``[..., N, K]`` that this module multiplies with; a rotation is undone.
 
-        ``values`` may compute it from the canonical form in place of the backend, where it does not return None.
+        Args:
+            dtype: dtype of the result.
+            values: computes the values from the canonical form instead of the backend, unless it returns None.
         """
         dense = None if values is None else values(self.canonical())
         if dense is None:
             backend = backends.for_device(self.weight.device, self.scheme.format)
             dense = backend.dequantize(self.canonical(), torch.float32)
         if self.rotation is not None:
-            # Orthogonal up to rounding: the inverse, not the transpose, gives back exactly what is multiplied.
+            # The rotation has been rounded to the model's dtype and so is not exactly orthogonal: its inverse, not its
+            # transpose, undoes it.
             dense = rotate(dense, torch.linalg.inv(self.rotation.double()).float())
         return dense.to(dtype)
 
     def freeze(self) -> None:
-        """Let no packed parameter ask for a gradient, as floating-point ones do that Transformers has read."""
+        """Clear ``requires_grad`` of packed parameters, which Transformers sets on the floating-point ones it loads."""
         for key, parameter in self.named_parameters(recurse=False):
             if key != "bias":
                 parameter.requires_grad_(False)
 
     def settle(self, device: torch.device | None = None) -> None:
-        """Choose the backend for the device the weights are on and lay them out for it. Idempotent.
+        """Choose the backend for the device of the weights and rearrange them in its layout. Idempotent.
 
         Args:
-            device: where the module will run, if the weights are only brought there for each call (offloading); such
-                weights keep the canonical layout.
+            device: device on which the module will run, if its weights are moved there only for each call
+                (offloading); such weights keep the canonical layout. None for the device of the weights.
+
+        Raises:
+            ValueError: the preferred backend cannot run this weight on the device.
         """
         offloaded = device is not None
         device = device or self.weight.device
@@ -176,7 +200,8 @@ class PackedWeight(nn.Module):
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            # A cast of the model (`.half()`, `.to(bfloat16)`) is meant for floating-point weights, not for packed ones.
+            # `.half()` or `.to(bfloat16)` must not cast packed parameters: FP8 block scales and float64 global scales
+            # are floating-point tensors as well.
             if tensor is bias or moved.dtype == tensor.dtype:
                 return moved
             return tensor.to(moved.device)
@@ -200,7 +225,7 @@ class PackedWeight(nn.Module):
         self.settle()
 
     def __getstate__(self) -> dict[str, Any]:
-        """The module as it is pickled: 8-bit floats as bytes, since pickle alone writes those and cannot read them."""
+        """State for pickle, with 8-bit floats viewed as uint8, because pickle can write but not read their dtypes."""
         packed = {key: p for key, p in self._parameters.items() if p is not None and p.element_size() == 1}
         state = self.__dict__ | {"_dtypes": {key: parameter.dtype for key, parameter in packed.items()}}
         state["_parameters"] = self._parameters | {
@@ -215,6 +240,7 @@ class PackedWeight(nn.Module):
             setattr(self, key, frozen(self._parameters[key].detach().view(dtype)))  # type: ignore[union-attr]
 
     def extra_repr(self) -> str:
+        """What ``print(model)`` shows of this module: shape, format, activations, rotation and backend."""
         input_format = self.scheme.input_format
         rule = f" ({self.scheme.activation_rule})" if len(input_format.rules) > 1 else ""
         activations = f"{input_format.kind.lower()}{rule}" if self.quantizes_input else "unquantized"
@@ -226,5 +252,5 @@ class PackedWeight(nn.Module):
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
-    """``tensor`` as a parameter that is not trained."""
+    """Parameter that holds ``tensor`` and is not trained."""
     return nn.Parameter(tensor, requires_grad=False)

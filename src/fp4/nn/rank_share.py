@@ -1,4 +1,4 @@
-"""A rank's share of a packed weight that several processes hold together."""
+"""The share of a packed weight that one rank holds under tensor or expert parallelism."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ _MATRICES = ("weight", "weight_scale")
 
 @dataclass(frozen=True)
 class Split:
-    """One of ``count`` equal shares.
+    """One of ``count`` equal shares of a packed weight.
 
     Attributes:
-        axis: rows (N) belong to codes and block scales alike; so do columns (K), in whole blocks; experts are the
-            leading axis of everything, global scales included.
-        rank: which share.
-        parts: matrices that lie one after the other in the rows (gate and up projection); each is shared out.
+        axis: the axis that is divided. Rows (N) and columns (K, in whole blocks) divide codes and block scales;
+            experts divide the leading axis of every parameter, global scales included.
+        rank: index of the share.
+        count: number of shares.
+        parts: number of matrices that are concatenated in the rows (2 for gate and up projection). Each of them is
+            divided separately, so that a share holds the same rows of all.
     """
 
     axis: Literal["rows", "columns", "experts"]
@@ -28,14 +30,15 @@ class Split:
     parts: int = 1
 
     def shape(self, shape: tuple[int, ...], multiple: int, name: str) -> tuple[int, ...]:
-        """What is left of ``(..., N, K)``.
+        """Shape of the share of a weight.
 
         Args:
-            multiple: what the number of columns must stay a multiple of.
-            name: of the weight, for messages.
+            shape: ``(..., N, K)`` of the whole weight.
+            multiple: number that the columns of a share must be a multiple of.
+            name: name of the weight, for error messages.
 
         Raises:
-            ValueError: it cannot be shared out.
+            ValueError: the axis does not divide into equal shares.
         """
         axis = {"rows": len(shape) - 2, "columns": len(shape) - 1, "experts": 0}[self.axis]
         unit = {"rows": self.parts, "columns": multiple, "experts": 1}[self.axis]
@@ -56,6 +59,6 @@ class Split:
         if self.axis == "rows":
             parts: Tensor = tensor.unflatten(-2, (self.parts, -1))
             return parts.chunk(self.count, dim=-2)[self.rank].flatten(-3, -2).contiguous()
-        if tensor.shape[-1] == 1:  # FP8 has one scale for all columns
+        if tensor.shape[-1] == 1:  # FP8 has one scale per row, which every share of the columns needs
             return tensor
         return tensor.chunk(self.count, dim=-1)[self.rank].contiguous()

@@ -1,4 +1,4 @@
-"""Quantization-aware training: values are quantized in the forward pass, gradients go straight through."""
+"""Fake quantization for training: values are quantized in the forward pass, gradients pass straight through."""
 
 from __future__ import annotations
 
@@ -29,6 +29,16 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def fake_quantize(x: Tensor, fmt: Format, rule: str, global_scale: Tensor | None = None) -> Tensor:
-    """Values of x ``[N, K]`` after quantization, float32 ``[N, K]``; its gradient is the straight-through estimator."""
+    """Values of x after quantization and dequantization, with the straight-through estimator as gradient.
+
+    Args:
+        x: ``[N, K]``, floating point.
+        fmt: format to quantize to.
+        rule: rule by which block scales are chosen.
+        global_scale: float64 scalar, or None to compute it from x.
+
+    Returns:
+        float32 ``[N, K]``.
+    """
     values: Tensor = _StraightThrough.apply(x.float(), fmt, rule, global_scale)
     return values

@@ -1,4 +1,4 @@
-"""Replace a model's Linear layers and experts by packed ones."""
+"""Replaces the Linear layers and experts of a model by packed ones."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from fp4.scheme import Scheme
 
 @dataclass
 class SwapReport:
-    """What a swap did: names of the quantized layers, and why each other one that holds weights was left as it is.
+    """Result of a swap; experts are listed by the name of the module that holds all of them.
 
-    Experts are named as the module that holds all of them.
+    Attributes:
+        quantized: names of the replaced layers.
+        kept: reason by name for every other layer that holds weights.
     """
 
     quantized: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
 
     def update(self, other: SwapReport) -> None:
-        """Add what another swap of the same model did."""
+        """Add the result of another swap of the same model."""
         self.quantized += other.quantized
         self.kept |= other.kept
 
     def unsupported(self) -> dict[str, str]:
-        """Layers that were asked for but cannot be quantized, with the reason."""
+        """Reason by name for layers that were to be quantized but cannot be."""
         return {name: reason for name, reason in self.kept.items() if reason != NOT_ASKED}
 
     def describe_unsupported(self) -> str:
+        """The layers of :meth:`unsupported` in one line, grouped by reason."""
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.unsupported().items():
             by_reason.setdefault(reason, []).append(name)
@@ -44,6 +47,7 @@ NOT_ASKED = "kept by configuration"
 
 
 def _obstacle(linear: nn.Linear, scheme: Scheme) -> str | None:
+    """Reason why a Linear layer cannot be quantized by ``scheme``, or None."""
     if type(linear) is not nn.Linear:
         return f"{type(linear).__name__} may compute something else than nn.Linear"
     if linear.in_features % scheme.k_multiple:
@@ -58,12 +62,15 @@ def _obstacle(linear: nn.Linear, scheme: Scheme) -> str | None:
 def swap_linears(
     model: nn.Module, choose: Callable[[str], tuple[Scheme, str] | None], master_weights: bool = False
 ) -> SwapReport:
-    """Put an empty :class:`FP4Linear` in the place of every Linear layer that ``choose`` wants quantized.
+    """Replace every Linear layer that ``choose`` selects by an empty :class:`FP4Linear`.
 
     Args:
         model: changed in place; a new layer has the device (usually meta) and bias dtype of the one it replaces.
         choose: maps a layer's full name to its scheme and backend preference, or to None to keep it.
         master_weights: use :class:`FP4MasterLinear`, for training.
+
+    Returns:
+        Which layers were replaced, and why the others were not.
     """
     report = SwapReport()
     for name, module in list(model.named_modules()):
@@ -96,13 +103,16 @@ def swap_experts(
     choose: Callable[[str, ExpertsLayout], dict[str, tuple[Scheme, str]] | None],
     master_weights: bool = False,
 ) -> SwapReport:
-    """Put an :class:`FP4Experts` in the place of every experts module that ``choose`` wants quantized.
+    """Replace every experts module that ``choose`` selects by an :class:`FP4Experts`.
 
     Args:
-        model: changed in place; the new module holds the dense parameters of the one it replaces, to be replaced too.
+        model: changed in place; a new module still holds the dense parameters of the one it replaces.
         choose: maps a module's full name and layout to scheme and backend preference of each of its projections, or to
             None to keep it.
-        master_weights: training was asked for, which experts do not take part in.
+        master_weights: keep all experts, because they cannot be trained with quantization.
+
+    Returns:
+        Which modules were replaced, and why the others were not.
     """
     report = SwapReport()
     for name, module in list(model.named_modules()):
@@ -127,6 +137,7 @@ def swap_experts(
 
 
 def _experts_obstacle(layout: ExpertsLayout, schemes: dict[str, tuple[Scheme, str]]) -> str | None:
+    """Reason why experts cannot be quantized by ``schemes``, or None."""
     for projection, (_, columns) in layout.projections.items():
         if projection not in schemes:
             return f"{projection} is to be kept, and the projections of experts are quantized together"

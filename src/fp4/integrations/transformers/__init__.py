@@ -1,4 +1,4 @@
-"""What ``from_pretrained`` and ``save_pretrained`` call. Importing this registers it with Transformers."""
+"""Quantizers for ``from_pretrained`` and ``save_pretrained``; importing this package registers them."""
 
 from fp4.integrations.transformers.prequantized import CheckpointHfQuantizer, register
 from fp4.integrations.transformers.prequantized_config import CheckpointConfig

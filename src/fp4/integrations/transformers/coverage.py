@@ -1,4 +1,4 @@
-"""Which share of a model's parameters is quantized, to what, and what is not."""
+"""Counts which share of a model's parameters is quantized, and to which formats."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from fp4.nn import FP4Experts, PackedWeight
 
 @dataclass
 class Coverage:
-    """Numbers of parameters, counted as the unquantized model has them; tied ones once.
+    """Numbers of quantized and unquantized parameters of a model.
+
+    A packed weight counts with the parameters of the dense weight it represents; tied parameters count once.
 
     Attributes:
-        quantized: by name of the format.
-        embeddings: of input and output embeddings that are not quantized.
-        kept: of every other module that is not quantized, by its name.
-        reasons: why modules that could hold packed weights are kept, by name.
+        quantized: number of quantized parameters by format.
+        embeddings: number of parameters of each unquantized input or output embedding, by module.
+        kept: number of parameters of every other unquantized module, by module.
+        reasons: why a module that could hold packed weights is unquantized, by module.
     """
 
     quantized: dict[str, int] = field(default_factory=dict)
@@ -30,20 +32,21 @@ class Coverage:
 
     @property
     def total(self) -> int:
+        """Number of all parameters."""
         return sum(map(sum, (self.quantized.values(), self.embeddings.values(), self.kept.values())))
 
     @property
     def share(self) -> float:
-        """Of all parameters, the share that is quantized."""
+        """Fraction of all parameters that is quantized."""
         return sum(self.quantized.values()) / max(1, self.total)
 
     @property
     def share_of_blocks(self) -> float:
-        """Of the parameters that are in no embedding, the share that is quantized."""
+        """Fraction of the parameters outside unquantized embeddings that is quantized."""
         return sum(self.quantized.values()) / max(1, self.total - sum(self.embeddings.values()))
 
     def describe(self) -> str:
-        """One line."""
+        """Summary in one line, for the log."""
         formats = ", ".join(f"{name} {count / max(1, self.total):.1%}" for name, count in self.quantized.items())
         largest = sorted((self.embeddings | self.kept).items(), key=lambda item: -item[1])[:4]
         kept = ", ".join(f"{name} ({count / max(1, self.total):.1%})" for name, count in largest)
@@ -54,13 +57,18 @@ class Coverage:
 
 
 def coverage_of(model: nn.Module, reasons: Mapping[str, str]) -> Coverage:
-    """Count the parameters of a model whose layers have been swapped, before or after they are loaded."""
+    """Count the parameters of a model whose layers have been swapped, before or after its weights are loaded.
+
+    Args:
+        model: the model.
+        reasons: why modules were kept, by name; becomes :attr:`Coverage.reasons`.
+    """
     coverage = Coverage(reasons=dict(reasons))
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head else None
     formats: Counter[str] = Counter()
     seen: set[int] = set()
-    tied = getattr(model, "all_tied_weights_keys", None) or {}  # before loading, these are parameters of their own
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # before loading, tied parameters are still separate
     for name, module in model.named_modules():
         if isinstance(module, PackedWeight):
             formats[module.scheme.format.name] += math.prod(module.lead) * module.out_features * module.in_features
@@ -68,7 +76,7 @@ def coverage_of(model: nn.Module, reasons: Mapping[str, str]) -> Coverage:
         elif isinstance(module, FP4Experts):
             own = []
             for key, parameter in module.named_parameters(recurse=False):
-                if key in module.layout.projections:  # dense until it is loaded
+                if key in module.layout.projections:  # still the dense parameter, before loading
                     formats[module.schemes[key][0].format.name] += parameter.numel()
                 else:
                     own.append(parameter)

@@ -1,4 +1,4 @@
-"""Experts between the form checkpoints have them in, one by one, and the stacks that a model holds."""
+"""Conversion between experts as checkpoints store them, one by one, and the stacks that a model holds."""
 
 from __future__ import annotations
 
@@ -28,18 +28,27 @@ from fp4.numerics.rotation import share
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# From the end of the name of an experts module on: an expert's number and matrix, or a stack of all of them.
+# What follows the name of an experts module: the number of an expert and its matrix, or the name of a stack.
 _EXPERT = re.compile(r"(?<=\.experts)\.(\d+\.)?\w+$")
 
 
 def packed_experts(codec: Codec, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Packed matrices (or stacks) of experts among ``stored`` and the module of each, as the model names them."""
+    """Experts that a checkpoint holds packed: the experts module of each packed matrix or stack.
+
+    Args:
+        codec: the format of the checkpoint.
+        model: the model to load it into.
+        stored: the tensors of the checkpoint by name.
+
+    Returns:
+        Name of the experts module by name of the matrix or stack, both as the model calls them.
+    """
     renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
     modules = {name for name, _ in model.named_modules()}
     prefix = model.base_model_prefix
     found = {}
     for layer in packed_layers(codec, stored):
-        # A family's own name for a stack is one of an experts module only together with its `weight`.
+        # Transformers renames some stacks only if their name ends with `weight`, so that is appended to look it up.
         name = layer if _EXPERT.search(layer) else f"{layer}.weight"
         for renaming in renamings:
             name, _ = renaming.rename_source_key(name)
@@ -52,9 +61,10 @@ def packed_experts(codec: Codec, model: PreTrainedModel, stored: Mapping[str, Te
 
 
 class ReadExperts(LoadOp):
-    """Stacks the stored tensors of all experts of one projection into its canonical parameters."""
+    """Loading operation that stacks the stored tensors of all experts into the parameters of one projection."""
 
     def load(self, found: dict[Any, Any], model: nn.Module | None, target: str) -> dict[str, Tensor]:
+        """Parameters of one projection, or of gate and up projection if their global scales differ."""
         quantizer, layer = self.hf_quantizer, target.rpartition(".")[0]
         experts, projection = get_module_from_name(model, target)
         tensors: dict[tuple[int | None, str], dict[str, Tensor]] = {}
@@ -88,7 +98,7 @@ class ReadExperts(LoadOp):
     def _parts(
         self, layer: str, experts: FP4Experts, projection: str, tensors: dict[tuple[int | None, str], dict[str, Tensor]]
     ) -> dict[str, StoredLinear]:
-        """The stacks of ``projection``: one, or one for each of its parts where these share no global scale."""
+        """Stacks of ``projection``: one, or one for each of its parts if their global scales differ."""
         layout = experts.layout
         if (None, projection) in tensors:
             return {projection: self._stacked(layer, experts, projection, tensors[None, projection])}
@@ -117,7 +127,7 @@ class ReadExperts(LoadOp):
         return {GATE_UP: StoredLinear(weight, gate.input_global_scale, gate.rotation)}
 
     def _stacked(self, layer: str, experts: FP4Experts, projection: str, tensors: dict[str, Tensor]) -> StoredLinear:
-        """A stack that is stored as one."""
+        """A projection that the checkpoint stores as a stack."""
         codec, layout = self.hf_quantizer.codec, experts.layout
         scheme = scheme_of_stack(self.hf_quantizer, layer, projection, experts)
         rows, columns = layout.projections[projection]
@@ -132,7 +142,10 @@ class ReadExperts(LoadOp):
 
 
 def scheme_of_stack(quantizer: Packing, module: str, projection: str, experts: FP4Experts) -> LayerScheme:
-    """How a stack is stored; a configuration may name it as the model or the checkpoint does, or its matrices."""
+    """Scheme of a stored stack, looked up by its name in the checkpoint, then in the model, then by its first matrix.
+
+    Configurations use any of these names.
+    """
     matrix = quantizer.expert_names[module][experts.layout.parts(projection)[0]]
     own = quantizer.stack_names[module].get(projection, f"{module}.{projection}")
     for name in (own, f"{module}.{projection}"):
@@ -144,7 +157,11 @@ def scheme_of_stack(quantizer: Packing, module: str, projection: str, experts: F
 
 
 def stack(matrices: list[StoredLinear]) -> StoredLinear:
-    """One stack of the same matrix of every expert."""
+    """One stack ``[E, N, ...]`` of the same matrix of every expert.
+
+    Raises:
+        ValueError: the experts have different rotations.
+    """
     rotations = {None if stored.rotation is None else id(share(stored.rotation)) for stored in matrices}
     if len(rotations) > 1:
         raise ValueError("its experts are rotated differently, which a stack of them has no place for")
@@ -165,7 +182,7 @@ def stack(matrices: list[StoredLinear]) -> StoredLinear:
 def _stack_scales(scales: list[Tensor | None]) -> Tensor | None:
     if all(scale is None for scale in scales):
         return None
-    # A global scale of 1 is how fp_quant writes that an MXFP4 weight has none.
+    # fp_quant stores a global scale of 1 for an MXFP4 weight that has none, so None stands for 1 here.
     device = next(scale.device for scale in scales if scale is not None)
     one = torch.ones((), dtype=torch.float64, device=device)
     return torch.stack([one if scale is None else scale for scale in scales])
@@ -179,12 +196,14 @@ def _same_scales(gate: StoredLinear, up: StoredLinear) -> bool:
 
 
 class ExpertsConverter(WeightConverter):
-    """Collects the stored tensors of each projection of packed experts, whatever the checkpoint calls its matrices.
+    """Weight converter that collects the stored tensors of each projection of packed experts.
+
+    It accepts all names that the checkpoint's format and the model family use for the matrices of an expert.
 
     Args:
-        reader: what is done with them.
-        modules: the experts modules, by name.
-        prefix: of the base model, which names in a checkpoint may have or lack.
+        reader: the operation that receives the collected tensors.
+        modules: the experts modules by name.
+        prefix: prefix of the base model, which names in a checkpoint may have or lack.
     """
 
     __slots__ = ("modules", "reader", "stacks", "tail")
@@ -192,7 +211,7 @@ class ExpertsConverter(WeightConverter):
     def __init__(self, reader: ReadExperts, modules: Mapping[str, FP4Experts], prefix: str) -> None:
         super().__init__(["experts.*.packed"], "experts.packed", [reader])
         self.reader = reader
-        #: Projection by name of a matrix or stack, for each module.
+        #: For each experts module, the projection by the name of a matrix or stack.
         self.modules: dict[str, dict[str, str]] = {}
         for module, experts in modules.items():
             own: dict[str, str] = {}
@@ -205,11 +224,11 @@ class ExpertsConverter(WeightConverter):
         names = {re.escape(name) for own in self.modules.values() for name in own}
         suffixes = reader.hf_quantizer.codec.suffixes
         self.tail = re.compile(rf"\.(?:(\d+)\.)?({'|'.join(names)})({'|'.join(map(re.escape, suffixes))})$")
-        #: Projection and suffix of each tensor of stacks that have a family's own names.
+        #: Projection and suffix by tensor name, for stacks that the model family calls by names of its own.
         self.stacks: dict[str, tuple[str, str]] = {}
         for module, layers in reader.hf_quantizer.stack_names.items():
             for (projection, layer), suffix in itertools.product(layers.items(), suffixes):
-                # Transformers has renamed `weight` by now, and releases before 5.20 whatever begins like that.
+                # Transformers has already renamed `weight`; releases before 5.20 rename every suffix that begins so.
                 for key in (layer + suffix, f"{module}.{projection}{suffix.removeprefix('.weight')}"):
                     for name in (key, key.removeprefix(f"{prefix}."), f"{prefix}.{key.removeprefix(f'{prefix}.')}"):
                         self.stacks[name] = (f"{module}.{projection}", suffix)
@@ -221,6 +240,7 @@ class ExpertsConverter(WeightConverter):
         return twin
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """Projection that a stored tensor belongs to, and the pattern it matched; None for tensors of other layers."""
         match = self.tail.search(source_key)
         module = source_key[: match.start()] if match else ""
         projection = self.modules.get(module, {}).get(match[2]) if match else None
@@ -232,6 +252,7 @@ class ExpertsConverter(WeightConverter):
         return f"{module}.{projection}", self.source_patterns[0]
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
+        """Collect a stored tensor under the key (number of the expert or None, name of the matrix, suffix)."""
         match = self.tail.search(source_key)
         if match is not None:
             key = (None if match[1] is None else int(match[1]), match[2], match[3])
@@ -243,9 +264,10 @@ class ExpertsConverter(WeightConverter):
 
 
 def layers_of(quantizer: Packing, name: str) -> Iterator[tuple[str, FP4GroupedLinear]]:
-    """Every matrix of every expert of the module ``name``, as checkpoints call it, and the projection it is part of.
+    """Names of the matrices of all experts of the module ``name``, as checkpoints use them, with their projections.
 
-    So do loaders (vLLM's) ask for them even where a stack of them is stored, whose own name is given as well.
+    Loaders such as vLLM's look up the scheme of single matrices even if the checkpoint stores a stack. For such a stack
+    the name it is stored by is yielded as well.
     """
     experts, names = quantizer.experts[name], quantizer.expert_names[name]
     for part, (_, projection) in experts.matrices().items():
@@ -257,7 +279,7 @@ def layers_of(quantizer: Packing, name: str) -> Iterator[tuple[str, FP4GroupedLi
 
 
 def write(quantizer: Packing, name: str) -> dict[str, Tensor]:
-    """The tensors to store for one packed projection: expert by expert, or stacks where these were read."""
+    """Tensors to store for the packed projection ``name``: as stacks if they were loaded so, else expert by expert."""
     module, _, child = name.rpartition(".")
     experts, names = quantizer.experts[module], quantizer.expert_names[module]
     if quantizer.codec.stacks:
@@ -284,7 +306,7 @@ def write(quantizer: Packing, name: str) -> dict[str, Tensor]:
 
 
 def _matrix(weight: QuantizedTensor, projection: FP4GroupedLinear, expert: int) -> StoredLinear:
-    """One expert's matrix of a stack."""
+    """The matrix of one expert, taken from a stack."""
     codes, scales, global_scale, fmt = weight
     own_scale = None if global_scale is None else global_scale[expert].contiguous()
     own = QuantizedTensor(codes[expert].contiguous(), scales[expert].contiguous(), own_scale, fmt)

@@ -1,6 +1,6 @@
-"""Checkpoints that say how they are quantized in a file beside config.json alone, as older ones of ModelOpt do.
+"""Quantization configurations in a file of their own beside config.json, as older ModelOpt versions wrote them.
 
-Transformers looks into config.json only. Without help it would take the packed bytes for weights.
+Transformers reads only config.json, and would load the packed bytes of such a checkpoint as ordinary weights.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ from fp4.checkpoint.io.headers import read_json, self_sufficient_files
 
 
 def stored_beside(name: str, commit: str | None = None, **hub: Any) -> dict[str, Any] | None:
-    """The ``quantization_config`` that such a file means, of a folder or hub id; None where there is none.
+    """The ``quantization_config`` described by a file beside config.json, or None if there is no such file.
 
-    A model on the hub is asked for each file at most once a commit: that it has none is remembered in the cache, too.
+    The hub is asked at most once per file and commit, because huggingface_hub also caches that a file is missing.
+
+    Args:
+        name: folder or hub id.
+        commit: commit or revision of the hub id.
+        hub: further keyword arguments of ``cached_file``, such as ``token``.
     """
     for file, codec in self_sufficient_files().items():
         found = _find(file, name, commit, hub)
@@ -41,5 +46,5 @@ def _find(file: str, name: str, commit: str | None, hub: dict[str, Any]) -> Path
             **{key: value for key, value in hub.items() if value is not None},
         )
     except OSError:
-        return None  # config.json came from somewhere else, a cache for instance
+        return None  # not reachable, though config.json was, for instance from the cache
     return None if found is None else Path(found)

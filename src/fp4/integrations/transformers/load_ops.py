@@ -1,4 +1,4 @@
-"""What happens to tensors on their way from a checkpoint into packed modules: Transformers' conversion operations."""
+"""Conversion operations by which Transformers loads tensors of a checkpoint into packed modules."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ if TYPE_CHECKING:
 
 
 class LoadOp(ConversionOps):
-    """Makes the canonical parameters of one layer; what goes wrong is noted with the quantizer, by layer."""
+    """Base class of operations that make the canonical parameters of one layer.
+
+    Errors are collected in ``problems`` of the quantizer, which reports all of them after loading.
+    """
 
     def __init__(self, quantizer: Packing) -> None:
         self.hf_quantizer = quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadOp:
-        return self  # Transformers copies a converter for every layer; all of them report to the one quantizer
+        return self  # Transformers copies converters for every layer, but all must report to one quantizer
 
     def convert(
         self,
@@ -43,19 +46,33 @@ class LoadOp(ConversionOps):
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
+        """Keep Transformers' set of missing keys for the quantizer, and :meth:`load` the layer."""
         if missing_keys is not None:
             self.hf_quantizer.missing = missing_keys
         return self.load(input_dict, model, full_layer_name)
 
     @abstractmethod
     def load(self, found: dict[Any, Any], model: nn.Module | None, target: str) -> dict[str, Tensor]:
-        """Parameters of ``model`` by name, from what was ``found`` in the checkpoint for the one called ``target``."""
+        """Parameters of one layer.
+
+        Args:
+            found: lists of stored tensors, by the key under which the converter collected them.
+            model: the model that is being loaded.
+            target: full name of the parameter that the tensors were collected for.
+
+        Returns:
+            Tensors by full name of the parameter; none if the layer has to wait or cannot be loaded.
+        """
 
 
 class RoundToNearest(LoadOp):
-    """Rounds one dense weight as soon as it is read, so that no more are in memory than share a global scale."""
+    """Loading operation that rounds a dense weight to nearest as soon as it is read.
+
+    So only the dense weights of layers that share a global scale are in memory at the same time.
+    """
 
     def load(self, found: dict[Any, Any], model: nn.Module | None, target: str) -> dict[str, Tensor]:
+        """Parameters of the rounded layer, of its whole group of shared scales, or none while the group waits."""
         ((name, value),) = found.items()
         weight = value[0] if isinstance(value, list) else value
         module, _ = get_module_from_name(model, name)
@@ -65,7 +82,7 @@ class RoundToNearest(LoadOp):
         group = self.hf_quantizer.sharing.get(layer)
         if group is None:
             return self._round({layer: weight}, {layer: module})
-        # Layers that share a global scale wait for each other: it is known when the last of them has been read.
+        # A shared global scale depends on all layers of the group, so they are rounded when the last has been read.
         group.waiting[layer] = weight
         if len(group.waiting) < len(group.layers):
             return {}
@@ -113,16 +130,18 @@ def _with_remedy(error: ValueError, module: str) -> str:
 
 
 class ReadLayer(LoadOp):
-    """Gathers the stored tensors of one layer into its canonical parameters, as the checkpoint's codec reads them."""
+    """Loading operation that reads a packed layer: the codec turns stored tensors into canonical parameters."""
 
     def load(self, found: dict[Any, Any], model: nn.Module | None, target: str) -> dict[str, Tensor]:
+        """Parameters of the packed layer, or the weight itself if the layer is unquantized."""
         layer = target.rpartition(".")[0]
         module, parameter = get_module_from_name(model, target)
         tensors = {pattern.replace("\\", ""): values[0] for pattern, values in found.items()}
         dense = tensors.get(".weight")
         plain = dense is not None and dense.is_floating_point() and dense.element_size() > 1
         if not isinstance(module, FP4Linear) and plain and len(tensors) == 1:
-            # ModelOpt calls packed weights as ordinary ones are called, and FP8 weights are called so everywhere.
+            # The dense weight of an unquantized layer gets here because packed weights of ModelOpt, and FP8 weights of
+            # all formats, are called `weight` as well.
             return {target: tensors[".weight"].to(getattr(module, parameter).dtype)}
         try:
             if not isinstance(module, FP4Linear):
@@ -146,11 +165,18 @@ class ReadLayer(LoadOp):
 
 
 def expect(module: PackedWeight, name: str, loaded: Mapping[str, Tensor], missing: set[str]) -> None:
-    """Let the module called ``name`` have the parameters that are ``loaded``: not all checkpoints have the same."""
+    """Create or remove optional parameters of a module so that it has exactly those that are ``loaded``.
+
+    Args:
+        module: changed in place.
+        name: its full name.
+        loaded: its parameters from the checkpoint, by name.
+        missing: full names of parameters that Transformers considers missing; those removed are taken out.
+    """
     for key in ("weight", "weight_scale", "global_scale", "input_global_scale"):
         tensor = loaded.get(key)
         if tensor is None:
-            # What stayed would be a parameter that nothing ever fills.
+            # If it stayed, nothing would ever fill this parameter.
             setattr(module, key, None)
             missing.discard(f"{name}.{key}")
         elif getattr(module, key) is None:
@@ -158,10 +184,14 @@ def expect(module: PackedWeight, name: str, loaded: Mapping[str, Tensor], missin
 
 
 def zero_biases(model: nn.Module, missing: set[str]) -> dict[str, str]:
-    """Zero the biases of packed modules that are ``missing``, as Transformers does with those of modules that it knows.
+    """Set missing biases of packed modules to zero, as Transformers does for ``nn.Linear``.
+
+    Args:
+        model: the loaded model.
+        missing: full names of parameters that the checkpoint lacks.
 
     Returns:
-        Names of those that are offloaded, out of reach, and what is wrong with that.
+        Problem by name, for biases that are offloaded and so cannot be set.
     """
     problems = {}
     for name, module in model.named_modules():
@@ -178,16 +208,16 @@ def zero_biases(model: nn.Module, missing: set[str]) -> dict[str, str]:
 
 
 def dtypes_of(model: PreTrainedModel) -> dict[str, torch.dtype]:
-    """Dtypes that the floating-point parameters have once they are loaded, by name; taken before loading."""
+    """Dtype by name that each floating-point parameter is to have after loading; call this before loading."""
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     in_float32 = float32_parameters(model, model.dtype)
     return dtypes | {name: torch.float32 for name in dtypes if in_float32(name)}
 
 
 def restore_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Give unquantized parameters the dtypes that they had before loading (:func:`dtypes_of`).
+    """Cast unquantized parameters to the dtypes that :func:`dtypes_of` returned before loading.
 
-    Transformers below 5.20 leaves those that a checkpoint calls by another name in the dtype of the checkpoint.
+    Transformers below 5.20 leaves parameters that have another name in the checkpoint in the checkpoint's dtype.
     """
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -198,5 +228,5 @@ def restore_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
 
 
 def reads_layers(conversion: Any) -> bool:
-    """Whether a converter of Transformers is one of this package's, for reading only."""
+    """Whether a weight converter contains a :class:`LoadOp`, which can only load and not save."""
     return any(isinstance(op, LoadOp) for op in getattr(conversion, "operations", ()))

@@ -1,4 +1,4 @@
-"""What is known of one model while its weights are read and saved."""
+"""State of a quantizer while the weights of its model are loaded and saved."""
 
 from __future__ import annotations
 
@@ -16,41 +16,49 @@ from fp4.scheme import Scheme
 
 @dataclass
 class SharedScale:
-    """Layers that are to have one global scale, and the dense weights of those that have been read."""
+    """A group of layers that share one global scale, and the dense weights of those read so far."""
 
     layers: list[str]
     waiting: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Packing:
-    """The part of a quantizer that operations on tensors and experts work with."""
+    """The state of a quantizer that the loading operations and the conversion of experts use."""
 
     quantization_config: FPQuantConfig | CheckpointConfig
 
     def _reset(self, codec: Codec) -> None:
-        #: Reads and writes the stored tensors.
+        #: Reads and writes the tensors of the checkpoint's format.
         self.codec = codec
-        #: What went wrong with which layer while loading; reported together, after the last one.
+        #: Error by layer; all are reported together after loading.
         self.problems: dict[str, str] = {}
         self.loaded: set[str] = set()
-        #: Parameters that the checkpoint lacks: Transformers' own set, which it strikes them out of as it reads them.
+        #: Names of parameters not loaded yet. This is Transformers' own set, from which it removes what it has read.
         self.missing: set[str] = set()
-        #: Groups of layers that share a global scale, by each of their names.
+        #: Groups of layers that share a global scale, by the name of each layer.
         self.sharing: dict[str, SharedScale] = {}
-        #: Experts modules, and what checkpoints call the matrices of an expert of each.
+        #: Experts modules by name, and for each the names of an expert's matrices in checkpoints.
         self.experts: dict[str, FP4Experts] = {}
         self.expert_names: dict[str, dict[str, str]] = {}
-        #: What checkpoints call the layers of stacks, by projection, for families that have such.
+        #: For each experts module, the names of its stacks in checkpoints, by projection; only for some model families.
         self.stack_names: dict[str, dict[str, str]] = {}
-        #: Projections of experts that the checkpoint stores as stacks, though its format can store single matrices.
+        #: Projections that the checkpoint stores as stacks, in a format that can also store single matrices.
         self.stacked: set[str] = set()
-        #: What the checkpoint holds packed of experts, and the module of each.
+        #: Experts module by name of each packed matrix or stack of experts in the checkpoint.
         self.packed_experts: dict[str, str] = {}
-        #: Which share of the model's parameters is quantized, to what, and why the others are not.
+        #: Numbers of quantized parameters, and why the other layers are unquantized.
         self.report: Coverage | None = None
 
     def stored_scheme(self, layer: str, runs: Scheme) -> LayerScheme:
-        """How the tensors of ``layer`` are stored, which runs by scheme ``runs``."""
+        """Scheme of the stored tensors of a layer.
+
+        Args:
+            layer: name of the layer in the checkpoint.
+            runs: scheme by which the layer runs.
+
+        Raises:
+            ValueError: the checkpoint's configuration says that the layer is not quantized.
+        """
         if isinstance(self.quantization_config, CheckpointConfig):
             scheme = self.codec.scheme(layer)
             if scheme is None:

@@ -1,4 +1,4 @@
-"""Layers that a checkpoint lacks because it is of another model class: the head of a classifier on a language model."""
+"""Layers that a checkpoint of another model class lacks, such as a classifier head on a language model."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ logger = logging.getLogger("fp4")
 
 
 def may_lack_layers(model: PreTrainedModel) -> bool:
-    """Whether the checkpoint is of another class than ``model``. One of its own class has all of its layers."""
+    """Whether the checkpoint was saved from another class than that of ``model``, and so may lack layers."""
     return type(model).__name__ not in (model.config.architectures or [])
 
 
 def initialize(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Put dense, newly initialized layers in the places of packed ones called ``names``, for which there is no weight.
+    """Replace packed layers without weights by dense, newly initialized ones, and log their names.
 
-    Transformers does the same with an unquantized model, and reports them.
+    Transformers does the same for unquantized models.
+
+    Args:
+        model: changed in place.
+        names: names of the packed layers that the checkpoint lacks.
     """
     for name in names:
         packed = model.get_submodule(name)
         assert isinstance(packed, FP4Linear)
         bias, device = packed.bias is not None, packed.weight.device
         dense = nn.Linear(packed.in_features, packed.out_features, bias, dtype=model.dtype, device=device)
-        with torch.no_grad():  # Transformers up to 5.23 saw to it itself
+        with torch.no_grad():  # `_init_weights` does so itself only in Transformers up to 5.23
             model._init_weights(dense)
         model.set_submodule(name, dense)
     logger.warning("not in the checkpoint, so newly initialized and unquantized: %s", ", ".join(names))

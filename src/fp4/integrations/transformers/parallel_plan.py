@@ -1,9 +1,10 @@
-"""Packed weights on several ranks: which share of each a rank holds in Transformers' tensor- and expert-parallel plans.
+"""Entries for packed weights in Transformers' tensor- and expert-parallel plans.
 
-A dense weight becomes a DTensor that is cut while it is read. A packed one is not: rounding takes the whole weight (it
-has one global scale, and a rotation spans columns), a checkpoint has scalars that belong to every rank, and names and
-shapes of its tensors are not those of the model's. So every rank makes the canonical form of a whole layer, one at a
-time, and keeps its share: the values of all ranks together are those of one process.
+Transformers splits a dense weight into DTensors while reading it. Packed weights cannot be split that early: rounding
+needs the whole weight (for its global scale, and because a rotation spans columns), every rank needs the scalars of a
+checkpoint, and its tensors have other names and shapes than the parameters of the model. So every rank makes the
+canonical form of whole layers, one at a time, and keeps its share. All ranks together then hold the same values as a
+single process.
 """
 
 from __future__ import annotations
@@ -19,17 +20,22 @@ from fp4.nn.rank_share import Split
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# What stands before and after a layer's name: in the model itself; in PEFT's, without and with an adapter on the layer.
+# Prefix and suffix of a layer's name: in the model, in a PEFT model, and in a PEFT model with an adapter on the layer.
 _WRAPPERS = (("", ""), ("base_model.model.", ""), ("base_model.model.", ".base_layer"))
 _EVERY_RANK = "replicate"
 _BY_EXPERT = "grouped_gemm"
-# The axis that a style of Transformers cuts, for Linear layers.
+# Transformers' styles by the axis of a Linear layer's weight that they split.
 _ROWS = ("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise")
 _COLUMNS = ("rowwise", "rowwise_rep", "rowwise_split_input", "packed_rowwise")
 
 
 class SplitPacked:
-    """A style of Transformers that notes with a packed module what this rank is to hold; nothing is cut yet."""
+    """Parallel style that stores in a packed module which share this rank will hold; loading then keeps that share.
+
+    Args:
+        axis: the axis to split, as in :class:`Split`.
+        parts: number of concatenated matrices, as in :class:`Split`.
+    """
 
     def __init__(self, axis: str, parts: int = 1) -> None:
         self.axis, self.parts = axis, parts
@@ -37,16 +43,17 @@ class SplitPacked:
     def validate_param(
         self, module: nn.Module, param: str, mesh: DeviceMesh, parameter_name: str | None = None
     ) -> None:
-        """Called for every style before :meth:`shard_param`; weights are checked when they are read."""
+        """Do nothing: Transformers calls this before :meth:`shard_param`, but loading checks the weights."""
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        """Store the share of this rank in ``module``."""
         split = Split(self.axis, mesh.get_local_rank(), mesh.size(), self.parts)  # type: ignore[arg-type]
         if isinstance(module, FP4Linear):
             module.split = split
         elif isinstance(module, FP4Experts):
             module.splits[param] = split
             if self.axis == "experts":
-                # What Transformers' dispatch takes for the number of experts here.
+                # Transformers' dispatch reads the number of experts of this rank from this attribute.
                 setattr(module, "num_experts", module.layout.num_experts // split.count)  # noqa: B010  (no parameter)
 
 
@@ -59,7 +66,12 @@ _STYLES = {
 
 
 def add_packed(model: nn.Module, plan: dict[str, str]) -> None:
-    """Complete ``plan`` (style by name of a parameter or module, numbers of layers as ``*``) in place."""
+    """Replace the entries of packed layers in a parallel plan by styles for packed weights.
+
+    Args:
+        model: the model with its packed layers.
+        plan: style by name of a parameter or module, with ``*`` for layer numbers; changed in place.
+    """
     from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 
     styles: Any = ALL_PARALLEL_STYLES
@@ -77,10 +89,11 @@ def add_packed(model: nn.Module, plan: dict[str, str]) -> None:
 
 
 def same_on_every_rank(model: nn.Module) -> list[str]:
-    """Packed parameters, which DistributedDataParallel is not to broadcast: nothing sends FP8 block scales.
+    """Names of packed parameters, which DistributedDataParallel must not broadcast.
 
-    Every rank has read them from the same checkpoint. DDP knows them by the names that they have in what it wraps: the
-    model, or what PEFT makes of it.
+    Collective operations do not support the dtypes of FP8 block scales, and every rank has read the same values anyway.
+    DDP knows parameters by their names in the module it wraps, which is the model or a PEFT model around it, so the
+    names in both are returned.
     """
     names = []
     for module_name, module in model.named_modules():
@@ -95,7 +108,8 @@ def _add_linear(plan: dict[str, str], name: str, style: str, module: FP4Linear) 
     two = style == "packed_colwise"
     own = "fp4_rows_of_two" if two else "fp4_rows" if style in _ROWS else "fp4_columns" if style in _COLUMNS else None
     if own is not None:
-        # Named with the weight, whose share is theirs too; a bias follows the layer.
+        # The style of the weight splits the scales too, so these are listed as replicated. A bias has no entry here,
+        # because the style of the layer applies to it.
         tensors = [key for key, _ in module.named_parameters() if key != "bias"]
         plan.update({f"{name}.{key}": own if key == "weight" else _EVERY_RANK for key in tensors})
 

@@ -1,4 +1,4 @@
-"""How many parameters a model with packed weights has: what the weights stand for, not the bytes that hold them."""
+"""A ``num_parameters`` that counts a packed weight as the dense weight it represents, not by its bytes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _PACKED = ("weight", "weight_scale", "global_scale", "input_global_scale")
 
 
 def count_unpacked(model: PreTrainedModel) -> None:
-    """Make ``num_parameters`` of ``model``, and of the models within it, count what packed weights stand for.
+    """Make ``num_parameters`` of a model and its submodels count packed weights as the dense weights they represent.
 
-    The method is replaced on these instances alone; it counts again with every call, so layers may become dense.
+    The method is replaced on these instances alone. It counts anew with every call, because layers can become dense.
     """
     from transformers import PreTrainedModel
 
@@ -28,7 +28,7 @@ def count_unpacked(model: PreTrainedModel) -> None:
 
 @dataclass
 class _Counting:
-    """``num_parameters`` of one model; of a class, so that the model can be pickled."""
+    """``num_parameters`` of one model; a class instead of a closure, so that the model can be pickled."""
 
     model: PreTrainedModel
 

@@ -1,8 +1,8 @@
-"""Other tools' checkpoints in ``from_pretrained``: read as they are, run packed, saved in the format they came in.
+"""Quantizer that loads FP4 checkpoints of other tools, runs them packed, and saves them in their own format.
 
-Of a format that Transformers reads itself only checkpoints whose quantized layers are all FP4 are taken over; any other
-gets Transformers' own configuration and quantizer, as without fp4. So does a model that is to be quantized while
-loading by Transformers' own configuration of that format.
+If Transformers supports a format itself, fp4 handles only those checkpoints whose quantized layers are all FP4. Other
+checkpoints, and models quantized on the fly with Transformers' own configuration of the format, get Transformers'
+configuration and quantizer, as without fp4.
 """
 
 from __future__ import annotations
@@ -37,14 +37,18 @@ logger = logging.getLogger("fp4")
 
 
 class CheckpointHfQuantizer(FPQuantHfQuantizer):
-    """Runs another tool's FP4 checkpoint in packed FP4."""
+    """Transformers quantizer for an FP4 checkpoint in another tool's format; its weights stay packed.
+
+    Raises:
+        ValueError: fp4 cannot run the checkpoint, or the model is not quantized yet.
+    """
 
     quantization_config: CheckpointConfig
 
     def __init__(self, quantization_config: CheckpointConfig, **kwargs: Any) -> None:
         HfQuantizer.__init__(self, quantization_config, **kwargs)
         self._reset(quantization_config.codec)
-        #: Of a quantized KV cache, as the checkpoint has them.
+        #: Scales of a quantized KV cache by name, kept only for saving.
         self.cache_scales: dict[str, Tensor] = {}
         obstacle = self.codec.obstacle()
         if obstacle is not None:
@@ -75,7 +79,7 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
             logger.info("%d layers expect FP8 activations; fp4 runs them with unquantized ones", fp8)
 
     def _keep_cache_scales(self, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
-        """Let the scales of a quantized KV cache survive saving. The model's own cache is not quantized."""
+        """Keep the scales of a quantized KV cache for saving; fp4 runs the model with an unquantized cache."""
         own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
         renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
         for key in cache_tensors(stored):
@@ -90,12 +94,18 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
             model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors to save by name, including the scales of the KV cache; no metadata."""
         state_dict, metadata = super().get_state_dict_and_metadata(model)
         return state_dict | self.cache_scales, metadata
 
     def schemes_of_experts(
         self, name: str, layout: ExpertsLayout, choose: Callable[[str], tuple[Scheme, str] | None]
     ) -> dict[str, tuple[Scheme, str]] | None:
+        """Scheme and backend preference of each projection that the checkpoint holds packed; None for none.
+
+        Raises:
+            ValueError: the experts of one projection have different schemes.
+        """
         if name not in self.packed_experts.values():
             return None
         chosen = {}
@@ -112,7 +122,7 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
 
 
 def takes_over(config: dict[str, Any]) -> bool:
-    """Whether fp4 rather than Transformers' own code handles a checkpoint with this ``quantization_config``."""
+    """Whether fp4 handles a checkpoint with this ``quantization_config``, instead of Transformers' own quantizer."""
     try:
         return codec_for(config).obstacle() is None
     except ValueError:
@@ -120,7 +130,7 @@ def takes_over(config: dict[str, Any]) -> bool:
 
 
 def _config_dispatcher(method: str, stock: type) -> type:
-    # Transformers compares class names when the user passes a configuration of its own beside the checkpoint's.
+    # If the user passes a configuration as well, Transformers requires the class names of both to be equal.
     own = type(stock.__name__, (CheckpointConfig,), {"__module__": __name__})
 
     class Dispatcher(stock):
@@ -144,14 +154,14 @@ def _quantizer_dispatcher(stock: type, stock_config: type) -> type:
 
 
 def register() -> None:
-    """Make Transformers know fp4's quantizers, unless FP4_TAKE_OVER=0 in the environment says not to. Idempotent."""
+    """Register fp4's quantizers with Transformers, unless FP4_TAKE_OVER=0 is set in the environment. Idempotent."""
     if is_switched_off():
         return
     quantizers, configs = auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     for config in (FPQuantConfig, CheckpointConfig):
         if config not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
             auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config,)
-    # `register_quantizer` refuses names that are taken.
+    # Written directly, because `register_quantizer` refuses names that are registered already.
     quantizers[FPQuantCodec.name], configs[FPQuantCodec.name] = FPQuantHfQuantizer, FPQuantConfig
     for method in CODECS:
         stock, stock_config = quantizers.get(method), configs.get(method)
@@ -159,6 +169,6 @@ def register() -> None:
             quantizers[method], configs[method] = CheckpointHfQuantizer, CheckpointConfig
             continue
         if stock.__module__ == __name__ or method == FPQuantCodec.name:
-            continue  # fp4's own
+            continue  # registered by fp4 already
         configs[method] = _config_dispatcher(method, stock_config)
         quantizers[method] = _quantizer_dispatcher(stock, stock_config)

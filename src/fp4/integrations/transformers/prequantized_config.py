@@ -14,9 +14,9 @@ class CheckpointConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a checkpoint in another tool's format, kept as it is.
 
     Args:
-        stored: as config.json has it.
-        activation_dtype: as in :class:`fp4.FPQuantConfig`, for layers whose activations are quantized in the
-            checkpoint: ``"fp4"`` and ``"fp8"`` both mean as it says.
+        stored: the ``quantization_config`` of config.json.
+        activation_dtype: as in :class:`fp4.FPQuantConfig`, for layers whose activations the checkpoint quantizes. Both
+            ``"fp4"`` and ``"fp8"`` select the format that the checkpoint names.
         backend: as in :class:`fp4.FPQuantConfig`.
     """
 
@@ -35,35 +35,38 @@ class CheckpointConfig(QuantizationConfigMixin):
         self.quant_method = self.stored["quant_method"]
         self.activation_dtype = activation_dtype
         self.backend = backend
-        #: Set by Transformers when the user passes its own configuration with this option.
+        #: Whether to load dense weights; Transformers copies this from a configuration that the user passes.
         self.dequantize = False
         self.modules_to_not_convert: list[str] = []
         self.codec = codec_for(self.stored)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Configuration for the ``quantization_config`` of a checkpoint, with the unused ``kwargs`` if asked for."""
         config = cls(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json gets: what it was read from."""
+        """The ``quantization_config`` to save, which is the one that was read."""
         return dict(self.stored)
 
     def to_diff_dict(self) -> dict[str, Any]:
+        """The same as :meth:`to_dict`: a checkpoint's configuration is saved in full."""
         return self.to_dict()
 
     def get_loading_attributes(self) -> dict[str, Any]:
+        """Options of the user that override those of a checkpoint's configuration."""
         chosen = {"activation_dtype": self.activation_dtype, "backend": self.backend}
         return {name: value for name, value in chosen.items() if value != "auto"}
 
     def _activations(self, stored: LayerScheme) -> Activations:
-        """What the layer's activations are quantized to: at most to what the checkpoint says."""
+        """Activations option for a layer: the format named in the checkpoint, or none."""
         asked: Activations = self.activation_dtype
         if "model" in (stored.activations, asked):
             return "model"
         if asked != "auto":
             return stored.activations
-        # No hardware multiplies FP4 weights with FP8 activations; those are emulated only where that is asked for.
+        # No hardware multiplies FP4 weights with FP8 activations, so these are emulated only if the user asks for it.
         native = (
             Scheme(stored.format).input_format is Scheme(stored.format, activations=stored.activations).input_format
         )

@@ -1,4 +1,4 @@
-"""The quantizer that ``from_pretrained`` calls: swap modules, load or round weights, settle backends, save."""
+"""Transformers quantizer that swaps modules, loads or rounds weights, chooses backends, and saves."""
 
 from __future__ import annotations
 
@@ -61,14 +61,18 @@ logger = logging.getLogger("fp4")
 
 
 class FPQuantHfQuantizer(Packing, HfQuantizer):
-    """Runs models in packed FP4 on any device: quantizes while loading, or reads and writes fp_quant checkpoints."""
+    """Transformers quantizer for :class:`FPQuantConfig`: quantizes while loading, or loads fp_quant checkpoints.
+
+    Raises:
+        ValueError: the configuration's checkpoint format can only store stacks of experts.
+    """
 
     requires_calibration = False
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         if not isinstance(quantization_config, FPQuantConfig):
             quantization_config = FPQuantConfig.from_stock(quantization_config)
-        # What is filled in for this model must not show in the user's object, which may serve for another one.
+        # Copied, because options are filled in for this model, and the user may load another with the same object.
         quantization_config = copy.deepcopy(quantization_config)
         quantization_config.post_init()
         if codec_named(quantization_config.checkpoint_format, "checkpoint_format").stacks:
@@ -78,19 +82,20 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             )
         super().__init__(quantization_config, **kwargs)
         if quantization_config.store_master_weights:
-            self.pre_quantized = False  # such a checkpoint holds the unquantized weights
+            self.pre_quantized = False  # checkpoints with master weights hold unquantized weights
         self._reset(FPQuantCodec(quantization_config.to_dict()))
 
-    # --- before the weights are read
+    # --- before weights are loaded
 
     def validate_environment(self, *args: Any, weights_only: bool = True, **kwargs: Any) -> None:
-        # Asked before the files are known. Where config.json names no dtype Transformers looks for one in the first
-        # file, whatever that is, before anything else here is asked.
+        """Refuse ``weights_only=False`` for packed checkpoints."""
+        # This is the only hook before Transformers opens a file: if config.json names no dtype, it reads one from the
+        # first weight file, even if that is a pickle.
         if self.pre_quantized and not weights_only:
             raise ValueError("weights_only=False lets pickles run code; FP4 checkpoints are safetensors alone")
 
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
-        """Keeps Llama 4's experts as one module, which Transformers would take apart for compressed-tensors."""
+        """Do nothing: fp4 runs Llama 4's experts as one module, which Transformers splits for compressed-tensors."""
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -100,7 +105,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         self._prepare(model, read_headers(files) if self.pre_quantized else {})
 
     def _prepare(self, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
-        """Swap modules for packed ones; ``stored`` is what a packed checkpoint holds, by name."""
+        """Replace modules by packed ones; ``stored`` has the tensors of a packed checkpoint by name, else nothing."""
         config, asked = self.quantization_config, list[str]()
         reason_to_keep = self._as_stored(model) if self.pre_quantized else self._as_asked(model)
         reasons = {} if self.pre_quantized else dict(DenseLayers(model).no_linears)
@@ -151,9 +156,9 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             logger.warning("kept unquantized: %s", report.describe_unsupported())
 
     def _as_stored(self, model: PreTrainedModel) -> Callable[[str], str | None]:
-        """Why a layer of a packed checkpoint is dense, or None: what is packed is for the checkpoint alone to say.
+        """Function from the name of a layer to the reason why the checkpoint keeps it dense, or None.
 
-        fp_quant is Transformers' format, and its list is read as Transformers reads it.
+        The checkpoint alone decides. Its list of modules is matched as Transformers does, which defines fp_quant.
         """
         config = self.quantization_config
         if config.modules_to_not_convert is None:
@@ -164,7 +169,10 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         return lambda name: NOT_ASKED if name in tied or fits_in_transformers(name, patterns) else None
 
     def _as_asked(self, model: PreTrainedModel) -> Callable[[str], str | None]:
-        """Why a layer is not to be quantized, or None: the default rule, and what the user keeps."""
+        """Function from the name of a layer to the reason not to quantize it, or None.
+
+        Layers are kept by the user's list or by the default rule.
+        """
         listed, overrides = self.quantization_config.modules_to_not_convert, self.quantization_config.overrides
         dense = DenseLayers(model)
 
@@ -176,9 +184,9 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         return reason
 
     def _warn_of_idle_patterns(self, layers: list[str], model: PreTrainedModel) -> None:
-        """Name what the user meant for some of the ``layers`` that could be quantized, and none is called so."""
+        """Warn of patterns of the user that match none of the ``layers`` that could be quantized."""
         config = self.quantization_config
-        # "lm_head" is what Transformers' own configuration names, whether there is one or not.
+        # Transformers' own configuration lists "lm_head" for every model, so it may match nothing.
         kept = [name for name in config.modules_to_not_convert or [] if name != "lm_head"]
         idle = idle_patterns([*kept, *(pattern for pattern, _ in config.overrides)], layers)
         if idle:
@@ -186,25 +194,35 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             logger.warning("%s fit no layer of %s, where one is called %s", idle, type(model).__name__, example)
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
-        """Add the tensors of packed weights to ``model.tp_plan`` or ``model.ep_plan``, which name the dense ones."""
+        """Add the tensors of packed weights to ``model.tp_plan`` or ``model.ep_plan``, which list only dense ones."""
         parallel_plan.add_packed(model, plan)
 
     def schemes_of_experts(
         self, name: str, layout: ExpertsLayout, choose: Callable[[str], tuple[Scheme, str] | None]
     ) -> dict[str, tuple[Scheme, str]] | None:
-        """Scheme and backend preference of each projection that is quantized; None for none."""
+        """Scheme and backend preference of each projection of an experts module; None to keep the module.
+
+        Args:
+            name: full name of the module.
+            layout: its layout.
+            choose: maps the name of a layer to scheme and backend preference, or to None to keep it.
+        """
         if self.pre_quantized and name not in self.packed_experts.values():
-            return None  # FP-Quant itself leaves experts as they are
+            return None  # FP-Quant itself does not quantize experts
         chosen = {projection: choose(f"{name}.{projection}") for projection in layout.projections}
         return {projection: choice for projection, choice in chosen.items() if choice is not None} or None
 
     @property
     def converts(self) -> bool:
-        """Whether the model will be saved in another tool's format than it is loaded from."""
+        """Whether the model will be saved in another format than fp_quant."""
         return getattr(self.quantization_config, "checkpoint_format", FPQuantCodec.name) != FPQuantCodec.name
 
     def _prepare_for_format(self, model: PreTrainedModel) -> None:
-        """Let fused layers share their global scale. ValueError if the format has no place for the rotation."""
+        """Group layers that runtimes fuse, so that they share a global scale, and check that the format fits.
+
+        Raises:
+            ValueError: the format cannot store a layer, for instance its rotation.
+        """
         modules: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, FP4Linear)}
         name_of_format = self.quantization_config.checkpoint_format
         writer, problems = CODECS[name_of_format].writer(), {}
@@ -235,14 +253,15 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
     def _written_scheme(self, weight: PackedWeight) -> LayerScheme:
         """The scheme of a layer quantized on the fly in another tool's format."""
         fmt = weight.scheme.format
-        # NVFP4 activations, and FP8 ones of FP4 weights, need a calibrated global scale there.
+        # Other formats store a calibrated scale for NVFP4 activations and for FP8 activations of FP4 weights. Layers
+        # quantized on the fly have none, so they are saved as weight-only.
         calibrated = fmt.needs_global_scale or weight.scheme.mixes_formats
         weight_only = weight.scheme.activations == "model" or calibrated
         rotation, group_size = name_rotation(weight.rotation)
         return LayerScheme(fmt, "model" if weight_only else "fp8" if fmt.kind == "FP8" else "fp4", rotation, group_size)
 
     def _adopt_format(self, model: PreTrainedModel) -> None:
-        """From here on the model is as if it had been loaded from a checkpoint in ``checkpoint_format``."""
+        """Turn the model into what loading a checkpoint in ``checkpoint_format`` would have made."""
         codec = CODECS[self.quantization_config.checkpoint_format]
         weights = [module for module in model.modules() if isinstance(module, PackedWeight)]
         quantizing = [weight for weight in weights if weight.scheme.activations in ("fp4", "fp8")]
@@ -265,7 +284,10 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
     def _describe(
         self, model: PreTrainedModel, codec: type[Codec], scheme_of: Callable[[str, PackedWeight], LayerScheme]
     ) -> None:
-        """Give ``model`` the configuration of a checkpoint in the format of ``codec``, whose layers are stored so."""
+        """Set the configuration of ``model`` to that of a checkpoint in the format of ``codec``.
+
+        ``scheme_of`` maps the name and module of a packed layer to the scheme by which it is stored.
+        """
         config, modules = self.quantization_config, dict(model.named_modules())
         schemes = {name: scheme_of(name, module) for name, module in modules.items() if isinstance(module, FP4Linear)}
         for name in self.experts:
@@ -284,41 +306,46 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         model.config.quantization_config = self.quantization_config
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is rounded while it is loaded."""
         module, tensor_name = get_module_from_name(model, param_name)
         if isinstance(module, FP4Experts):
             return tensor_name in module.layout.projections
         return isinstance(module, FP4Linear) and tensor_name == "weight"
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
-        # A weight that is still dense when device maps are computed will have been rounded by the time it arrives.
+        """Bytes per element of a parameter once it is loaded, from which Transformers computes device maps."""
+        # Device maps are computed before loading, when weights that will be rounded are still dense.
         if param.is_floating_point() and self.param_needs_quantization(model, param_name):
             module, parameter = get_module_from_name(model, param_name)
             scheme = module.schemes[parameter][0] if isinstance(module, FP4Experts) else module.scheme
             return float(scheme.format.element.bits / 8)
         return param.element_size()
 
-    # --- while they are read
+    # --- while weights are loaded
 
     def get_quantize_ops(self) -> ConversionOps:
+        """The operation that rounds weights while loading."""
         return RoundToNearest(self)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
+        """The converter that reads packed Linear layers; none if the checkpoint is not packed."""
         if not self.pre_quantized:
             return []
-        # `\\.` keeps the dot of a suffix from matching anything else; the longest come first because Transformers below
-        # 5.23 takes the first that is the beginning of what a name ends with (`.weight` of `.weight_scale`).
+        # Patterns are regular expressions, so dots are escaped. The longest suffix comes first, because Transformers
+        # below 5.23 would also match `.weight` at the start of `.weight_scale`, and takes the first match.
         patterns = [suffix.replace(".", "\\.") for suffix in sorted(self.codec.suffixes, key=len, reverse=True)]
         return [WeightConverter(patterns, ".weight", [ReadLayer(self)])]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """The model's converters and those for packed layers and experts."""
         conversions = [*weight_conversions, *self.get_weight_conversions()]
         if self.pre_quantized and self.experts:
             reader = expert_stacking.ReadExperts(self)
-            # First, because Transformers' converters of dense experts take what ModelOpt calls `weight` as well.
+            # First, because Transformers' converters of dense experts would match ModelOpt's packed `weight` as well.
             conversions.insert(0, expert_stacking.ExpertsConverter(reader, self.experts, self._base_model_prefix))
         return conversions
 
-    # --- after that
+    # --- after weights are loaded
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if may_lack_layers(model):
@@ -353,21 +380,21 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             module.freeze()
             hook: Any = getattr(module, "_hf_hook", None)
             module.settle(torch.device(hook.execution_device) if getattr(hook, "offload", False) else None)
-        # The converters above are for reading; `get_state_dict_and_metadata` writes.
+        # Loading operations cannot be reversed for saving; `get_state_dict_and_metadata` writes packed layers.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not reads_layers(c)]
         self._equip(model)
         return model
 
     def _equip(self, model: PreTrainedModel) -> None:
-        """Give ``model`` what depends on which layers are packed: how it is saved, counted, resized and trained."""
+        """Replace methods of ``model`` for saving, counting and resizing, and exempt packed parameters from DDP."""
         model._ddp_params_and_buffers_to_ignore = parallel_plan.same_on_every_rank(model)
         resize_with_dense_head(model)
         count_unpacked(model)
         save_atomically(model, self.codec.side_files(self.quantization_config.to_dict()))
 
     def _initialize_new_layers(self, model: PreTrainedModel) -> None:
-        """Of layers that the checkpoint lacks, make dense ones, which are kept from now on."""
+        """Initialize layers that the checkpoint lacks as dense ones, and list them as unquantized."""
         linears = [name for name, module in model.named_modules() if isinstance(module, FP4Linear)]
         new = [name for name in linears if name not in self.loaded and name not in self.problems]
         if not new:
@@ -376,20 +403,25 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         self._keep(model, new)
 
     def make_dense(self, model: PreTrainedModel, name: str) -> None:
-        """Dequantize the packed layer called ``name``, which is kept and can be trained from now on."""
+        """Replace the packed layer ``name`` by a dense, trainable one, and list it as unquantized."""
         dense = self._dense(model.get_submodule(name), model.dtype)
         model.set_submodule(name, dense.requires_grad_())
         self._keep(model, [name])
         self._equip(model)
 
     def _keep(self, model: PreTrainedModel, names: list[str]) -> None:
-        """Say in the configuration of ``model`` that layers that were to be packed are dense."""
+        """List layers as unquantized in the configuration of ``model``."""
         config = self.quantization_config
         config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *names]
         if isinstance(config, CheckpointConfig):
             self._describe(model, type(self.codec), lambda name, weight: self.stored_scheme(name, weight.scheme))
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors to save by name, packed layers in the checkpoint's format; no metadata.
+
+        Raises:
+            ValueError: this process holds only a share of a weight.
+        """
         from accelerate.utils import align_module_device
 
         state_dict = model.state_dict()
@@ -415,7 +447,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         return state_dict, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        if not isinstance(dtype, torch.dtype):  # `save_pretrained` leaves its name in the configuration
+        if not isinstance(dtype, torch.dtype):  # a loaded configuration has the name of the dtype instead
             dtype = model.dtype
         for name, experts in self.experts.items():
             model.set_submodule(name, experts.dequantize(dtype, self.codec.values))
@@ -432,15 +464,19 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True  # by adapters: gradients pass through packed layers
+        """Whether adapters can be trained: gradients pass through packed layers."""
+        return True
 
     @property
     def is_qat_trainable(self) -> bool:
+        """Whether the weights themselves can be trained, which needs master weights."""
         return self.quantization_config.store_master_weights
 
     @property
     def is_compileable(self) -> bool:
+        """Whether ``torch.compile`` works."""
         return True
 
     def is_serializable(self) -> bool:
+        """Whether ``save_pretrained`` works."""
         return True

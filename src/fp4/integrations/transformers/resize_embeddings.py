@@ -1,4 +1,4 @@
-"""A vocabulary that changes its size: its output embedding can no longer be packed."""
+"""Resizing the vocabulary of a model whose output embedding is packed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ logger = logging.getLogger("fp4")
 
 
 def resize_with_dense_head(model: PreTrainedModel) -> None:
-    """Make ``model.resize_token_embeddings`` work where the output embedding is packed: it becomes dense first.
+    """Make ``model.resize_token_embeddings`` dequantize a packed output embedding before it resizes it.
 
-    Transformers reads and writes rows of dense weights, and new rows are to be trained. The method is replaced on this
-    instance alone.
+    Transformers copies rows of dense weights, and new rows have to be trained. The method is replaced on this instance
+    alone.
     """
     if isinstance(model.get_output_embeddings(), FP4Linear):
         model.resize_token_embeddings = _Resizing(model)
@@ -26,7 +26,7 @@ def resize_with_dense_head(model: PreTrainedModel) -> None:
 
 @dataclass
 class _Resizing:
-    """``resize_token_embeddings`` of one model; of a class, so that the model can be pickled."""
+    """``resize_token_embeddings`` of one model; a class instead of a closure, so that the model can be pickled."""
 
     model: PreTrainedModel
 

@@ -1,4 +1,4 @@
-"""Saving a model so that a folder holds either all of it or what it held before."""
+"""Atomic ``save_pretrained``: the target folder holds either the complete new model or what it held before."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ if TYPE_CHECKING:
 
 
 def save_atomically(model: PreTrainedModel, side_files: Mapping[str, Any] | None = None) -> None:
-    """Make ``model.save_pretrained`` write beside its target and move the files in once they are all there.
+    """Make ``model.save_pretrained`` write to a temporary folder and move the files when all are complete.
 
-    ``side_files`` are JSON files, by name, that the checkpoint's format wants beside config.json.
+    Transformers writes shards directly into the target, so that a full disk leaves an incomplete folder that looks like
+    a model. The method is replaced on this instance alone.
 
-    Transformers writes shard by shard into the target, so that a full disk leaves a folder that looks like a model and
-    is not one. The method is replaced on this instance alone.
+    Args:
+        model: changed in place.
+        side_files: contents by name of JSON files that the checkpoint's format requires beside config.json.
     """
     model.save_pretrained = _AtomicSaving(model, dict(side_files or {}))
 
 
 @dataclass
 class _AtomicSaving:
-    """``save_pretrained`` of one model; of a class, so that the model can be pickled."""
+    """``save_pretrained`` of one model; a class instead of a closure, so that the model can be pickled."""
 
     model: PreTrainedModel
     side_files: dict[str, Any]
@@ -45,7 +47,7 @@ class _AtomicSaving:
 
 
 def _stale(target: Path, variant: str | None, written: list[str]) -> list[str]:
-    """Shards or an index of a model of the same variant that was saved in ``target`` before."""
+    """Names of weight files in ``target`` that are left from an earlier save of the same variant."""
     suffix = f"\\.{re.escape(variant)}" if variant else ""
     weights = re.compile(rf"model{suffix}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{suffix}\.json")
     if not target.is_dir() or not any(weights.fullmatch(name) for name in written):

@@ -1,7 +1,7 @@
-"""The files that Transformers is about to read weights from, looked at before it opens them.
+"""Checks of a checkpoint's weight files before Transformers opens them.
 
-Transformers follows whatever a shard index names, and reads pickles where there is nothing else. A checkpoint with
-packed weights is nothing but complete safetensors files in its own folder, so anything else is refused.
+Transformers opens any file that a shard index names, and reads pickles if there are no safetensors. A checkpoint with
+packed weights consists of complete safetensors files in its own folder, so everything else is refused.
 """
 
 from __future__ import annotations
@@ -13,9 +13,15 @@ from fp4.checkpoint.io.headers import TensorInfo, read_header
 
 
 def require_inside(files: Iterable[Path], folder: Path) -> None:
-    """ValueError if a file is not in ``folder`` or below it, as a name that is absolute or has ``..`` in it would be.
+    """Require that all files lie in a folder, which an absolute name or one with ``..`` in a shard index would not.
 
-    Where ``folder`` is none it stands for a model of the hub, and huggingface_hub refuses such names itself.
+    Args:
+        files: the files that Transformers is about to open.
+        folder: the folder of the checkpoint. If there is no such folder it is a hub id: huggingface_hub refuses such
+            names itself.
+
+    Raises:
+        ValueError: a file lies outside ``folder``.
     """
     for file in files if folder.is_dir() else ():
         if not file.is_relative_to(folder) or ".." in file.relative_to(folder).parts:
@@ -23,10 +29,13 @@ def require_inside(files: Iterable[Path], folder: Path) -> None:
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
-    """Tensors of a packed checkpoint by name.
+    """Headers of all tensors of a packed checkpoint, by name.
+
+    Args:
+        files: all weight files of the checkpoint.
 
     Raises:
-        ValueError: a file is missing, truncated, damaged or no safetensors file.
+        ValueError: a file is missing, truncated, damaged or not a safetensors file.
     """
     tensors: dict[str, TensorInfo] = {}
     for file in files:
