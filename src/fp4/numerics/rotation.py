@@ -69,9 +69,17 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def rotation_for(name: str, size: int, dtype: torch.dtype | None) -> Tensor | None:
-    """The shared float32 ``[size, size]`` of a model in ``dtype`` (default: torch's), None for ``"identity"``.
+    """The rotation that layers of a model in ``dtype`` share.
 
-    Rounded to ``dtype`` because that is how checkpoints store it; applied in float32.
+    It is rounded to ``dtype``, because checkpoints store it so, and is then applied in float32.
+
+    Args:
+        name: a name in ``ROTATIONS``.
+        size: h, the number of columns rotated together, a power of two.
+        dtype: the model's dtype; None is torch's default dtype.
+
+    Returns:
+        float32 ``[h, h]``, or None for ``"identity"``.
     """
     if name == "identity":
         return None
