@@ -1,4 +1,4 @@
-"""What the user asks for, validated loudly: a superset of Transformers' own ``FPQuantConfig``."""
+"""The quantization config that users pass to Transformers: a superset of its own ``FPQuantConfig``, fully checked."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fp4.ops import BACKENDS
 from fp4.scheme import SCHEMES, Scheme, preset_of
 from fp4.selection import first_fit, require_pattern
 
-# FP-Quant quantizes under a fixed global scale: blocks are multiplied by 3 before their scale is taken (not for QuEST).
+# FP-Quant multiplies blocks by 3 before it takes their scale, which is a fixed global scale of 1/3. QuEST has none.
 _FP_QUANT_GLOBAL_SCALE = 1 / 3
-# Rules of block scales by FP-Quant's forward_method, of the formats that it has. Only those are rotated.
+# The rule of block scales that each forward_method of FP-Quant means, by format. Only these formats can be rotated.
 _FP_QUANT_RULES: dict[Format, dict[str, str]] = {
     NVFP4: {"abs_max": "abs_max"},
     MXFP4: {"abs_max": "below_six", "quest": "quest"},
 }
-# How other tools round activations, where it is not as the preset does.
+# The rules by which other tools round activations, where they differ from the preset's.
 _TOOL_INPUT_RULES: dict[tuple[object, Format], str] = {("modelopt", MXFP4): "ceil"}
 
 _OVERRIDABLE = (
@@ -46,21 +46,21 @@ def _options_of(scheme: object) -> dict[str, str]:
     """``forward_dtype`` and ``activation_dtype`` of a scheme named as in ``SCHEMES``."""
     _require(scheme, tuple(SCHEMES), "scheme")
     preset = SCHEMES[str(scheme)].scheme
-    # Activations in the weight's own format are what the hardware may or may not multiply.
+    # Not all hardware multiplies activations in the weight's own format, so "auto" decides where the model runs.
     native = preset.activations == preset.format.kind.lower()
     return {"forward_dtype": preset.format.family, "activation_dtype": "auto" if native else preset.activations}
 
 
 class FPQuantConfig(QuantizationConfigMixin):
-    """How a model is quantized to FP4 and run. All options of Transformers' ``FPQuantConfig`` mean the same here.
+    """Options to quantize a model to FP4 and to run it. Those of Transformers' ``FPQuantConfig`` mean the same here.
 
     Args:
         forward_dtype: ``"nvfp4"`` (blocks of 16, E4M3 scales), ``"mxfp4"`` (blocks of 32, power-of-two scales) or
             ``"fp8"`` (E4M3 with one scale a row; no rotation, no scale rules).
         forward_method: FP-Quant's choice of scale, ``"abs_max"`` or, for MXFP4, ``"quest"``.
         backward_dtype: FP-Quant's precision of gradients in quantization-aware training. fp4 trains with ``"bf16"``
-            (gradients in the model's dtype); ``"mxfp8"`` and ``"mxfp4"`` are accepted for inference, where they mean
-            nothing.
+            (gradients in the model's dtype); ``"mxfp8"`` and ``"mxfp4"`` are accepted for inference, which has no
+            gradients.
         store_master_weights: keep the unquantized weight and quantize it in every forward, for training.
         hadamard_group_size: columns rotated together, a power of two of at least one block. Default: one block
             (16 for NVFP4, 32 for MXFP4) where FP-Quant's behaviour is asked for, else the best measured.
@@ -69,10 +69,10 @@ class FPQuantConfig(QuantizationConfigMixin):
             calibration data. Naming this, ``hadamard_group_size`` or ``"quest"`` asks for FP-Quant's behaviour, its
             scales included (unless ``scale_rule`` says otherwise).
         modules_to_not_convert: layers to keep, as patterns of :mod:`fp4.selection`: names, suffixes, globs or regular
-            expressions. A list, even an empty one, replaces what is kept of the model's head by default: the output
-            embedding and the heads of classifiers. Routers, gates of shared experts and matrices of fewer than 16 rows
-            are kept beside it, unless ``overrides`` gives one of them, by its own name, options. Embeddings, layers
-            tied to them and what the model keeps in float32 are always kept.
+            expressions. A list, even an empty one, replaces the heads that are kept by default: the output embedding
+            and the heads of classifiers. Routers, gates of shared experts and matrices of fewer than 16 rows are kept
+            as well, unless ``overrides`` names one of them in full. Embeddings, layers tied to them, and layers that
+            the model keeps in float32 are always kept.
         scale_rule: how block scales of weights are chosen: ``"fp_quant"`` (``forward_method`` under FP-Quant's fixed
             global scale), a rule of the format (``formats.NVFP4.rules``, ``formats.MXFP4.rules``), or
             ``"llm-compressor"`` or ``"modelopt"``: to the bit as that tool rounds, without a rotation by default.
@@ -145,7 +145,7 @@ class FPQuantConfig(QuantizationConfigMixin):
         self.activation_rule = activation_rule
         self.activation_scaling = activation_scaling
         self.backend = backend
-        # A list, because config.json sorts the keys of dictionaries and the first pattern that fits wins.
+        # The first pattern that fits wins, and config.json would sort the keys of a dictionary, so this is a list.
         self.overrides: list[list[Any]] = (
             []
             if overrides is None
@@ -158,7 +158,11 @@ class FPQuantConfig(QuantizationConfigMixin):
         self.post_init()
 
     def post_init(self) -> None:
-        """Fill in what was left open and check everything. Idempotent."""
+        """Replace options that are None by their defaults, and check all options. Running it again changes nothing.
+
+        Raises:
+            ValueError: for a value or combination that has no meaning; the message says what is allowed.
+        """
         _require(self.forward_dtype, tuple(WEIGHT_FORMATS), "forward_dtype")
         self._check_training()
         self._fill_in()
@@ -176,7 +180,7 @@ class FPQuantConfig(QuantizationConfigMixin):
 
     @property
     def _tools(self) -> tuple[str, ...]:
-        """Tools whose rounding the format has."""
+        """The names of the tools whose rounding is defined for the format."""
         return tuple(rule for rule, formats in TOOL_RULES.items() if self._format in formats)
 
     def _check_training(self) -> None:
@@ -198,7 +202,7 @@ class FPQuantConfig(QuantizationConfigMixin):
             )
 
     def _fill_in(self) -> None:
-        """Choose what is None: as measured best, as FP-Quant does where it is asked for, or as another tool does."""
+        """Replace None by the option that measured best, or by that of FP-Quant or of the tool that is asked for."""
         fmt = self._format
         preset = preset_of(fmt, self.activation_dtype)  # type: ignore[arg-type]
         rotation, group_size = "identity", fmt.k_multiple
@@ -209,7 +213,7 @@ class FPQuantConfig(QuantizationConfigMixin):
         if self.scale_rule in self._tools:
             rotation, group_size = "identity", fmt.k_multiple
             activation_rule = _TOOL_INPUT_RULES.get((self.scale_rule, fmt), activation_rule)
-        # Any option that only FP-Quant has a meaning for asks for all of FP-Quant's behaviour.
+        # An option that only FP-Quant's configuration has asks for the whole of FP-Quant's behaviour.
         named = fmt in _FP_QUANT_RULES and (
             self.transform_init is not None or self.hadamard_group_size is not None or self.forward_method == "quest"
         )
@@ -300,7 +304,16 @@ class FPQuantConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Read a ``quantization_config`` of config.json. One without fp4's own options was written by FP-Quant."""
+        """The config that a ``quantization_config`` describes; FP-Quant wrote it if it has none of fp4's own options.
+
+        Args:
+            config_dict: the options by name.
+            return_unused_kwargs: whether to return, beside the config, the ``kwargs`` that are no options.
+            **kwargs: options that replace those of ``config_dict``.
+
+        Raises:
+            ValueError: for a value or combination that has no meaning.
+        """
         if "scale_rule" not in config_dict:
             config_dict = {"transform_init": "hadamard", **config_dict}
         result = super().from_dict(config_dict, return_unused_kwargs, **kwargs)
@@ -309,17 +322,17 @@ class FPQuantConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_stock(cls, config: Any) -> FPQuantConfig:
-        """The same request as a ``transformers.FPQuantConfig``."""
+        """The config that asks for the same as a ``transformers.FPQuantConfig``."""
         options = config.to_dict()
         return cls(**{name: options[name] for name in inspect.signature(cls).parameters if name in options})
 
     @property
     def uses_static_scales(self) -> bool:
-        """Whether global scales of activations come from the checkpoint."""
+        """Whether the checkpoint stores the global scales of activations."""
         return self.activation_scaling == "static"
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """Options that may be chosen anew when a quantized checkpoint is loaded, where they differ from the default."""
+        """The options that a user may change when loading a checkpoint, where they differ from the default."""
         chosen = {"activation_dtype": self.activation_dtype, "backend": self.backend}
         return {name: value for name, value in chosen.items() if value != "auto"}
 
@@ -328,7 +341,7 @@ class FPQuantConfig(QuantizationConfigMixin):
         return {name: getattr(self, name) for name in names}
 
     def _without_scheme(self, pattern: str, options: dict[str, Any]) -> dict[str, Any]:
-        """``options`` of an override with ``scheme`` replaced by what it stands for."""
+        """The options of an override, with ``scheme`` replaced by the options that it stands for."""
         if "scheme" not in options:
             return options
         rest = {name: value for name, value in options.items() if name != "scheme"}
@@ -338,7 +351,8 @@ class FPQuantConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"overrides[{pattern!r}] sets both scheme and {', '.join(both)}; the scheme says it already"
             )
-        # Rotation and rules that are chosen here hold there too; the best of this scheme need not be that one's.
+        # A rotation or rule that the user chose for the model also holds for the override. Where the user chose none,
+        # the override's scheme brings its own defaults, which may differ from those of the model's scheme.
         best = FPQuantConfig(self.forward_dtype, activation_dtype=self.activation_dtype)
         if meant["forward_dtype"] == self.forward_dtype and self._numerics() == best._numerics():
             meant |= FPQuantConfig(scheme=options["scheme"])._numerics()
@@ -359,7 +373,14 @@ class FPQuantConfig(QuantizationConfigMixin):
         return FPQuantConfig(**(own | options))
 
     def scheme_for(self, name: str) -> tuple[Scheme, str] | None:
-        """Scheme and backend preference of the layer called ``name``, or None if an override keeps it."""
+        """The scheme and the preferred backend of a layer.
+
+        Args:
+            name: the layer's full name in the model.
+
+        Returns:
+            both, or None if an override keeps the layer in the model's dtype.
+        """
         override = first_fit(name, self.overrides)
         if override is not None:
             return None if override[1] is None else self._overridden(override[1]).scheme_for(name)

@@ -1,15 +1,18 @@
-"""Every operator of the package: schema, checks and result, for ``torch.compile`` too. No arithmetic lives here.
+"""The schema, argument checks and result shape of every torch operator of the package. No arithmetic lives here.
 
 All backends implement the same operators under their own prefix (``fp4::cpu_linear``, ``fp4::triton_linear``, ...),
 because each lays out ``weight`` and ``weight_scale`` in its own way (``Backend.pack``). The Python backends register
 their functions through :func:`implement`; compiled ones register theirs from C++ when their library is loaded.
 
-Each function below describes one operator. It checks what can be said without knowing a backend's layout, and returns
-shape and dtype of each result: the fake kernel makes empty tensors of them, so that a wrong call fails when a graph is
-traced, and every implementation in Python is preceded by the same checks. Compiled ones check for themselves.
+Each function below describes one operator. It checks the arguments as far as that is possible without knowing a
+backend's layout, and returns the shape and dtype of each result. The fake kernel makes empty tensors of these, so that
+``torch.compile`` rejects a wrong call when it traces a graph. The same checks run before every implementation in
+Python; compiled implementations check their arguments themselves. The checks here raise ``RuntimeError``, and
+``ValueError`` for the name of a format that does not exist.
 
-In all of them ``format`` is the name of the weight's (``formats.WEIGHT_FORMATS``), ``global_scale`` float64 ``[]`` (or
-``[E]`` for stacks of experts), needed by NVFP4 and absent from FP8, and ``rotation`` ``[h, h]``.
+All operators share these arguments: ``format`` is the name of the weight's format (``formats.WEIGHT_FORMATS``).
+``global_scale`` is float64 ``[]``, or ``[E]`` for stacks of experts; NVFP4 needs one and FP8 has none. ``rotation`` is
+``[h, h]``. ``x``, biases and results are float32, bfloat16 or float16.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ _LIBRARY = torch.library.Library("fp4", "DEF")
 
 BACKENDS = ("reference", "cpu", "triton", "cutlass", "scaled_mm")
 
-#: Shape and dtype of a result.
+#: The shape and dtype of a result.
 Like = tuple[Sequence[int], torch.dtype]
 _Description = Callable[..., "Like | tuple[Like, ...]"]
 _DESCRIPTIONS: dict[str, _Description] = {}
@@ -73,7 +76,7 @@ def _require_columns(columns: Any, fmt: Format) -> None:
 
 
 def _require_weight(weight: Tensor, weight_scale: Tensor, global_scale: Tensor | None, fmt: Format, count: Any) -> None:
-    """``count`` is the number of matrices, and so of global scales; None where it is not known."""
+    """Check a packed weight; ``count`` is the number of matrices, each of which has one global scale."""
     torch._check(
         weight.dtype == fmt.code_dtype,
         lambda: f"weight is {weight.dtype}; {fmt.name} weights are {fmt.code_dtype}, as Backend.pack returns them",
@@ -158,9 +161,22 @@ def linear(
     out_features: int,
     rotation: Tensor | None = None,
 ) -> Like:
-    """x ``[..., K]`` -> ``[..., N]`` in x.dtype, unquantized activations; bias ``[N]``, and ``out_features`` is N.
+    """x times a packed weight, with activations left unquantized.
 
-    With a rotation, ``x @ rotation`` in groups of h columns (float32), rounded to x.dtype, takes x's place.
+    With a rotation, ``x @ rotation`` in groups of h columns, computed in float32 and rounded to x.dtype, replaces x.
+
+    Args:
+        x: activations ``[..., K]``.
+        weight: packed codes, as ``Backend.pack`` returns them.
+        weight_scale: packed scales, as ``Backend.pack`` returns them.
+        global_scale: float64 ``[]``, or ``[E]`` for experts; None where the format has none.
+        format: the name of the weight's format, a key of ``formats.WEIGHT_FORMATS`` or a wide variant.
+        bias: ``[N]`` or None.
+        out_features: N.
+        rotation: ``[h, h]``, h dividing K; None for no rotation.
+
+    Returns:
+        ``[..., N]`` in x.dtype.
     """
     fmt = format_named(format)
     _require_input(x, "x")
@@ -187,10 +203,23 @@ def linear_quantized(
     input_global_scale: Tensor | None,
     rule: str,
 ) -> Like:
-    """:func:`linear` of activations in the format of the weight: W4A4, or W8A8 for FP8.
+    """x times a packed weight, with activations quantized to the weight's format: W4A4, or W8A8 for FP8.
 
-    ``x @ rotation`` in groups is quantized by ``rule`` under ``input_global_scale``, one number (None: taken from this
-    call where the format needs one; FP8 takes one scale a row).
+    Args:
+        x: activations ``[..., K]``; ``x @ rotation`` in groups of h columns is quantized.
+        weight: packed codes, as ``Backend.pack`` returns them.
+        weight_scale: packed scales, as ``Backend.pack`` returns them.
+        global_scale: float64 ``[]``, or ``[E]`` for experts; None where the format has none.
+        format: the name of the weight's format, a key of ``formats.WEIGHT_FORMATS`` or a wide variant.
+        bias: ``[N]`` or None.
+        out_features: N.
+        rotation: ``[h, h]``, h dividing K; None for no rotation.
+        input_global_scale: one number; None takes the scale from this call where the format needs one. FP8 then takes
+            one scale a row.
+        rule: how block scales of the activations are chosen.
+
+    Returns:
+        ``[..., N]`` in x.dtype.
     """
     result = linear(x, weight, weight_scale, global_scale, format, bias, out_features, rotation)
     _require_activation(input_global_scale, rule, format_named(format), 1)
@@ -209,10 +238,22 @@ def grouped_linear(
     out_features: int,
     rotation: Tensor | None = None,
 ) -> Like:
-    """:func:`linear` over experts, whose axis leads weight, scales and bias ``[E, N]``: x ``[T, K]`` -> ``[T, N]``.
+    """:func:`linear` over the experts of a mixture, whose axis ``E`` leads weight, scales and bias.
 
-    Rows ``offsets[e]:offsets[e+1]`` (int32 ``[E+1]``) of x meet weight e. Rows from ``offsets[E]`` on belong to no
-    expert: they are not looked at, and what comes out for them is unspecified.
+    Args:
+        x: activations ``[T, K]``, sorted by expert.
+        weight: packed codes, as ``Backend.pack`` returns them.
+        weight_scale: packed scales, as ``Backend.pack`` returns them.
+        global_scale: float64 ``[]``, or ``[E]`` for experts; None where the format has none.
+        format: the name of the weight's format, a key of ``formats.WEIGHT_FORMATS`` or a wide variant.
+        bias: ``[E, N]`` or None.
+        offsets: int32 ``[E + 1]``; rows ``offsets[e]:offsets[e+1]`` of x are multiplied by weight e. Rows from
+            ``offsets[E]`` on belong to no expert: they are never read, and their results are unspecified.
+        out_features: N.
+        rotation: ``[h, h]``, h dividing K; None for no rotation.
+
+    Returns:
+        ``[T, N]`` in x.dtype.
     """
     fmt = format_named(format)
     _require_input(x, "x")
@@ -241,7 +282,24 @@ def grouped_linear_quantized(
     input_global_scale: Tensor | None,
     rule: str,
 ) -> Like:
-    """:func:`linear_quantized` over experts, as :func:`grouped_linear`; ``input_global_scale`` may be one an expert."""
+    """:func:`linear_quantized` over the experts of a mixture, with rows assigned as in :func:`grouped_linear`.
+
+    Args:
+        x: activations ``[T, K]``, sorted by expert.
+        weight: packed codes, as ``Backend.pack`` returns them.
+        weight_scale: packed scales, as ``Backend.pack`` returns them.
+        global_scale: float64 ``[]``, or ``[E]`` for experts; None where the format has none.
+        format: the name of the weight's format, a key of ``formats.WEIGHT_FORMATS`` or a wide variant.
+        bias: ``[E, N]`` or None.
+        offsets: int32 ``[E + 1]``, as in :func:`grouped_linear`.
+        out_features: N.
+        rotation: ``[h, h]``, h dividing K; None for no rotation.
+        input_global_scale: one number, or ``[E]``; None takes the scale from this call where the format needs one.
+        rule: how block scales of the activations are chosen.
+
+    Returns:
+        ``[T, N]`` in x.dtype.
+    """
     result = grouped_linear(x, weight, weight_scale, global_scale, format, bias, offsets, out_features, rotation)
     _require_activation(input_global_scale, rule, format_named(format), weight.shape[0])
     return result  # type: ignore[return-value]
@@ -257,7 +315,20 @@ def input_gradient(
     in_features: int,
     rotation: Tensor | None,
 ) -> Like:
-    """The gradient of :func:`linear`'s x ``[..., K]`` from that of its result ``[..., N]``; ``in_features`` is K."""
+    """The gradient of :func:`linear` with respect to its x.
+
+    Args:
+        gradient: that of the result, ``[..., N]``.
+        weight: packed codes, as ``Backend.pack`` returns them.
+        weight_scale: packed scales, as ``Backend.pack`` returns them.
+        global_scale: float64 ``[]``, or ``[E]`` for experts; None where the format has none.
+        format: the name of the weight's format, a key of ``formats.WEIGHT_FORMATS`` or a wide variant.
+        in_features: K.
+        rotation: the one that :func:`linear` was given.
+
+    Returns:
+        ``[..., K]`` in gradient.dtype.
+    """
     fmt = format_named(format)
     _require_input(gradient, "gradient", "[..., N]")
     _require_weight(weight, weight_scale, global_scale, fmt, 1)
@@ -277,7 +348,21 @@ def grouped_input_gradient(
     in_features: int,
     rotation: Tensor | None,
 ) -> Like:
-    """:func:`input_gradient` of :func:`grouped_linear`."""
+    """The gradient of :func:`grouped_linear` with respect to its x.
+
+    Args:
+        gradient: that of the result, ``[T, N]``.
+        weight: packed codes, as ``Backend.pack`` returns them.
+        weight_scale: packed scales, as ``Backend.pack`` returns them.
+        global_scale: float64 ``[]``, or ``[E]`` for experts; None where the format has none.
+        format: the name of the weight's format, a key of ``formats.WEIGHT_FORMATS`` or a wide variant.
+        offsets: int32 ``[E + 1]``, as in :func:`grouped_linear`.
+        in_features: K.
+        rotation: the one that :func:`grouped_linear` was given.
+
+    Returns:
+        ``[T, K]`` in gradient.dtype.
+    """
     fmt = format_named(format)
     _require_input(gradient, "gradient", "[T, N]")
     _require_offsets(gradient, weight, offsets)
@@ -289,14 +374,24 @@ def grouped_input_gradient(
 
 @_operator("(Tensor x) -> Tensor")
 def largest_magnitude(x: Tensor) -> Like:
-    """max |x| of each matrix: x ``[..., N, K]`` -> float32 ``[...]``."""
+    """The largest magnitude of each matrix: x ``[..., N, K]`` -> float32 ``[...]``."""
     _require_input(x, "x", "[..., N, K]", least=2)
     return x.shape[:-2], torch.float32
 
 
 @_operator("(Tensor x, Tensor? global_scale, str format, str rule) -> (Tensor, Tensor)")
 def quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> tuple[Like, Like]:
-    """Canonical codes and scales of x ``[..., N, K]`` under a given global scale, one number or one a matrix."""
+    """Canonical codes and scales of a tensor under a given global scale.
+
+    Args:
+        x: ``[..., N, K]``.
+        global_scale: float64, one number or one a matrix; None where the format has none.
+        format: the name of the format.
+        rule: how block scales are chosen.
+
+    Returns:
+        codes and scales, as :class:`fp4.numerics.format.QuantizedTensor` describes them.
+    """
     fmt = format_named(format)
     _require_input(x, "x", "[..., N, K]", least=2)
     _require_columns(x.shape[-1], fmt)
@@ -308,7 +403,18 @@ def quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> 
 
 @_operator("(Tensor codes, Tensor scales, Tensor? global_scale, str format, ScalarType dtype) -> Tensor")
 def dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype) -> Like:
-    """The values ``[..., N, K]`` of canonical codes and scales, in ``dtype``."""
+    """The values of canonical codes and scales.
+
+    Args:
+        codes: ``[..., N, K/2]`` in the 4-bit formats, ``[..., N, K]`` in FP8.
+        scales: ``[..., N, K/B]``, or ``[..., N, 1]`` in FP8.
+        global_scale: float64, one number or one a matrix; None where the format has none.
+        format: the name of the format.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        ``[..., N, K]`` in ``dtype``.
+    """
     fmt = format_named(format)
     torch._check(
         codes.dim() >= 2, lambda: f"codes have shape {tuple(codes.shape)}; expected [..., N, K/2] or [..., N, K]"
@@ -341,13 +447,13 @@ def dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor | None, forma
 def implement(
     backend: str, name: str, function: Callable[..., Any], dispatch_key: str = "CompositeExplicitAutograd"
 ) -> None:
-    """Register ``function``, behind the operator's checks, as ``fp4::{backend}_{name}``.
+    """Register ``function``, preceded by the operator's checks, as ``fp4::{backend}_{name}``.
 
     Args:
-        backend: the backend's name.
-        name: the operator's.
-        function: takes what the operator's schema says.
-        dispatch_key: of torch's dispatcher; the default is any device.
+        backend: the name of the backend.
+        name: the name of the operator.
+        function: the implementation, which takes the arguments of the operator's schema.
+        dispatch_key: a key of torch's dispatcher; the default stands for any device.
     """
     check = _DESCRIPTIONS[name]
 
@@ -360,6 +466,6 @@ def implement(
 
 
 def operator(backend: str, name: str) -> Callable[..., Any]:
-    """The callable of ``fp4::{backend}_{name}``."""
+    """The callable that runs the operator ``fp4::{backend}_{name}``."""
     overload: Callable[..., Any] = getattr(torch.ops.fp4, f"{backend}_{name}").default
     return overload

@@ -1,4 +1,4 @@
-"""Round a weight to nearest by a scheme: every block by itself, without data."""
+"""Rounding of weights to nearest by a scheme, each block by itself and without calibration data."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fp4.scheme import Scheme
 
 def weight_scale(amax: Tensor, scheme: Scheme) -> Tensor:
     """The global scale of weights whose largest magnitude is ``amax``: float ``[...]`` -> float64 ``[...]``."""
-    # Engines turn code x block scale into the element of the activations where that is another, as FP8 beside FP4, so
-    # that product must stay below its largest.
+    # Where activations have another element (FP8 beside FP4 weights), engines convert code x block scale to the
+    # activations' element before they multiply, so that product must not exceed the element's largest value.
     headroom = scheme.format.element.largest if scheme.mixes_formats else 1.0
     return portable_global_scale_for(amax * headroom, scheme.weight_rule)
 
@@ -25,9 +25,16 @@ def weight_scale(amax: Tensor, scheme: Scheme) -> Tensor:
 def global_scale_of(
     weight: Tensor, scheme: Scheme, rotation: Tensor | None = None, largest: Tensor | None = None
 ) -> Tensor | None:
-    """The global scale of :func:`round_to_nearest` for ``weight`` ``[..., N, K]``: float64 ``[...]``, None for none.
+    """The global scale that :func:`round_to_nearest` takes for a weight.
 
-    ``largest`` is the largest magnitude ``[...]`` of what is rounded, where it is known.
+    Args:
+        weight: float32, bfloat16 or float16 ``[..., N, K]``.
+        scheme: the format, the rule and any fixed global scale.
+        rotation: ``[h, h]`` by which the weight is rotated before it is rounded; None for no rotation.
+        largest: the largest magnitude ``[...]`` of what is rounded, where the caller knows it.
+
+    Returns:
+        float64 ``[...]``, or None where the format needs none.
     """
     if scheme.global_scale is not None:
         return torch.full(weight.shape[:-2], scheme.global_scale, dtype=torch.float64, device=weight.device)
@@ -49,13 +56,20 @@ def round_to_nearest(
     name: str = "weight",
     global_scale: Tensor | None = None,
 ) -> QuantizedTensor:
-    """Quantize ``weight`` ``[..., N, K]`` (float32, bfloat16 or float16) by ``scheme``, rotated first if asked.
+    """Quantize a weight by a scheme, after a rotation if there is one.
 
     Args:
-        global_scale: float64 ``[...]``, in place of the one that suits this weight alone.
+        weight: float32, bfloat16 or float16 ``[..., N, K]``.
+        scheme: the format and the rule.
+        rotation: ``[h, h]``, h dividing K; None for no rotation.
+        name: the weight's name, for error messages.
+        global_scale: float64 ``[...]``, used in place of the one that suits this weight alone.
+
+    Returns:
+        the canonical form.
 
     Raises:
-        ValueError: ``weight`` holds NaN or infinity; the message names it ``name``.
+        NotQuantizable: the weight holds NaN or infinity; this is a ValueError.
     """
     backend = backends.for_device(weight.device)
     largest = backend.largest_magnitude(weight)

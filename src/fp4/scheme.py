@@ -1,4 +1,4 @@
-"""What one layer computes in: a format for its weights, a precision for its activations, a rotation before both."""
+"""Schemes: the format of a layer's weight, the precision of its activations, and a rotation of both."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class Scheme:
     """How a layer is quantized and run.
 
     Attributes:
-        format: of the weight, and of the activations where those are FP4.
-        weight_rule: how block scales of the weight are chosen (``formats.quantize``).
-        activations: ``"fp4"`` quantizes them on every call (W4A4), ``"fp8"`` likewise to FP8 (W4A8, or W8A8 beside FP8
-            weights), ``"model"`` leaves them in the model's dtype (W4A16), ``"auto"`` quantizes them to the format of
-            the weight where the hardware multiplies that and leaves them elsewhere.
+        format: the format of the weight, and of the activations where those are FP4.
+        weight_rule: how block scales of the weight are chosen (:meth:`.Format.quantize`).
+        activations: ``"fp4"`` quantizes activations on every call (W4A4), ``"fp8"`` does so to FP8 (W4A8, or W8A8
+            beside FP8 weights), ``"model"`` leaves them in the model's dtype (W4A16), and ``"auto"`` quantizes them to
+            the weight's format where the hardware multiplies that format and leaves them elsewhere.
         activation_rule: how block scales of the activations are chosen.
-        rotation: a name of ``rotation.ROTATIONS``; ``"identity"`` is none.
-        group_size: size of the rotation.
-        global_scale: NVFP4 global scale used for weight and activations in place of one taken from the data; formats
-            that fix it (FP-Quant's on-the-fly quantization) need it.
+        rotation: a name in ``rotation.ROTATIONS``; ``"identity"`` means no rotation.
+        group_size: the number of columns that are rotated together.
+        global_scale: a fixed NVFP4 global scale for weight and activations, in place of one taken from the data.
+            FP-Quant's on-the-fly quantization, for example, fixes it.
     """
 
     format: Format
@@ -37,34 +37,35 @@ class Scheme:
 
     @property
     def input_format(self) -> Format:
-        """What activations are quantized to, where they are."""
+        """The format that activations are quantized to, if they are quantized."""
         return FP8 if self.activations == "fp8" else self.format
 
     @property
     def mixes_formats(self) -> bool:
-        """Whether activations, where they are quantized, are in another format than the weight."""
+        """Whether activations, if they are quantized, are in another format than the weight."""
         return self.input_format != self.format
 
     @property
     def k_multiple(self) -> int:
-        """What the number of columns must be a multiple of."""
+        """The number that K, the number of columns, must be a multiple of."""
         own = self.format.k_multiple
         return own if self.rotation == "identity" else max(self.group_size, own)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A scheme under the name that users know it by.
+    """A scheme that users choose by name, with the rules and the rotation that measured best.
 
-    Rules and rotation are what measurement shows best (``benchmarks/default_scheme.py``, ``benchmarks/quality.py``).
+    ``benchmarks/default_scheme.py`` and ``benchmarks/quality.py`` made the measurements.
 
     Attributes:
-        scheme: without the rotation, which not every method wants and not every checkpoint format holds.
-        summary: one sentence.
-        runs_on: one phrase, what multiplies it natively and what happens elsewhere.
-        rotation: name and size of a block rotation of weights and inputs; None is none.
-        unrotated_rule: rule of block scales with which weights that are only rounded to nearest do better without the
-            rotation; None where they do not.
+        scheme: the scheme without its rotation, because some methods do without one and some checkpoint formats cannot
+            store one.
+        summary: a sentence that describes the scheme.
+        runs_on: a phrase that names the hardware that multiplies it natively, and what happens elsewhere.
+        rotation: name and size of a block rotation of weights and inputs; None means no rotation.
+        unrotated_rule: the rule of block scales under which weights that are rounded to nearest do better without the
+            rotation than with it; None where no rule does.
     """
 
     scheme: Scheme
@@ -115,6 +116,14 @@ SCHEMES: dict[str, Preset] = {
 
 
 def preset_of(format: Format, activations: Activations) -> Preset:
-    """The preset of a format, in blocks of any width, for these activations, or for others where it has none."""
+    """The preset of a format, whatever its block size, for some precision of activations.
+
+    Args:
+        format: the format of the weight.
+        activations: the precision of the activations.
+
+    Returns:
+        the preset for both, or the format's first one where it has none for these activations.
+    """
     presets = [preset for preset in SCHEMES.values() if preset.scheme.format.family == format.family]
     return next((preset for preset in presets if preset.scheme.activations == activations), presets[0])

@@ -1,24 +1,28 @@
-r"""Which layers are quantized: one pattern language, and one rule for what stays dense by default.
+r"""The choice of layers to quantize: a pattern language, and a rule for what stays dense (unquantized) by default.
 
-**Patterns** name layers by their full name in the model. One fits where any of these does, tried in this order:
+**Patterns** are matched against a layer's full name in the model. A pattern fits if one of these readings does, which
+are tried in this order:
 
-1. name: it is the layer's, or that of a module around it (``model.layers.1`` fits all of that block, none of block 11);
-2. suffix: the layer's name ends with it (``up_proj``, ``mlp.up_proj``; ``proj`` fits ``up_proj`` too);
-3. glob: ``fnmatch`` with ``*``, ``?`` or ``[...]``, where ``*`` crosses dots, from the start of the name or from after
-   any dot, to the name's end or to any dot (``*.mlp`` and ``layers.[02].mlp.*`` fit what is in those modules);
-4. regular expression: from the start of the name to its end or to a dot (``.*\.(q|k)_proj``). A number that a dot
-   follows is a whole one, so that ``model.layers.1.*`` fits no layer of block 11, read as a glob or in this way.
+1. name: the pattern is the name of the layer, or of a module around it (``model.layers.1`` fits all of that block and
+   none of block 11);
+2. suffix: the layer's name ends with the pattern (``up_proj``, ``mlp.up_proj``; ``proj`` fits ``up_proj`` too);
+3. glob: ``fnmatch`` with ``*``, ``?`` or ``[...]``, where ``*`` crosses dots. A match may start at the name's start or
+   after any dot, and may end at the name's end or before any dot (``*.mlp`` and ``layers.[02].mlp.*`` fit what is in
+   those modules);
+4. regular expression: a match starts at the name's start and ends at its end or at a dot (``.*\.(q|k)_proj``). A
+   number before a dot must be matched whole, so ``model.layers.1.*`` fits no layer of block 11.
 
-1, 2 and 4 are how Transformers reads ``modules_to_not_convert``, 3 is how file names are matched. Everything takes
-every pattern: ``FPQuantConfig``'s ``modules_to_not_convert`` and ``overrides``, ``--skip``, ``--only``, ``--override``.
+Transformers reads ``modules_to_not_convert`` by 1, 2 and 4; 3 is how shells match file names. All options that choose
+layers take these patterns: ``modules_to_not_convert`` and ``overrides`` of ``FPQuantConfig``, and ``--skip``,
+``--only`` and ``--override`` on the command line.
 
-**Precedence**: what is skipped is kept; where ``only`` is given, what it does not fit is kept; then the first override
-that fits decides; all others take the default.
+**Precedence**: a layer that ``skip`` fits stays dense. Where ``only`` is given, a layer that it does not fit stays
+dense. For the remaining layers the first override that fits decides, and layers without one take the default scheme.
 
 **Dense by default** (:class:`DenseLayers`) are the output embedding, heads of classifiers and regressors, routers,
 gates of shared experts, matrices of fewer than 16 rows, layers that the model keeps in float32, and weights tied to
-another. The last two are always dense. An override with a scheme lifts the rule from the layers whose own name it
-spells out: ``*.shared_expert_gate`` does, ``*.mlp.*`` does not.
+another. The last two are always dense. The others are quantized if an override with a scheme ends in the layer's own
+name: ``*.shared_expert_gate`` does, ``*.mlp.*`` does not.
 """
 
 from __future__ import annotations
@@ -44,10 +48,10 @@ Pair = TypeVar("Pair", bound=Sequence[Any])
 #: Matrices with fewer rows than this stay dense: there is little to save, and kernels compute tiles of 16 rows.
 FEWEST_ROWS = 16
 
-# What routers are called beside the experts that they route to; whatever is in such a module belongs to the router.
+# Names of routers that stand beside the experts that they route to; all layers inside such a module belong to it.
 _ROUTERS = ("gate", "gating", "router", "wg", "classifier")
-# Routers without a sibling that holds experts: of Doge, whose experts are two embeddings, and of Gemma 3n, which routes
-# between copies of its hidden states.
+# Names of routers that do not stand beside experts: Doge's experts are two embeddings, and Gemma 3n routes between
+# copies of its hidden states.
 _ROUTERS_ANYWHERE = ("router", "router_gate", "modality_router")
 _HEADS = ("score", "classifier", "lm_head")
 
@@ -58,7 +62,7 @@ TIED = "tied to another weight"
 
 
 def fits(name: str, pattern: str) -> bool:
-    """Whether ``pattern`` fits the layer called ``name`` (see the module's docstring)."""
+    """Whether ``pattern`` fits the layer called ``name``, as the module's docstring describes."""
     if name == pattern or name.startswith(f"{pattern}.") or name.endswith(pattern):
         return True
     if _is_glob(pattern):
@@ -77,14 +81,22 @@ def _is_glob(pattern: str) -> bool:
 def _expression(pattern: str) -> re.Pattern[str] | None:
     whole_numbers = re.sub(r"(?<=[\d\]])\.", r"(?!\\d).", pattern)
     try:
-        re.compile(pattern)  # alone, since brackets that it lacks could be found around it
+        re.compile(pattern)  # by itself, since a bracket missing in it could be found in what is added
         return re.compile(rf"(?:{whole_numbers})(?:(?<=\.)|(?=\.|$))")
     except re.error:
         return None
 
 
 def require_pattern(pattern: str, option: str) -> None:
-    """ValueError unless ``pattern``, given as ``option``, can be read as a glob or as a regular expression."""
+    """Check that a pattern can be read as a glob or as a regular expression.
+
+    Args:
+        pattern: the pattern.
+        option: the option that it was given for, for the message.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if _is_glob(pattern):
         return
     try:
@@ -97,27 +109,44 @@ def require_pattern(pattern: str, option: str) -> None:
 
 
 def first_fit(name: str, overrides: Iterable[Pair]) -> Pair | None:
-    """The first of ``overrides``, pairs of a pattern and anything, whose pattern fits the layer called ``name``."""
+    """The first override whose pattern fits a layer.
+
+    Args:
+        name: the layer's full name.
+        overrides: sequences that start with a pattern.
+
+    Returns:
+        the override, or None if none fits.
+    """
     return next((pair for pair in overrides if fits(name, pair[0])), None)
 
 
 def spelled_out(name: str, overrides: Iterable[Pair]) -> bool:
-    """Whether the first of ``overrides`` that fits asks for the layer by its own name, not by a wildcard."""
+    """Whether the first override that fits a layer has a scheme and ends in the layer's own name, without a wildcard.
+
+    Args:
+        name: the layer's full name.
+        overrides: pairs of a pattern and a scheme, or None to keep layers dense.
+    """
     override = first_fit(name, overrides)
     own_name = name.rpartition(".")[2]
     return override is not None and override[1] is not None and override[0].rpartition(".")[2] == own_name
 
 
 def idle_patterns(patterns: Iterable[str], names: Sequence[str]) -> list[str]:
-    """Those of ``patterns`` that fit none of the layers called ``names``: most likely mistakes."""
+    """The patterns that fit none of the layers called ``names``; they are most likely mistakes."""
     return [pattern for pattern in patterns if not any(fits(name, pattern) for name in names)]
 
 
 def parse_overrides(overrides: Mapping[str, str | None] | Sequence[str]) -> tuple[tuple[str, str | None], ...]:
-    """``{"*.down_proj": "mxfp4"}`` or ``["*.down_proj=mxfp4"]``; None or ``keep`` keeps a layer.
+    """Overrides as pairs of a pattern and the name of a scheme, or None for layers that stay dense.
+
+    Args:
+        overrides: a dictionary such as ``{"*.down_proj": "mxfp4"}``, or a list such as ``["*.down_proj=mxfp4"]``.
+            None or ``"keep"`` in place of a scheme keeps layers dense.
 
     Raises:
-        ValueError: an entry has no ``=``.
+        ValueError: an entry of a list is not ``PATTERN=SCHEME``.
     """
     if isinstance(overrides, Mapping):
         pairs = [(str(pattern), None if scheme is None else str(scheme)) for pattern, scheme in overrides.items()]
@@ -132,7 +161,7 @@ def parse_overrides(overrides: Mapping[str, str | None] | Sequence[str]) -> tupl
 
 
 def fits_in_transformers(name: str, patterns: Sequence[str]) -> bool:
-    """Whether one of ``patterns`` fits the layer called ``name`` as Transformers reads them, which knows no globs."""
+    """Whether a pattern fits the layer called ``name`` as Transformers reads patterns, without globs."""
     # Checkpoints are inspected and converted without Transformers, which takes seconds to import.
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -146,14 +175,15 @@ def fits_in_transformers(name: str, patterns: Sequence[str]) -> bool:
 
 
 def as_transformers_reads(listed: Sequence[str], kept: Mapping[str, str], layers: Sequence[str]) -> list[str]:
-    """``modules_to_not_convert`` for a file: Transformers' reading of it keeps what is kept here.
+    """A ``modules_to_not_convert`` by which Transformers keeps exactly the layers dense that are dense here.
 
-    Transformers knows neither the rule for what stays dense nor globs.
+    Transformers knows neither globs nor the rule for layers that stay dense by default.
 
     Args:
-        listed: what the user listed; patterns that are read alike stay, others give way to the names that they fit.
-        kept: all layers that are kept, with the reason; weights tied to another need no entry.
-        layers: all that could be quantized.
+        listed: the patterns that the user listed. Those that Transformers reads alike are kept as they are; others are
+            replaced by the names of the layers that they fit.
+        kept: all layers that stay dense, with the reason. Layers with a tied weight need no entry.
+        layers: the names of all layers that could be quantized.
     """
     patterns = [
         pattern
@@ -170,7 +200,15 @@ def as_transformers_reads(listed: Sequence[str], kept: Mapping[str, str], layers
 
 
 def float32_parameters(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Whether Transformers leaves a parameter, by its name, in float32 where it loads ``model`` in ``dtype``."""
+    """A test of which parameters Transformers keeps in float32 when it loads a model in another dtype.
+
+    Args:
+        model: the model; its weights are not read.
+        dtype: the dtype that the model is loaded in.
+
+    Returns:
+        a function from the name of a parameter to whether it is kept in float32.
+    """
     from transformers.core_model_loading import build_glob_alternation
 
     plan = model._get_dtype_plan(dtype)
@@ -179,19 +217,20 @@ def float32_parameters(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[
 
 
 def tied_layers(model: PreTrainedModel) -> set[str]:
-    """Names of the layers whose weight is another's, or another's theirs."""
+    """The names of all layers that share their weight with another layer."""
     return {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
 
 
 @dataclass
 class DenseLayers:
-    """Why layers of a model stay dense unless the user says otherwise.
+    """The layers of a model that stay dense unless the user says otherwise, with the reasons.
 
     Attributes:
-        tied: layers whose weight is another's.
-        heads: output embedding and heads, with the reason; what an explicit ``modules_to_not_convert`` replaces.
-        others: routers, gates and small matrices, with the reason.
-        no_linears: modules with a matrix that are neither ``nn.Linear`` nor embeddings, with the reason.
+        model: the model.
+        tied: names of the layers that share their weight with another layer.
+        heads: the output embedding and the heads, with reasons; an explicit ``modules_to_not_convert`` replaces these.
+        others: routers, gates and small matrices, with reasons.
+        no_linears: modules with a weight matrix that are neither ``nn.Linear`` nor embeddings, with reasons.
     """
 
     model: PreTrainedModel
@@ -205,8 +244,8 @@ class DenseLayers:
         self.tied = tied_layers(model)
         self.heads = dict(_heads(model))
         routers = dict(_routers(model))
-        # Transformers has two lists. Its quantizers skip the modules of the first. The second, strict one holds for
-        # bfloat16, and loading finds its entries anywhere in the name of a parameter, such as `gate.weight`.
+        # Transformers has two lists of what stays in float32. Its quantizers skip the modules of the first. The second,
+        # strict list applies to bfloat16 too, and its entries may occur anywhere in a parameter's name (`gate.weight`).
         self._modules_in_float32 = list(model._keep_in_fp32_modules or [])
         self._parameters_in_float32 = float32_parameters(model, torch.bfloat16)
         for name, module in _matrices(model):
@@ -218,12 +257,12 @@ class DenseLayers:
                 self.others[name] = f"its rows, {module.out_features}, are fewer than {FEWEST_ROWS}"
 
     def reason(self, name: str, asked: bool = False, heads: bool = True) -> str | None:
-        """Why the layer called ``name`` stays dense; None if it is to be quantized.
+        """The reason why a layer stays dense; None if it is to be quantized.
 
         Args:
-            name: of the layer.
-            asked: an override spells the layer out.
-            heads: whether the rule holds for heads; not where a list of the user's takes its place.
+            name: the layer's full name.
+            asked: whether an override spells out the layer's name.
+            heads: whether heads stay dense by default; False where a list of the user's replaces that rule.
         """
         if name in self.heads and heads and not asked:
             return self.heads[name]
@@ -234,13 +273,13 @@ class DenseLayers:
         return None if asked else self.others.get(name)
 
     def stays_in_float32(self, name: str) -> bool:
-        """Whether the model's authors keep the layer ``name`` out of half precision, and so out of four bits."""
+        """Whether the model's authors keep the layer out of half precision, which rules out four bits as well."""
         listed = fits_in_transformers(name, self._modules_in_float32)
         return listed or self._parameters_in_float32(f"{name}.weight")
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules with a weight matrix that are no embeddings, by name."""
+    """All modules with a weight matrix that are not embeddings, by name."""
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding):
@@ -248,7 +287,7 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _heads(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
-    """Names and reasons: the output embedding, and layers outside the base model that compute labels or tokens."""
+    """The output embedding, and layers outside the base model that compute labels or tokens: names and reasons."""
     output, base = model.get_output_embeddings(), model.base_model
     inside = {id(module) for module in base.modules()} if base is not model else set()
     rows = {getattr(model.config, "num_labels", None), getattr(model.config, "vocab_size", None)}
@@ -257,15 +296,15 @@ def _heads(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
             yield name, "output embedding"
         elif isinstance(module, nn.Linear) and id(module) not in inside:
             named = name.rpartition(".")[2] in _HEADS
-            # Of a model that does not say what its base is, only what is called so at the top.
+            # Where the model does not say what its base is, only layers at the top with a head's name count as heads.
             if (named or module.out_features in rows) if inside else (named and "." not in name):
                 yield name, "classification or regression head"
 
 
 def _routers(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names and reasons: whatever decides which experts run, and how much of a shared expert is added.
+    """Layers that decide which experts run, and how much of a shared expert is added: names and reasons.
 
-    Routers are found beside the experts, by their name or as the Linear layer with a row for each expert.
+    Routers are recognised beside the experts by their name, or as a Linear layer with one row for each expert.
     """
     modules = dict(model.named_modules())
     routers = [name for name in modules if name.rpartition(".")[2] in _ROUTERS_ANYWHERE]
@@ -287,7 +326,7 @@ def _routers(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _number_of_experts(key: str, module: nn.Module) -> int:
-    """Of a child called ``key`` that holds the experts of a mixture, as layers or in stacks; 0 for any other."""
+    """The number of experts in a child module called ``key``, as layers or in stacks; 0 if it holds none."""
     if "expert" not in key or "shared" in key:
         return 0
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
@@ -300,13 +339,16 @@ def _number_of_experts(key: str, module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user of ``fp4 quantize`` says about layers, by patterns.
+    """The user's choice of a scheme for each layer, by patterns.
 
     Attributes:
-        scheme: name of the scheme for all layers that no override names.
-        skip: layers to keep, whatever else names them.
-        only: where given, all others are kept, whatever an override says of them.
-        overrides: pattern and scheme name, or None to keep, for the layers left; the first that fits wins.
+        scheme: the name of the scheme for all layers that no override fits.
+        skip: patterns of layers that stay dense, whatever else fits them.
+        only: where given, layers that none of these patterns fits stay dense, even if an override fits them.
+        overrides: pairs of a pattern and the name of a scheme, or None to keep layers dense; the first that fits wins.
+
+    Raises:
+        ValueError: a scheme does not exist.
     """
 
     scheme: str
@@ -320,7 +362,15 @@ class Choice:
                 raise ValueError(f"scheme is {name!r}; expected one of {', '.join(SCHEMES)}{hint(name, SCHEMES)}")
 
     def of(self, name: str, dense: DenseLayers) -> tuple[str | None, str]:
-        """Scheme name of the layer, or None with the reason why it is kept."""
+        """The scheme for a layer.
+
+        Args:
+            name: the layer's full name.
+            dense: the layers of the model that stay dense by default.
+
+        Returns:
+            the name of the scheme and where it comes from, or None and the reason why the layer stays dense.
+        """
         reason = dense.reason(name, spelled_out(name, self.overrides))
         if reason is not None:
             return None, reason
@@ -333,7 +383,14 @@ class Choice:
         return (self.scheme, "") if override is None else (override[1], f"override {override[0]}")
 
     def require_used(self, names: Sequence[str]) -> None:
-        """ValueError for a pattern that fits no layer: most likely a mistake."""
+        """Check that every pattern fits a layer, since one that fits none is most likely a mistake.
+
+        Args:
+            names: the full names of all layers.
+
+        Raises:
+            ValueError: a pattern fits none; the message names it.
+        """
         options = (("skip", self.skip), ("only", self.only), ("override", [pattern for pattern, _ in self.overrides]))
         for option, patterns in options:
             for pattern in idle_patterns(patterns, names):

@@ -1,4 +1,7 @@
-"""Backends, and the choice of one. A module asks once, when its weights arrive on a device; never in ``forward``."""
+"""The list of backends, and the choice of one for a weight.
+
+A module chooses once, when its weights arrive on a device, and never in ``forward``.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from fp4.scheme import Scheme
 
 logger = logging.getLogger("fp4")
 
-# In order of preference; the first that does not refuse is taken.
+# The backends stand in order of preference: the first that does not refuse a weight is chosen.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (CutlassBackend(), CpuBackend(), TritonBackend(), ScaledMMBackend(), ReferenceBackend())
@@ -32,7 +35,7 @@ def _log_once(message: str) -> None:
 
 
 def named(name: str) -> Backend:
-    """The one instance of the backend called ``name``."""
+    """The one instance of the backend called ``name``, a key of ``BACKENDS``."""
     return BACKENDS[name]
 
 
@@ -52,10 +55,16 @@ def for_device(device: torch.device, fmt: Format = NVFP4) -> Backend:
 def select(
     scheme: Scheme, device: torch.device, shape: tuple[int, ...], preference: str = "auto"
 ) -> tuple[Backend, bool]:
-    """Choose who runs a weight of ``shape`` ``[..., N, K]`` on ``device``.
+    """Choose the backend for a weight.
+
+    Args:
+        scheme: the scheme of the layer.
+        device: where the weight is.
+        shape: the weight's shape ``[..., N, K]``.
+        preference: ``"auto"``, or the name of the backend that must run it.
 
     Returns:
-        the backend, and whether activations are quantized, to ``scheme.input_format``.
+        the backend, and whether activations are quantized (to ``scheme.input_format``).
 
     Raises:
         ValueError: ``preference`` names a backend that is unknown or cannot run this weight here; the message says why.

@@ -1,4 +1,4 @@
-"""What a backend is: a layout for packed weights, and the operators that run on it."""
+"""The base class of backends: a layout for packed weights, and the operators that run on it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ from fp4.scheme import Scheme
 
 
 def expert_of_rows(x: Tensor, offsets: Tensor) -> Tensor:
-    """Which expert each row of x ``[T, K]`` belongs to, int64 ``[T]``; rows from ``offsets[E]`` on count as the last's.
+    """The expert that each row belongs to; rows from ``offsets[E]`` on count as the last expert's.
 
     Args:
+        x: ``[T, K]``, sorted by expert.
         offsets: int32 ``[E + 1]``; rows ``offsets[e]:offsets[e+1]`` are expert ``e``'s.
+
+    Returns:
+        int64 ``[T]``.
     """
     rows = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
     return torch.searchsorted(offsets[1:-1], rows, right=True)
 
 
 class Backend:
-    """Runs packed weights on some device. Stateless: one instance a backend, shared by all modules.
+    """A set of kernels that run packed weights on some device. All modules share one stateless instance of each.
 
-    A subclass names itself, says when it cannot run, and may lay weights out in its own way. ``pack`` and ``unpack``
-    are exact inverses, and what ``pack`` returns replaces the canonical tensors: no weight is held twice.
+    A subclass gives its name, says when it cannot run, and may lay weights out in its own way. ``pack`` and ``unpack``
+    are exact inverses, and what ``pack`` returns replaces the canonical tensors, so that no weight is held twice.
     """
 
     name: str
-    #: Names of the families of formats of weights that it has kernels for.
+    #: The families of the weight formats that it has kernels for.
     formats: tuple[str, ...] = tuple(FORMATS)
-    #: Names of those that it has kernels for to quantize and dequantize; the reference converts the others.
+    #: The formats that its own kernels quantize and dequantize; the reference backend serves the others.
     converts: tuple[str, ...] = tuple(FORMATS)
     #: Whether ``pack`` leaves the canonical layout as it is. Other layouts repeat the scales of wide blocks.
     keeps_layout = True
@@ -45,51 +49,97 @@ class Backend:
         self._grouped_linear_quantized = ops.operator(self.name, "grouped_linear_quantized")
 
     def __reduce__(self) -> tuple[Callable[[str], Backend], tuple[str]]:
-        # Operators cannot be pickled, and a model that is (torch.save, another process) wants the one instance there.
+        # Operators cannot be pickled. A model that is unpickled gets the one instance of its own process by name.
         from fp4 import backends
 
         return backends.named, (self.name,)
 
     def unavailable(self) -> str | None:
-        """Why this backend cannot run in this process at all, or None if it can."""
+        """The reason why this backend cannot run in this process at all, or None if it can."""
         return None
 
     def refuses(self, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
-        """Why it cannot run weights of ``shape`` ``[..., N, K]`` by ``scheme`` on ``device``, or None if it can."""
+        """The reason why this backend cannot run a weight, or None if it can.
+
+        Args:
+            scheme: the scheme of the layer.
+            device: where the weight is.
+            shape: the weight's shape ``[..., N, K]``.
+        """
         return None
 
     def lacks(self, fmt: Format, device: torch.device) -> str | None:
-        """Why its quantize and dequantize kernels cannot serve ``fmt`` on ``device``, or None if they can."""
+        """The reason why its quantization kernels cannot serve ``fmt`` on ``device``, or None if they can."""
         return self.refuses(Scheme(fmt, activations="model"), device, (8, 64))
 
     def prefers_quantized_input(self, device: torch.device) -> bool:
-        """Whether it is fastest on ``device`` with activations in the format of the weight, i.e. what
-        ``activations="auto"`` means there: FP4, or FP8 beside FP8 weights."""
+        """Whether it is fastest on ``device`` with activations in the format of the weight.
+
+        ``activations="auto"`` means such activations there: FP4 ones, or FP8 ones beside FP8 weights.
+        """
         return False
 
     def pack(self, codes: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-        """Canonical codes and scales ``[..., N, *]`` in ``fmt`` -> this backend's ``weight, weight_scale``."""
+        """Canonical codes and scales in the layout of this backend.
+
+        Args:
+            codes: ``[..., N, C]``.
+            scales: ``[..., N, K/B]``.
+            fmt: their format.
+
+        Returns:
+            ``weight, weight_scale``, as this backend's operators take them.
+        """
         if self.keeps_layout:
             return codes, scales
         return self.lay_out(codes, fmt.in_base(scales), fmt.base)
 
     def unpack(self, weight: Tensor, weight_scale: Tensor, fmt: Format, out_features: int) -> tuple[Tensor, Tensor]:
-        """Inverse of :meth:`pack`; ``out_features`` is N, which a padded layout no longer shows."""
+        """The inverse of :meth:`pack`.
+
+        Args:
+            weight: packed codes.
+            weight_scale: packed scales.
+            fmt: the weight's format.
+            out_features: N, which the shape of a padded layout does not show.
+
+        Returns:
+            canonical codes and scales.
+        """
         if self.keeps_layout:
             return weight, weight_scale
         codes, scales = self.canonical(weight, weight_scale, fmt.base, out_features)
         return codes, fmt.from_base(scales)
 
     def lay_out(self, codes: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-        """What :meth:`pack` does where the layout is another than the canonical one; ``fmt`` is no wide variant."""
+        """The layout behind :meth:`pack`, for backends whose layout is not the canonical one.
+
+        Args:
+            codes: canonical codes ``[..., N, C]``.
+            scales: canonical scales ``[..., N, K/B]``.
+            fmt: their format, which has its family's own block size.
+
+        Raises:
+            NotImplementedError: this backend keeps the canonical layout.
+        """
         raise NotImplementedError(f"{self.name} keeps the canonical layout")
 
     def canonical(self, weight: Tensor, weight_scale: Tensor, fmt: Format, out_features: int) -> tuple[Tensor, Tensor]:
-        """Inverse of :meth:`lay_out`."""
+        """The inverse of :meth:`lay_out`.
+
+        Args:
+            weight: packed codes.
+            weight_scale: packed scales.
+            fmt: their format, which has its family's own block size.
+            out_features: N.
+
+        Raises:
+            NotImplementedError: this backend keeps the canonical layout.
+        """
         raise NotImplementedError(f"{self.name} keeps the canonical layout")
 
     def runs_as(self, fmt: Format) -> str:
-        """The name by which the operators know weights in ``fmt`` as :meth:`pack` lays them out."""
+        """The name of the format that the operators are given for weights in ``fmt`` that :meth:`pack` laid out."""
         return fmt.name if self.keeps_layout else fmt.family
 
     def linear(
@@ -103,7 +153,21 @@ class Backend:
         out_features: int,
         rotation: Tensor | None = None,
     ) -> Tensor:
-        """``ops.linear``: x ``[..., K]`` as it is, times a packed weight in ``fmt`` -> ``[..., N]`` in x.dtype."""
+        """x times a packed weight, with activations left unquantized (``ops.linear``).
+
+        Args:
+            x: float32, bfloat16 or float16 ``[..., K]``.
+            weight: packed codes, as :meth:`pack` returns them.
+            weight_scale: packed scales, as :meth:`pack` returns them.
+            global_scale: float64 ``[]``; None where the format has none.
+            fmt: the weight's format.
+            bias: ``[N]`` or None.
+            out_features: N.
+            rotation: ``[h, h]``, h dividing K, by which x is rotated; None for no rotation.
+
+        Returns:
+            ``[..., N]`` in x.dtype.
+        """
         out: Tensor = self._linear(
             x, weight, weight_scale, global_scale, self.runs_as(fmt), bias, out_features, rotation
         )
@@ -123,12 +187,24 @@ class Backend:
         rule: str,
         input_format: Format | None = None,
     ) -> Tensor:
-        """``ops.linear_quantized``: x ``[..., K]`` rotated and quantized, times a packed weight -> ``[..., N]``.
+        """x times a packed weight, with x rotated and quantized first (``ops.linear_quantized``).
 
         Args:
-            input_global_scale: one scale for all activations (static); None takes what the format needs from this call.
-            input_format: of the activations, by default that of the weight. Two different ones are emulated, since no
-                hardware multiplies them.
+            x: float32, bfloat16 or float16 ``[..., K]``.
+            weight: packed codes, as :meth:`pack` returns them.
+            weight_scale: packed scales, as :meth:`pack` returns them.
+            global_scale: float64 ``[]``; None where the format has none.
+            fmt: the weight's format.
+            bias: ``[N]`` or None.
+            out_features: N.
+            rotation: ``[h, h]``, h dividing K; None for no rotation.
+            input_global_scale: one static scale for all activations; None takes what the format needs from this call.
+            rule: how block scales of the activations are chosen.
+            input_format: the format of the activations, by default that of the weight. Where the two differ the
+                product is emulated, since no hardware multiplies them.
+
+        Returns:
+            ``[..., N]`` in x.dtype.
         """
         out: Tensor
         weights = (weight, weight_scale, global_scale, self.runs_as(fmt), bias, out_features)
@@ -151,7 +227,22 @@ class Backend:
         out_features: int,
         rotation: Tensor | None = None,
     ) -> Tensor:
-        """:meth:`linear` over experts: rows ``offsets[e]:offsets[e+1]`` of x ``[T, K]`` meet weight ``e``."""
+        """:meth:`linear` over the experts of a mixture, whose axis ``E`` leads weight, scales and bias.
+
+        Args:
+            x: float32, bfloat16 or float16 ``[T, K]``, sorted by expert.
+            weight: packed codes, as :meth:`pack` returns them.
+            weight_scale: packed scales, as :meth:`pack` returns them.
+            global_scale: float64 ``[]`` or ``[E]``; None where the format has none.
+            fmt: the weight's format.
+            bias: ``[E, N]`` or None.
+            offsets: int32 ``[E + 1]``; rows ``offsets[e]:offsets[e+1]`` of x are multiplied by weight ``e``.
+            out_features: N.
+            rotation: ``[h, h]``, h dividing K, by which x is rotated; None for no rotation.
+
+        Returns:
+            ``[T, N]`` in x.dtype.
+        """
         out: Tensor = self._grouped_linear(
             x, weight, weight_scale, global_scale, self.runs_as(fmt), bias, offsets, out_features, rotation
         )
@@ -172,10 +263,25 @@ class Backend:
         rule: str,
         input_format: Format | None = None,
     ) -> Tensor:
-        """:meth:`linear_quantized` over experts: rows ``offsets[e]:offsets[e+1]`` of x ``[T, K]`` meet weight ``e``.
+        """:meth:`linear_quantized` over the experts of a mixture, whose axis ``E`` leads weight, scales and bias.
 
         Args:
-            input_global_scale: one scale, or one an expert; None takes what the format needs from this call.
+            x: float32, bfloat16 or float16 ``[T, K]``, sorted by expert.
+            weight: packed codes, as :meth:`pack` returns them.
+            weight_scale: packed scales, as :meth:`pack` returns them.
+            global_scale: float64 ``[]`` or ``[E]``; None where the format has none.
+            fmt: the weight's format.
+            bias: ``[E, N]`` or None.
+            offsets: int32 ``[E + 1]``; rows ``offsets[e]:offsets[e+1]`` of x are multiplied by weight ``e``.
+            out_features: N.
+            rotation: ``[h, h]``, h dividing K; None for no rotation.
+            input_global_scale: one static scale, or ``[E]``; None takes what the format needs from this call.
+            rule: how block scales of the activations are chosen.
+            input_format: the format of the activations, by default that of the weight. Where the two differ the
+                product is emulated, since no hardware multiplies them.
+
+        Returns:
+            ``[T, N]`` in x.dtype.
         """
         out: Tensor
         weights = (weight, weight_scale, global_scale, self.runs_as(fmt), bias, offsets, out_features)
@@ -189,14 +295,27 @@ class Backend:
         return out.to(x.dtype)
 
     def largest_magnitude(self, x: Tensor) -> Tensor:
-        """``tensors.largest_magnitude`` on this backend's kernels: x ``[..., N, K]`` -> float32 ``[...]``."""
+        """The largest magnitude of each matrix, by this backend's kernel: x ``[..., N, K]`` -> float32 ``[...]``."""
         largest: Tensor = ops.operator(self.name, "largest_magnitude")(x)
         return largest
 
     def quantize(
         self, x: Tensor, fmt: Format, rule: str = "abs_max", global_scale: Tensor | None = None
     ) -> QuantizedTensor:
-        """``Format.quantize`` on this backend's kernels: x ``[..., N, K]`` -> canonical form, the same bits."""
+        """``Format.quantize`` by this backend's kernels, with the same bits.
+
+        Args:
+            x: float32, bfloat16 or float16 ``[..., N, K]``.
+            fmt: the format to quantize to.
+            rule: how block scales are chosen.
+            global_scale: float64, one number or ``[...]``; None takes it from x where the format needs one.
+
+        Returns:
+            the canonical form.
+
+        Raises:
+            ValueError: the format does not define the rule.
+        """
         fmt.require_rule(rule)
         if fmt.needs_global_scale and global_scale is None:
             global_scale = fmt.global_scale_for(self.largest_magnitude(x), rule)
@@ -204,7 +323,7 @@ class Backend:
         return QuantizedTensor(codes, scales, global_scale, fmt)
 
     def dequantize(self, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-        """``Format.dequantize`` on this backend's kernels: canonical form -> ``[..., N, K]``, the same bits."""
+        """``Format.dequantize`` by this backend's kernels, with the same bits: ``[..., N, K]`` in ``dtype``."""
         codes, scales, global_scale, fmt = weight
         if fmt.family in self.converts:
             scales, fmt = fmt.in_base(scales), fmt.base
@@ -212,10 +331,16 @@ class Backend:
         return values
 
     def fake_quantize(self, x: Tensor, fmt: Format, rule: str, global_scale: Tensor | None) -> Tensor:
-        """``Format.fake_quantize`` on this backend's kernels: activations ``[..., K]`` -> float32 ``[..., K]``.
+        """``Format.fake_quantize`` by this backend's kernels: activations quantized and dequantized.
 
         Args:
-            global_scale: one number; None takes it from x where the format needs one.
+            x: float32, bfloat16 or float16 ``[..., K]``.
+            fmt: the format to quantize to.
+            rule: how block scales are chosen.
+            global_scale: float64, one number; None takes it from x where the format needs one.
+
+        Returns:
+            float32 ``[..., K]``.
         """
         if fmt.name not in self.converts:
             return fmt.fake_quantize(x, rule, global_scale)

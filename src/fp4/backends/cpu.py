@@ -30,9 +30,12 @@ except ImportError as error:
 
 
 def isa() -> str | None:
-    """The instruction set that the kernels run with (``scalar``, ``avx2``, ``avx512``), None where they are not built.
+    """The instruction set that the kernels run with: ``scalar``, ``avx2`` or ``avx512``; None where they are not built.
 
-    The environment variable ``FP4_CPU_ISA`` chooses a narrower one than the CPU has. ValueError if it names another.
+    The environment variable ``FP4_CPU_ISA`` chooses a narrower one than the CPU has.
+
+    Raises:
+        ValueError: ``FP4_CPU_ISA`` is none of these names.
     """
     _require_known_isa()
     return None if _UNAVAILABLE else str(torch.ops.fp4.cpu_isa())
@@ -45,7 +48,7 @@ def _require_known_isa() -> None:
 
 
 def _panels(rows: Tensor) -> Tensor:
-    """``[..., N, bytes]`` -> ``[..., panels, 16, bytes]``, the last panel padded with zero bytes."""
+    """Rows in panels of 16, the last one padded with zero bytes: ``[..., N, bytes]`` -> ``[..., P, 16, bytes]``."""
     missing = -rows.shape[-2] % _PANEL_ROWS
     padded: Tensor = pad(rows, (0, 0, 0, missing))
     panels: Tensor = padded.unflatten(-2, (-1, _PANEL_ROWS))
@@ -53,11 +56,14 @@ def _panels(rows: Tensor) -> Tensor:
 
 
 def _laid_out(view: Tensor) -> Tensor:
-    """A contiguous copy of uint8, in large pages where the system gives them: all of it is read for every token."""
+    """A contiguous copy of a uint8 tensor, in large pages where the system offers them.
+
+    All of a weight is read for every token, and large pages save most of the address translations.
+    """
     size = view.numel()
     if size < _LARGE_PAGE:
         return view.contiguous()
-    memory = torch.empty(size + _LARGE_PAGE, dtype=torch.uint8)  # what alignment leaves over is never touched
+    memory = torch.empty(size + _LARGE_PAGE, dtype=torch.uint8)  # the rest beside the aligned part is never touched
     skipped = -memory.data_ptr() % _LARGE_PAGE
     aligned = memory[skipped : skipped + size]
     torch.ops.fp4.cpu_prefer_large_pages(aligned)
@@ -66,7 +72,7 @@ def _laid_out(view: Tensor) -> Tensor:
 
 def _pack_nibbles(codes: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     lead = codes.shape[:-2]
-    # Rows of a panel are (h, lane, i), byte columns (c, jj): layout.h wants them as (c, lane, h, i, jj).
+    # The rows of a panel are (h, lane, i) and its byte columns (c, jj). layout.h orders both as (c, lane, h, i, jj).
     bytes_ = _panels(codes).unflatten(-2, (2, 2, 4)).unflatten(-1, (-1, 2))
     at = [*range(len(lead) + 1), *(len(lead) + d for d in (4, 2, 1, 3, 5))]
     weight = _laid_out(bytes_.permute(at)).view(*lead, bytes_.shape[len(lead)], -1, fmt.block_size * _PANEL_ROWS // 2)
@@ -95,7 +101,7 @@ def _unpack_bytes(weight: Tensor, weight_scale: Tensor, out_features: int) -> tu
     return rows.view(weight.dtype), row_scales
 
 
-# The formats that there are kernels for, with the layout of each: into it, and back.
+# For each format with kernels, the functions that pack into its layout and unpack from it.
 _LAYOUTS = {
     NVFP4.name: (_pack_nibbles, _unpack_nibbles),
     MXFP4.name: (_pack_nibbles, _unpack_nibbles),
@@ -106,9 +112,9 @@ _LAYOUTS = {
 class CpuBackend(Backend):
     """Weight-only and W4A4 matmuls on any CPU, with AVX2 or AVX-512 where it has them; FP8 weights are decoded.
 
-    Layout (csrc/cpu/layout.h says why): ``weight`` uint8 ``[..., panels, K/B, 8*B]`` and ``weight_scale``
-    ``[..., panels, K/B, 16]``, where a panel is sixteen rows. FP8: ``weight`` ``float8_e4m3fn [..., panels, K, 16]``
-    and ``weight_scale [..., panels, 16]``.
+    The layout, for which csrc/cpu/layout.h gives the reasons, is ``weight`` uint8 ``[..., panels, K/B, 8*B]`` and
+    ``weight_scale`` ``[..., panels, K/B, 16]``, where a panel is sixteen rows. For FP8 it is ``weight`` float8_e4m3fn
+    ``[..., panels, K, 16]`` and ``weight_scale`` ``[..., panels, 16]``.
     """
 
     name = "cpu"
@@ -116,14 +122,18 @@ class CpuBackend(Backend):
     keeps_layout = False
 
     def unavailable(self) -> str | None:
+        """The reason why this backend cannot run in this process, or None if it can."""
         _require_known_isa()
         return _UNAVAILABLE
 
     def refuses(self, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
+        """The reason why this backend cannot run such a weight, or None if it can."""
         return None if device.type == "cpu" else f"it runs on CPUs, not on {device.type}"
 
     def lay_out(self, codes: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+        """Canonical codes and scales in the layout that the class describes."""
         return _LAYOUTS[fmt.name][0](codes, scales, fmt)
 
     def canonical(self, weight: Tensor, weight_scale: Tensor, fmt: Format, out_features: int) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`lay_out`."""
         return _LAYOUTS[fmt.name][1](weight, weight_scale, out_features)

@@ -30,12 +30,12 @@ except ImportError as error:
 
 
 def architectures() -> tuple[str, ...]:
-    """What the kernels were compiled for (``"100a"``, ``"120a"``, ...); empty where they are not built."""
+    """The GPU architectures that the kernels were compiled for (``"100a"``, ``"120a"``); empty if not built."""
     return () if _UNAVAILABLE else tuple(str(torch.ops.fp4.cutlass_architectures()).split(";"))
 
 
 def configurations() -> tuple[str, ...]:
-    """Which configurations of the matmul were compiled: all of ``small``, ``large`` and ``grouped``, or fewer."""
+    """The compiled configurations of the matmul, among ``small``, ``large`` and ``grouped``; empty if not built."""
     return () if _UNAVAILABLE else tuple(str(torch.ops.fp4.cutlass_configurations()).split(";"))
 
 
@@ -53,10 +53,16 @@ def _multiplies_fp4(architecture: str) -> bool:
 
 
 def swizzle(scales: Tensor) -> Tensor:
-    """Block scales as the tensor cores read them: uint8 ``[..., N, K/B]`` -> ``[..., N', K']``, padded with zeros.
+    """Block scales in the order in which the tensor cores read them, the layout that cuBLAS and CUTLASS share.
 
-    N' and K' are N and K/B rounded up to 128 and 4. Tiles of 128 x 4 follow one another along K and then N, and a tile
-    holds rows 0, 32, 64, 96, then 1, 33, ..., four scales each: the layout that cuBLAS and CUTLASS share.
+    The scales are padded with zeros and cut into tiles of 128 x 4, which follow one another along K and then along N. A
+    tile holds the rows 0, 32, 64, 96, then 1, 33, ..., with four scales of each.
+
+    Args:
+        scales: uint8 ``[..., N, K/B]``.
+
+    Returns:
+        uint8 ``[..., N', K']``, where N' and K' are N and K/B rounded up to multiples of 128 and 4.
     """
     rows, columns = scales.shape[-2:]
     padded = pad(scales, (0, -columns % _TILE_COLUMNS, 0, -rows % _TILE_ROWS))
@@ -66,7 +72,16 @@ def swizzle(scales: Tensor) -> Tensor:
 
 
 def unswizzle(swizzled: Tensor, rows: int, columns: int) -> Tensor:
-    """Inverse of :func:`swizzle`: uint8 ``[..., N', K']`` -> ``[..., N, K/B]``."""
+    """The inverse of :func:`swizzle`.
+
+    Args:
+        swizzled: uint8 ``[..., N', K']``.
+        rows: N.
+        columns: K/B.
+
+    Returns:
+        uint8 ``[..., N, K/B]``.
+    """
     across = swizzled.shape[-1] // _TILE_COLUMNS
     tiles = swizzled.reshape(*swizzled.shape[:-2], -1, across, 32, 4, _TILE_COLUMNS)
     padded = tiles.transpose(-2, -3).movedim(-4, -2).reshape(swizzled.shape)
@@ -74,16 +89,17 @@ def unswizzle(swizzled: Tensor, rows: int, columns: int) -> Tensor:
 
 
 class CutlassBackend(Backend):
-    """W4A4 on Blackwell: activations are rotated and quantized by one kernel, multiplied by another.
+    """W4A4 matmuls on Blackwell: one kernel rotates and quantizes activations, and another multiplies.
 
-    Layout: ``weight`` is the canonical codes; ``weight_scale`` are the block scales in the order in which the tensor
-    cores read them (:func:`swizzle`), in their own dtype.
+    In its layout ``weight`` holds the canonical codes, and ``weight_scale`` the block scales in their own dtype and in
+    the order in which the tensor cores read them (:func:`swizzle`).
     """
 
     name = "cutlass"
     keeps_layout = False
 
     def unavailable(self) -> str | None:
+        """The reason why this backend cannot run in this process, or None if it can."""
         if _UNAVAILABLE is not None:
             return _UNAVAILABLE
         if not torch.cuda.is_available():
@@ -93,6 +109,7 @@ class CutlassBackend(Backend):
         return None
 
     def refuses(self, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
+        """The reason why this backend cannot run such a weight, or None if it can."""
         if device.type != "cuda":
             return f"it runs on Blackwell GPUs, not on {device.type}"
         if scheme.activations not in ("auto", "fp4"):
@@ -103,7 +120,8 @@ class CutlassBackend(Backend):
         return self._refuses_gpu(torch.cuda.get_device_capability(device)) or self._refuses_shape(scheme, shape)
 
     def lacks(self, fmt: Format, device: torch.device) -> str | None:
-        # Quantizing needs no tensor core that multiplies FP4, only code for the GPU.
+        """The reason why its quantization kernels cannot serve ``fmt`` on ``device``, or None if they can."""
+        # The quantization kernels use no FP4 tensor cores, so any GPU that they were compiled for runs them.
         if device.type != "cuda":
             return f"it runs on GPUs, not on {device.type}"
         capability = torch.cuda.get_device_capability(device)
@@ -140,12 +158,15 @@ class CutlassBackend(Backend):
         return None
 
     def prefers_quantized_input(self, device: torch.device) -> bool:
+        """Whether it is fastest on ``device`` with activations in the format of the weight."""
         return True
 
     def lay_out(self, codes: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+        """Canonical codes and scales in the layout that the class describes."""
         return codes.contiguous(), swizzle(scales.view(torch.uint8)).view(scales.dtype)
 
     def canonical(self, weight: Tensor, weight_scale: Tensor, fmt: Format, out_features: int) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`lay_out`."""
         columns = fmt.scale_columns(fmt.columns(weight))
         scales = unswizzle(weight_scale.view(torch.uint8), out_features, columns)
         return weight, scales.view(weight_scale.dtype)

@@ -1,4 +1,4 @@
-"""The reference backend: pure torch on the canonical layout, on any device. Every kernel is held to it."""
+"""The reference backend: pure torch on the canonical layout, on any device. The tests compare all others with it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fp4.numerics import rotation
 from fp4.numerics.formats import WEIGHT_FORMATS, QuantizedTensor, dequantize, format_named
 from fp4.numerics.tensors import largest_magnitude, row_tiles
 
-# Weights are dequantized in row tiles of this many elements (8 MB of float32), so that no layer is ever held dense.
+# Weights are dequantized in tiles of rows with so many elements (8 MB of float32), so that no layer is held dense.
 _TILE_ELEMENTS = 1 << 21
 
 
@@ -41,7 +41,7 @@ def linear(
     out_features: int,
     rotate_by: Tensor | None = None,
 ) -> Tensor:
-    """``ops.linear``: x, rotated where there is a rotation, in its own precision against packed weights."""
+    """``ops.linear``: x, rotated if there is a rotation and left unquantized, times a packed weight."""
     out = x.new_empty(*x.shape[:-1], out_features)
     x = _rotated(x, rotate_by)
     packed = QuantizedTensor(weight, weight_scale, global_scale, format_named(format))
@@ -61,7 +61,7 @@ def linear_quantized(
     input_global_scale: Tensor | None,
     rule: str,
 ) -> Tensor:
-    """``ops.linear_quantized``: the emulation that all kernels with quantized activations are held to."""
+    """``ops.linear_quantized``: the emulation that all kernels with quantized activations are tested against."""
     fmt = format_named(format)
     rows = x.reshape(-1, x.shape[-1])
     rows = fmt.fake_quantize(rows if rotate_by is None else rotation.rotate(rows, rotate_by), rule, input_global_scale)
@@ -71,7 +71,7 @@ def linear_quantized(
 
 
 def _grouped(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, offsets: Tensor, out_features: int) -> Tensor:
-    """x ``[T, K]``, made float32 -> ``[T, N]`` in x.dtype."""
+    """Rows x ``[T, K]`` in float32 times the weights of their experts -> ``[T, N]`` in x.dtype."""
     out = x.new_empty(x.shape[0], out_features)
     codes, scales, global_scale, fmt = weight
     for expert, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
@@ -95,7 +95,7 @@ def grouped_linear(
     out_features: int,
     rotate_by: Tensor | None = None,
 ) -> Tensor:
-    """``ops.grouped_linear``: rows ``offsets[e]:offsets[e+1]`` of x ``[T, K]`` meet weight ``e`` of ``[E, N, K]``."""
+    """``ops.grouped_linear``: rows ``offsets[e]:offsets[e+1]`` of x ``[T, K]`` times weight ``e`` of ``[E, N, K]``."""
     packed = QuantizedTensor(weight, weight_scale, global_scale, format_named(format))
     return _grouped(_rotated(x, rotate_by), packed, bias, offsets, out_features)
 
@@ -113,21 +113,23 @@ def grouped_linear_quantized(
     input_global_scale: Tensor | None,
     rule: str,
 ) -> Tensor:
-    """``ops.grouped_linear_quantized``. A dynamic global scale is taken over all rows that an expert has, as one kernel
-    launch would."""
+    """``ops.grouped_linear_quantized``: as :func:`grouped_linear`, with quantized activations.
+
+    A dynamic global scale is taken over the rows of all experts together, as a single kernel launch would.
+    """
     fmt = format_named(format)
     beyond = x[offsets[-1] :]
     x = x[: offsets[-1]]
     if input_global_scale is not None and input_global_scale.numel() > 1:
         input_global_scale = input_global_scale[expert_of_rows(x, offsets)]
     values = fmt.fake_quantize(x if rotate_by is None else rotation.rotate(x, rotate_by), rule, input_global_scale)
-    # Rounded to x.dtype only at the very end: `out` takes its dtype from the float32 values.
+    # `out` has the dtype of the values, float32, so the result is rounded to x.dtype only once, at the end.
     out = _grouped(values, QuantizedTensor(weight, weight_scale, global_scale, fmt), bias, offsets, out_features)
     return torch.cat([out.to(x.dtype), beyond.new_empty(beyond.shape[0], out_features)])
 
 
 def quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> tuple[Tensor, Tensor]:
-    """``ops.quantize``."""
+    """``ops.quantize``: canonical codes and scales of x ``[..., N, K]``."""
     quantized = format_named(format).quantize(x, rule, global_scale)
     return quantized.codes, quantized.scales
 
@@ -142,7 +144,7 @@ ops.implement("reference", "dequantize", _dequantize)
 
 
 class ReferenceBackend(Backend):
-    """Runs everywhere, slowly."""
+    """All operators in pure torch, which run on every device, though slowly."""
 
     name = "reference"
     formats = tuple(WEIGHT_FORMATS)

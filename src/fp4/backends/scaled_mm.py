@@ -13,13 +13,13 @@ from fp4.numerics.formats import FP8
 from fp4.scheme import Scheme
 
 _FP8_CAPABILITY = (8, 9)  # Ada and Hopper have the first FP8 tensor cores
-_ALIGNMENT = 16  # of N and K, in bytes of codes
+_ALIGNMENT = 16  # torch's kernels take N and K, in bytes of codes, that are multiples of it
 
 
 def _matmul(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x ``[T, K]`` quantized row by row, times FP8 ``[N, K]``; products are summed in float32."""
+    """Rows x ``[T, K]``, each quantized to FP8, times an FP8 weight ``[N, K]``; products are summed in float32."""
     codes, scales, _, _ = FP8.quantize(x.float())
-    # Scales of rows and columns are only implemented for bfloat16 results.
+    # torch implements scales of rows and columns for bfloat16 results only.
     out: Tensor = torch._scaled_mm(
         codes, weight.t(), scale_a=scales, scale_b=weight_scale.float().t(), out_dtype=torch.bfloat16
     )
@@ -56,7 +56,7 @@ def grouped_linear_quantized(
     input_global_scale: Tensor | None,
     rule: str,
 ) -> Tensor:
-    """W8A8 over experts: rows ``offsets[e]:offsets[e+1]`` of x ``[T, K]`` meet weight ``e`` of ``[E, N, K]``."""
+    """``ops.grouped_linear_quantized`` in FP8: rows ``offsets[e]:offsets[e+1]`` of x times weight ``e``."""
     out = x.new_empty(x.shape[0], out_features)
     for expert, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
         if start < end:
@@ -70,13 +70,14 @@ for _function in (linear_quantized, grouped_linear_quantized):
 
 
 class ScaledMMBackend(Backend):
-    """FP8 tensor cores of NVIDIA GPUs from compute capability 8.9."""
+    """W8A8 matmuls on the FP8 tensor cores of NVIDIA GPUs of compute capability 8.9 or newer."""
 
     name = "scaled_mm"
     formats = (FP8.name,)
     converts = ()
 
     def refuses(self, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
+        """The reason why this backend cannot run such a weight, or None if it can."""
         if scheme.activations == "model":
             return "it multiplies FP8 activations only, and this scheme leaves them unquantized"
         if device.type != "cuda":
@@ -89,4 +90,5 @@ class ScaledMMBackend(Backend):
         return None
 
     def prefers_quantized_input(self, device: torch.device) -> bool:
+        """Whether it is fastest on ``device`` with activations in the format of the weight."""
         return True

@@ -1,1 +1,1 @@
-"""The numerics of 4-bit floating point, and of FP8 beside it, in pure torch: what every kernel is tested against."""
+"""The numerics of the 4-bit formats and of FP8 in pure torch. Every kernel is tested against them, bit by bit."""

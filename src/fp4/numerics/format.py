@@ -1,4 +1,4 @@
-"""What a format is, and what is quantized in one: the classes that every format and every quantized tensor are of."""
+"""The base classes of formats, and :class:`QuantizedTensor`, which pairs quantized data with its format."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ class Format(ABC):
     """How the numbers of a tensor ``[..., N, K]`` are stored. Formats are equal by value, in copies and pickles too.
 
     Attributes:
-        block_size: columns that share a scale, by default ``own_block_size``; 0 is all of a row.
-        name: that of the family and, where the block is wider than the family's own, its size: ``nvfp4_32``.
-        family: name of the format with its own block size.
-        element: what one code is.
-        own_block_size: the narrowest block, which kernels know; others are multiples of it.
-        scale_dtype: of the scales.
-        scale_dtypes: all that they may have.
-        rules: the ways to choose scales, the plainest first.
-        needs_global_scale: the scales alone lack the range of a weight, so a global scale is taken from the data.
-        takes_global_scale: there is a place for one.
-        feeds_errors: elements are so coarse that methods gain by feeding rounding errors on to later columns.
-        block_rows: rows that share a scale.
-        scale_bytes: smallest and largest byte that a rule gives a scale, where scales are single bytes.
-        scale_nan: the byte of a NaN scale there; valid ones lie below.
+        block_size: the number of columns that share a scale, by default ``own_block_size``; 0 stands for a whole row.
+        name: the name of the family, followed by the block size where that is wider than the family's own:
+            ``nvfp4_32``.
+        family: the name of the format with its own block size.
+        element: the number format of one code.
+        own_block_size: the narrowest block, the one that kernels implement; wider blocks are multiples of it.
+        scale_dtype: the dtype of the scales.
+        scale_dtypes: all dtypes that the scales may have.
+        rules: the names of the rules that choose scales, the plainest first.
+        needs_global_scale: whether block scales alone lack the range of a weight, so that a global scale is taken from
+            the data.
+        takes_global_scale: whether the format can hold a global scale.
+        feeds_errors: whether elements are so coarse that methods gain by feeding rounding errors on to later columns.
+        block_rows: the number of rows that share a scale.
+        scale_bytes: the smallest and the largest byte that a rule may choose, where scales are single bytes.
+        scale_nan: the byte of a NaN scale, where scales are single bytes; bytes of valid scales are smaller.
     """
 
     family: ClassVar[str]
@@ -60,26 +62,33 @@ class Format(ABC):
 
     @property
     def base(self) -> Format:
-        """The format of the same family with the narrowest block, which kernels know."""
+        """The format of the same family with the narrowest block, which kernels implement."""
         return type(self)()
 
     def wide(self, block_size: int) -> Format:
-        """The same format with a scale shared by more columns, as ModelOpt's W4A8 shares one by 32.
+        """The same format with a scale shared by more columns; ModelOpt's W4A8, for example, shares one by 32.
 
         Raises:
-            ValueError: ``block_size`` is no multiple of the family's own.
+            ValueError: ``block_size`` is not a multiple of the family's own.
         """
         return type(self)(block_size)
 
     def in_base(self, scales: Tensor) -> Tensor:
-        """Scales of this format as those of its :attr:`base`, each repeated; themselves where it is the base."""
+        """The same scales for the narrower blocks of :attr:`base`, each repeated as often as its block is divided.
+
+        Args:
+            scales: ``[..., K / block_size]``.
+
+        Returns:
+            ``[..., K / own_block_size]``, which is ``scales`` itself where this format is the base.
+        """
         repeats = self._repeats()
         if repeats == 1:
             return scales
         return scales.view(torch.uint8).repeat_interleave(repeats, dim=-1).view(scales.dtype)
 
     def from_base(self, scales: Tensor) -> Tensor:
-        """Inverse of :meth:`in_base`."""
+        """The inverse of :meth:`in_base`: ``[..., K / own_block_size]`` -> ``[..., K / block_size]``."""
         repeats = self._repeats()
         return scales if repeats == 1 else scales[..., ::repeats].contiguous()
 
@@ -93,7 +102,7 @@ class Format(ABC):
 
     @property
     def code_dtype(self) -> torch.dtype:
-        """What codes are stored as."""
+        """The dtype in which codes are stored."""
         return self.element.code_dtype
 
     @property
@@ -103,46 +112,61 @@ class Format(ABC):
 
     @property
     def k_multiple(self) -> int:
-        """What the number of columns must be a multiple of."""
+        """The number that K, the number of columns, must be a multiple of."""
         return self.block_size or 1
 
     def code_columns(self, k: int) -> int:
-        """Columns of the codes of a matrix with ``k`` columns."""
+        """The number of columns that the codes of a matrix with ``k`` columns have."""
         return k * self.element.bits // (8 * self.code_dtype.itemsize)
 
     def scale_columns(self, k: int) -> int:
-        """Columns of the scales of a matrix with ``k`` columns."""
+        """The number of columns that the scales of a matrix with ``k`` columns have."""
         return k // self.block_size if self.block_size else 1
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the scales of a matrix, or matrices, ``[..., N, K]``."""
+        """The shape of the scales of a tensor whose shape is ``[..., N, K]``."""
         *lead, n, k = shape
         return (*lead, -(-n // self.block_rows), self.scale_columns(k))
 
     def columns(self, codes: Tensor) -> int:
-        """Columns of the matrix that ``codes`` belong to."""
+        """The number of columns K of the matrix that ``codes`` ``[..., N, C]`` belong to."""
         return codes.shape[-1] * 8 * self.code_dtype.itemsize // self.element.bits
 
     def scale_rows(self, rows: slice) -> slice:
-        """The rows of the scales that belong to ``rows`` of a matrix, which begin with a block."""
+        """The rows of the scales that belong to ``rows`` of a matrix; these must start at a block's first row."""
         return slice(rows.start // self.block_rows, -(-rows.stop // self.block_rows))
 
     @property
     def scale_dtypes(self) -> tuple[torch.dtype, ...]:
+        """All dtypes that the scales may have."""
         return (self.scale_dtype,)
 
     def scale_dtype_of(self, source: torch.dtype) -> torch.dtype:
-        """The dtype of the scales of what was ``source`` before it was quantized."""
+        """The dtype that the scales of a tensor of dtype ``source`` have."""
         return self.scale_dtype
 
     def empty(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Codes and scales, without values, of a weight ``shape`` ``[..., N, K]`` of ``dtype``."""
+        """Uninitialised codes and scales for a weight.
+
+        Args:
+            shape: the weight's shape ``[..., N, K]``.
+            dtype: the weight's dtype before it is quantized.
+            device: where to allocate; None is torch's default device.
+
+        Returns:
+            codes in ``code_dtype`` and scales in the dtype that :meth:`scale_dtype_of` names.
+        """
         codes = torch.empty(*shape[:-1], self.code_columns(shape[-1]), dtype=self.code_dtype, device=device)
         return codes, torch.empty(self.scale_shape(shape), dtype=self.scale_dtype_of(dtype), device=device)
 
     def require_rule(self, rule: str) -> None:
+        """Check that the format defines the rule.
+
+        Raises:
+            ValueError: it does not; the message lists the rules that it defines.
+        """
         if rule not in self.rules:
             raise ValueError(f"scale rule {rule!r} is not defined for {self.name}; use one of {', '.join(self.rules)}")
 
@@ -185,16 +209,29 @@ class Format(ABC):
     def _quantize(self, x: Tensor, rule: str, global_scale: Tensor | None) -> QuantizedTensor: ...
 
     def global_scale_for(self, amax: Tensor, rule: str) -> Tensor:
-        """The global scale of a matrix with this largest magnitude: float ``[...]`` -> float64 ``[...]``."""
+        """The global scale of matrices by their largest magnitudes: float ``[...]`` -> float64 ``[...]``.
+
+        Raises:
+            ValueError: the format takes no global scale from the data.
+        """
         raise ValueError(f"{self.name} takes no global scale from the data")
 
     def dequantize(
         self, codes: Tensor, scales: Tensor, global_scale: Tensor | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """The values of canonical tensors: ``[..., N, K]`` in ``dtype`` (computed in float32, then rounded once).
+        """The values of canonical codes and scales, computed in float32 and then rounded once.
+
+        Args:
+            codes: ``[..., N, C]`` in ``code_dtype``.
+            scales: of the shape that :meth:`scale_shape` names.
+            global_scale: float64, one number or ``[...]``; None stands for 1.
+            dtype: the dtype of the result.
+
+        Returns:
+            ``[..., N, K]`` in ``dtype``.
 
         Raises:
-            ValueError: the tensors are not of this format, or do not belong together.
+            ValueError: the tensors are not of this format, or their shapes do not belong together.
         """
         if codes.dtype != self.code_dtype:
             per_byte = f"{('one code', 'two codes')[self.element.bits == 4]} a byte"
@@ -221,15 +258,21 @@ class Format(ABC):
 
     @abstractmethod
     def fake_quantize(self, x: Tensor, rule: str = "abs_max", global_scale: Tensor | None = None) -> Tensor:
-        """What the format makes of activations: ``[..., K]`` -> float32 ``[..., K]``.
+        """Activations quantized and dequantized: the values that a matmul in this format sees.
 
         Args:
-            global_scale: one number, or one a row of x ``[T, K]``; None takes it from x where the format needs one.
+            x: float32, bfloat16 or float16 ``[..., K]``.
+            rule: how a block's scale is chosen, one of ``rules``.
+            global_scale: float64, one number or one a row of x ``[T, K]``; None takes it from x where the format needs
+                one.
+
+        Returns:
+            float32 ``[..., K]``.
         """
 
 
 class BlockFormat(Format):
-    """Blocks within a row share a scale of one byte each."""
+    """A format whose blocks lie within a row, each under a scale of one byte."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -238,7 +281,16 @@ class BlockFormat(Format):
 
     @abstractmethod
     def block_scales(self, blocks: Tensor, rule: str, global_scale: Tensor | None) -> Tensor:
-        """Scales by ``rule``: float32 ``[..., B]`` -> ``scale_dtype [...]``, as the global scale broadcasts."""
+        """The scale of each block by a rule.
+
+        Args:
+            blocks: float32 ``[..., B]``.
+            rule: one of ``rules``.
+            global_scale: float64, broadcastable to ``[...]``; None stands for 1.
+
+        Returns:
+            ``[...]`` in ``scale_dtype``.
+        """
 
     def _quantize(self, x: Tensor, rule: str, global_scale: Tensor | None) -> QuantizedTensor:
         rows = x.flatten(0, -2)
@@ -258,6 +310,7 @@ class BlockFormat(Format):
         )
 
     def fake_quantize(self, x: Tensor, rule: str = "abs_max", global_scale: Tensor | None = None) -> Tensor:
+        """Activations quantized and dequantized, as :meth:`Format.fake_quantize` describes."""
         rows = x.reshape(-1, x.shape[-1])
         if global_scale is not None and global_scale.numel() != 1:
             return dequantize(*self.quantize(rows[:, None], rule, global_scale)).view(x.shape)
@@ -271,7 +324,7 @@ class QuantizedTensor(NamedTuple):
         codes: ``uint8 [..., N, K/2]`` in the 4-bit formats, ``float8_e4m3fn [..., N, K]`` in FP8.
         scales: ``[..., N, K/B]``, FP8 ``[..., N, 1]``.
         global_scale: float64 ``[...]``, or None.
-        format: what they are in.
+        format: the format of codes and scales.
     """
 
     codes: Tensor
@@ -280,7 +333,7 @@ class QuantizedTensor(NamedTuple):
     format: Format
 
     def rows(self, rows: slice) -> QuantizedTensor:
-        """Some rows of one matrix ``[N, K]``, from one that begins a block of the format on."""
+        """Some rows of a single matrix ``[N, K]``; the slice must start at the first row of a block."""
         return self._replace(codes=self.codes[rows], scales=self.scales[self.format.scale_rows(rows)])
 
 

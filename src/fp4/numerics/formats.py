@@ -1,4 +1,4 @@
-"""The formats, each an object that travels with the tensors in it. Pure torch.
+"""The formats NVFP4, MXFP4 and FP8. Each is an object that travels with the tensors in it. Pure torch.
 
 A quantized tensor is **codes x block scales x global scale in a format**:
 
@@ -7,8 +7,8 @@ A quantized tensor is **codes x block scales x global scale in a format**:
 * NVFP4: E2M1 elements in blocks of 16 under E4M3 scales; codes ``uint8 [..., N, K/2]``, two per byte, the even column
   in the low nibble, bit 3 of a nibble is the sign; scales ``float8_e4m3fn [..., N, K/16]``;
 * MXFP4: E2M1 elements in blocks of 32 under powers of two; the same codes, scales ``float8_e8m0fnu [..., N, K/32]``;
-* FP8: E4M3 elements under one scale a row (a channel of a weight, a token of an activation); codes ``float8_e4m3fn
-  [..., N, K]``, scales ``[..., N, 1]`` in the dtype of what was quantized, no global scale;
+* FP8: E4M3 elements under one scale a row (an output channel of a weight, a token of activations); codes
+  ``float8_e4m3fn [..., N, K]``, scales ``[..., N, 1]`` in the dtype of what was quantized, no global scale;
 * global scale: ``float64 [...]``, one per matrix, multiplied; usually ``None`` for MXFP4. It is float64 because half of
   the checkpoint formats store its reciprocal in float32: ``float32(1 / float64(1 / x)) == x`` holds for every normal
   x, so those formats round-trip to the bit.
@@ -68,9 +68,11 @@ class NVFP4Format(BlockFormat):
     needs_global_scale = True
 
     def block_scales(self, blocks: Tensor, rule: str, global_scale: Tensor | None) -> Tensor:
+        """The E4M3 scale of each block by a rule, as :meth:`.BlockFormat.block_scales` describes."""
         return e4m3_scales(blocks, rule, global_scale)
 
     def global_scale_for(self, amax: Tensor, rule: str) -> Tensor:
+        """The global scale that puts the largest block scale at the top of E4M3's range."""
         return global_scale_for(amax, rule)
 
 
@@ -85,6 +87,7 @@ class MXFP4Format(BlockFormat):
     rules = ("abs_max", "even", "ceil", "below_six", "mse", "quest")
 
     def block_scales(self, blocks: Tensor, rule: str, global_scale: Tensor | None) -> Tensor:
+        """The E8M0 scale of each block by a rule, as :meth:`.BlockFormat.block_scales` describes."""
         return e8m0_scales(blocks, rule, global_scale)
 
 
@@ -100,13 +103,15 @@ class FP8Format(Format):
     scale_dtype = torch.float32  # unless what was quantized is bfloat16 or float16
     rules = ("abs_max",)
     takes_global_scale = False
-    feeds_errors = False  # a row has room for every weight
+    feeds_errors = False  # E4M3 under a scale a row is fine enough
 
     @property
     def scale_dtypes(self) -> tuple[torch.dtype, ...]:
+        """All dtypes that the scales may have: those of the data."""
         return INPUT_DTYPES
 
     def scale_dtype_of(self, source: torch.dtype) -> torch.dtype:
+        """The dtype of the data itself."""
         return source
 
     @property
@@ -119,15 +124,23 @@ class FP8Format(Format):
         codes, scales = self.empty(tuple(rows.shape), x.dtype, x.device)
         for tile in row_tiles(rows.shape[0] if rows.shape[1] else 0, rows.shape[1]):
             scale = rows[tile].abs().amax(dim=-1, keepdim=True) / self.element.largest
-            # What compressed-tensors gives a row of zeros.
+            # compressed-tensors gives a row of zeros this scale.
             scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
             scales[tile] = scale
             codes[tile] = self.element.encode(rows[tile] / scale)
         return QuantizedTensor(codes.view(x.shape), scales.view(*x.shape[:-1], 1), None, self)
 
     def fake_quantize(self, x: Tensor, rule: str = "abs_max", global_scale: Tensor | None = None) -> Tensor:
-        """Activations under one static scale, one a row, or, if None, one taken from each row: all in float32, as
-        ``scaled_mm`` computes."""
+        """Activations quantized to E4M3 and dequantized, all in float32, as ``scaled_mm`` computes.
+
+        Args:
+            x: float32, bfloat16 or float16 ``[..., K]``.
+            rule: not used; FP8 has one rule only.
+            global_scale: the static scale, one number or one a row of x ``[T, K]``; None takes one from each row.
+
+        Returns:
+            float32 ``[..., K]``.
+        """
         if global_scale is None:
             rows = x.float().reshape(-1, x.shape[-1])
             return dequantize(*self.quantize(rows)).view(x.shape)
@@ -140,17 +153,17 @@ class FP8Format(Format):
 NVFP4 = NVFP4Format()
 MXFP4 = MXFP4Format()
 FP8 = FP8Format()
-#: Everything a weight can be in, by name; wide variants are found by :func:`format_named`.
+#: All formats of weights by name; :func:`format_named` finds the variants with wider blocks too.
 WEIGHT_FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (NVFP4, MXFP4, FP8)}
 #: The 4-bit formats.
 FORMATS: dict[str, BlockFormat] = {fmt.name: fmt for fmt in (NVFP4, MXFP4)}
 
 
 def format_named(name: str) -> Format:
-    """The format called ``name``, wide ones (``nvfp4_32``) too.
+    """The format called ``name``, among them those with wider blocks, such as ``nvfp4_32``.
 
     Raises:
-        ValueError: there is none; the message lists the names.
+        ValueError: there is no such format; the message lists the names.
     """
     found = WEIGHT_FORMATS.get(name)
     if found is None:

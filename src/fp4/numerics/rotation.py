@@ -24,19 +24,26 @@ def _sylvester(size: int) -> Tensor:
 
 
 def hadamard(size: int) -> Tensor:
-    """Sylvester's Hadamard matrix over sqrt(size), symmetric: float64 ``[size, size]``, size a power of two."""
+    """Sylvester's Hadamard matrix over sqrt(size), symmetric: float64 ``[size, size]``.
+
+    Raises:
+        ValueError: ``size`` is not a power of two.
+    """
     return _sylvester(size) / math.sqrt(size)
 
 
 def identity(size: int) -> Tensor:
-    """No rotation: float64 ``[size, size]``."""
+    """The rotation that changes nothing: float64 ``[size, size]``."""
     return torch.eye(size, dtype=torch.float64, device="cpu")
 
 
 def gsr(size: int) -> Tensor:
-    """Walsh matrix, i.e. Hadamard rows ordered by sequency (number of sign changes): float64 ``[size, size]``.
+    """The Walsh matrix over sqrt(size), Hadamard's rows by their number of sign changes: float64 ``[size, size]``.
 
-    Used group by group it is the grouped sequency-arranged rotation of arXiv 2505.03810.
+    Applied to groups of columns it is the grouped sequency-arranged rotation (GSR) of arXiv 2505.03810.
+
+    Raises:
+        ValueError: ``size`` is not a power of two.
     """
     matrix = _sylvester(size)
     changes = (matrix[:, 1:] != matrix[:, :-1]).sum(dim=1)
@@ -47,16 +54,32 @@ ROTATIONS: dict[str, Callable[[int], Tensor]] = {"hadamard": hadamard, "identity
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate groups of the last axis: ``[..., K]``, rotation ``[h, h]`` with h dividing K -> float32 ``[..., K]``."""
+    """Each group of neighbouring columns times a rotation.
+
+    Args:
+        x: any floating-point dtype, ``[..., K]``.
+        rotation: ``[h, h]``, h dividing K.
+
+    Returns:
+        float32 ``[..., K]``.
+    """
     groups = x.float().unflatten(-1, (-1, rotation.shape[0]))
     rotated: Tensor = groups @ rotation.float()
     return rotated.flatten(-2)
 
 
 def rotation_for(name: str, size: int, dtype: torch.dtype | None) -> Tensor | None:
-    """The shared float32 ``[size, size]`` of a model in ``dtype`` (default: torch's), None for ``"identity"``.
+    """The rotation that layers of a model in ``dtype`` share.
 
-    Rounded to ``dtype`` because that is how checkpoints store it; applied in float32.
+    It is rounded to ``dtype``, because checkpoints store it so, and is then applied in float32.
+
+    Args:
+        name: a name in ``ROTATIONS``.
+        size: h, the number of columns rotated together, a power of two.
+        dtype: the model's dtype; None is torch's default dtype.
+
+    Returns:
+        float32 ``[h, h]``, or None for ``"identity"``.
     """
     if name == "identity":
         return None
@@ -67,7 +90,14 @@ _shared: weakref.WeakValueDictionary[tuple[object, ...], Tensor] = weakref.WeakV
 
 
 def share(rotation: Tensor) -> Tensor:
-    """One tensor for all equal rotations on a device, so that a model holds each matrix once."""
+    """The one tensor that stands for all equal rotations on a device, so that a model holds each matrix once.
+
+    Args:
+        rotation: ``[h, h]``.
+
+    Returns:
+        an equal tensor that was shared before, else ``rotation`` itself; a weak reference to it is kept.
+    """
     if rotation.device.type == "meta":
         return rotation
     key = (rotation.device, rotation.dtype, rotation.shape[0], rotation.cpu().numpy().tobytes())

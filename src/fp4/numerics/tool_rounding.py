@@ -1,6 +1,6 @@
-"""Rounding to nearest exactly as other tools do it, for byte-equal checkpoints, by the tools' names.
+"""Rounding to nearest exactly as llm-compressor and ModelOpt do it, for byte-equal checkpoints.
 
-They differ from ``Format.quantize`` under its own rules in these ways:
+The tools differ from ``Format.quantize`` in these ways:
 
 * ``"llm-compressor"`` (0.14): NVFP4 takes ``1 / amax``, the global scale and ``amax / 6`` of each block in the dtype of
   the weight, so they are rounded where that is bfloat16. MXFP4 is rule ``even``, FP8 is ``abs_max``.
@@ -22,7 +22,16 @@ from fp4.numerics.tensors import largest_magnitude
 
 
 def tool_global_scale(weight: Tensor, fmt: Format, rule: str) -> Tensor | None:
-    """The global scale that the tool takes for ``weight`` ``[..., N, K]``: float64 ``[...]``, None for none."""
+    """The global scale that a tool takes from a weight.
+
+    Args:
+        weight: float32, bfloat16 or float16 ``[..., N, K]``.
+        fmt: the format to quantize to.
+        rule: the tool's name.
+
+    Returns:
+        float64 ``[...]``, or None where the format needs none.
+    """
     if not fmt.needs_global_scale:
         return None
     largest = largest_magnitude(weight)
@@ -33,10 +42,16 @@ def tool_global_scale(weight: Tensor, fmt: Format, rule: str) -> Tensor | None:
 
 
 def tool_quantize(weight: Tensor, fmt: Format, rule: str, global_scale: Tensor | None = None) -> QuantizedTensor:
-    """Quantize ``weight`` ``[..., N, K]`` as the tool called ``rule`` does.
+    """Quantize a weight as a tool does.
 
     Args:
-        global_scale: float64 ``[...]``, in place of the weight's own.
+        weight: float32, bfloat16 or float16 ``[..., N, K]``.
+        fmt: the format to quantize to.
+        rule: the tool's name.
+        global_scale: float64 ``[...]``, used in place of the weight's own.
+
+    Returns:
+        the canonical form.
 
     Raises:
         ValueError: the tool has no rule for ``fmt``.
@@ -59,7 +74,7 @@ def _nvfp4_of_llm_compressor(weight: Tensor, global_scale: Tensor | None) -> Qua
 
 
 def _mxfp4_of_modelopt(weight: Tensor, global_scale: Tensor | None) -> QuantizedTensor:
-    """Ties between two codes go down."""
+    """ModelOpt's MXFP4, which rounds a tie between two codes down."""
     scales = MXFP4.quantize(weight, "ceil").scales
     scaled = weight.float().unflatten(-1, (scales.shape[-1], -1)) / scales.float()[..., None]
     values = torch.tensor(E2M1_VALUES, device=weight.device)
@@ -69,7 +84,7 @@ def _mxfp4_of_modelopt(weight: Tensor, global_scale: Tensor | None) -> Quantized
 
 
 _Rounding = Callable[[Tensor, Tensor | None], QuantizedTensor]
-# MXFP4 and FP8 take no global scale, and one that is given for them is not looked at.
+# The functions of MXFP4 and FP8 ignore the global scale, since these formats are written without one.
 _TOOLS: dict[str, dict[Format, _Rounding]] = {
     "llm-compressor": {
         NVFP4: _nvfp4_of_llm_compressor,

@@ -17,12 +17,15 @@ from fp4.backends.triton import layout
 from fp4.numerics.formats import Format
 from fp4.scheme import Scheme
 
-# Tests run the kernels on the CPU this way.
+# Triton's interpreter runs the kernels on the CPU, which the tests use where there is no GPU.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, which need not be the one that the first argument is on."""
+    """A wrapper that makes the first argument's device the current one.
+
+    Triton launches on the current device, which may be another than that of the tensors.
+    """
 
     @functools.wraps(function)
     def run(x: Tensor, *arguments: Any, **options: Any) -> Any:
@@ -35,7 +38,7 @@ def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _register() -> str | None:
-    """Register the operators; why they cannot be, if they cannot."""
+    """Register the operators; return the reason if that is impossible, else None."""
     try:
         import triton.language  # noqa: F401  (a folder called triton is a package to Python as well)
     except ImportError as error:
@@ -59,17 +62,19 @@ _UNAVAILABLE = _register()
 
 
 class TritonBackend(Backend):
-    """Weight-only and W4A4 matmuls on NVIDIA GPUs; layout.py describes what ``pack`` does."""
+    """Weight-only and W4A4 matmuls on NVIDIA GPUs; layout.py describes the layout of packed weights."""
 
     name = "triton"
     keeps_layout = False
 
     def unavailable(self) -> str | None:
+        """The reason why this backend cannot run in this process, or None if it can."""
         if _UNAVAILABLE is None and not _INTERPRETED and not torch.cuda.is_available():
             return "no CUDA device is visible"
         return _UNAVAILABLE
 
     def refuses(self, scheme: Scheme, device: torch.device, shape: tuple[int, ...]) -> str | None:
+        """The reason why this backend cannot run such a weight, or None if it can."""
         refusal = super().refuses(scheme, device, shape)
         if refusal is not None:
             return refusal
@@ -81,6 +86,7 @@ class TritonBackend(Backend):
         return None if major >= 8 else f"it needs compute capability 8.0, this device has {major}.{minor}"
 
     def prefers_quantized_input(self, device: torch.device) -> bool:
+        """Whether it is fastest on ``device`` with activations in the format of the weight."""
         if self.unavailable() is not None:
             return False
         from fp4.backends.triton import linear
@@ -88,7 +94,9 @@ class TritonBackend(Backend):
         return linear.has_fp4_tensor_cores(device)
 
     def lay_out(self, codes: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+        """Canonical codes and scales in the layout that the class describes."""
         return layout.pack(codes, scales, fmt.block_size)
 
     def canonical(self, weight: Tensor, weight_scale: Tensor, fmt: Format, out_features: int) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`lay_out`."""
         return layout.unpack(weight, weight_scale, fmt.block_size, out_features)
