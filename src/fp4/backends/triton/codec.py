@@ -1,4 +1,4 @@
-"""Device functions: the bits of E2M1, E4M3 and E8M0, and sums in the order of ``fp4.numerics.formats``.
+"""Device functions that encode and decode E2M1, E4M3 and E8M0, with the same bits as ``fp4.numerics``.
 
 Nothing here uses the GPU's own 8-bit or 4-bit float types, so it runs on every compute capability that Triton serves,
 and Triton's interpreter runs the same code on a CPU.
@@ -9,15 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: Kernels run on the CPU, by Triton's interpreter, which lacks inline assembly and bfloat16 arithmetic.
+#: Whether kernels run in Triton's interpreter on the CPU, which lacks inline assembly and bfloat16 arithmetic.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-#: Whether kernels can hold inline assembly: what a GPU computes with it, a test of its divisions interprets without.
+#: Whether kernels may use inline assembly. A test of the divisions sets it apart from ``INTERPRETED``.
 ASSEMBLY = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def widen(x):
-    """float32 of a floating-point tensor."""
+    """A floating-point tensor as float32."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -26,7 +26,7 @@ def widen(x):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """float32 rounded to ``dtype``, to nearest even; Triton's interpreter would cut bfloat16 off."""
+    """float32 rounded to ``dtype``, ties to even; Triton's own conversion truncates to bfloat16 when interpreted."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
@@ -37,37 +37,44 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def round_to_codes(quotient):
-    """Nearest E2M1 code, ties to even: float32 in [0, 6.5] -> int32, 2**23 as a float32 plus the code.
+    """The nearest E2M1 code, ties to even: float32 in [0, 6.5] -> int32, the bits of the float32 2**23 plus the code.
 
-    The value of code c grows by 0.5 to code 4, by 1 to code 6 and then by 2, so c is the least of 2 q, q + 2 and
-    q / 2 + 4 for the value q. Adding 2**23 rounds each to whole numbers, once, ties to even, and keeps their order.
+    From one code to the next the value grows by 0.5 up to code 4, by 1 up to code 6, and by 2 after that. So the code
+    of a value q is the smallest of 2 q, q + 2 and q / 2 + 4. Adding 2**23 rounds each of them once to a whole number,
+    ties to even, and keeps their order.
     """
     fine = tl.fma(quotient, 2.0, 8388608.0).to(tl.int32, bitcast=True)
     middle = (quotient + 8388610.0).to(tl.int32, bitcast=True)
     coarse = tl.fma(quotient, 0.5, 8388612.0).to(tl.int32, bitcast=True)
-    # As integers they order alike, and Hopper takes the least of three at once.
+    # The bits of positive floats order as the floats do, and Hopper has an integer minimum of three operands.
     return tl.minimum(tl.minimum(fine, middle), coarse)
 
 
 @triton.jit
 def e2m1_value(code):
-    """int32 in 0..15 -> float32. A code's bits as a float32's sign, exponent and mantissa are 2**-126 of its value."""
+    """The value of an E2M1 code: int32 in 0..15 -> float32.
+
+    The code's sign, exponent and mantissa bits, put in a float32's, are its value times 2**-126.
+    """
     bits = ((code & 8) << 28) | ((code & 7) << 22)
     return bits.to(tl.float32, bitcast=True) * 85070591730234615865843651857942052864.0
 
 
 @triton.jit
 def e4m3_code(value):
-    """Nearest E4M3, ties to even: float32 in [2**-9, 448] -> int32 byte."""
+    """The nearest E4M3 byte, ties to even: float32 in [2**-9, 448] -> int32."""
     bits = value.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    subnormal = (value + 16384.0).to(tl.int32, bitcast=True) & 0xF  # a float32 of 2**14 counts in steps of 2**-9
+    subnormal = (value + 16384.0).to(tl.int32, bitcast=True) & 0xF  # float32 values from 2**14 on have steps of 2**-9
     return tl.where(value < 0.015625, subnormal, normal)
 
 
 @triton.jit
 def e4m3_value(byte):
-    """int32 byte -> float32: the bits shifted into a float16 are 2**-8 of the value; 0x7F is NaN."""
+    """The value of an E4M3 byte: int32 -> float32, with 0x7F as NaN.
+
+    The bits, shifted into a float16's, are the value times 2**-8.
+    """
     bits = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
     value = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
     return tl.where((byte & 0x7F) == 0x7F, float("nan"), value)
@@ -75,20 +82,20 @@ def e4m3_value(byte):
 
 @triton.jit
 def e8m0_value(byte):
-    """int32 byte -> float32 of 2**(byte - 127); 0 is a subnormal float32, 255 is NaN."""
+    """The value 2**(byte - 127) of an E8M0 byte: int32 -> float32; byte 0 gives a subnormal, 255 is NaN."""
     bits = tl.where(byte == 0, 0x00400000, byte << 23)
     return tl.where(byte == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def scale_value(byte, MX: tl.constexpr):
-    """float32 of a block scale: E8M0 for MXFP4, E4M3 for NVFP4."""
+    """The value of a block scale, E8M0 for MXFP4 and E4M3 for NVFP4: int32 byte -> float32."""
     return e8m0_value(byte) if MX else e4m3_value(byte)
 
 
 @triton.jit
 def effective_scale(byte, unit, MX: tl.constexpr):
-    """Block scale x global scale, rounded to float32 once; ``unit`` is float64, or None."""
+    """Block scale x global scale, rounded to float32 once; ``unit`` is the float64 global scale, or None for 1."""
     value = scale_value(byte, MX)
     if unit is None:
         return value
@@ -98,7 +105,7 @@ def effective_scale(byte, unit, MX: tl.constexpr):
 
 @triton.jit
 def reciprocal(x):
-    """float32 in [2**-100, 2**76] -> ``high, low``: 1 / x rounded to float32, and what is missing, rounded."""
+    """1 / x as ``high, low``: its float32, and the float32 of the remainder, for float32 x in [2**-100, 2**76]."""
     if ASSEMBLY:
         rough = tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -106,7 +113,8 @@ def reciprocal(x):
     else:
         rough = 1.0 / x
     high = tl.fma(tl.fma(-x, rough, 1.0), rough, rough)
-    # A step of Newton's rounds rightly but where the mantissa of x is all ones, and 1 / x the least of a power of two.
+    # A Newton step gives the correctly rounded 1 / x, except where all bits of x's mantissa are set. There the right
+    # result is the least float32 above a power of two, which `least` enforces.
     least = (0x7E800001 - (x.to(tl.int32, bitcast=True) & 0x7F800000)).to(tl.float32, bitcast=True)
     high = tl.maximum(high, least)
     rest = tl.fma(-x, high, 1.0)
@@ -116,12 +124,12 @@ def reciprocal(x):
 
 @triton.jit
 def quotient_by(x, divisor, high, low):
-    """``x / divisor`` for x >= 0, from the divisor's reciprocal ``high + low``: all of shapes that broadcast to x's.
+    """``x / divisor`` for x >= 0, from the divisor's reciprocal ``high + low``; all shapes broadcast to x's.
 
-    What E2M1 and E4M3 make of it is what they make of the IEEE quotient, ties included: csrc/cuda/numerics.h and the
-    test of it say how that is known.
+    The result rounds to the same E2M1 and E4M3 codes as the IEEE quotient does, ties included. csrc/cuda/numerics.h
+    and its test say how that is known.
     """
-    if INTERPRETED:  # it rounds a fused multiply-add twice
+    if INTERPRETED:  # the interpreter rounds a fused multiply-add twice
         return tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
     else:
         return tl.fma(x, tl.broadcast_to(high, x.shape), x * low)
@@ -129,9 +137,9 @@ def quotient_by(x, divisor, high, low):
 
 @triton.jit
 def _quotients(blocks, effective, POWER: tl.constexpr):
-    """``|blocks| / effective`` ``[R, C, B]`` under positive, finite scales ``[R, C]``, at most 6: see quotient_by.
+    """``|blocks| / effective`` ``[R, C, B]`` under positive, finite scales ``[R, C]``, at most 6, as of quotient_by.
 
-    POWER: scales are powers of two.
+    POWER says that scales are powers of two, by which a division is exact as a product.
     """
     magnitude = tl.abs(blocks)
     if POWER:
@@ -139,7 +147,7 @@ def _quotients(blocks, effective, POWER: tl.constexpr):
         inverse = tl.where(bits == 0x00400000, 0x7F000000, 0x7F000000 - bits).to(tl.float32, bitcast=True)
         return tl.minimum(magnitude * inverse[:, :, None], 6.0)
     else:
-        # Remainders must not underflow, nor reciprocals overflow.
+        # The factor keeps remainders from underflowing and reciprocals from overflowing.
         factor = tl.where(effective < 2.0**-80, 2.0**96, tl.where(effective > 2.0**80, 2.0**-96, 1.0))
         scale = effective * factor
         high, low = reciprocal(scale)
@@ -149,9 +157,10 @@ def _quotients(blocks, effective, POWER: tl.constexpr):
 
 @triton.jit
 def encode(blocks, effective, POWER: tl.constexpr):
-    """Codes int32 ``[R, C, B]`` of float32 blocks under effective scales ``[R, C]``: IEEE quotients, rounded.
+    """E2M1 codes int32 ``[R, C, B]`` of float32 blocks under effective scales ``[R, C]``.
 
-    A scale that underflowed or overflowed leaves only signs, one that is NaN nothing.
+    Where a scale underflowed or overflowed all codes are zeros with the signs of the values; where it is NaN they are
+    zeros without signs.
     """
     usable = (effective > 0.0) & (effective < float("inf"))
     quotient = _quotients(blocks, tl.where(usable, effective, 1.0), POWER)
@@ -162,7 +171,7 @@ def encode(blocks, effective, POWER: tl.constexpr):
 
 @triton.jit
 def _eighths(x):
-    """``[C, 8 W]`` -> eight of ``[C, W]``: every eighth column of x, as words."""
+    """The bits of every eighth column of x, from each of eight starts: ``[C, 8 W]`` -> eight of uint32 ``[C, W]``."""
     C: tl.constexpr = x.shape[0]
     even, odd = tl.split(tl.reshape(x.to(tl.uint32, bitcast=True), (C, x.shape[1] // 8, 2, 2, 2)))
     even_low, even_high = tl.split(even)
@@ -182,9 +191,9 @@ def _sum_of_nibbles(a, b, c, d, e, f, g, h):
 
 @triton.jit
 def _sign_bits(a, b, c, d, e, f, g, h):
-    """The signs of eight float32 as the highest bits of a word's nibbles, the first in the lowest."""
+    """A word with the signs of eight float32 as the highest bits of its nibbles, the first in the lowest nibble."""
     if ASSEMBLY:
-        # The highest bytes of every other value into one word, and of the rest into another.
+        # One word collects the highest bytes of every other value, a second word those of the rest.
         return tl.inline_asm_elementwise(
             """{ .reg .b32 p, q, r, s;
             prmt.b32 p, $1, $3, 0x0073; prmt.b32 q, $5, $7, 0x7300; prmt.b32 p, p, q, 0x7610;
@@ -198,9 +207,10 @@ def _sign_bits(a, b, c, d, e, f, g, h):
 
 @triton.jit
 def pack_codes(rounded, values, INTERLEAVE: tl.constexpr):
-    """uint32 ``[C, B / 8]`` of what round_to_codes made of the magnitudes of ``values`` ``[C, B]``, and their signs.
+    """Codes packed eight to a word: uint32 ``[C, B / 8]``.
 
-    Eight codes a word, the first in the lowest nibble, or even ones before odd ones (layout.py).
+    ``rounded`` ``[C, B]`` is the result of round_to_codes for the magnitudes of ``values`` ``[C, B]``, which give the
+    signs. The first code is in the lowest nibble; INTERLEAVE puts even codes before odd ones (layout.py).
     """
     c0, c1, c2, c3, c4, c5, c6, c7 = _eighths(rounded)
     v0, v1, v2, v3, v4, v5, v6, v7 = _eighths(values)
@@ -210,12 +220,12 @@ def pack_codes(rounded, values, INTERLEAVE: tl.constexpr):
     else:
         sums = _sum_of_nibbles(c0, c1, c2, c3, c4, c5, c6, c7)
         signs = _sign_bits(v0, v1, v2, v3, v4, v5, v6, v7)
-    return sums + signs + 0x05000000  # 2**23 was 0x4B000000, which in the two lowest places sums to 0xFB000000
+    return sums + signs + 0x05000000  # cancels the eight 0x4B000000 (2**23), which sum to 0xFB000000 in 32 bits
 
 
 @triton.jit
 def sum_by_halving(x):
-    """Sum over the last axis of ``[R, C, B]`` by folding it in half, the order that ``fp4.numerics.formats`` fixes."""
+    """Sum over the last axis of ``[R, C, B]`` by adding its halves, the order that ``fp4.numerics`` prescribes."""
     R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
     B: tl.constexpr = x.shape[2]
@@ -228,7 +238,7 @@ def sum_by_halving(x):
 
 @triton.jit
 def squared_error(blocks, byte, unit, MX: tl.constexpr):
-    """float32 ``[R, C]``: the squared rounding error of blocks under a scale."""
+    """The squared rounding error of each block ``[R, C, B]`` under its scale byte: float32 ``[R, C]``."""
     effective = effective_scale(byte, unit, MX)
     error = e2m1_value(encode(blocks, effective, MX and unit is None)) * effective[:, :, None] - blocks
     return sum_by_halving(error * error)
@@ -236,11 +246,13 @@ def squared_error(blocks, byte, unit, MX: tl.constexpr):
 
 @triton.jit
 def floor_log2(x):
+    """The exponent floor(log2 x) from the bits of a float32 x >= 0: int32; -127 below 2**-126."""
     return (x.to(tl.int32, bitcast=True) >> 23) - 127
 
 
 @triton.jit
 def e8m0_code(exponent):
+    """The E8M0 byte of 2**exponent, clamped so that 6 times the scale is finite: int32 -> int32."""
     return tl.minimum(tl.maximum(exponent, -127), 125) + 127
 
 
@@ -270,11 +282,11 @@ def _nv_scale(amax, limit):
 
 @triton.jit
 def block_scale(blocks, unit, MX: tl.constexpr, RULE: tl.constexpr):
-    """Block scales by a rule of ``fp4.numerics.formats``: float32 ``[R, C, B]`` -> int32 bytes ``[R, C]``.
+    """The scale of each block by a rule of the format: float32 ``[R, C, B]`` -> int32 bytes ``[R, C]``.
 
     ``unit`` is the float64 global scale, of a shape that broadcasts to ``[R, C]``, or None.
     """
-    # Magnitudes order as their bits do, with NaN above infinity, so that an integer maximum keeps NaN.
+    # The bits of magnitudes order as the magnitudes do, with NaN above infinity, so an integer maximum keeps a NaN.
     top = tl.max(blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2)
     amax = top.to(tl.float32, bitcast=True)
     if unit is None:
@@ -292,7 +304,7 @@ def block_scale(blocks, unit, MX: tl.constexpr, RULE: tl.constexpr):
     elif RULE == "mse":
         start = best
         least = squared_error(blocks, best, unit, MX)
-        # Steps away from the start, nearest first: MXFP4 0 1 -1, NVFP4 0 -1 1 -2 2 .. -8 8.
+        # Offsets from the start are tried nearest first: 0 1 -1 for MXFP4, and 0 -1 1 -2 2 .. -8 8 for NVFP4.
         for i in range(1, 3 if MX else 17):
             if MX:
                 step = tl.where(i == 2, -1, 1)
@@ -318,7 +330,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def dot_split(a, x, acc, PARTS: tl.constexpr):
-    """``acc + a @ x`` for bfloat16 a and wider x, which is taken apart into PARTS bfloat16 terms: exact products."""
+    """``acc + a @ x`` for bfloat16 a and wider x, which is split into PARTS bfloat16 terms to keep products exact."""
     rest = widen(x)
     first = narrow(rest, tl.bfloat16)
     rest -= widen(first)

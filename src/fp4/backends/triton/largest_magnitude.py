@@ -1,4 +1,4 @@
-"""The largest magnitude of a tensor, rotated or not, and what its kernels share with quantization: loads and tiles."""
+"""Kernels for the largest magnitude of a tensor, rotated or not, and the loads and tiles shared with quantization."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fp4.backends.triton.codec import dot, dot_split, narrow, widen
 
 @triton.jit
 def load_rotation(rotation, H: tl.constexpr):
-    """``unit, signs, is_plain``: whether the rotation ``[H, H]`` is bfloat16 signs (or any numbers) times one unit.
+    """The rotation ``[H, H]`` as ``unit`` times bfloat16 ``signs``, and whether that product ``is_plain``, i.e. exact.
 
-    So are Hadamard's and the identity. Then a product with bfloat16 x takes one pass of the tensor cores, not three. At
-    H = 128 the registers of a program do not hold both ways.
+    It is exact for Hadamard matrices and the identity. A product with bfloat16 x then takes one pass of the tensor
+    cores in place of three. At H = 128 a program's registers cannot hold both variants, so callers load none.
     """
     i = tl.arange(0, H)
     matrix = tl.load(rotation + i[:, None] * H + i[None, :])
@@ -29,9 +29,9 @@ def load_rotation(rotation, H: tl.constexpr):
 
 @triton.jit
 def load_rotated(x, rotation, parts, row, column, rows, K, H: tl.constexpr):
-    """A float32 tile of x ``[rows, K]``, its groups of H columns (0: none) multiplied by the rotation; 0 outside.
+    """A float32 tile of x ``[rows, K]``, its groups of H columns multiplied by the rotation, with zeros outside x.
 
-    ``parts`` are what load_rotation returned, or None.
+    H = 0 means no rotation. ``parts`` is the result of load_rotation, or None.
     """
     inside = (row < rows)[:, None] & (column < K)[None, :]
     tile = tl.load(x + row.to(tl.int64)[:, None] * K + column[None, :], mask=inside, other=0.0)
@@ -53,7 +53,7 @@ def load_rotated(x, rotation, parts, row, column, rows, K, H: tl.constexpr):
             acc = dot_split(groups, tl.load(rotation + i[:, None] * H + i[None, :]), acc, 3)
         else:
             matrix = tl.load(rotation + i[:, None] * H + i[None, :])
-            # Products of the leading terms last, so that small terms are not lost beside them.
+            # The products of the leading terms are added last, so that small terms are not lost beside them.
             rest = widen(groups)
             first = narrow(rest, tl.bfloat16)
             rest -= widen(first)
@@ -69,10 +69,10 @@ def load_rotated(x, rotation, parts, row, column, rows, K, H: tl.constexpr):
 def _magnitudes(
     x, rotation, offsets, partial, rows, K, experts, H: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
-    """partial ``[matrices, P]``: the largest magnitude that each of P programs saw of a matrix ``[rows, K]``.
+    """Write the largest magnitude that each of P programs finds in a matrix ``[rows, K]`` to ``partial [matrices, P]``.
 
-    As the bits of a float32, whose integer order is that of the magnitudes, with NaN above infinity. With ``offsets``
-    rows from the last expert's end on do not count.
+    The magnitudes are written as the bits of a float32, whose integer order is that of the magnitudes, with NaN above
+    infinity. With ``offsets``, rows from the last expert's end on do not count.
     """
     matrix = tl.program_id(0)
     x += matrix.to(tl.int64) * rows * K
@@ -93,7 +93,7 @@ def _magnitudes(
 
 @triton.jit
 def largest(partial, P, BP: tl.constexpr):
-    """The largest of P partial magnitudes, float32."""
+    """The largest of the P magnitudes in ``partial``, as a float32."""
     i = tl.arange(0, BP)
     top = tl.zeros((BP,), tl.int32)
     for start in range(0, P, BP):
@@ -107,20 +107,20 @@ def _finish_magnitudes(partial, out, P, BP: tl.constexpr):
     tl.store(out + matrix, largest(partial + matrix * P, P, BP))
 
 
-# Squares and quotients must round on their own, as the reference does: no fused multiply-add but those written out.
+# Squares and quotients must be rounded by themselves, as the reference does, so the compiler may not fuse operations.
 EXACT = {"num_warps": 4, "enable_fp_fusion": False}
-_PROGRAMS = 512  # that look for the largest magnitude of one matrix
+_PROGRAMS = 512  # at most so many search one matrix
 
 
 def tile_of(k: int, group: int) -> tuple[int, int]:
-    """Rows and columns of a tile of 2048 elements, whole groups and blocks of at most 256 columns."""
+    """The rows and columns of a tile of 2048 elements: at most 256 columns, which hold whole groups and blocks."""
     columns = min(256, triton.next_power_of_2(max(k, group, 32)))
     return 2048 // columns, columns
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a few for the interpreter, so that programs there share tiles too."""
+    """The number of a GPU's multiprocessors; 4 for the interpreter, so that its programs share tiles as well."""
     return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -130,7 +130,11 @@ def grid_of(rows: int, k: int, tile: tuple[int, int]) -> tuple[int]:
 
 
 def shared_grid(x: Tensor, rows: int, k: int, tile: tuple[int, int], group: int = 0) -> tuple[int]:
-    """Programs that share the tiles: what they do before their first one is then done a few times a multiprocessor."""
+    """A grid of programs that share the tiles of a matrix.
+
+    Each program takes several tiles, so what it does before its first one is done only a few times per multiprocessor.
+    A rotation by groups of 128 has one program for each tile.
+    """
     grid = grid_of(rows, k, tile)
     return grid if group == 128 else (min(16 * processors(x.device), *grid),)
 
@@ -138,11 +142,18 @@ def shared_grid(x: Tensor, rows: int, k: int, tile: tuple[int, int], group: int 
 def partial_magnitudes(
     x: Tensor, matrices: int, rows: int, k: int, rotation: Tensor | None = None, offsets: Tensor | None = None
 ) -> Tensor:
-    """int32 ``[matrices, P]``: what :func:`largest` takes for each of the ``matrices`` ``[rows, k]`` of contiguous x.
+    """The largest magnitudes that several programs find in each matrix, to be combined by :func:`largest`.
 
     Args:
-        rotation: float32 ``[h, h]`` that x is multiplied by first.
-        offsets: int32 ``[E + 1]``, the experts' rows in the one matrix; those after the last expert's do not count.
+        x: contiguous, ``[matrices * rows, k]`` in any leading shape.
+        matrices: the number of matrices.
+        rows: the rows of a matrix.
+        k: the columns of a matrix.
+        rotation: float32 ``[h, h]`` by which x is multiplied first; None for no rotation.
+        offsets: int32 ``[E + 1]``, the experts' rows in the only matrix; rows after the last expert's do not count.
+
+    Returns:
+        int32 ``[matrices, P]``, the bits of float32.
     """
     group = 0 if rotation is None else rotation.shape[0]
     tile = tile_of(k, group)
@@ -154,7 +165,7 @@ def partial_magnitudes(
 
 
 def largest_magnitude(x: Tensor) -> Tensor:
-    """``formats.largest_magnitude``: x ``[..., N, K]`` -> float32 ``[...]``."""
+    """``tensors.largest_magnitude`` by a kernel: x ``[..., N, K]`` -> float32 ``[...]``."""
     out = torch.zeros(x.shape[:-2], dtype=torch.float32, device=x.device)
     if x.numel():
         partial = partial_magnitudes(x.contiguous(), out.numel(), x.shape[-2], x.shape[-1])

@@ -1,4 +1,4 @@
-"""The operators: shapes, launch configurations and buffers around the kernels of matmul.py and quantize.py."""
+"""The matmul operators: shapes, launch configurations and buffers for the kernels of matmul.py and quantize.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fp4.numerics.formats import format_named
 
 
 class Tiling(NamedTuple):
-    """One entry of the table of configurations; the names are those of the kernel's parameters."""
+    """One launch configuration; the fields have the names of the kernel's parameters."""
 
     BM: int
     SLICES: int
@@ -29,8 +29,9 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-# By the largest number of rows that an entry is for. Few rows: memory-bound, so every warp streams a slice of K of its
-# own and x is read by as few programs as possible. Many rows: tensor cores, so tiles are large and K is not sliced.
+# The configuration for numbers of rows up to and including the key. With few rows the matmul is bound by memory, so
+# each warp streams its own slice of K, and as few programs as possible read x. With many rows it is bound by the tensor
+# cores, so tiles are large and K is not sliced.
 TILINGS: dict[int, Tiling] = {
     1: Tiling(1, 8, 1, 2, 8, 3),
     2: Tiling(2, 8, 1, 2, 8, 3),
@@ -41,13 +42,13 @@ TILINGS: dict[int, Tiling] = {
     64: Tiling(64, 1, 8, 1, 4, 3),
     1 << 30: Tiling(128, 1, 8, 1, 8, 3),  # fits the 99 KB of shared memory of consumer GPUs
 }
-# Hopper has 227 KB, and 256 rows to a product make decoding the cheaper part.
+# Hopper has 227 KB of shared memory, and with 256 rows to a tile decoding costs less than multiplying.
 HOPPER_TILINGS = {most: tiling for most, tiling in TILINGS.items() if most <= 32} | {
     64: Tiling(64, 1, 8, 1, 8, 3),
     512: Tiling(128, 1, 8, 1, 8, 3),
     1 << 30: Tiling(256, 1, 8, 1, 8, 3),
 }
-# The same for FP4 activations on tensor cores that multiply them.
+# The configurations for FP4 activations on tensor cores that multiply FP4.
 SCALED_TILINGS: dict[int, Tiling] = {
     16: Tiling(16, 1, 8, 2, 4, 3),
     32: Tiling(32, 1, 8, 2, 4, 3),
@@ -60,7 +61,7 @@ SMALL_SCALED_TILINGS: dict[int, Tiling] = {
     32: Tiling(32, 1, 4, 2, 4, 3),
     1 << 30: Tiling(64, 1, 4, 2, 4, 3),
 }
-# Float32 activations are held as three bfloat16 terms, which leaves no room for the largest tiles.
+# Activations split into bfloat16 terms leave no room for tiles of more rows than this.
 WIDE_ROWS = 64
 
 
@@ -70,6 +71,13 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def tiling_for(rows: int, parts: int, device: torch.device) -> Tiling:
+    """The launch configuration for a matmul.
+
+    Args:
+        rows: the rows of x for one matrix.
+        parts: the number of terms that x is split into.
+        device: where the kernel runs.
+    """
     if parts > 1:
         rows = min(rows, WIDE_ROWS)
     tilings = HOPPER_TILINGS if _capability(device)[0] == 9 else TILINGS
@@ -77,19 +85,20 @@ def tiling_for(rows: int, parts: int, device: torch.device) -> Tiling:
 
 
 def has_fp4_tensor_cores(device: torch.device) -> bool:
-    """Whether Triton reaches tensor cores of ``device`` that multiply FP4."""
+    """Whether ``device`` has tensor cores that multiply FP4 and that Triton can use."""
     return _capability(device) in CAPABILITIES
 
 
 def shuffles(device: torch.device, tiling: Tiling) -> bool:
-    """Whether such tiles are multiplied by Hopper's ``wgmma``, which wants x shuffled (layout.py)."""
+    """Whether Hopper's ``wgmma`` multiplies tiles of this configuration, which needs x shuffled (layout.py)."""
     return _capability(device)[0] == 9 and tiling.SLICES == 1
 
 
 def _split(programs: int, chunks: int, tiling: Tiling, device: torch.device) -> int:
-    """How many programs share one tile's K: a power of two that gives every processor work, if K is long enough."""
+    """The number of programs that share a tile's K: a power of two that occupies all processors if K is long enough."""
     split = 1
-    # The largest tiles fill a processor's registers alone; smaller ones hide each other's waiting for memory.
+    # A largest tile fills a processor's registers by itself. Of smaller ones two fit, and one computes while the other
+    # waits for memory.
     wanted = processors(device) * (2 if tiling.SLICES == 1 and tiling.BM < 128 else 1)
     while programs * split * 2 <= wanted and chunks >= split * 2 * tiling.SLICES * tiling.CHUNKS * 2:
         split *= 2
@@ -97,14 +106,14 @@ def _split(programs: int, chunks: int, tiling: Tiling, device: torch.device) -> 
 
 
 def _parts(dtype: torch.dtype, mx: bool) -> int:
-    """How many terms x is taken apart into so that its products with the decoded weight are exact."""
+    """The number of terms that x is split into so that its products with the decoded weight are exact."""
     if dtype == torch.float32:
         return 3
     return 2 if dtype == torch.float16 and mx else 1
 
 
 class _Launch(NamedTuple):
-    """How the rows of a call are cut into tiles."""
+    """The grid of a launch, and the number of experts in it (0 for a plain matmul)."""
 
     grid: tuple[int, int, int]
     experts: int
@@ -131,12 +140,12 @@ def _launch(rows: int, k: int, x: Tensor, weight: Tensor, out_features: int, til
 
 
 def _rows_a_matrix(rows: int, weight: Tensor, grouped: bool) -> int:
-    """Rows that a matrix can expect: with larger tiles those of experts would mostly be empty."""
+    """The rows that each matrix can expect; larger tiles would leave those of experts mostly empty."""
     return triton.cdiv(rows, weight.shape[0]) if grouped else rows
 
 
 def _summed(partial: Tensor, out: Tensor) -> Tensor:
-    """``out``, into which partial sums ``[SPLIT, T, N]`` are added, unless it already holds the result itself."""
+    """``out``, after the partial sums ``[SPLIT, T, N]`` are added into it, if there are any."""
     if partial is not out:
         count, block = out.numel(), 1024
         add_partial_sums[(triton.cdiv(count, block),)](partial, out, count, partial.shape[0], block, num_warps=4)
@@ -156,9 +165,9 @@ def _product(
     dtype: torch.dtype,
     tiling: Tiling,
 ) -> Tensor:
-    """x ``[T, K]`` contiguous against packed weights -> ``[T, N]`` in ``dtype``, times the float64 ``x_unit``.
+    """x ``[T, K]`` contiguous times packed weights -> ``[T, N]`` in ``dtype``, times the float64 ``x_unit``.
 
-    x is shuffled where ``shuffles`` says so.
+    x must be shuffled where :func:`shuffles` says so.
     """
     rows, k = x.shape
     out = torch.empty(rows, out_features, dtype=dtype, device=x.device)
@@ -190,7 +199,24 @@ def scaled_product(
     x_unit: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The same for activations as interleaved codes ``[T, K/2]`` and scale bytes ``[T, K/B]``, multiplied as FP4."""
+    """Quantized activations times packed weights, on tensor cores that multiply FP4.
+
+    Args:
+        codes: uint8 ``[T, K/2]``, interleaved as in layout.py.
+        scales: uint8 ``[T, K/B]``.
+        weight: packed weight.
+        weight_scale: packed scales.
+        global_scale: float64 of the weight, ``[]`` or ``[E]``; None for none.
+        format: the name of the format.
+        bias: ``[N]`` or ``[E, N]``; None for none.
+        offsets: int32 ``[E + 1]`` of experts; None for a single matrix.
+        out_features: N.
+        x_unit: float64 global scale of the activations, ``[1]`` or ``[T]``; None for 1.
+        dtype: the dtype of the result.
+
+    Returns:
+        ``[T, N]`` in ``dtype``.
+    """
     rows, k = codes.shape[0], codes.shape[1] * 2
     out = torch.empty(rows, out_features, dtype=dtype, device=codes.device)
     mx, grouped = layout.IS_MX[format], offsets is not None
@@ -238,7 +264,7 @@ def linear(
     out_features: int,
     rotation: Tensor | None = None,
 ) -> Tensor:
-    """W4A16: x ``[..., K]`` in its own precision against packed weights."""
+    """``ops.linear`` (W4A16): x ``[..., K]``, left unquantized, times a packed weight."""
     return _weight_only(x, weight, weight_scale, global_scale, format, bias, None, out_features, rotation)
 
 
@@ -253,7 +279,10 @@ def grouped_linear(
     out_features: int,
     rotation: Tensor | None = None,
 ) -> Tensor:
-    """W4A16 over experts; only weights of experts that have rows are read, and nothing waits for the device."""
+    """``ops.grouped_linear`` (W4A16): each row of x ``[T, K]`` times the weight of its expert.
+
+    Only the weights of experts that have rows are read, and the host never waits for the device.
+    """
     return _weight_only(x, weight, weight_scale, global_scale, format, bias, offsets, out_features, rotation)
 
 
@@ -270,8 +299,11 @@ def _quantized(
     input_global_scale: Tensor | None,
     rule: str,
 ) -> Tensor:
-    """Activations are quantized to FP4, and multiplied as such where the hardware does; elsewhere as the bfloat16
-    numbers that E2M1 x block scale are, exactly."""
+    """x quantized to FP4 times a packed weight.
+
+    Where the hardware multiplies FP4, x stays in it. Elsewhere its values, E2M1 x block scale, are multiplied as
+    bfloat16, which holds each of them exactly.
+    """
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if not flat.numel():
         return x.new_empty(*x.shape[:-1], out_features)
@@ -308,7 +340,7 @@ def linear_quantized(
     input_global_scale: Tensor | None,
     rule: str,
 ) -> Tensor:
-    """W4A4: x ``[..., K]`` is rotated and quantized first."""
+    """``ops.linear_quantized`` (W4A4): x ``[..., K]``, rotated and quantized, times a packed weight."""
     return _quantized(
         x, weight, weight_scale, global_scale, format, bias, None, out_features, rotation, input_global_scale, rule
     )
@@ -327,11 +359,11 @@ def grouped_linear_quantized(
     input_global_scale: Tensor | None,
     rule: str,
 ) -> Tensor:
-    """W4A4 over experts; ``input_global_scale`` is one number or one an expert."""
+    """``ops.grouped_linear_quantized`` (W4A4); ``input_global_scale`` is one number or one an expert."""
     if input_global_scale is not None and input_global_scale.numel() > 1:
         input_global_scale = input_global_scale[expert_of_rows(x, offsets)]
     elif input_global_scale is None and format_named(format).needs_global_scale:
-        # Rows that no expert has must not reach the largest magnitude.
+        # Rows that belong to no expert must not count in the largest magnitude.
         row = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
         x = x.masked_fill((row >= offsets[-1])[:, None], 0.0)
     return _quantized(

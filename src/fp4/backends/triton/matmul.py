@@ -1,10 +1,12 @@
 """The matrix product with packed weights: decoded in registers, multiplied by tensor cores, summed in float32.
 
-One kernel serves a single row and thousands. A program multiplies a tile of weight rows by a tile of x; for few rows of
-x its warps each take a slice of K (``SLICES``), and for few rows of weight several programs do (``SPLIT``), whose
-partial sums a second kernel adds in a fixed order. Nothing is atomic, so results do not change from run to run.
+The same kernel serves one row of x and thousands. A program multiplies a tile of weight rows by a tile of x. For few
+rows of x, each warp of a program takes a slice of K (``SLICES``). For few rows of weight, several programs share K
+(``SPLIT``), and a second kernel adds their partial sums in a fixed order. No operation is atomic, so results do not
+change from run to run.
 
-The weight is the left operand, because its decoded values are then in the registers that hold a left operand.
+The weight is the left operand, because decoding leaves its values in the registers that the tensor cores read a left
+operand from.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ import triton.language as tl
 
 from fp4.backends.triton.codec import INTERPRETED, dot, dot_split, narrow, widen
 
-# Tiles of x that are multiplied with one tile of weights before the next.
+# The number of tiles of x that are multiplied by one tile of weights before the next one.
 SPAN = tl.constexpr(8)
 
 
 @triton.jit
 def _times_packed(a, b, dtype: tl.constexpr):
-    """Product of the two 16-bit floats in each word of a and b; exact by the choice of operands in ``_decode``."""
+    """The products of the two 16-bit floats in each word of a and b, exact for the operands that ``_decode`` has."""
     if INTERPRETED:
         low = widen((a & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True))
         low *= widen((b & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True))
@@ -29,7 +31,7 @@ def _times_packed(a, b, dtype: tl.constexpr):
         low_bits = narrow(low, dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
         return low_bits | (narrow(high, dtype).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
     elif dtype == tl.bfloat16:
-        # Compute capability 8.0 multiplies pairs of bfloat16 only in a fused multiply-add; -0 leaves every product be.
+        # Compute capability 8.0 multiplies pairs of bfloat16 only in a fused multiply-add; adding -0 changes nothing.
         return tl.inline_asm_elementwise(
             "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }",
             "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1,
@@ -42,13 +44,13 @@ def _times_packed(a, b, dtype: tl.constexpr):
 
 @triton.jit
 def _decode_pair(words, scale, PAIR: tl.constexpr, MX: tl.constexpr, dtype: tl.constexpr):
-    """Codes 2 PAIR and 2 PAIR + 1 of each word times their block scale, two floats a word."""
+    """The values of codes 2 PAIR and 2 PAIR + 1 of each word, times their block scale: two 16-bit floats a word."""
     top = words << (12 - 4 * PAIR)
     if dtype == tl.float16:
         pair = (top & 0x80008000) | ((top >> 3) & 0x0E000E00)
     else:
         pair = (top & 0x80008000) | ((top >> 6) & 0x01C001C0)
-        if MX:  # to the true values, since a scale of any exponent follows
+        if MX:  # E8M0 scales can have any exponent, so the values must have their true size before
             pair = _times_packed(pair, tl.full(pair.shape, 0x7E807E80, tl.uint32), dtype)
     return _times_packed(pair, scale, dtype)
 
@@ -57,14 +59,14 @@ def _decode_pair(words, scale, PAIR: tl.constexpr, MX: tl.constexpr, dtype: tl.c
 def _decode(
     words, scale_bytes, shape: tl.constexpr, MX: tl.constexpr, SHUFFLED: tl.constexpr, dtype: tl.constexpr
 ):  # fmt: skip
-    """Weight values in ``dtype``, ``[L, 16, columns]``: words ``[L, 256 C]`` and scales ``[L, C, 32, 8]`` of C chunks.
+    """The weight values in ``dtype`` of C chunks: words ``[L, 256 C]`` and scales ``[L, C, 32, 8]`` -> ``shape``.
 
-    SHUFFLED: columns in the order of ``layout.shuffle``.
+    ``shape`` holds ``[L, 16, columns]``. SHUFFLED orders columns as Hopper's ``wgmma`` needs them (layout.py).
 
     A code's three bits of magnitude, put at the boundary of a 16-bit float's exponent and mantissa, are its E2M1 value
-    times 2**-14 (float16) or 2**-126 (bfloat16); subnormals make 0.5 come out right. Scales carry a power of two that
-    keeps the product in range, so that every result is exact: the value times 2**-7 (NVFP4 in float16), 2**-8 (NVFP4
-    in bfloat16) or 1 (MXFP4, bfloat16 only).
+    times 2**-14 (float16) or 2**-126 (bfloat16). The value 0.5 comes out as a subnormal, which is right as well. The
+    scales are multiplied by a power of two that keeps every product in range and therefore exact. The results are the
+    weight's values times 2**-7 (NVFP4 in float16), 2**-8 (NVFP4 in bfloat16) or 1 (MXFP4, bfloat16 only).
     """
     L: tl.constexpr = words.shape[0]
     C: tl.constexpr = scale_bytes.shape[1]
@@ -76,7 +78,7 @@ def _decode(
         both = scale_bytes.to(tl.uint32) * 0x00800080
         both = _times_packed(both, tl.full(both.shape, 0x78007800, tl.uint32), dtype)  # 2**15
     else:
-        # In a bfloat16 they are its value times 2**-120; 2**127 and 2**111 make that 2**118.
+        # The bits of E4M3 in a bfloat16 are its value times 2**-120. Factors of 2**127 and 2**111 make that 2**118.
         both = scale_bytes.to(tl.uint32) * 0x00100010
         both = _times_packed(both, tl.full(both.shape, 0x7F007F00, tl.uint32), dtype)
         both = _times_packed(both, tl.full(both.shape, 0x77007700, tl.uint32), dtype)
@@ -98,7 +100,7 @@ def _decode(
 
 @triton.jit
 def rows_of_tile(offsets, tile, experts, BM: tl.constexpr, BE: tl.constexpr):
-    """Which expert tile number ``tile`` of BM rows belongs to, and its first row and the expert's end."""
+    """The expert of tile number ``tile`` of BM rows, the tile's first row, and the end of the expert's rows."""
     e = tl.arange(0, BE)
     start = tl.load(offsets + e, mask=e < experts, other=0)
     end = tl.load(offsets + e + 1, mask=e < experts, other=0)
@@ -113,10 +115,10 @@ def rows_of_tile(offsets, tile, experts, BM: tl.constexpr, BE: tl.constexpr):
 
 @triton.jit
 def near_tiles(SPAN: tl.constexpr):
-    """Numbers of the tiles of weight rows and of x rows that a program takes.
+    """The numbers of the tile of weight rows and of the tile of x rows that a program takes.
 
-    Programs that run at the same time take SPAN tiles of x for each tile of weights, so that both come from the
-    second-level cache most of the time.
+    Programs that run at the same time take SPAN tiles of x for each tile of weights, so that both are mostly found in
+    the second-level cache.
     """
     across, down = tl.num_programs(0), tl.num_programs(1)
     i = tl.program_id(1) * across + tl.program_id(0)
@@ -128,9 +130,9 @@ def near_tiles(SPAN: tl.constexpr):
 
 @triton.jit
 def tiles_of_program(offsets, rows, experts, BM: tl.constexpr, BE: tl.constexpr):
-    """A program's tile of weight rows, the expert it is of, and the first row of its tile of x and the end of its rows.
+    """A program's tile of weight rows, its expert, the first row of its tile of x, and the end of the expert's rows.
 
-    Programs beyond the last expert's tiles get the number of experts, and nothing to do.
+    Programs beyond the last expert's tiles get the number of experts as their expert, and have nothing to do.
     """
     if offsets is None:
         tile, x_tile = near_tiles(SPAN)
@@ -144,7 +146,7 @@ def tiles_of_program(offsets, rows, experts, BM: tl.constexpr, BE: tl.constexpr)
 def finish(
     total, unit, x_unit, bias, out, expert, tile, row, rows, here, N, UNIT_BY_ROW: tl.constexpr, SPLIT: tl.constexpr
 ):  # fmt: skip
-    """Write float32 sums ``[weight rows, x rows]`` times the global scales, plus bias, to ``out[row, n]``.
+    """Write the float32 sums ``total [weight rows, x rows]`` times the global scales, plus bias, to ``out[row, n]``.
 
     ``tile`` is the number of the tile of weight rows.
     """
@@ -174,10 +176,10 @@ def multiply(
 ):  # fmt: skip
     """``out = (x @ weight.T) * unit * x_unit + bias`` for a tile of BM rows of x and PANELS panels of weight.
 
-    Grid: tiles of weight rows, tiles of x rows, SPLIT. x ``[rows, K]`` contiguous, SHUFFLED or not; weight as uint32
-    words and scales as bytes, of layout.py. PARTS is the number of bfloat16 terms x is taken apart into (1: x has the
-    weight's dtype). With ``offsets`` (BE experts at most) a tile belongs to one expert. Where SPLIT > 1, out is float32
-    ``[SPLIT, rows, N]``.
+    The axes of the grid are the tiles of weight rows, the tiles of x rows, and SPLIT. x ``[rows, K]`` is contiguous,
+    SHUFFLED or not. The weight is given as uint32 words and the scales as bytes, both in the order of layout.py. PARTS
+    is the number of bfloat16 terms that x is split into; for 1, x has the weight's dtype. With ``offsets``, of at most
+    BE experts, a tile belongs to one expert. Where SPLIT > 1, ``out`` is float32 ``[SPLIT, rows, N]``.
     """
     dtype: tl.constexpr = tl.float16 if PARTS == 1 and x.dtype.element_ty == tl.float16 else tl.bfloat16
     SCALES: tl.constexpr = 64 if MX else 128  # bytes a chunk
@@ -193,9 +195,9 @@ def multiply(
         weight += expert.to(tl.int64) * panels * chunks * 256
         weight_scale += expert.to(tl.int64) * panels * scale_stride
 
-    # Slices of K, whole steps of CHUNKS chunks each; the last ones may be short or empty.
+    # Each slice of K is a whole number of steps of CHUNKS chunks; the last slices may be short or empty.
     steps = tl.cdiv(tl.cdiv(chunks, CHUNKS), SPLIT * SLICES)
-    # A path around the loop would make the assembler wait for each of Hopper's asynchronous products.
+    # If the loop could be skipped, the assembler would wait for each of Hopper's asynchronous products.
     tl.assume(steps > 0)
     i = tl.arange(0, L)
     panel = tile * PANELS + i % PANELS
@@ -225,7 +227,7 @@ def multiply(
         acc = tl.zeros((SLICES, BN, BM), tl.float32)
 
     for step in range(0, steps):
-        left = tl.where(panel < panels, chunks - begin - step * CHUNKS, 0)  # chunks that are really there
+        left = tl.where(panel < panels, chunks - begin - step * CHUNKS, 0)  # the chunks not yet read
         words = tl.load(words_at + step * (CHUNKS * 256), mask=word[None, :] < left[:, None] * 256, other=0)
         inside = in_chunk[None, :, None, None] < left[:, None, None, None]
         scale_bytes = tl.load(scales_at + step * (CHUNKS * SCALES), mask=inside, other=0)
@@ -244,7 +246,7 @@ def multiply(
             acc = dot_split(decoded, values, acc, PARTS)
 
     total = acc if SLICES == 1 else tl.sum(acc, 0)
-    if not MX:  # what _decode left out
+    if not MX:  # the power of two that _decode left out
         total *= 128.0 if dtype == tl.float16 else 256.0
     finish(total, unit, x_unit, bias, out, expert, tile, row, rows, here, N, UNIT_BY_ROW, SPLIT)
 

@@ -1,4 +1,4 @@
-"""Quantize, dequantize, and what W4A4 does to activations: rotate and quantize in one pass, by any rule."""
+"""Kernels that quantize and dequantize by any rule, and that rotate and quantize activations in one pass."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from fp4.backends.triton.largest_magnitude import (
 from fp4.numerics.formats import Format, format_named
 from fp4.numerics.rotation import rotate as rotation_by_torch
 
-# What the quantization kernel writes.
+# The quantization kernel writes one of these.
 CANONICAL = tl.constexpr(0)  # codes and scales
-INTERLEAVED = tl.constexpr(1)  # the same, eight codes a word in the order of layout.py
+INTERLEAVED = tl.constexpr(1)  # codes and scales, the codes of each word in the order of layout.py
 VALUES = tl.constexpr(2)  # E2M1 x block scale as bfloat16, which holds every such product exactly
 ROTATED = tl.constexpr(3)  # x @ rotation, rounded to the output's dtype, not quantized
 
@@ -48,7 +48,7 @@ def _quantize_tile(
     MX: tl.constexpr, RULE: tl.constexpr, MODE: tl.constexpr, SHUFFLED: tl.constexpr, H: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Tile number ``tile`` of _quantize."""
+    """Quantize tile number ``tile`` of the matrix that _quantize is given."""
     row = tile // across * BR + tl.arange(0, BR)
     column = tile % across * BC + tl.arange(0, BC)
     value = load_rotated(x, rotation, parts, row, column, rows, K, H)
@@ -73,7 +73,7 @@ def _quantize_tile(
             block = tile % across * C + tl.arange(0, C)
             at = row.to(tl.int64)[:, None] * (K // B) + block[None, :]
             tl.store(scales + at, byte.to(tl.uint8), mask=(row < rows)[:, None] & (block < K // B)[None, :])
-            # Eight codes a word, the first in the lowest nibble, or even ones before odd ones.
+            # A word holds eight codes, the first in the lowest nibble, or even ones before odd ones if interleaved.
             i = tl.arange(0, 8)
             nibble = i % 2 * 4 + i // 2 if MODE == INTERLEAVED else i
             eights = tl.reshape(code.to(tl.uint32), (BR, BC // 8, 8)) << (nibble * 4).to(tl.uint32)[None, None, :]
@@ -89,11 +89,12 @@ def _quantize(
     MX: tl.constexpr, RULE: tl.constexpr, MODE: tl.constexpr, SHUFFLED: tl.constexpr, H: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """x ``[rows, K]`` under ``unit[row // rows_per_unit]``, or under the amax in ``partial`` [P].
+    """Quantize x ``[rows, K]`` under ``unit[row // rows_per_unit]``, or under a scale from the amax in ``partial [P]``.
 
-    Programs share the tiles, but with the largest rotation, whose parts would be held through the loop: one each.
+    Programs share the tiles. With the largest rotation each program takes only one, since registers could not hold the
+    parts of that rotation through a loop.
 
-    Values, rather than codes, are written in rows of ``width``, zeros beyond K.
+    Values, in contrast to codes, are written in rows of ``width``, with zeros beyond K.
     """
     ONE_EACH: tl.constexpr = H == 128
     across = tl.cdiv(K, BC)
@@ -144,14 +145,14 @@ def _dequantize(codes, scales, unit, out, rows, K, rows_per_unit, MX: tl.constex
 
 
 def _units(global_scale: Tensor | None, rows: int) -> tuple[Tensor | None, int]:
-    """Global scales, one a matrix, as the kernels read them, and how many rows share one."""
+    """The global scales of matrices as the kernels read them, and the number of rows that share one."""
     if global_scale is None:
         return None, 1
     return global_scale.contiguous(), max(1, rows // max(1, global_scale.numel()))
 
 
 def quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> tuple[Tensor, Tensor]:
-    """``Format.quantize`` under a given global scale: codes and scales in canonical form, the same bits."""
+    """``ops.quantize``: canonical codes and scales of x ``[..., N, K]``, with the reference's bits."""
     fmt = format_named(format)
     k, rows = x.shape[-1], x.shape[:-1].numel()
     codes = torch.empty(*x.shape[:-1], k // 2, dtype=torch.uint8, device=x.device)
@@ -169,7 +170,7 @@ def quantize(x: Tensor, global_scale: Tensor | None, format: str, rule: str) -> 
 
 
 def dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
-    """``Format.dequantize``: the values ``[..., N, K]``, the same bits."""
+    """``ops.dequantize``: the values ``[..., N, K]`` of canonical codes and scales, with the reference's bits."""
     k, rows = codes.shape[-1] * 2, codes.shape[:-1].numel()
     out = torch.empty(*codes.shape[:-1], k, dtype=dtype, device=codes.device)
     unit, rows_per_unit = _units(global_scale, rows)
@@ -183,17 +184,26 @@ def dequantize(codes: Tensor, scales: Tensor, global_scale: Tensor | None, forma
 
 
 def _fits(group: int) -> bool:
-    """Whether a rotation of this size is one that the tensor cores' tiles divide."""
+    """Whether the kernels can apply a rotation of this size on the tensor cores."""
     return group in (16, 32, 64, 128)
 
 
 def _width(k: int, shuffled: bool) -> int:
-    """Columns of values: K, or whole units of shuffling."""
+    """The columns of a row of values: K, rounded up to whole groups of columns if they are shuffled."""
     return triton.cdiv(k, layout.SHUFFLE) * layout.SHUFFLE if shuffled else k
 
 
 def rotate(x: Tensor, rotation: Tensor | None, shuffled: bool = False) -> Tensor:
-    """x ``[T, K]`` contiguous, times the rotation in groups, rounded to x.dtype: ``[T, K]``, or wider if shuffled."""
+    """x rotated, and shuffled if Hopper's ``wgmma`` needs that.
+
+    Args:
+        x: contiguous, ``[T, K]``.
+        rotation: float32 ``[h, h]``; None for no rotation.
+        shuffled: whether to order columns as layout.py describes.
+
+    Returns:
+        ``[T, K]`` in x.dtype, or wider if shuffled.
+    """
     if rotation is not None and not _fits(rotation.shape[0]):
         x = rotation_by_torch(x, rotation).to(x.dtype)
         rotation = None
@@ -221,17 +231,21 @@ def quantize_activation(
     shuffled: bool = False,
     offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What W4A4 multiplies: x ``[T, K]`` contiguous, rotated and quantized.
+    """Activations rotated and quantized, as W4A4 matmuls take them.
 
     Args:
-        global_scale: float64, one or one a row; None takes it from x (NVFP4) or does without (MXFP4).
+        x: contiguous, ``[T, K]``.
+        fmt: the format to quantize to.
+        rotation: float32 ``[h, h]``; None for no rotation.
+        global_scale: float64, one number or one a row. None takes it from x for NVFP4, and means none for MXFP4.
+        rule: how block scales are chosen.
         mode: ``VALUES`` or ``INTERLEAVED``.
-        shuffled: the order of values.
-        offsets: of experts; rows that none of them has do not count in a global scale that is taken from x.
+        shuffled: whether to order the columns of values as layout.py describes.
+        offsets: int32 ``[E + 1]`` of experts; rows that belong to none do not count in a global scale taken from x.
 
     Returns:
-        bfloat16 values ``[T, K]`` (wider if shuffled) or codes ``[T, K/2]``, scales ``[T, K/B]`` where there are codes,
-        and the float64 global scale ``[1]`` or ``[T]`` by which both are yet to be multiplied (None: 1).
+        bfloat16 values ``[T, K]`` (wider if shuffled) or codes ``[T, K/2]``; scales ``[T, K/B]`` for codes, else None;
+        and the float64 global scale ``[1]`` or ``[T]`` by which the caller must still multiply, None for 1.
     """
     rows, k = x.shape
     if rotation is not None and not _fits(rotation.shape[0]):

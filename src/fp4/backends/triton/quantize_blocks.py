@@ -1,9 +1,9 @@
-"""Quantizing where it has to be fast: by abs_max, under one scale for the whole tensor, a whole block in each thread.
+"""The fast quantization kernel for activations: rule abs_max, at most one global scale, and one block per thread.
 
-A block's largest magnitude and its scale are then found once, without exchange between threads. The tensor is read as
-one row of blocks, so a program has no rows or columns to count. A rotation is a product on the tensor cores with four
-blocks or more beside each other on a diagonal, whose columns are permuted so that a thread's sums are whole blocks:
-of each eight columns of a product, thread t of four holds 2 t and 2 t + 1.
+Since a thread holds a whole block, it finds the largest magnitude and the scale without exchanging data with others.
+The tensor is read as one row of blocks, so a program need not compute rows and columns. A rotation is a product on the
+tensor cores with a block-diagonal matrix that repeats the rotation. Of each eight columns of such a product, thread t
+of four holds columns 2 t and 2 t + 1, so the matrix's columns are permuted to give each thread whole blocks of sums.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROTATIONS = (16, 32, 64, 128)
 
 @triton.jit
 def _load_pieces(at, inside, P: tl.constexpr):
-    """``[C, P * E]`` from P pieces of E neighbours, ``at`` ``[C, E]`` being the first ones: a row to a thread."""
+    """Load rows ``[C, P * E]``, one to a thread, in P pieces of E neighbours, of which ``at [C, E]`` are the first."""
     C: tl.constexpr = at.shape[0]
     E: tl.constexpr = at.shape[1]
     if P == 1:
@@ -51,11 +51,11 @@ def _load_pieces(at, inside, P: tl.constexpr):
 
 @triton.jit
 def _load_blocks(x, first, left, C: tl.constexpr, B: tl.constexpr):
-    """float32 ``[C, B]``: C blocks of x from number ``first`` on, of which ``left`` are there."""
+    """Load C blocks of x from number ``first`` on, of which ``left`` exist: float32 ``[C, B]``."""
     block = tl.arange(0, C)[:, None]
     inside = block < left
     if x.dtype.element_ty == tl.bfloat16 and not INTERPRETED:
-        # Two values in a word are taken apart by a shift and a mask.
+        # A word holds two values, which a shift and a mask turn into float32.
         at = x.to(tl.pointer_type(tl.uint32)) + first * (B // 2) + block * (B // 2) + tl.arange(0, 4)[None, :]
         words = _load_pieces(at, inside, B // 8)
         return tl.reshape(tl.join(words << 16, words & 0xFFFF0000), (C, B)).to(tl.float32, bitcast=True)
@@ -67,7 +67,7 @@ def _load_blocks(x, first, left, C: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def _is_plain(rotation, unit, H: tl.constexpr):
-    """Whether the rotation ``[H, H]`` is signs (or zeros) times ``unit``, as Hadamard's and the identity are."""
+    """Whether the rotation ``[H, H]`` holds only 0 and +-``unit``, as Hadamard matrices and the identity do."""
     wrong = tl.zeros((16, H), tl.int32)
     at = rotation + tl.arange(0, 16)[:, None] * H + tl.arange(0, H)[None, :]
     for row in range(0, H, 16):
@@ -78,7 +78,7 @@ def _is_plain(rotation, unit, H: tl.constexpr):
 
 @triton.jit
 def _load_rotation(rotation, k, factor, H: tl.constexpr, D: tl.constexpr):
-    """Rows k of rotations ``[H, H]`` on a diagonal ``[D, D]``, times ``factor``, columns in the order of sums."""
+    """Rows k of the block-diagonal matrix ``[D, D]`` of rotations ``[H, H]``, times ``factor``, columns permuted."""
     n = tl.arange(0, D)[None, :]
     column = n % 8 // 2 * (D // 4) + n // 8 * 2 + n % 2
     k = k[:, None]
@@ -90,8 +90,8 @@ def _rotate_blocks(
     x, rotation, signs, first, left,
     LINES: tl.constexpr, H: tl.constexpr, D: tl.constexpr, B: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """float32 ``[LINES * D / B, B]``: LINES lines of D columns of x times the rotation, or if PLAIN its signs."""
-    # Reading the last line again in place of those that are not there needs no mask.
+    """LINES lines of D columns of x, times the rotation or (if PLAIN) its signs: float32 ``[LINES * D / B, B]``."""
+    # Lines beyond the end are replaced by the last line, so that the load needs no mask.
     at = x + first * D + tl.minimum(tl.arange(0, LINES), left - 1)[:, None] * D
     acc = tl.zeros((LINES, D), tl.float32)
     if PLAIN:
@@ -111,9 +111,10 @@ def _larger(a, b):
 
 @triton.jit
 def _mx_block(blocks, factor):
-    """Scale bytes ``[C]``, what round_to_codes returns ``[C, B]``, and where a value is NaN ``[C]``.
+    """Quantize ``blocks [C, B]`` times ``factor`` (a number, or None for 1) to MXFP4.
 
-    Of ``blocks * factor``, factor being a number, or None for 1.
+    The results are the scale bytes ``[C]``, the codes as round_to_codes returns them ``[C, B]``, and whether a block
+    holds a NaN ``[C]``.
     """
     amax = tl.reduce(tl.abs(blocks), 1, _larger)
     if factor is not None:
@@ -130,7 +131,10 @@ def _mx_block(blocks, factor):
 
 @triton.jit
 def _nv_block(blocks, factor, unit, high, low, USUAL: tl.constexpr, FP8: tl.constexpr):
-    """The same under a global scale ``unit`` float64, of which 1 / (6 unit) is ``high + low`` if USUAL."""
+    """Quantize as _mx_block does to NVFP4, under the float64 global scale ``unit``.
+
+    If USUAL, ``high + low`` is 1 / (6 unit).
+    """
     unit32 = unit.to(tl.float32)
     amax = tl.reduce(tl.abs(blocks), 1, _larger)
     if factor is not None:
@@ -149,8 +153,8 @@ def _nv_block(blocks, factor, unit, high, low, USUAL: tl.constexpr, FP8: tl.cons
         value = e4m3_value(byte)
     effective = (value.to(tl.float64) * unit).to(tl.float32)
     if not USUAL:
-        # Both sides of the quotient times a power of two, so that no reciprocal or remainder leaves the normal numbers;
-        # a scale that underflowed or overflowed leaves only signs.
+        # Both sides of the quotient are multiplied by a power of two, so that no reciprocal or remainder leaves the
+        # range of normal numbers. Where a scale underflowed or overflowed, the codes are zeros with signs.
         shift = tl.where(unit32 < 1.0, 2.0**96, 2.0**-96)
         usable = (effective > 0.0) & (effective < float("inf"))
         blocks *= tl.where(usable, shift, 0.0)[:, None]
@@ -158,7 +162,7 @@ def _nv_block(blocks, factor, unit, high, low, USUAL: tl.constexpr, FP8: tl.cons
     if factor is not None:
         effective *= 1.0 / factor
     high, low = reciprocal(effective)
-    # Saturated before the division, which keeps infinity out of it.
+    # Values saturate before the division, so that none of them is infinite in it.
     top = tl.minimum(tl.abs(blocks), (effective * 6.0)[:, None])
     quotient = quotient_by(top, effective[:, None], high[:, None], low[:, None])
     is_nan = amax != amax
@@ -171,7 +175,7 @@ def _quantize_tiles(
     MX: tl.constexpr, H: tl.constexpr, INTERLEAVE: tl.constexpr, FP8: tl.constexpr, LINES: tl.constexpr,
     B: tl.constexpr, D: tl.constexpr, USUAL: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of one program of quantize_blocks. USUAL: a plain rotation, a global scale far from the limits."""
+    """Quantize the tiles of a program. USUAL means a plain rotation and a global scale far from float32's limits."""
     EACH: tl.constexpr = D // B  # blocks of a line
     C: tl.constexpr = LINES * EACH
     W: tl.constexpr = B // 8
@@ -200,10 +204,11 @@ def quantize_blocks(
     x, rotation, unit, partial, taken_unit, codes, scales, blocks, P,
     MX: tl.constexpr, H: tl.constexpr, INTERLEAVE: tl.constexpr, FP8: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """x, ``blocks`` blocks one after the other, to words of codes and bytes of scales; programs share the tiles.
+    """Quantize x, which is ``blocks`` consecutive blocks, to words of codes and bytes of scales.
 
-    Under ``unit``, or under the amax in ``partial`` [P], which the first program writes to ``taken_unit``. A line is
-    what one product with the rotation takes, or a block. FP8: the GPU converts to E4M3.
+    The global scale is ``unit``, or follows from the amax in ``partial [P]``; the first program then writes it to
+    ``taken_unit``. Programs share the tiles, each of LINES lines. A line is the columns that one product with the
+    rotation takes, or one block if there is no rotation. FP8 says that the GPU can convert to E4M3 itself.
     """
     B: tl.constexpr = 32 if MX else 16
     D: tl.constexpr = B if H == 0 else (H if H > 4 * B else 4 * B)
@@ -238,7 +243,15 @@ def quantize_blocks(
 
 
 def takes(x: Tensor, fmt: Format, rotation: Tensor | None, global_scale: Tensor | None, rule: str) -> bool:
-    """Whether :func:`run` quantizes x ``[..., K]``; no global scale means 1 (MXFP4), or one taken from x (NVFP4)."""
+    """Whether :func:`run` can quantize an activation.
+
+    Args:
+        x: ``[..., K]``.
+        fmt: the format to quantize to.
+        rotation: ``[h, h]``; None for no rotation.
+        global_scale: float64. None means none for MXFP4, and one that is taken from x for NVFP4.
+        rule: how block scales are chosen.
+    """
     if rule != "abs_max" or (global_scale is not None and (layout.IS_MX[fmt.name] or global_scale.numel() > 1)):
         return False
     if rotation is None:
@@ -248,7 +261,7 @@ def takes(x: Tensor, fmt: Format, rotation: Tensor | None, global_scale: Tensor 
 
 
 def launch_of(fmt: Format, group: int) -> tuple[int, int, int]:
-    """Columns of a line, lines of a tile and warps of a program, for rotations of ``group`` (0: none)."""
+    """The columns of a line, the lines of a tile and the warps of a program, for rotations of ``group`` (0: none)."""
     columns = max(group, 4 * fmt.block_size) if group else fmt.block_size
     warps = 8 if columns == 128 else 4
     return columns, 16 * warps if group else 4096 // columns, warps
@@ -265,16 +278,21 @@ def run(
     scales: Tensor,
     interleave: bool,
 ) -> None:
-    """x ``[..., K]`` contiguous and not empty, rotated, to ``codes`` and ``scales`` of the same leading shape.
+    """Rotate and quantize x into ``codes`` and ``scales``.
 
     Args:
-        unit: global scale, float64, one number; None for MXFP4, and where it is taken from ``partial``.
-        partial: of x, rotated, as partial_magnitudes returns it.
-        taken_unit: float64, one number, where the global scale taken from ``partial`` is written.
-        interleave: order codes as layout.py does, not canonically.
+        x: contiguous and not empty, ``[..., K]``.
+        fmt: the format to quantize to.
+        rotation: float32 ``[h, h]``; None for no rotation.
+        unit: float64 global scale, one number; None for MXFP4, and where it is taken from ``partial``.
+        partial: the result of partial_magnitudes for x and the rotation; None where no global scale is taken from x.
+        taken_unit: float64, one number, to which the global scale taken from ``partial`` is written.
+        codes: uint8 ``[..., K/2]``, written to.
+        scales: uint8 ``[..., K/B]``, written to.
+        interleave: whether codes are ordered as in layout.py rather than canonically.
     """
     group = 0 if rotation is None else rotation.shape[0]
-    if x.data_ptr() % 16:  # a view from the middle of something; pairs of values are read as words
+    if x.data_ptr() % 16:  # x is a view at an unaligned address, and the kernel reads words of two values
         x = x.clone()
     columns, lines, warps = launch_of(fmt, group)
     fp8 = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 9)

@@ -1,7 +1,7 @@
-"""W4A4 by Blackwell's own FP4 tensor cores, through ``tl.dot_scaled``: codes and block scales go in as they are.
+"""W4A4 on Blackwell's FP4 tensor cores by ``tl.dot_scaled``, which takes codes and block scales as they are.
 
-Compiled for compute capabilities 10.0, 10.3, 11.0 (``tcgen05.mma ... block_scale``) and 12.0 (``mma.sync ...
-block_scale``) and checked for those instructions; not yet run on such a GPU.
+The kernel was compiled for compute capabilities 10.0, 10.3, 11.0 (``tcgen05.mma ... block_scale``) and 12.0
+(``mma.sync ... block_scale``) and checked for those instructions; not yet run on such a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CAPABILITIES = ((10, 0), (10, 3), (11, 0), (12, 0))
 
 @triton.jit
 def _values(codes, scales, MX: tl.constexpr):
-    """float32 ``[R, K]`` of bytes ``[R, K/2]`` and scales ``[R, K/B]``, in the order of the bytes' nibbles."""
+    """The values of code bytes ``[R, K/2]`` under scales ``[R, K/B]``, low nibbles first: float32 ``[R, K]``."""
     R: tl.constexpr = codes.shape[0]
     C: tl.constexpr = scales.shape[1]
     byte = codes.to(tl.int32)
@@ -49,7 +49,7 @@ def multiply_scaled(
 ):  # fmt: skip
     """``out = (x @ weight.T) * unit * x_unit + bias``; x as interleaved codes ``[rows, K/2]``, scales ``[rows, K/B]``.
 
-    Grid and the other arguments as ``matmul.multiply``; the weight too is given as bytes.
+    The grid and the other arguments are those of ``matmul.multiply``, but the weight is given as bytes.
     """
     B: tl.constexpr = 32 if MX else 16
     SCALES: tl.constexpr = 2048 // B  # bytes a chunk
@@ -82,7 +82,7 @@ def multiply_scaled(
         codes = tl.load(codes_at, mask=byte[None, :] < left * 1024, other=0)
         scales_at = weight_scale + (panel * scale_stride + chunk * SCALES)[:, None] + scale_byte[None, :]
         scales = tl.load(scales_at, mask=scale_byte[None, :] < left * SCALES, other=0)
-        # layout.py's order -> rows (r, g), columns (half, c, t) of words and (half, c, b) of blocks.
+        # This turns layout.py's order into rows (r, g), and columns (half, c, t) of words and (half, c, b) of blocks.
         codes = tl.permute(tl.reshape(codes, (PANELS, CHUNKS * 2, 8, 4, 2, 2, 4)), (0, 5, 2, 1, 4, 3, 6))
         scales = tl.permute(tl.reshape(scales, (PANELS, CHUNKS, 8, 32 // B, 2, 2, 2)), (0, 6, 2, 1, 4, 5, 3))
         at = chunk * 64 + in_codes
