@@ -21,9 +21,6 @@ from fp4.selection import float32_parameters
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 class LoadOp(ConversionOps):
     """Base class of operations that make the canonical parameters of one layer.
