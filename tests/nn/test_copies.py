@@ -12,6 +12,7 @@ import accelerate
 import pytest
 import torch
 from moe import make_moe
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -77,6 +78,8 @@ def test_a_copy_is_a_model_of_its_own(
 def test_accelerate_offloads_parameters_in_the_canonical_layout(
     to: str, llama: Path, token_ids: Tensor, tmp_path: Path
 ) -> None:
+    if to == "disk" and Version(accelerate.__version__) < Version("1.15"):
+        pytest.skip(f"accelerate {accelerate.__version__} cannot write 8-bit floating point to disk")
     config, device = FPQuantConfig(backend="reference"), torch.device("cpu")
     model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
     with torch.no_grad():
