@@ -32,7 +32,7 @@ def test_adapters_are_trained_saved_and_loaded(
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", use_dora=use_dora)).eval()
     if use_dora:
         magnitude = adapted.base_model.model.model.layers[0].mlp.up_proj.lora_magnitude_vector["default"].weight
-        torch.testing.assert_close(magnitude, layer.dequantize().norm(dim=1))
+        torch.testing.assert_close(magnitude, layer.dequantize(dtype).norm(dim=1).to(magnitude.dtype))
     with torch.no_grad():
         assert torch.equal(adapted(token_ids).logits, before)
     adapters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
