@@ -401,11 +401,11 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         initialize(model, new)
         self._keep(model, new)
 
-    def make_dense(self, model: PreTrainedModel, name: str) -> None:
-        """Replace the packed layer ``name`` by a dense, trainable one, and list it as unquantized."""
-        dense = self._dense(model.get_submodule(name), model.dtype)
-        model.set_submodule(name, dense.requires_grad_())
-        self._keep(model, [name])
+    def make_dense(self, model: PreTrainedModel, names: list[str]) -> None:
+        """Replace layers by dense, trainable ones, and list them as unquantized."""
+        for name in names:
+            model.set_submodule(name, self._dense(model.get_submodule(name), model.dtype).requires_grad_())
+        self._keep(model, names)
         self._equip(model)
 
     def _keep(self, model: PreTrainedModel, names: list[str]) -> None:
