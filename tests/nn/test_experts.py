@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 
-from fp4.nn import FP4Experts
+from fp4.nn import FP4Experts, FP4GroupedLinear
 from fp4.nn.expert_layout import layout_of
 from fp4.numerics.formats import MXFP4, NVFP4
 from fp4.scheme import Scheme
@@ -156,18 +156,23 @@ def test_compiles_without_graph_breaks_once_for_every_routing(scheme: Scheme) ->
     assert len(graphs) == 1
 
 
+def take_input_scale(projection: FP4GroupedLinear, scale: torch.Tensor) -> None:
+    projection.hold(projection.canonical(), scale)
+    projection.settle()
+
+
 def test_static_input_scales_are_those_of_each_expert() -> None:
     scheme = Scheme(NVFP4, activations="fp4")
     packed = pack(make_experts(), scheme)
     scales = torch.rand(EXPERTS, dtype=torch.float64) / 100 + 1e-3
     for projection in packed.packed().values():
-        projection.input_global_scale = nn.Parameter(scales, requires_grad=False)
+        take_input_scale(projection, scales)
     hidden, index, weights = routing(20, 1)
     found = packed(hidden, index, weights)
     for expert in range(EXPERTS):
         rows = index[:, 0] == expert
         for projection in packed.packed().values():
-            projection.input_global_scale = nn.Parameter(scales[expert].expand(EXPERTS), requires_grad=False)
+            take_input_scale(projection, scales[expert].repeat(EXPERTS))
         alone = packed(hidden[rows], index[rows], weights[rows])
         torch.testing.assert_close(found[rows], alone, rtol=1e-5, atol=1e-5)
 
@@ -175,8 +180,8 @@ def test_static_input_scales_are_those_of_each_expert() -> None:
 def test_state_dict_keeps_the_canonical_form_through_moves() -> None:
     packed = pack(make_experts(), WEIGHT_ONLY["nvfp4"])
     state = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
-    assert state["gate_up_proj.weight"].shape == (EXPERTS, 2 * INTERMEDIATE, HIDDEN // 2)
-    assert state["gate_up_proj.global_scale"].shape == (EXPERTS,)
+    assert state["gate_up_proj.packed_codes"].shape == (EXPERTS, 2 * INTERMEDIATE, HIDDEN // 2)
+    assert state["gate_up_proj.packed_global_scale"].view(torch.float64).shape == (EXPERTS, 1)
     other = pack(make_experts(), WEIGHT_ONLY["nvfp4"])
     other.load_state_dict(state)
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in state.items())

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fp4 import MXFP4, NVFP4, FPQuantConfig
 from fp4.nn import FP4GroupedLinear, FP4Linear
-from fp4.nn.packed_weight import frozen
 from fp4.numerics.formats import FP8
 from fp4.scheme import Scheme
 
@@ -50,7 +49,7 @@ def test_gradients_of_experts_are_those_of_each_experts_rows(name: str, backend:
     torch.manual_seed(0)
     packed = FP4GroupedLinear(3, 64, 37, SCHEMES[name], backend, torch.float32, "meta")
     for parameter, value in packed.round(torch.randn(3, 37, 64)).items():
-        setattr(packed, parameter, frozen(value))
+        setattr(packed, parameter, nn.Parameter(value, requires_grad=False))
     packed.settle()
     weights, bias = packed.dequantize(), torch.randn(3, 37, requires_grad=True)
     x = torch.randn(9, 64, requires_grad=True)

@@ -96,7 +96,7 @@ def test_wide_weights_run_on_every_backend_and_come_back(fmt: Format, backend: s
     assert found.format == fmt
     assert torch.equal(found.codes, expected.codes)
     assert torch.equal(found.scales.view(torch.uint8), expected.scales.view(torch.uint8))
-    assert module.state_dict()["weight_scale"].shape == (24, 192 // fmt.block_size)
+    assert module.state_dict()["packed_scales"].shape == (24, 192 // fmt.block_size)
     values = fmt.dequantize(*expected[:3])
     assert torch.equal(module.dequantize(), values)
     x = torch.randn(5, 192, requires_grad=True)
@@ -168,8 +168,8 @@ def test_a_new_format_is_one_class_and_one_row(fmt: Format, monkeypatch: pytest.
     for activations in ("model", "auto", "fp8", "fp4"):
         module = FP4Linear.from_linear(dense, Scheme(fmt, activations=activations))  # type: ignore[arg-type]
         assert module.backend is REFERENCE
-        assert module.weight.dtype == torch.float8_e4m3fn
-        assert module.weight_scale.shape == fmt.scale_shape((n, k))
+        assert module.codes.dtype == torch.float8_e4m3fn
+        assert module.scales.shape == fmt.scale_shape((n, k))
         values = module.dequantize()
         assert ((values - dense.weight.float()).abs() <= dense.weight.abs().max() * 2**-3).all()
         read = {"model": x.float(), "auto": x.float(), "fp8": FP8.fake_quantize(x), "fp4": fmt.fake_quantize(x)}

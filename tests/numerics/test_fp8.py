@@ -171,7 +171,7 @@ def test_weight_only_multiplies_the_dequantized_weight(dtype: torch.dtype) -> No
     assert torch.allclose(module(x).float(), expected, rtol=2**-7, atol=1e-3)
     assert module(x).dtype == dtype
     assert module.canonical().codes.shape == (40, 72)
-    assert module.weight.element_size() == 1
+    assert module.codes.element_size() == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -189,11 +189,11 @@ def test_w8a8_means_what_hardware_computes() -> None:
     """The reference against torch's own scaled_mm, which has a CPU implementation of the same contract."""
     module = FP4Linear.from_linear(linear(64, 32), Scheme(FP8, activations="fp8"), "reference")
     x = random(16, 64, dtype=torch.bfloat16)
-    arguments = (x, module.weight, module.weight_scale, None, "fp8", module.bias, 32, None, None, "abs_max")
+    arguments = (x, module.codes, module.scales, None, "fp8", module.bias, 32, None, None, "abs_max")
     native = torch.ops.fp4.scaled_mm_linear_quantized(*arguments)
     assert native.dtype == torch.bfloat16
     assert torch.allclose(native.float(), module(x).float(), rtol=2**-6, atol=2**-7)
-    stacked = (x, module.weight[None], module.weight_scale[None], None, "fp8", None, torch.tensor([0, 16]).int())
+    stacked = (x, module.codes[None], module.scales[None], None, "fp8", None, torch.tensor([0, 16]).int())
     grouped = torch.ops.fp4.scaled_mm_grouped_linear_quantized(*stacked, 32, None, None, "abs_max")
     assert module.bias is not None
     assert torch.allclose(grouped.float() + module.bias.float(), native.float(), rtol=2**-6, atol=2**-6)
@@ -223,7 +223,8 @@ def test_w4a8_is_the_weight_only_product_of_quantized_activations() -> None:
     assert module.bias is not None
     expected = (FP8.fake_quantize(x) @ module.dequantize().T + module.bias.float()).to(x.dtype)
     assert torch.allclose(module(x).float(), expected.float(), rtol=2**-7, atol=2**-8)
-    module.input_global_scale = nn.Parameter(torch.tensor(0.005, dtype=torch.float64), requires_grad=False)
+    module.hold(module.canonical(), torch.tensor(0.005, dtype=torch.float64))
+    module.settle()
     static = FP8.fake_quantize(x, global_scale=module.input_global_scale) @ module.dequantize().T + module.bias.float()
     assert torch.allclose(module(x).float(), static, rtol=2**-7, atol=2**-8)
     assert not torch.allclose(static, expected.float(), rtol=2**-7, atol=2**-8)
@@ -232,8 +233,8 @@ def test_w4a8_is_the_weight_only_product_of_quantized_activations() -> None:
 def test_casts_of_the_model_leave_the_packed_weight_alone() -> None:
     module = FP4Linear.from_linear(linear(), Scheme(FP8))
     module = module.to(torch.float32)
-    assert module.weight.dtype == torch.float8_e4m3fn
-    assert module.weight_scale.dtype == torch.bfloat16
+    assert module.codes.dtype == torch.float8_e4m3fn
+    assert module.scales.dtype == torch.bfloat16
     assert module.bias is not None
     assert module.bias.dtype == torch.float32
 

@@ -136,6 +136,12 @@ def _of_bias(gradient: Tensor, shape: torch.Size, dtype: torch.dtype, offsets: T
     return sums.index_add(0, experts, gradient.float()).to(dtype)
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """x as a dense layer would see it: cast to the dtype of autocast where that is on, else x itself."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def needs_gradient(x: Tensor, bias: Tensor | None) -> bool:
     """Whether autograd needs the product of x and a packed weight to go through :func:`packed_matmul`."""
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fp4.nn.autograd import needs_gradient, packed_matmul
+from fp4.nn.autograd import as_autocast, needs_gradient, packed_matmul
 from fp4.nn.expert_layout import GATE_UP, ExpertsLayout, layout_of
-from fp4.nn.packed_weight import PackedWeight, Values, frozen
+from fp4.nn.packed_weight import PackedWeight, Values
 from fp4.nn.rank_share import Split
 from fp4.numerics.formats import QuantizedTensor
 from fp4.scheme import Scheme
@@ -42,29 +42,26 @@ class FP4GroupedLinear(PackedWeight):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(in_features, out_features, scheme, backend, dtype, device, (num_experts,))
-        self.num_experts = num_experts
 
-    def round(self, weight: Tensor, name: str = "weight", global_scale: Tensor | None = None) -> dict[str, Tensor]:
-        """Canonical parameters of a dense stack, rounded to nearest.
+    @property
+    def num_experts(self) -> int:
+        """Number of experts that this process holds."""
+        return self.shape[0]
+
+    def _rounded(self, weight: Tensor, name: str, global_scale: Tensor | None) -> QuantizedTensor:
+        """A dense stack ``[E, N, K]``, with any strides, rounded to nearest.
 
         Experts are rounded one by one, so that only one rotated or contiguous copy is in memory at a time.
-
-        Args:
-            weight: ``[E, N, K]``, with any strides.
-            name: name of the weight, for error messages.
-            global_scale: float64 ``[E]`` to use instead of the scales computed from ``weight``.
-
-        Returns:
-            Tensors with a leading axis E, by name of the parameter.
-
-        Raises:
-            ValueError: the weight of an expert holds NaN or infinity.
         """
-        rounded = []
-        for expert, matrix in enumerate(weight.unbind(0)):
-            own = None if global_scale is None else global_scale[expert]
-            rounded.append(super().round(matrix.contiguous(), f"{name}[{expert}]", own))
-        return {key: torch.stack([parameters[key] for parameters in rounded]) for key in rounded[0]}
+        rounded = [
+            super(FP4GroupedLinear, self)._rounded(
+                matrix.contiguous(), f"{name}[{expert}]", None if global_scale is None else global_scale[expert]
+            )
+            for expert, matrix in enumerate(weight.unbind(0))
+        ]
+        codes, scales = (torch.stack([matrix[part] for matrix in rounded]) for part in range(2))  # type: ignore[misc]
+        own = [matrix.global_scale for matrix in rounded if matrix.global_scale is not None]
+        return QuantizedTensor(codes, scales, torch.stack(own) if own else None, self.scheme.format)
 
     def forward(self, x: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
         """Product of every row of x with the matrix of its expert.
@@ -79,15 +76,16 @@ class FP4GroupedLinear(PackedWeight):
         Returns:
             ``[T, N]`` in the dtype of x.
         """
+        x = as_autocast(x)
         if not needs_gradient(x, bias):
             return self._multiply(offsets, x, bias)
-        weight = (self.weight, self.weight_scale, self.global_scale, self.scheme.format)
+        weight = (self.codes, self.scales, self.global_scale, self.scheme.format)
         run = functools.partial(self._multiply, offsets)
         return packed_matmul(x, bias, run, self.backend, weight, self.rotation, offsets)
 
     def _multiply(self, offsets: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-        scheme, rows = self.scheme, (offsets, self.out_features)
-        weight = (self.weight, self.weight_scale, self.global_scale, scheme.format, bias, *rows, self.rotation)
+        scheme, rows = self.scheme, (offsets, self.shape[-2])
+        weight = (self.codes, self.scales, self.global_scale, scheme.format, bias, *rows, self.rotation)
         if not self.quantizes_input:
             return self.backend.grouped_linear(x, *weight)
         return self.backend.grouped_linear_quantized(
@@ -168,7 +166,7 @@ class FP4Experts(nn.Module):
             dense = module.dense_rows(getattr(module, projection).detach())
             packed = module.place(projection)
             for parameter, value in packed.round(dense, f"{name}.{projection}").items():
-                setattr(packed, parameter, frozen(value))
+                setattr(packed, parameter, nn.Parameter(value, requires_grad=False))
         module.settle()
         return module
 
@@ -186,26 +184,28 @@ class FP4Experts(nn.Module):
     def place(self, projection: str) -> FP4GroupedLinear:
         """Replace a projection's dense parameter by an empty packed module on the meta device, and return that module.
 
-        Its shape is that of the share which this process holds.
+        Raises:
+            ValueError: the projection cannot be shared out as this process was told to.
         """
-        existing = self._parameters.get(projection)
-        dtype = None if existing is None else existing.dtype
-        rows, columns = self.layout.projections.get(projection) or self.layout.shape(projection)
-        num_experts = self.layout.num_experts
-        scheme, backend = self.schemes.get(projection) or self.schemes[GATE_UP]
-        split = self.split_of(projection)
-        if split is not None:
-            num_experts, rows, columns = split.shape((num_experts, rows, columns), scheme.k_multiple, projection)
-        packed = FP4GroupedLinear(num_experts, columns, rows, scheme, backend, dtype, "meta")
-        if existing is not None:
-            delattr(self, projection)
-        setattr(self, projection, packed)
-        return packed
+        dtype = self._parameters[projection].dtype  # type: ignore[union-attr]
+        delattr(self, projection)
+        return self._place(projection, dtype)
 
     def place_parts(self) -> list[FP4GroupedLinear]:
         """Replace ``gate_up_proj`` by two empty packed modules, which can have different global scales."""
+        dtype = self._parameters[GATE_UP].dtype  # type: ignore[union-attr]
         delattr(self, GATE_UP)
-        return [self.place(part) for part in self.layout.parts(GATE_UP)]
+        return [self._place(part, dtype) for part in self.layout.parts(GATE_UP)]
+
+    def _place(self, name: str, dtype: torch.dtype) -> FP4GroupedLinear:
+        rows, columns = self.layout.projections.get(name) or self.layout.shape(name)
+        scheme, backend = self.schemes.get(name) or self.schemes[GATE_UP]
+        packed = FP4GroupedLinear(self.layout.num_experts, columns, rows, scheme, backend, dtype, "meta")
+        packed.split = self.split_of(name)
+        if packed.split is not None:
+            packed.split.shape((self.layout.num_experts, rows, columns), scheme.k_multiple, name)  # raises
+        self.add_module(name, packed)
+        return packed
 
     def packed(self) -> dict[str, FP4GroupedLinear]:
         """Packed projections by name."""
@@ -255,7 +255,7 @@ class FP4Experts(nn.Module):
             else:
                 parts = self.layout.parts(name)
                 rows = self.layout.join_rows(*(packed[part].dequantize(dtype, values) for part in parts))
-            dense.register_parameter(name, frozen(self.dense_rows(rows).contiguous()))
+            dense.register_parameter(name, nn.Parameter(self.dense_rows(rows).contiguous(), requires_grad=False))
         for name, parameter in self.named_parameters(recurse=False):
             dense.register_parameter(name, parameter)
         dense.train(self.training)

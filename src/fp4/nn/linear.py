@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fp4.nn.autograd import needs_gradient, packed_matmul
-from fp4.nn.packed_weight import PackedWeight, frozen
+from fp4.nn.autograd import as_autocast, needs_gradient, packed_matmul
+from fp4.nn.packed_weight import PackedWeight
 from fp4.scheme import Scheme
 
 
-class FP4Linear(PackedWeight, nn.Linear):  # type: ignore[misc]
+class FP4Linear(PackedWeight, nn.Linear):
     """A Linear layer with a packed weight: ``y = x W^T + bias``, W ``[N, K]``, bias ``[N]`` in the model's dtype.
 
-    It is a subclass of ``nn.Linear`` because adapter libraries (PEFT) look for that class. Unlike that of other Linear
-    layers, ``weight`` holds codes and so does not have the shape ``[N, K]``.
+    It is a subclass of ``nn.Linear``, the class that model code and adapter libraries (PEFT) look for, and like that of
+    other Linear layers its ``weight`` is ``[N, K]`` in the model's dtype (:class:`PackedWeight`). Once somebody has
+    assigned or edited the weight, the layer is dense and no longer quantized.
 
     Args:
         in_features: K; see :class:`PackedWeight`, as for all that follow but ``bias``.
@@ -60,7 +61,7 @@ class FP4Linear(PackedWeight, nn.Linear):  # type: ignore[misc]
         module = cls(linear.in_features, linear.out_features, False, scheme, backend, weight.dtype, "meta")
         module.bias = linear.bias
         for parameter, value in module.round(weight, name).items():
-            setattr(module, parameter, frozen(value))
+            setattr(module, parameter, nn.Parameter(value, requires_grad=False))
         module.settle()
         return module
 
@@ -68,41 +69,46 @@ class FP4Linear(PackedWeight, nn.Linear):  # type: ignore[misc]
         """Output of the layer; x and bias get gradients, the packed weight does not.
 
         Args:
-            x: ``[..., K]`` in float32, bfloat16 or float16.
+            x: ``[..., K]`` in float32, bfloat16 or float16; under autocast it is cast as for a dense layer.
 
         Returns:
             ``[..., N]`` in the dtype of x.
         """
         bias = self.bias
+        if not self.is_packed:
+            return nn.functional.linear(x, self.weight, bias)
+        x = as_autocast(x)
         if not needs_gradient(x, bias):
             return self._multiply(x, bias)
-        weight = (self.weight, self.weight_scale, self.global_scale, self.scheme.format)
+        weight = (self.codes, self.scales, self.global_scale, self.scheme.format)
         return packed_matmul(x, bias, self._multiply, self.backend, weight, self.rotation)
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         scheme, rows = self.scheme, self.shape[-2]
-        weight = (self.weight, self.weight_scale, self.global_scale, scheme.format, bias, rows, self.rotation)
+        weight = (self.codes, self.scales, self.global_scale, scheme.format, bias, rows, self.rotation)
         if not self.quantizes_input:
             return self.backend.linear(x, *weight)
         return self.backend.linear_quantized(
             x, *weight, self.input_global_scale, scheme.activation_rule, scheme.input_format
         )
 
-    @property
-    def W_q(self) -> nn.Parameter:
-        """``weight`` under HQQ's name.
+    def become_dense(self, weight: Tensor) -> None:
+        """Take a dense weight ``[N, K]`` in place of the packed one, because somebody has edited its values."""
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
 
-        PEFT computes DoRA's row norms with ``dequantize()`` if a module has ``W_q``.
+    def wait_for_weight(self, dtype: torch.dtype) -> None:
+        """Hold an empty ``weight`` on the meta device until the weight has been read.
+
+        Transformers reads a checkpoint into parameters, by their names.
+
+        Args:
+            dtype: dtype of the tensor that the checkpoint calls ``weight``.
         """
-        return self.weight
-
-    def expect_dense_weight(self, dtype: torch.dtype) -> None:
-        """Make ``weight`` a dense placeholder ``[N, K]`` on the meta device, until the rounded weight replaces it.
-
-        Transformers reads the checkpoint's dense tensor for a parameter of this name and shape.
-        """
-        self.weight = frozen(torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta"))
+        self.weight = nn.Parameter(
+            torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta"), requires_grad=False
+        )
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this module."""
-        return f"{super().extra_repr()}, bias={self.bias is not None}"
+        held = super().extra_repr() if self.is_packed else nn.Linear.extra_repr(self)
+        return held if "bias=" in held else f"{held}, bias={self.bias is not None}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fp4 import backends
 from fp4.nn.rank_share import Split
+from fp4.nn.weight_view import WeightView
 from fp4.numerics.formats import QuantizedTensor
 from fp4.numerics.rotation import rotate, rotation_for, share
 from fp4.rounding import round_to_nearest
@@ -20,19 +21,22 @@ _Self = TypeVar("_Self", bound="PackedWeight")
 Values = Callable[[QuantizedTensor], Tensor | None]
 
 
+#: The parameters of a packed weight, each of which is called ``packed_`` and the name of what it holds.
+_HELD = ("codes", "scales", "global_scale", "input_global_scale")
+#: What versions before 0.2 called the same tensors in a state dict.
+_CALLED_BEFORE = {"codes": "weight", "scales": "weight_scale"}
+
+
 class PackedWeight(nn.Module):
     """A weight ``[..., N, K]`` in NVFP4, MXFP4 or FP8, never dense in memory; subclasses multiply with it.
 
-    No parameter needs a gradient. Parameters have the canonical form of :mod:`fp4.numerics.formats` until
-    :meth:`settle` rearranges them for a backend; ``state_dict`` always has the canonical form. The leading axes ``...``
-    are none, or E for a stack of experts:
-
-    * ``weight``: uint8 ``[..., N, K/2]``, the codes; FP8: ``float8_e4m3fn [..., N, K]``;
-    * ``weight_scale``: ``float8_e4m3fn [..., N, K/16]`` or ``float8_e8m0fnu [..., N, K/32]``; FP8: ``[..., N, 1]`` in
-      float32, bfloat16 or float16;
-    * ``global_scale``: float64 ``[...]``, or None for an FP8 weight, or an MXFP4 weight without one;
-    * ``input_global_scale``: float64 ``[...]``, or None: taken from each call's activations (NVFP4, FP8) or absent
-      (MXFP4).
+    Others see ``weight``: the dense values in the dtype of the model, computed whenever they are used
+    (:class:`.WeightView`). What is held are parameters of bytes, ``packed_codes``, ``packed_scales``,
+    ``packed_global_scale`` and ``packed_input_global_scale``: uint8 without gradients, whatever they stand for, so that
+    nothing which looks for floating-point parameters finds the dtypes of scales. :attr:`codes`, :attr:`scales`,
+    :attr:`global_scale` and :attr:`input_global_scale` are the same tensors in their own dtypes. They are canonical, as
+    :mod:`fp4.numerics.formats` describes it, until :meth:`settle` rearranges them for a backend; ``state_dict`` always
+    has the canonical form. The leading axes ``...`` are none, or E for a stack of experts.
 
     ``rotation``, float32 ``[h, h]``, is a plain attribute rather than a parameter, because all modules with the same
     rotation share one tensor.
@@ -50,10 +54,10 @@ class PackedWeight(nn.Module):
         ValueError: ``in_features`` is not a multiple of ``scheme.k_multiple``.
     """
 
-    weight: nn.Parameter
-    weight_scale: nn.Parameter
-    global_scale: nn.Parameter | None
-    input_global_scale: nn.Parameter | None
+    packed_codes: nn.Parameter
+    packed_scales: nn.Parameter
+    packed_global_scale: nn.Parameter | None
+    packed_input_global_scale: nn.Parameter | None
     #: The share of the weight that this process holds, where several hold it together; None for all of it.
     split: Split | None = None
     #: Tells Transformers' tensor parallelism to leave plain tensors in this module instead of DTensors.
@@ -77,15 +81,18 @@ class PackedWeight(nn.Module):
         self.backend_preference = backend
         self.backend = backends.REFERENCE
         self.quantizes_input = False
+        self.dtype = dtype or torch.get_default_dtype()
+        self.rotation = rotation_for(scheme.rotation, scheme.group_size, dtype)
         fmt = scheme.format
         codes, scales = fmt.empty((*lead, out_features, in_features), torch.float32, device)
-        self.weight, self.weight_scale = frozen(codes), frozen(scales)
         unit = torch.ones(lead, dtype=torch.float64, device=device)
         has_global_scale = fmt.needs_global_scale or scheme.global_scale is not None
-        self.global_scale = frozen(unit) if has_global_scale else None
-        fixed_input = scheme.global_scale is not None and scheme.input_format == fmt
-        self.input_global_scale = frozen(unit.clone()) if fixed_input else None
-        self.rotation = rotation_for(scheme.rotation, scheme.group_size, dtype)
+        weight = QuantizedTensor(codes, scales, unit if has_global_scale else None, fmt)
+        self.hold(weight, unit.clone() if self._input_scale_is_fixed else None)
+
+    @property
+    def _input_scale_is_fixed(self) -> bool:
+        return self.scheme.global_scale is not None and self.scheme.input_format == self.scheme.format
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,20 +100,120 @@ class PackedWeight(nn.Module):
         whole = (*self.lead, self.out_features, self.in_features)
         return whole if self.split is None else self.split.shape(whole, self.scheme.k_multiple, "weight")
 
-    def share(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The share of canonical ``parameters`` that this process holds.
+    # --- what is held
 
-        Parameters of this module are replaced by empty ones of the share's shapes, on the meta device.
+    @property
+    def codes(self) -> Tensor:
+        """Codes in the layout of the backend; canonical ones are ``[..., N, K/2]`` uint8, or FP8 ``[..., N, K]``."""
+        return self.packed_codes.view(self.scheme.format.code_dtype)
+
+    @property
+    def scales(self) -> Tensor:
+        """Block scales in the layout of the backend; canonical ones are ``[..., N, K/B]``, by row ``[..., N, 1]``."""
+        return self.packed_scales.view(self._scale_dtype)
+
+    @property
+    def global_scale(self) -> Tensor | None:
+        """Float64 ``[...]``, or None where the format has none."""
+        held = self.packed_global_scale
+        return None if held is None else held.view(torch.float64).squeeze(-1)
+
+    @property
+    def input_global_scale(self) -> Tensor | None:
+        """Float64 ``[...]``; None where it is taken from each call's activations, or where their format has none."""
+        held = self.packed_input_global_scale
+        return None if held is None else held.view(torch.float64).squeeze(-1)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight ``[..., N, K]`` in the dtype of the model, with the values that this layer multiplies with.
+
+        It is a parameter while the checkpoint's dense weight is waited for, and after somebody has assigned or edited
+        it; else its values are computed when they are used.
         """
-        if self.split is None:
-            return parameters
-        own = self.split.of(parameters)
-        for key, tensor in own.items():
-            setattr(self, key, frozen(torch.empty_like(tensor, device="meta")))
-        return own
+        dense = self._parameters.get("weight")
+        if dense is not None:
+            return dense
+        return self.dequantize(self.dtype) if torch.compiler.is_compiling() else WeightView(self)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        """Refuse plain tensors, as ``nn.Linear`` does; :meth:`register_parameter` takes parameters."""
+        raise TypeError(f"cannot assign {type(value).__name__} as parameter 'weight'; expected nn.Parameter")
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weight is packed, which it is not while it is waited for, nor once somebody has edited it."""
+        return "weight" not in self._parameters
+
+    def packed_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of bytes that hold the weight, by name; none once the layer is dense."""
+        held = {name: self._parameters.get(name) for name in (f"packed_{key}" for key in _HELD)}
+        return {name: parameter for name, parameter in held.items() if parameter is not None}
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; one called ``weight`` takes the place of the packed ones."""
+        if name != "weight":
+            super().register_parameter(name, param)
+            return
+        if isinstance(param, WeightView):
+            param = nn.Parameter(param.dense(), requires_grad=False)
+        for key in _HELD:
+            setattr(self, f"packed_{key}", None)
+        self._parameters["weight"] = param
+
+    def become_dense(self, weight: Tensor) -> None:
+        """Take a dense weight ``[..., N, K]`` in place of the packed one, because somebody has edited its values.
+
+        Raises:
+            RuntimeError: this layer multiplies with packed weights alone.
+        """
+        raise RuntimeError(
+            f"the packed weight of a {type(self).__name__} was written to, but it cannot become dense; "
+            "call model.dequantize() first"
+        )
+
+    def parameters_of(self, weight: QuantizedTensor, input_global_scale: Tensor | None = None) -> dict[str, Tensor]:
+        """Bytes of the parameters that hold a weight, or the share of it that this process holds, by name.
+
+        Args:
+            weight: the whole weight in canonical form.
+            input_global_scale: float64 ``[...]``, or None.
+
+        Raises:
+            ValueError: ``weight`` has another format than this module.
+        """
+        fmt = self.scheme.format
+        if weight.format != fmt:
+            raise ValueError(f"the weight is in {weight.format.name}; this layer holds {fmt.name}")
+        if self.split is not None:
+            weight, input_global_scale = self.split.of(weight), self.split.of_experts(input_global_scale)
+        self._scale_dtype = weight.scales.dtype
+        tensors = {"packed_codes": weight.codes.view(torch.uint8), "packed_scales": weight.scales.view(torch.uint8)}
+        for name, scale in (("global_scale", weight.global_scale), ("input_global_scale", input_global_scale)):
+            if scale is not None:
+                tensors[f"packed_{name}"] = scale.double().unsqueeze(-1).view(torch.uint8)
+        return tensors
+
+    def expect(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take empty parameters, on the meta device, for the bytes of :meth:`parameters_of`, in place of any others."""
+        self._fill({name: torch.empty_like(tensor, device="meta") for name, tensor in parameters.items()})
+
+    def hold(self, weight: QuantizedTensor, input_global_scale: Tensor | None = None) -> None:
+        """Take a canonical weight in place of any other, without a copy; :meth:`settle` then chooses a backend."""
+        self._fill(self.parameters_of(weight, input_global_scale))
+
+    def _fill(self, parameters: Mapping[str, Tensor]) -> None:
+        self.backend = backends.REFERENCE
+        self._parameters.pop("weight", None)
+        for name in (f"packed_{key}" for key in _HELD):
+            tensor = parameters.get(name)
+            super().register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+
+    # --- conversions
 
     def round(self, weight: Tensor, name: str = "weight", global_scale: Tensor | None = None) -> dict[str, Tensor]:
-        """Canonical parameters of a dense weight, rounded to nearest, on its device.
+        """Bytes of the parameters that hold a dense weight, rounded to nearest on its device.
 
         Args:
             weight: ``[..., N, K]``, floating point.
@@ -116,35 +223,18 @@ class PackedWeight(nn.Module):
         Raises:
             ValueError: the weight holds NaN or infinity.
         """
+        rounded = self._rounded(weight, name, global_scale)
+        return self.parameters_of(rounded, rounded.global_scale if self._input_scale_is_fixed else None)
+
+    def _rounded(self, weight: Tensor, name: str, global_scale: Tensor | None) -> QuantizedTensor:
         rotation = None if self.rotation is None else self.rotation.to(weight.device)
-        return self.parameters_of(round_to_nearest(weight, self.scheme, rotation, name, global_scale))
-
-    def parameters_of(self, weight: QuantizedTensor) -> dict[str, Tensor]:
-        """Parameters of this module that hold ``weight``, by name.
-
-        Raises:
-            ValueError: ``weight`` has another format than this module.
-        """
-        if weight.format != self.scheme.format:
-            raise ValueError(f"the weight is in {weight.format.name}; this layer holds {self.scheme.format.name}")
-        parameters = {"weight": weight.codes, "weight_scale": weight.scales}
-        if weight.global_scale is not None:
-            parameters["global_scale"] = weight.global_scale
-            if self.input_global_scale is not None:
-                parameters["input_global_scale"] = weight.global_scale.clone()
-        return parameters
+        return round_to_nearest(weight, self.scheme, rotation, name, global_scale)
 
     def canonical(self) -> QuantizedTensor:
         """The weight in canonical form: a copy if the backend uses another layout, else the parameters themselves."""
         fmt = self.scheme.format
-        codes, scales = self.backend.unpack(self.weight, self.weight_scale, fmt, self.shape[-2])
+        codes, scales = self.backend.unpack(self.codes, self.scales, fmt, self.shape[-2])
         return QuantizedTensor(codes, scales, self.global_scale, fmt)
-
-    def load_canonical(self, weight: QuantizedTensor) -> None:
-        """Replace the parameters by canonical tensors, without a copy; :meth:`settle` then chooses a backend."""
-        self.backend = backends.REFERENCE
-        self.weight, self.weight_scale = frozen(weight.codes), frozen(weight.scales)
-        self.global_scale = None if weight.global_scale is None else frozen(weight.global_scale)
 
     def dequantize(self, dtype: torch.dtype = torch.float32, values: Values | None = None) -> Tensor:
         """Dense weight ``[..., N, K]`` that this module multiplies with; a rotation is undone.
@@ -153,21 +243,17 @@ class PackedWeight(nn.Module):
             dtype: dtype of the result.
             values: computes the values from the canonical form instead of the backend, unless it returns None.
         """
-        dense = None if values is None else values(self.canonical())
+        if not self.is_packed:
+            return self.weight.detach().to(dtype)
+        weight = self.canonical()
+        dense = None if values is None else values(weight)
         if dense is None:
-            backend = backends.for_device(self.weight.device, self.scheme.format)
-            dense = backend.dequantize(self.canonical(), torch.float32)
+            dense = backends.for_device(weight.codes.device, weight.format).dequantize(weight, torch.float32)
         if self.rotation is not None:
             # The rotation has been rounded to the model's dtype and so is not exactly orthogonal: its inverse, not its
             # transpose, undoes it.
             dense = rotate(dense, torch.linalg.inv(self.rotation.double()).float())
         return dense.to(dtype)
-
-    def freeze(self) -> None:
-        """Clear ``requires_grad`` of packed parameters, which Transformers sets on the floating-point ones it loads."""
-        for key, parameter in self.named_parameters(recurse=False):
-            if key != "bias":
-                parameter.requires_grad_(False)
 
     def settle(self, device: torch.device | None = None) -> None:
         """Choose the backend for the device of the weights and rearrange them in its layout. Idempotent.
@@ -181,7 +267,7 @@ class PackedWeight(nn.Module):
         """
         offloaded = device is not None
         device = device or self.weight.device
-        if device.type == "meta":
+        if device.type == "meta" or not self.is_packed:
             return
         chosen, self.quantizes_input = backends.select(self.scheme, device, self.shape, self.backend_preference)
         if self.rotation is not None:
@@ -191,53 +277,44 @@ class PackedWeight(nn.Module):
         if chosen is self.backend:
             return
         codes, scales, _, fmt = self.canonical()
-        weight, weight_scale = chosen.pack(codes, scales, fmt)
-        self.weight, self.weight_scale = frozen(weight), frozen(weight_scale)
+        codes, scales = chosen.pack(codes, scales, fmt)
+        self.packed_codes = nn.Parameter(codes.view(torch.uint8), requires_grad=False)
+        self.packed_scales = nn.Parameter(scales.view(torch.uint8), requires_grad=False)
         self.backend = chosen
 
+    # --- moving, saving
+
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
-        bias = self._parameters.get("bias")
+        before, bias = self.weight.device, self._parameters.get("bias")
 
         def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            # `.half()` or `.to(bfloat16)` must not cast packed parameters: FP8 block scales and float64 global scales
-            # are floating-point tensors as well.
-            if tensor is bias or moved.dtype == tensor.dtype:
-                return moved
-            return tensor.to(moved.device)
+            moved = fn(tensor)  # `type(torch.half)` would cast bytes as well
+            return moved if tensor is bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        before = self.weight.device
-        super()._apply(move, recurse)
+        # What `fn` makes of an empty tensor shows the dtype that it casts a dense weight to.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before)).dtype
+        super()._apply(move if self.is_packed else fn, recurse)
         if self.weight.device != before and before.type != "meta":
             self.settle()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.backend.keeps_layout and self.weight.device.type != "meta":
+        if self.is_packed and not self.backend.keeps_layout and self.packed_codes.device.type != "meta":
             codes, scales, _, _ = self.canonical()
-            destination[prefix + "weight"], destination[prefix + "weight_scale"] = codes, scales
+            destination[f"{prefix}packed_codes"] = codes.view(torch.uint8)
+            destination[f"{prefix}packed_scales"] = scales.view(torch.uint8)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if not self.backend.keeps_layout:
-            self.load_canonical(self.canonical())
+        for key in _HELD:
+            before = state_dict.get(name := prefix + _CALLED_BEFORE.get(key, key))
+            if before is not None and (key != "codes" or before.dtype == self.scheme.format.code_dtype):
+                before = before if key in _CALLED_BEFORE else before.unsqueeze(-1)
+                state_dict[f"{prefix}packed_{key}"] = state_dict.pop(name).view(before.shape).view(torch.uint8)
+        if self.is_packed and not self.backend.keeps_layout:
+            self.hold(self.canonical(), self.input_global_scale)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.settle()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """State for pickle, with 8-bit floats viewed as uint8, because pickle can write but not read their dtypes."""
-        packed = {key: p for key, p in self._parameters.items() if p is not None and p.element_size() == 1}
-        state = self.__dict__ | {"_dtypes": {key: parameter.dtype for key, parameter in packed.items()}}
-        state["_parameters"] = self._parameters | {
-            key: frozen(p.detach().view(torch.uint8)) for key, p in packed.items()
-        }
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        dtypes = state.pop("_dtypes")
-        super().__setstate__(state)
-        for key, dtype in dtypes.items():
-            setattr(self, key, frozen(self._parameters[key].detach().view(dtype)))  # type: ignore[union-attr]
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this module: shape, format, activations, rotation and backend."""
@@ -249,8 +326,3 @@ class PackedWeight(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"format={self.scheme.format.name}, activations={activations}{rotation}, backend={self.backend.name}"
         )
-
-
-def frozen(tensor: Tensor) -> nn.Parameter:
-    """Parameter that holds ``tensor`` and is not trained."""
-    return nn.Parameter(tensor, requires_grad=False)

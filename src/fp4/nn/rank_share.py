@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-_MATRICES = ("weight", "weight_scale")
+from fp4.numerics.formats import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Split:
 
     Attributes:
         axis: the axis that is divided. Rows (N) and columns (K, in whole blocks) divide codes and block scales;
-            experts divide the leading axis of every parameter, global scales included.
+            experts divide the leading axis of every tensor, global scales included.
         rank: index of the share.
         count: number of shares.
         parts: number of matrices that are concatenated in the rows (2 for gate and up projection). Each of them is
@@ -47,18 +46,26 @@ class Split:
             raise ValueError(f"{name}: its {shape[axis]} {self.axis} cannot be shared out to {self.count} ranks{of}")
         return (*shape[:axis], shape[axis] // self.count, *shape[axis + 1 :])
 
-    def of(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The share of each of a :class:`PackedWeight`'s canonical parameters, by name."""
-        return {name: self._share(name, tensor) for name, tensor in parameters.items()}
-
-    def _share(self, name: str, tensor: Tensor) -> Tensor:
+    def of(self, weight: QuantizedTensor) -> QuantizedTensor:
+        """The share of a weight in canonical form."""
+        codes, scales, global_scale, fmt = weight
         if self.axis == "experts":
-            return tensor.chunk(self.count)[self.rank].clone()
-        if name not in _MATRICES:
-            return tensor
+            return QuantizedTensor(self._experts(codes), self._experts(scales), self.of_experts(global_scale), fmt)
         if self.axis == "rows":
-            parts: Tensor = tensor.unflatten(-2, (self.parts, -1))
-            return parts.chunk(self.count, dim=-2)[self.rank].flatten(-3, -2).contiguous()
-        if tensor.shape[-1] == 1:  # FP8 has one scale per row, which every share of the columns needs
-            return tensor
+            return weight._replace(codes=self._rows(codes), scales=self._rows(scales))
+        # A scale for a whole row is needed by every share of the columns.
+        return weight._replace(codes=self._columns(codes), scales=self._columns(scales) if fmt.block_size else scales)
+
+    def of_experts(self, scale: Tensor | None) -> Tensor | None:
+        """The share of a scale ``[E]``; all of it unless experts are divided."""
+        return scale if scale is None or self.axis != "experts" else self._experts(scale)
+
+    def _experts(self, tensor: Tensor) -> Tensor:
+        return tensor.chunk(self.count)[self.rank].clone()
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        parts: Tensor = tensor.unflatten(-2, (self.parts, -1))
+        return parts.chunk(self.count, dim=-2)[self.rank].flatten(-3, -2).contiguous()
+
+    def _columns(self, tensor: Tensor) -> Tensor:
         return tensor.chunk(self.count, dim=-1)[self.rank].contiguous()

@@ -225,7 +225,8 @@ def test_fp8_activations_of_experts_are_emulated_where_asked(weights: str, grani
     expected, values = torch.empty(11, projection.out_features), projection.dequantize()
     static = torch.rand(8, dtype=torch.float64) / 100 + 1e-3 if weights == "nvfp4" else None
     for scales in (None, static):
-        projection.input_global_scale = None if scales is None else nn.Parameter(scales, requires_grad=False)
+        projection.hold(projection.canonical(), scales)
+        projection.settle()
         for expert, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
             own = None if scales is None else scales[expert]
             expected[start:end] = FP8.fake_quantize(x[start:end], global_scale=own) @ values[expert].T

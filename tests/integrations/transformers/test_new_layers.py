@@ -120,10 +120,19 @@ def test_biases_that_the_checkpoint_lacks_cannot_be_offloaded(llama: Path, tmp_p
         AutoModelForCausalLM.from_pretrained(tmp_path, attention_bias=True, **options)
 
 
-def test_weights_that_are_rounded_while_they_load_cannot_go_to_disk(llama: Path, tmp_path: Path) -> None:
+def test_weights_that_are_rounded_while_they_load_can_go_to_disk(
+    llama: Path, token_ids: torch.Tensor, tmp_path: Path
+) -> None:
     options = {"device_map": LAST_LAYER_ON_DISK, "offload_folder": tmp_path / "offload"}
-    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj: .* cannot be offloaded to disk; save the quantized"):
-        AutoModelForCausalLM.from_pretrained(llama, quantization_config=FPQuantConfig(), **options)
+    config = FPQuantConfig(backend="reference")
+    expected = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config, **options)
+    layer = model.model.layers[1].mlp.up_proj
+    assert {name: parameter.device.type for name, parameter in layer.named_parameters()} == dict.fromkeys(
+        ("packed_codes", "packed_scales", "packed_global_scale"), "meta"
+    )
+    with torch.no_grad():
+        assert torch.equal(model(token_ids).logits, expected(token_ids).logits)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

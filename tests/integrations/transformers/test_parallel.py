@@ -20,6 +20,7 @@ from torch.multiprocessing import get_context
 from fp4 import FPQuantConfig
 from fp4.nn import PackedWeight
 from fp4.nn.rank_share import Split
+from fp4.numerics.formats import NVFP4, QuantizedTensor
 
 pytest.importorskip("transformers.distributed.parallel_utils")
 
@@ -47,7 +48,7 @@ def load(path: Path, config: dict[str, Any] | None, **options: Any) -> Any:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    return sum(module.weight.nbytes for module in model.modules() if isinstance(module, PackedWeight))
+    return sum(module.codes.nbytes for module in model.modules() if isinstance(module, PackedWeight))
 
 
 def run_rank(rank: int, port: int, folder: Path, results: Any) -> None:
@@ -126,17 +127,14 @@ def test_two_ranks_have_the_logits_of_one(tmp_path: Path) -> None:
 
 
 def test_shares_make_up_the_whole() -> None:
-    weight, scale, unit = torch.arange(64).view(2, 8, 4), torch.arange(32).view(2, 8, 2), torch.arange(2.0)
-    parameters = {"weight": weight, "weight_scale": scale, "global_scale": unit}
-    rows = [Split("rows", rank, 2, parts=2).of(parameters) for rank in range(2)]
-    assert torch.equal(rows[1]["weight"], weight[:, [2, 3, 6, 7]])
-    assert torch.equal(rows[1]["global_scale"], unit)
-    columns = [Split("columns", rank, 2).of(parameters) for rank in range(2)]
-    assert all(
-        torch.equal(torch.cat([share[key] for share in columns], -1), parameters[key])
-        for key in ("weight", "weight_scale")
-    )
-    experts = [Split("experts", rank, 2).of(parameters) for rank in range(2)]
-    assert all(torch.equal(torch.cat([share[key] for share in experts]), parameters[key]) for key in parameters)
+    codes, scales, unit = torch.arange(64).view(2, 8, 4), torch.arange(32).view(2, 8, 2), torch.arange(2.0)
+    weight = QuantizedTensor(codes, scales, unit, NVFP4)
+    rows = [Split("rows", rank, 2, parts=2).of(weight) for rank in range(2)]
+    assert torch.equal(rows[1].codes, codes[:, [2, 3, 6, 7]])
+    assert rows[1].global_scale is unit
+    columns = [Split("columns", rank, 2).of(weight) for rank in range(2)]
+    assert all(torch.equal(torch.cat([share[part] for share in columns], -1), weight[part]) for part in range(2))
+    experts = [Split("experts", rank, 2).of(weight) for rank in range(2)]
+    assert all(torch.equal(torch.cat([share[part] for share in experts]), weight[part]) for part in range(3))
     with pytest.raises(ValueError, match="8 rows cannot be shared out to 3 ranks"):
         Split("rows", 0, 3).shape((2, 8, 4), 2, "up_proj")

@@ -18,7 +18,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from fp4.checkpoint import Codec, LayerScheme, StoredLinear
 from fp4.checkpoint.io.headers import TensorInfo
 from fp4.checkpoint.layers import packed_layers
-from fp4.integrations.transformers.load_ops import LoadOp, expect
+from fp4.integrations.transformers.load_ops import LoadOp
 from fp4.integrations.transformers.model_state import Packing
 from fp4.nn import FP4Experts, FP4GroupedLinear
 from fp4.nn.expert_layout import GATE_UP
@@ -84,15 +84,9 @@ class ReadExperts(LoadOp):
         for name, packed in placed.items():
             stored = parts[name]
             packed.rotation = stored.rotation
-            own = packed.parameters_of(stored.weight)
-            own.pop("input_global_scale", None)
-            if stored.input_global_scale is not None and quantizer.quantization_config.uses_static_scales:
-                own["input_global_scale"] = stored.input_global_scale
-            split = experts.split_of(name)
-            own = own if split is None else split.of(own)
-            expect(packed, f"{layer}.{name}", own, quantizer.missing)
-            loaded |= {f"{layer}.{name}.{key}": tensor for key, tensor in own.items()}
-            quantizer.loaded.add(f"{layer}.{name}")
+            static = quantizer.quantization_config.uses_static_scales
+            own = packed.parameters_of(stored.weight, stored.input_global_scale if static else None)
+            loaded |= self.arrive(packed, f"{layer}.{name}", own)
         return loaded
 
     def _parts(

@@ -48,6 +48,19 @@ class LoadOp(ConversionOps):
             self.hf_quantizer.missing = missing_keys
         return self.load(input_dict, model, full_layer_name)
 
+    def arrive(self, module: PackedWeight, name: str, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What Transformers is to put into a packed module: its parameters by full name.
+
+        Args:
+            module: takes empty parameters of the same shapes, in place of the weight that it was waiting for.
+            name: its full name.
+            parameters: its parameters by name, as :meth:`PackedWeight.parameters_of` makes them.
+        """
+        module.expect(parameters)
+        self.hf_quantizer.loaded.add(name)
+        self.hf_quantizer.missing.discard(f"{name}.weight")
+        return {f"{name}.{parameter}": tensor for parameter, tensor in parameters.items()}
+
     @abstractmethod
     def load(self, found: dict[Any, Any], model: nn.Module | None, target: str) -> dict[str, Tensor]:
         """Parameters of one layer.
@@ -91,14 +104,11 @@ class RoundToNearest(LoadOp):
         projection = name.rpartition(".")[2]
         self.hf_quantizer.missing.discard(name)
         try:
-            packed, split = experts.place(projection), experts.split_of(projection)
-            parameters = packed.round(experts.dense_rows(weight), name)
-            parameters = parameters if split is None else split.of(parameters)
+            packed = experts.place(projection)
+            return self.arrive(packed, name, packed.round(experts.dense_rows(weight), name))
         except ValueError as error:
             self.hf_quantizer.problems[name] = _with_remedy(error, name.rpartition(".")[0])
             return {}
-        self.hf_quantizer.loaded.add(name)
-        return {f"{name}.{parameter}": tensor for parameter, tensor in parameters.items()}
 
     def _round(self, weights: dict[str, Tensor], modules: dict[str, Any]) -> dict[str, Tensor]:
         shared = None
@@ -111,12 +121,10 @@ class RoundToNearest(LoadOp):
         found: dict[str, Tensor] = {}
         for layer, weight in weights.items():
             try:
-                parameters = modules[layer].share(modules[layer].round(weight, f"{layer}.weight", shared))
+                parameters = modules[layer].round(weight, f"{layer}.weight", shared)
+                found |= self.arrive(modules[layer], layer, parameters)
             except ValueError as error:
                 self.hf_quantizer.problems[layer] = _with_remedy(error, layer)
-                continue
-            self.hf_quantizer.loaded.add(layer)
-            found |= {f"{layer}.{parameter}": tensor for parameter, tensor in parameters.items()}
         return found
 
 
@@ -148,36 +156,10 @@ class ReadLayer(LoadOp):
         except ValueError as error:
             self.hf_quantizer.problems[layer] = str(error)
             return {}
-        self.hf_quantizer.loaded.add(layer)
         module.rotation = None if stored.rotation is None else share(stored.rotation.to(stored.weight.codes.device))
-        loaded = {"weight": stored.weight.codes, "weight_scale": stored.weight.scales}
-        if stored.weight.global_scale is not None:
-            loaded["global_scale"] = stored.weight.global_scale
         static = self.hf_quantizer.quantization_config.uses_static_scales or module.input_global_scale is not None
-        if stored.input_global_scale is not None and static:
-            loaded["input_global_scale"] = stored.input_global_scale
-        loaded = module.share(loaded)
-        expect(module, layer, loaded, self.hf_quantizer.missing)
-        return {f"{layer}.{name}": tensor for name, tensor in loaded.items()}
-
-
-def expect(module: PackedWeight, name: str, loaded: Mapping[str, Tensor], missing: set[str]) -> None:
-    """Create or remove optional parameters of a module so that it has exactly those that are ``loaded``.
-
-    Args:
-        module: changed in place.
-        name: its full name.
-        loaded: its parameters from the checkpoint, by name.
-        missing: full names of parameters that Transformers considers missing; those removed are taken out.
-    """
-    for key in ("weight", "weight_scale", "global_scale", "input_global_scale"):
-        tensor = loaded.get(key)
-        if tensor is None:
-            # If it stayed, nothing would ever fill this parameter.
-            setattr(module, key, None)
-            missing.discard(f"{name}.{key}")
-        elif getattr(module, key) is None:
-            setattr(module, key, nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False))
+        parameters = module.parameters_of(stored.weight, stored.input_global_scale if static else None)
+        return self.arrive(module, layer, parameters)
 
 
 def zero_biases(model: nn.Module, missing: set[str]) -> dict[str, str]:

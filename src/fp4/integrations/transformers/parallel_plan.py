@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # Prefix and suffix of a layer's name: in the model, in a PEFT model, and in a PEFT model with an adapter on the layer.
 _WRAPPERS = (("", ""), ("base_model.model.", ""), ("base_model.model.", ".base_layer"))
-_EVERY_RANK = "replicate"
 _BY_EXPERT = "grouped_gemm"
 # Transformers' styles by the axis of a Linear layer's weight that they split.
 _ROWS = ("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise")
@@ -91,16 +90,14 @@ def add_packed(model: nn.Module, plan: dict[str, str]) -> None:
 def same_on_every_rank(model: nn.Module) -> list[str]:
     """Names of packed parameters, which DistributedDataParallel must not broadcast.
 
-    Collective operations do not support the dtypes of FP8 block scales, and every rank has read the same values anyway.
-    DDP knows parameters by their names in the module it wraps, which is the model or a PEFT model around it, so the
-    names in both are returned.
+    Every rank has read the same values. DDP knows parameters by their names in the module it wraps, which is the model
+    or a PEFT model around it, so the names in both are returned.
     """
     names = []
     for module_name, module in model.named_modules():
         if isinstance(module, PackedWeight):
-            for key, parameter in module.named_parameters(recurse=False):
-                if not parameter.requires_grad:
-                    names += [f"{prefix}{module_name}{place}.{key}" for prefix, place in _WRAPPERS]
+            for key in module.packed_parameters():
+                names += [f"{prefix}{module_name}{place}.{key}" for prefix, place in _WRAPPERS]
     return names
 
 
@@ -108,10 +105,9 @@ def _add_linear(plan: dict[str, str], name: str, style: str, module: FP4Linear) 
     two = style == "packed_colwise"
     own = "fp4_rows_of_two" if two else "fp4_rows" if style in _ROWS else "fp4_columns" if style in _COLUMNS else None
     if own is not None:
-        # The style of the weight splits the scales too, so these are listed as replicated. A bias has no entry here,
+        # The style of the weight, which is still waited for, splits codes and scales too. A bias has no entry here,
         # because the style of the layer applies to it.
-        tensors = [key for key, _ in module.named_parameters() if key != "bias"]
-        plan.update({f"{name}.{key}": own if key == "weight" else _EVERY_RANK for key in tensors})
+        plan[f"{name}.weight"] = own
 
 
 def _style_of_stack(experts: FP4Experts, projection: str, style: str) -> str:

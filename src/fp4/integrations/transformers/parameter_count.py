@@ -11,8 +11,6 @@ from fp4.nn import PackedWeight
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PACKED = ("weight", "weight_scale", "global_scale", "input_global_scale")
-
 
 def count_unpacked(model: PreTrainedModel) -> None:
     """Make ``num_parameters`` of a model and its submodels count packed weights as the dense weights they represent.
@@ -35,8 +33,7 @@ class _Counting:
     def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         count: int = type(self.model).num_parameters(self.model, only_trainable, exclude_embeddings)
         for module in self.model.modules():
-            if isinstance(module, PackedWeight) and not only_trainable:
-                packed = (module._parameters.get(name) for name in _PACKED)
+            if isinstance(module, PackedWeight) and module.is_packed and not only_trainable:
                 count += math.prod((*module.lead, module.out_features, module.in_features))
-                count -= sum(parameter.numel() for parameter in packed if parameter is not None)
+                count -= sum(parameter.numel() for parameter in module.packed_parameters().values())
         return count

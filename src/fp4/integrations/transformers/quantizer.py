@@ -106,7 +106,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
 
     def _prepare(self, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
         """Replace modules by packed ones; ``stored`` has the tensors of a packed checkpoint by name, else nothing."""
-        config, asked = self.quantization_config, list[str]()
+        config, asked, dtype = self.quantization_config, list[str](), model.dtype
         reason_to_keep = self._as_stored(model) if self.pre_quantized else self._as_asked(model)
         reasons = {} if self.pre_quantized else dict(DenseLayers(model).no_linears)
 
@@ -138,11 +138,10 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         self._base_model_prefix = model.base_model_prefix
         self._dtypes = dtypes_of(model) if self.pre_quantized else {}
         self.experts = {name: module for name, module in model.named_modules() if isinstance(module, FP4Experts)}
-        if not self.pre_quantized:
-            for name in report.quantized:
-                module = model.get_submodule(name)
-                if isinstance(module, FP4Linear):
-                    module.expect_dense_weight(model.dtype)
+        for name in report.quantized:
+            module = model.get_submodule(name)
+            if isinstance(module, FP4Linear):
+                module.wait_for_weight(module.scheme.format.code_dtype if self.pre_quantized else dtype)
         if self.converts:
             self._prepare_for_format(model)
         if not report.quantized:
@@ -234,7 +233,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             unit = torch.tensor(scheme.global_scale or 1.0, dtype=torch.float64, device="cpu")
             meta = PackedWeight(shape[1], shape[0], scheme, dtype=model.dtype, device="meta")
             weight = QuantizedTensor(
-                meta.weight, meta.weight_scale, None if meta.global_scale is None else unit, meta.scheme.format
+                meta.codes, meta.scales, None if meta.global_scale is None else unit, scheme.format
             )
             try:
                 writer.write(StoredLinear(weight, None, meta.rotation), self._written_scheme(meta))
@@ -314,11 +313,12 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes per element of a parameter once it is loaded, from which Transformers computes device maps."""
-        # Device maps are computed before loading, when weights that will be rounded are still dense.
-        if param.is_floating_point() and self.param_needs_quantization(model, param_name):
-            module, parameter = get_module_from_name(model, param_name)
-            scheme = module.schemes[parameter][0] if isinstance(module, FP4Experts) else module.scheme
-            return float(scheme.format.element.bits / 8)
+        # Device maps are computed before loading, when packed layers still wait for their weights.
+        module, parameter = get_module_from_name(model, param_name)
+        if isinstance(module, FP4Linear) and parameter == "weight":
+            return module.scheme.format.bits_per_weight / 8
+        if isinstance(module, FP4Experts) and parameter in module.schemes:
+            return module.schemes[parameter][0].format.bits_per_weight / 8
         return param.element_size()
 
     # --- while weights are loaded
@@ -361,7 +361,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             if name not in self.loaded:
                 self.problems.setdefault(name, "the checkpoint has no weight for this layer")
         for name, module in layers:
-            if module.weight.dtype != module.scheme.format.code_dtype:
+            if not module.is_packed:
                 self.problems.setdefault(
                     name,
                     "a weight that is quantized while it loads cannot be offloaded to disk; "
@@ -377,7 +377,6 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         if self.converts and layers:
             self._adopt_format(model)
         for _, module in layers:
-            module.freeze()
             hook: Any = getattr(module, "_hf_hook", None)
             module.settle(torch.device(hook.execution_device) if getattr(hook, "offload", False) else None)
         # Loading operations cannot be reversed for saving; `get_state_dict_and_metadata` writes packed layers.
@@ -402,11 +401,11 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         initialize(model, new)
         self._keep(model, new)
 
-    def make_dense(self, model: PreTrainedModel, name: str) -> None:
-        """Replace the packed layer ``name`` by a dense, trainable one, and list it as unquantized."""
-        dense = self._dense(model.get_submodule(name), model.dtype)
-        model.set_submodule(name, dense.requires_grad_())
-        self._keep(model, [name])
+    def make_dense(self, model: PreTrainedModel, names: list[str]) -> None:
+        """Replace layers by dense, trainable ones, and list them as unquantized."""
+        for name in names:
+            model.set_submodule(name, self._dense(model.get_submodule(name), model.dtype).requires_grad_())
+        self._keep(model, names)
         self._equip(model)
 
     def _keep(self, model: PreTrainedModel, names: list[str]) -> None:
@@ -435,7 +434,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
                     "its checkpoint"
                 )
             prefix = f"{name}." if name else ""
-            for key in ("weight", "weight_scale", "global_scale", "input_global_scale"):
+            for key in module.packed_parameters():
                 state_dict.pop(prefix + key, None)
             with align_module_device(module):
                 if isinstance(module, FP4Linear):

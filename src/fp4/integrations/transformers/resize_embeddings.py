@@ -40,7 +40,7 @@ class _Resizing:
             if pad_to_multiple_of is None and (new_num_tokens is None or len(sizes) == 1):
                 return embeddings
             name = next(name for name, module in self.model.named_modules() if module is head)
-            self.model.hf_quantizer.make_dense(self.model, name)
+            self.model.hf_quantizer.make_dense(self.model, [name])
             logger.warning("%s is no longer quantized: its number of rows changes", name)
         resize = type(self.model).resize_token_embeddings
         return resize(self.model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)

@@ -1,0 +1,103 @@
+"""What others see as the ``weight`` of a packed layer: a dense tensor whose values are computed when they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from fp4.nn.packed_weight import PackedWeight
+
+
+class WeightView(Tensor):
+    """The weight ``[..., N, K]`` of a packed layer, in the dtype of the model, without memory of its own.
+
+    Shape, dtype and device are known at once. Any operation that reads values dequantizes them for that operation and
+    keeps nothing. An operation that writes to the view or to some of its elements, or an assignment to its ``data``,
+    gives the layer a dense weight with the new values in place of the packed one. Slices are copies: what is written
+    to a slice that was taken before does not reach the layer.
+
+    Args:
+        layer: the packed layer.
+    """
+
+    _layer: PackedWeight
+    #: Makes ``isinstance(view, nn.Parameter)`` true, which libraries ask before they use a weight.
+    _is_param = True
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, layer: PackedWeight) -> WeightView:  # noqa: D102  (the class describes it)
+        view: WeightView = Tensor._make_wrapper_subclass(
+            cls, layer.shape, dtype=layer.dtype, device=layer.codes.device, requires_grad=False
+        )
+        view._layer = layer
+        return view
+
+    def dense(self) -> Tensor:
+        """The values, in a tensor of their own unless the layer holds a dense weight by now."""
+        weight = self._layer.weight
+        return self._layer.dequantize(self.dtype) if isinstance(weight, WeightView) else weight.detach()
+
+    @property
+    def data(self) -> Tensor:
+        """The view itself: what is written to it reaches the layer, as it does with a parameter's ``data``."""
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value is not self:
+            self._layer.become_dense(value)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation on the dense values."""
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return args[0]
+        kwargs = dict(kwargs or {})
+        written = _written(func, args, kwargs)
+        for view in written:
+            view._layer.become_dense(view.dense())
+        result = func(*tree_map_only(WeightView, cls.dense, args), **tree_map_only(WeightView, cls.dense, kwargs))
+        # An operation in place returns its first argument, which has the new values through its layer.
+        return written[0] if written and not isinstance(result, tuple) else result
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Write some elements; the layer becomes dense."""
+        self._layer.become_dense(self.dense())
+        self._layer.weight.data[index] = value
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """What ``print`` shows: the values, as of a dense weight."""
+        return repr(self.dense())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.dense().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().clone().__reduce_ex__(protocol)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The values as a numpy array, as :meth:`torch.Tensor.numpy` gives them."""
+        return self.dense().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The values in nested lists."""
+        return self.dense().tolist()
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[WeightView]:
+    """The views among the arguments that an operation writes to."""
+    found = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            if isinstance(value, WeightView):
+                found.append(value)
+    return found
