@@ -46,6 +46,11 @@ class Scheme:
         return self.input_format != self.format
 
     @property
+    def has_global_scale(self) -> bool:
+        """Whether weights have a global scale: one taken from the data, or a fixed one."""
+        return self.format.needs_global_scale or self.global_scale is not None
+
+    @property
     def k_multiple(self) -> int:
         """The number that K, the number of columns, must be a multiple of."""
         own = self.format.k_multiple

@@ -11,13 +11,12 @@ from fp4.calibration.global_scales import (
     has_static_input_scale,
     input_scale,
     observe_input_scales,
-    shared_global_scale,
     static_input_scales,
 )
 from fp4.calibration.observers import Amax, SecondMoments
 from fp4.methods import METHODS, Block
 from fp4.numerics.formats import FP8, MXFP4, NVFP4
-from fp4.rounding import weight_scale
+from fp4.rounding import KernelRule, global_scale_of
 from fp4.scheme import Scheme
 
 
@@ -127,21 +126,21 @@ def test_a_survey_is_the_mean_square_of_every_token() -> None:
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_shared_global_scale_is_that_of_the_largest(order: int) -> None:
     weights = [torch.tensor([[0.25, -0.125]]), torch.tensor([[1.0, -7.0]]), torch.tensor([[3.0, 2.0]])][::order]
-    shared = shared_global_scale(weights, Scheme(NVFP4, "mse"))
+    shared = global_scale_of(weights, Scheme(NVFP4, "mse"))
     assert shared.dtype == torch.float64
     assert shared.shape == ()
     assert float(shared) == portable(7.0) == 2.0**-8
-    assert float(shared_global_scale(weights, Scheme(NVFP4, "four_over_six"))) == portable(7.0, 256.0) == 2.0**-7
+    assert float(global_scale_of(weights, Scheme(NVFP4, "four_over_six"))) == portable(7.0, 256.0) == 2.0**-7
     # What is multiplied by the codes must fit FP8 in engines that turn it into that.
-    assert float(shared_global_scale(weights, Scheme(NVFP4, "mse", "fp8"))) == portable(42.0) == 2.0**-6
-    assert float(shared_global_scale(weights, Scheme(NVFP4, "mse", global_scale=0.75))) == 0.75
-    assert shared_global_scale(weights, Scheme(MXFP4, "mse")) is None
-    assert float(shared_global_scale(weights, Scheme(NVFP4, "modelopt"))) == torch.tensor(7.0 / 2688).item()
-    assert float(shared_global_scale(weights, Scheme(NVFP4, "modelopt", global_scale=0.75))) == 0.75
+    assert float(global_scale_of(weights, Scheme(NVFP4, "mse", "fp8"))) == portable(42.0) == 2.0**-6
+    assert float(global_scale_of(weights, Scheme(NVFP4, "mse", global_scale=0.75))) == 0.75
+    assert global_scale_of(weights, Scheme(MXFP4, "mse")) is None
+    assert float(global_scale_of(weights, Scheme(NVFP4, "modelopt"))) == torch.tensor(7.0 / 2688).item()
+    assert float(global_scale_of(weights, Scheme(NVFP4, "modelopt", global_scale=0.75))) == 0.75
 
 
 def test_the_scale_of_a_weight_is_one_number_for_each_matrix() -> None:
-    scales = weight_scale(torch.tensor([7.0, 2688.0, 2689.0, 0.0]), Scheme(NVFP4, "mse"))
+    scales = KernelRule(Scheme(NVFP4, "mse")).global_scale(torch.tensor([7.0, 2688.0, 2689.0, 0.0]), torch.float32)
     assert scales.tolist() == [2.0**-8, 1.0, 2.0, 1.0]
 
 
@@ -190,7 +189,7 @@ def test_the_scale_of_an_input() -> None:
         scale = input_scale(amax, Scheme(NVFP4, activations=activations))
         assert (scale.dtype, scale.shape) == (torch.float64, ())
     fixed = Scheme(NVFP4, activations="fp4", global_scale=0.75)
-    for scale in (input_scale(amax, fixed), shared_global_scale([torch.ones(1, 16)], fixed)):
+    for scale in (input_scale(amax, fixed), global_scale_of([torch.ones(1, 16)], fixed)):
         assert (scale.dtype, scale.shape) == (torch.float64, ())
 
 

@@ -33,7 +33,8 @@ def test_the_global_scale_is_that_of_what_is_rounded() -> None:
     assert float(round_to_nearest(weight, turned, rotation).global_scale) == portable(1.75)
     assert float(global_scale_of(weight, turned, rotation)) == portable(1.75)
     assert portable(7.0) == 4 * portable(1.75)
-    assert float(global_scale_of(weight, plain, largest=torch.tensor(100.0))) == portable(100.0)
+    assert float(global_scale_of([peak(0.0), weight, peak(0.5)], plain)) == portable(7.0)  # that of zeros alone is 1
+    assert float(global_scale_of([weight, 4 * weight], turned, rotation)) == portable(7.0)
     given = torch.tensor(0.5, dtype=torch.float64)
     assert round_to_nearest(weight, plain, global_scale=given).global_scale == given
 

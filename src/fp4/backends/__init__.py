@@ -9,6 +9,7 @@ import functools
 import logging
 
 import torch
+from torch import Tensor
 
 from fp4.backends.base import Backend
 from fp4.backends.cpu import CpuBackend
@@ -50,6 +51,11 @@ def for_device(device: torch.device, fmt: Format = NVFP4) -> Backend:
     return next(
         b for b in BACKENDS.values() if fmt.family in b.formats and not b.unavailable() and not b.lacks(fmt, device)
     )
+
+
+def largest_magnitude(x: Tensor) -> Tensor:
+    """The largest magnitude of each matrix, by the kernel for its device: x ``[..., N, K]`` -> float32 ``[...]``."""
+    return for_device(x.device).largest_magnitude(x)
 
 
 def select(

@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from fp4 import backends
 from fp4.calibration.block import Block, capture_inputs, quantizes_activations
 from fp4.calibration.channel_statistics import ChannelStatistics
 from fp4.calibration.observers import Amax
 from fp4.numerics.block_scales import portable_global_scale_for
 from fp4.numerics.elements import E4M3_MAX
 from fp4.numerics.rotation import rotate
-from fp4.numerics.tool_rounding import TOOL_RULES, tool_global_scale
-from fp4.rounding import weight_scale
 from fp4.scheme import Scheme
-
-
-def shared_global_scale(weights: Iterable[Tensor], scheme: Scheme) -> Tensor | None:
-    """The one global scale of several weights that an engine multiplies as one matrix.
-
-    Args:
-        weights: floating point ``[N, K]`` each, rotated where the scheme rotates.
-        scheme: that of all of them.
-
-    Returns:
-        float64 ``[]``, None where the format has no global scale.
-    """
-    if not scheme.format.needs_global_scale:
-        return None
-    if scheme.weight_rule in TOOL_RULES and scheme.global_scale is None:
-        scales = [tool_global_scale(weight, scheme.format, scheme.weight_rule) for weight in weights]
-        return torch.stack([scale for scale in scales if scale is not None]).amax()
-    largest = torch.stack([backends.for_device(weight.device).largest_magnitude(weight) for weight in weights]).amax()
-    if scheme.global_scale is not None:
-        return torch.full((), scheme.global_scale, dtype=torch.float64, device=largest.device)
-    return weight_scale(largest, scheme)
 
 
 def has_static_input_scale(scheme: Scheme) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fp4.calibration.block import Block, LayerResult, siblings
 from fp4.calibration.channel_statistics import ChannelStatistics
-from fp4.calibration.global_scales import shared_global_scale, static_input_scales
+from fp4.calibration.global_scales import static_input_scales
 from fp4.calibration.layer_order import observe, stages
 from fp4.calibration.observers import SecondMoments
 from fp4.host_memory import return_freed_pages
@@ -19,7 +19,7 @@ from fp4.methods.tiling import elements_at_once
 from fp4.numerics.formats import Format, QuantizedTensor
 from fp4.numerics.rotation import rotate
 from fp4.numerics.tensors import require_finite
-from fp4.rounding import round_to_nearest
+from fp4.rounding import global_scale_of, round_to_nearest
 
 # A solver takes a weight [..., N, K], its objective, the format and the global scale.
 Solve = Callable[[Tensor, Objective, Format, "Tensor | None"], QuantizedTensor]
@@ -131,7 +131,7 @@ def _matrices(
             weights = [block.linear(layer).weight.data for layer in members]
             if rotation is not None:
                 weights = [rotate(weight, rotation) for weight in weights]
-            global_scale = shared_global_scale(weights, scheme)
+            global_scale = global_scale_of(weights, scheme)
             if len(members) > 1 and sum(weight.numel() for weight in weights) <= _LARGEST_JOINED:
                 yield _Matrix(members, torch.cat(weights), goal, global_scale)
             else:

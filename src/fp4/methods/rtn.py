@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fp4.calibration.block import Block, LayerResult
-from fp4.calibration.global_scales import observe_input_scales, shared_global_scale
+from fp4.calibration.global_scales import observe_input_scales
 from fp4.numerics.rotation import rotate
 from fp4.numerics.tensors import require_finite
-from fp4.rounding import round_to_nearest
+from fp4.rounding import global_scale_of, round_to_nearest
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def rtn_block(block: Block, options: RTNOptions) -> dict[str, LayerResult]:
         rotated = [
             w if (r := block.rotation(layer)) is None else rotate(w, r) for layer, w in zip(group, weights, strict=True)
         ]
-        shared = shared_global_scale(rotated, block.layers[group[0]])
+        shared = global_scale_of(rotated, block.layers[group[0]])
         for layer, weight in zip(group, rotated, strict=True):
             scheme = block.layers[layer]
             quantized = round_to_nearest(weight, scheme, name=f"{block.name}.{layer}.weight", global_scale=shared)

@@ -48,13 +48,21 @@ class FP4GroupedLinear(PackedWeight):
         """Number of experts that this process holds."""
         return self.shape[0]
 
-    def _rounded(self, weight: Tensor, name: str, global_scale: Tensor | None) -> QuantizedTensor:
-        """A dense stack ``[E, N, K]``, with any strides, rounded to nearest.
+    def round(self, weight: Tensor, name: str = "weight", global_scale: Tensor | None = None) -> QuantizedTensor:
+        """A dense stack rounded to nearest.
 
         Experts are rounded one by one, so that only one rotated or contiguous copy is in memory at a time.
+
+        Args:
+            weight: ``[E, N, K]``, with any strides.
+            name: name of the weight, for error messages.
+            global_scale: float64 ``[E]`` to use instead of the scales computed from ``weight``.
+
+        Raises:
+            ValueError: the weight of an expert holds NaN or infinity.
         """
         rounded = [
-            super(FP4GroupedLinear, self)._rounded(
+            super(FP4GroupedLinear, self).round(
                 matrix.contiguous(), f"{name}[{expert}]", None if global_scale is None else global_scale[expert]
             )
             for expert, matrix in enumerate(weight.unbind(0))
@@ -165,8 +173,8 @@ class FP4Experts(nn.Module):
         for projection in module.layout.projections:
             dense = module.dense_rows(getattr(module, projection).detach())
             packed = module.place(projection)
-            for parameter, value in packed.round(dense, f"{name}.{projection}").items():
-                setattr(packed, parameter, nn.Parameter(value, requires_grad=False))
+            rounded = packed.round(dense, f"{name}.{projection}")
+            packed.hold(rounded, packed.fixed_input_scale(rounded))
         module.settle()
         return module
 

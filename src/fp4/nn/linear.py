@@ -60,8 +60,8 @@ class FP4Linear(PackedWeight, nn.Linear):
         weight = linear.weight.detach()
         module = cls(linear.in_features, linear.out_features, False, scheme, backend, weight.dtype, "meta")
         module.bias = linear.bias
-        for parameter, value in module.round(weight, name).items():
-            setattr(module, parameter, nn.Parameter(value, requires_grad=False))
+        rounded = module.round(weight, name)
+        module.hold(rounded, module.fixed_input_scale(rounded))
         module.settle()
         return module
 

@@ -86,13 +86,13 @@ class PackedWeight(nn.Module):
         fmt = scheme.format
         codes, scales = fmt.empty((*lead, out_features, in_features), torch.float32, device)
         unit = torch.ones(lead, dtype=torch.float64, device=device)
-        has_global_scale = fmt.needs_global_scale or scheme.global_scale is not None
-        weight = QuantizedTensor(codes, scales, unit if has_global_scale else None, fmt)
-        self.hold(weight, unit.clone() if self._input_scale_is_fixed else None)
+        weight = QuantizedTensor(codes, scales, unit if scheme.has_global_scale else None, fmt)
+        self.hold(weight, self.fixed_input_scale(weight))
 
-    @property
-    def _input_scale_is_fixed(self) -> bool:
-        return self.scheme.global_scale is not None and self.scheme.input_format == self.scheme.format
+    def fixed_input_scale(self, weight: QuantizedTensor) -> Tensor | None:
+        """The global scale of the inputs beside a weight, where the scheme fixes one for both; float64 ``[...]``."""
+        fixed = self.scheme.global_scale is not None and self.scheme.input_format == self.scheme.format
+        return weight.global_scale.clone() if fixed and weight.global_scale is not None else None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -212,8 +212,8 @@ class PackedWeight(nn.Module):
 
     # --- conversions
 
-    def round(self, weight: Tensor, name: str = "weight", global_scale: Tensor | None = None) -> dict[str, Tensor]:
-        """Bytes of the parameters that hold a dense weight, rounded to nearest on its device.
+    def round(self, weight: Tensor, name: str = "weight", global_scale: Tensor | None = None) -> QuantizedTensor:
+        """A dense weight rounded to nearest by the scheme of this module, on its device.
 
         Args:
             weight: ``[..., N, K]``, floating point.
@@ -223,10 +223,6 @@ class PackedWeight(nn.Module):
         Raises:
             ValueError: the weight holds NaN or infinity.
         """
-        rounded = self._rounded(weight, name, global_scale)
-        return self.parameters_of(rounded, rounded.global_scale if self._input_scale_is_fixed else None)
-
-    def _rounded(self, weight: Tensor, name: str, global_scale: Tensor | None) -> QuantizedTensor:
         rotation = None if self.rotation is None else self.rotation.to(weight.device)
         return round_to_nearest(weight, self.scheme, rotation, name, global_scale)
 

@@ -11,6 +11,7 @@ The tools differ from ``Format.quantize`` in these ways:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,49 +19,54 @@ from torch import Tensor
 from fp4.numerics.block_scales import effective_scales, global_scale_for
 from fp4.numerics.elements import E2M1_MAX, E2M1_VALUES, E4M3_MAX, encode_e2m1, encode_e4m3, pack_codes
 from fp4.numerics.formats import FP8, MXFP4, NVFP4, Format, QuantizedTensor
-from fp4.numerics.tensors import largest_magnitude
 
 
-def tool_global_scale(weight: Tensor, fmt: Format, rule: str) -> Tensor | None:
-    """The global scale that a tool takes from a weight.
+@dataclass(frozen=True)
+class ToolRule:
+    """How one tool rounds weights to one format.
 
-    Args:
-        weight: float32, bfloat16 or float16 ``[..., N, K]``.
-        fmt: the format to quantize to.
-        rule: the tool's name.
-
-    Returns:
-        float64 ``[...]``, or None where the format needs none.
-    """
-    if not fmt.needs_global_scale:
-        return None
-    largest = largest_magnitude(weight)
-    if rule == "modelopt":
-        return global_scale_for(largest)
-    reciprocal = largest.to(weight.dtype).reciprocal() * (E2M1_MAX * E4M3_MAX)
-    return torch.where(largest == 0, 1.0, 1 / reciprocal.double())
-
-
-def tool_quantize(weight: Tensor, fmt: Format, rule: str, global_scale: Tensor | None = None) -> QuantizedTensor:
-    """Quantize a weight as a tool does.
-
-    Args:
-        weight: float32, bfloat16 or float16 ``[..., N, K]``.
-        fmt: the format to quantize to.
-        rule: the tool's name.
-        global_scale: float64 ``[...]``, used in place of the weight's own.
-
-    Returns:
-        the canonical form.
+    Attributes:
+        tool: its name, a key of ``TOOL_RULES``.
+        format: the format to quantize to.
+        fixed_scale: a global scale in place of the one that the tool takes from the weight.
 
     Raises:
-        ValueError: the tool has no rule for ``fmt``.
+        ValueError: the tool has no rule for ``format``.
     """
-    if fmt not in _TOOLS[rule]:
-        raise ValueError(f"scale rule {rule!r} is not defined for {fmt.name}")
-    if global_scale is None:
-        global_scale = tool_global_scale(weight, fmt, rule)
-    return _TOOLS[rule][fmt](weight, global_scale)
+
+    tool: str
+    format: Format
+    fixed_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in TOOL_RULES[self.tool]:
+            raise ValueError(f"scale rule {self.tool!r} is not defined for {self.format.name}")
+
+    def global_scale(self, largest: Tensor, dtype: torch.dtype) -> Tensor:
+        """The global scale that the tool takes for NVFP4 weights.
+
+        Args:
+            largest: the largest magnitude of each, float ``[...]``.
+            dtype: the dtype of the weights.
+
+        Returns:
+            float64 ``[...]``.
+        """
+        if self.fixed_scale is not None:
+            return torch.full_like(largest, self.fixed_scale, dtype=torch.float64)
+        if self.tool == "modelopt":
+            return global_scale_for(largest)
+        reciprocal = largest.to(dtype).reciprocal() * (E2M1_MAX * E4M3_MAX)
+        return torch.where(largest == 0, 1.0, 1 / reciprocal.double())
+
+    def quantize(self, weight: Tensor, global_scale: Tensor | None) -> QuantizedTensor:
+        """The canonical form of a weight, with the tool's bytes.
+
+        Args:
+            weight: float32, bfloat16 or float16 ``[..., N, K]``.
+            global_scale: float64 ``[...]``; formats that the tool writes without one ignore it.
+        """
+        return _TOOLS[self.tool][self.format](weight, global_scale)
 
 
 def _nvfp4_of_llm_compressor(weight: Tensor, global_scale: Tensor | None) -> QuantizedTensor:
@@ -84,7 +90,6 @@ def _mxfp4_of_modelopt(weight: Tensor, global_scale: Tensor | None) -> Quantized
 
 
 _Rounding = Callable[[Tensor, Tensor | None], QuantizedTensor]
-# The functions of MXFP4 and FP8 ignore the global scale, since these formats are written without one.
 _TOOLS: dict[str, dict[Format, _Rounding]] = {
     "llm-compressor": {
         NVFP4: _nvfp4_of_llm_compressor,

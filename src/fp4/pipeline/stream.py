@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -209,8 +209,7 @@ class StreamedRounding:
             shared = None
             if len(group.layers) > 1:
                 loaded = (weights[layer.name] if fits else self._weight(layer) for layer in group.layers)
-                scales = [_global_scale(weight, layer) for weight, layer in zip(loaded, group.layers, strict=True)]
-                shared = torch.stack([scale for scale in scales if scale is not None]).amax()
+                shared = _global_scale(loaded, group.layers[0])
             for layer in group.layers:
                 if layer.name not in here:
                     continue  # the layer shares the global scale, but another file stores it
@@ -263,15 +262,12 @@ def _tiles(weight: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
 
 
-def _global_scale(weight: Tensor, layer: PlannedLayer) -> Tensor | None:
-    """The global scale of a weight ``[N, K]`` under its layer's scheme: float64 ``[]``, None for none."""
+def _global_scale(weights: Iterable[Tensor], layer: PlannedLayer) -> Tensor | None:
+    """The global scale that weights ``[N, K]`` of layers like ``layer`` share: float64 ``[]``, None for none."""
     rotation = rotation_of(layer)
-    if rotation is None:
-        return global_scale_of(weight, layer.scheme)
-    # Scales grow with the largest magnitude, so the largest of the tiles' is the whole weight's.
-    of_tiles = [global_scale_of(weight[tile], layer.scheme, rotation) for tile in _tiles(weight)]
-    scales = [scale for scale in of_tiles if scale is not None]
-    return torch.stack(scales).amax() if scales else None
+    if rotation is not None:  # it makes a weight float32, so only some rows at a time
+        weights = (weight[tile] for weight in weights for tile in _tiles(weight))
+    return global_scale_of(weights, layer.scheme, rotation)
 
 
 def quantize_weight(weight: Tensor, layer: PlannedLayer, global_scale: Tensor | None = None) -> QuantizedTensor:
@@ -286,7 +282,7 @@ def quantize_weight(weight: Tensor, layer: PlannedLayer, global_scale: Tensor | 
     if rotation is None:
         return round_to_nearest(weight, layer.scheme, None, name, global_scale)
     if global_scale is None:
-        global_scale = _global_scale(weight, layer)
+        global_scale = _global_scale([weight], layer)
     parts = [round_to_nearest(weight[tile], layer.scheme, rotation, name, global_scale) for tile in _tiles(weight)]
     scales = torch.cat([part.scales.view(torch.uint8) for part in parts]).view(parts[0].scales.dtype)
     return parts[0]._replace(codes=torch.cat([part.codes for part in parts]), scales=scales)

@@ -21,7 +21,9 @@ from fp4.numerics.block_scales import effective_scales, global_scale_for
 from fp4.numerics.elements import decode_e2m1, encode_e2m1, encode_e4m3, pack_codes, unpack_codes
 from fp4.numerics.formats import FP8, MXFP4, NVFP4, QuantizedTensor, quantize
 from fp4.numerics.rotation import rotate
-from fp4.numerics.tool_rounding import TOOL_RULES, tool_quantize
+from fp4.numerics.tool_rounding import TOOL_RULES, ToolRule
+from fp4.rounding import round_to_nearest
+from fp4.scheme import Scheme
 
 
 def layers_of(folder: Path, source: Path) -> list[tuple[torch.Tensor, torch.Tensor, StoredLinear]]:
@@ -192,9 +194,9 @@ def test_tool_rules_keep_to_their_formats() -> None:
     with pytest.raises(ValueError, match="not for training"):
         FPQuantConfig("nvfp4", scale_rule="modelopt", store_master_weights=True)
     with pytest.raises(ValueError, match="not defined for fp8"):
-        tool_quantize(torch.zeros(1, 16), FP8, "modelopt")
+        ToolRule("modelopt", FP8)
     for rule in TOOL_RULES:
-        codes, scales, global_scale, _ = tool_quantize(torch.zeros(2, 32), NVFP4, rule)
+        codes, scales, global_scale, _ = round_to_nearest(torch.zeros(2, 32), Scheme(NVFP4, rule))
         assert not codes.any()
         assert global_scale == 1
         assert scales.float().isfinite().all()
@@ -204,8 +206,8 @@ def test_stacks_of_experts_are_rounded_one_by_one() -> None:
     weight = torch.randn(3, 8, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     for rule, formats in TOOL_RULES.items():
         for fmt in formats:
-            stacked = tool_quantize(weight, fmt, rule)
+            stacked = round_to_nearest(weight, Scheme(fmt, rule))
             for expert in range(3):
-                alone = tool_quantize(weight[expert], fmt, rule)
+                alone = round_to_nearest(weight[expert], Scheme(fmt, rule))
                 assert torch.equal(stacked.codes[expert].view(torch.uint8), alone.codes.view(torch.uint8))
                 assert torch.equal(stacked.scales[expert].view(torch.uint8), alone.scales.view(torch.uint8))

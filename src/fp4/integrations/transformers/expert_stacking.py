@@ -85,8 +85,8 @@ class ReadExperts(LoadOp):
             stored = parts[name]
             packed.rotation = stored.rotation
             static = quantizer.quantization_config.uses_static_scales
-            own = packed.parameters_of(stored.weight, stored.input_global_scale if static else None)
-            loaded |= self.arrive(packed, f"{layer}.{name}", own)
+            scale = stored.input_global_scale if static else None
+            loaded |= self.arrive(packed, f"{layer}.{name}", stored.weight, scale)
         return loaded
 
     def _parts(

@@ -14,6 +14,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from fp4.errors import NotQuantizable
 from fp4.integrations.transformers.model_state import Packing
 from fp4.nn import FP4Experts, FP4Linear, PackedWeight
+from fp4.numerics.formats import QuantizedTensor
 from fp4.numerics.rotation import share
 from fp4.rounding import global_scale_of
 from fp4.selection import float32_parameters
@@ -48,14 +49,21 @@ class LoadOp(ConversionOps):
             self.hf_quantizer.missing = missing_keys
         return self.load(input_dict, model, full_layer_name)
 
-    def arrive(self, module: PackedWeight, name: str, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    def arrive(
+        self, module: PackedWeight, name: str, weight: QuantizedTensor, input_global_scale: Tensor | None
+    ) -> dict[str, Tensor]:
         """What Transformers is to put into a packed module: its parameters by full name.
 
         Args:
             module: takes empty parameters of the same shapes, in place of the weight that it was waiting for.
             name: its full name.
-            parameters: its parameters by name, as :meth:`PackedWeight.parameters_of` makes them.
+            weight: the whole weight in canonical form.
+            input_global_scale: float64 ``[...]``, or None.
+
+        Raises:
+            ValueError: ``weight`` has another format than the module.
         """
+        parameters = module.parameters_of(weight, input_global_scale)
         module.expect(parameters)
         self.hf_quantizer.loaded.add(name)
         self.hf_quantizer.missing.discard(f"{name}.weight")
@@ -105,7 +113,8 @@ class RoundToNearest(LoadOp):
         self.hf_quantizer.missing.discard(name)
         try:
             packed = experts.place(projection)
-            return self.arrive(packed, name, packed.round(experts.dense_rows(weight), name))
+            rounded = packed.round(experts.dense_rows(weight), name)
+            return self.arrive(packed, name, rounded, packed.fixed_input_scale(rounded))
         except ValueError as error:
             self.hf_quantizer.problems[name] = _with_remedy(error, name.rpartition(".")[0])
             return {}
@@ -113,16 +122,13 @@ class RoundToNearest(LoadOp):
     def _round(self, weights: dict[str, Tensor], modules: dict[str, Any]) -> dict[str, Tensor]:
         shared = None
         if len(weights) > 1:
-            own = [
-                global_scale_of(weight, modules[layer].scheme, modules[layer].rotation)
-                for layer, weight in weights.items()
-            ]
-            shared = torch.stack([scale for scale in own if scale is not None]).amax()
+            first = modules[next(iter(weights))]
+            shared = global_scale_of(weights.values(), first.scheme, first.rotation)
         found: dict[str, Tensor] = {}
         for layer, weight in weights.items():
             try:
-                parameters = modules[layer].round(weight, f"{layer}.weight", shared)
-                found |= self.arrive(modules[layer], layer, parameters)
+                rounded = modules[layer].round(weight, f"{layer}.weight", shared)
+                found |= self.arrive(modules[layer], layer, rounded, modules[layer].fixed_input_scale(rounded))
             except ValueError as error:
                 self.hf_quantizer.problems[layer] = _with_remedy(error, layer)
         return found
@@ -158,8 +164,7 @@ class ReadLayer(LoadOp):
             return {}
         module.rotation = None if stored.rotation is None else share(stored.rotation.to(stored.weight.codes.device))
         static = self.hf_quantizer.quantization_config.uses_static_scales or module.input_global_scale is not None
-        parameters = module.parameters_of(stored.weight, stored.input_global_scale if static else None)
-        return self.arrive(module, layer, parameters)
+        return self.arrive(module, layer, stored.weight, stored.input_global_scale if static else None)
 
 
 def zero_biases(model: nn.Module, missing: set[str]) -> dict[str, str]:

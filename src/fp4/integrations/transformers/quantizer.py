@@ -246,8 +246,10 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
                 "choose other options (transform_init='identity' rotates nothing) or another checkpoint_format"
             )
         free = [n for n, m in modules.items() if m.scheme.format.needs_global_scale and m.scheme.global_scale is None]
-        for group in fused_groups(free):
-            self.sharing |= dict.fromkeys(group, SharedScale(group))
+        for fused in fused_groups(free):
+            for scheme in dict.fromkeys(modules[name].scheme for name in fused):
+                group = [name for name in fused if modules[name].scheme == scheme]
+                self.sharing |= dict.fromkeys(group, SharedScale(group))
 
     def _written_scheme(self, weight: PackedWeight) -> LayerScheme:
         """The scheme of a layer quantized on the fly in another tool's format."""
