@@ -15,15 +15,14 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from fp4.checkpoint import CODECS, Codec, LayerScheme, StoredLinear, codec_named
+from fp4.checkpoint import StoredLinear, codec_named
 from fp4.checkpoint.expert_names import names_on_disk, stacks_on_disk
-from fp4.checkpoint.formats.codec import name_rotation
 from fp4.checkpoint.formats.fp_quant import FPQuantCodec
-from fp4.checkpoint.fusing import fused_groups
 from fp4.checkpoint.io.headers import TensorInfo
 from fp4.config import FPQuantConfig
-from fp4.integrations.transformers import expert_stacking, parallel_plan
+from fp4.integrations.transformers import expert_stacking, parallel_plan, saved_format
 from fp4.integrations.transformers.coverage import coverage_of
+from fp4.integrations.transformers.kept_layers import as_asked, as_stored, warn_of_idle_patterns
 from fp4.integrations.transformers.load_ops import (
     ReadLayer,
     RoundToNearest,
@@ -32,7 +31,7 @@ from fp4.integrations.transformers.load_ops import (
     restore_dtypes,
     zero_biases,
 )
-from fp4.integrations.transformers.model_state import Packing, SharedScale
+from fp4.integrations.transformers.model_state import Packing
 from fp4.integrations.transformers.new_layers import initialize, may_lack_layers
 from fp4.integrations.transformers.parameter_count import count_unpacked
 from fp4.integrations.transformers.prequantized_config import CheckpointConfig
@@ -42,16 +41,10 @@ from fp4.integrations.transformers.weight_files import read_headers, require_ins
 from fp4.nn import FP4Experts, FP4Linear, PackedWeight, swap_experts, swap_linears
 from fp4.nn.expert_layout import ExpertsLayout
 from fp4.nn.swap import NOT_ASKED
-from fp4.numerics.formats import QuantizedTensor
 from fp4.scheme import Scheme
 from fp4.selection import (
     DenseLayers,
     as_transformers_reads,
-    fits,
-    fits_in_transformers,
-    idle_patterns,
-    spelled_out,
-    tied_layers,
 )
 
 if TYPE_CHECKING:
@@ -107,7 +100,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
     def _prepare(self, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
         """Replace modules by packed ones; ``stored`` has the tensors of a packed checkpoint by name, else nothing."""
         config, asked, dtype = self.quantization_config, list[str](), model.dtype
-        reason_to_keep = self._as_stored(model) if self.pre_quantized else self._as_asked(model)
+        reason_to_keep = (as_stored if self.pre_quantized else as_asked)(config, model)
         reasons = {} if self.pre_quantized else dict(DenseLayers(model).no_linears)
 
         def kept(name: str) -> bool:
@@ -133,7 +126,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         report = swap_linears(model, choose, master_weights=config.store_master_weights)
         report.update(swap_experts(model, choose_experts, master_weights=config.store_master_weights))
         if not self.pre_quantized:
-            self._warn_of_idle_patterns(asked, model)
+            warn_of_idle_patterns(config, asked, model)
             config.modules_to_not_convert = as_transformers_reads(config.modules_to_not_convert or [], reasons, asked)
         self._base_model_prefix = model.base_model_prefix
         self._dtypes = dtypes_of(model) if self.pre_quantized else {}
@@ -143,7 +136,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             if isinstance(module, FP4Linear):
                 module.wait_for_weight(module.scheme.format.code_dtype if self.pre_quantized else dtype)
         if self.converts:
-            self._prepare_for_format(model)
+            saved_format.prepare(self, model)
         if not report.quantized:
             logger.warning("no layer of %s was quantized; all layers are kept", type(model).__name__)
         told = {name: reason for name, reason in reasons.items() if report.kept.get(name, NOT_ASKED) == NOT_ASKED}
@@ -153,44 +146,6 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             if config.strict:
                 raise ValueError(f"strict=True, but these layers cannot be quantized: {report.describe_unsupported()}")
             logger.warning("kept unquantized: %s", report.describe_unsupported())
-
-    def _as_stored(self, model: PreTrainedModel) -> Callable[[str], str | None]:
-        """Function from the name of a layer to the reason why the checkpoint keeps it dense, or None.
-
-        The checkpoint alone decides. Its list of modules is matched as Transformers does, which defines fp_quant.
-        """
-        config = self.quantization_config
-        if config.modules_to_not_convert is None:
-            head = model.get_output_embeddings()
-            config.modules_to_not_convert = [name for name, module in model.named_modules() if module is head]
-        tied = tied_layers(model)
-        patterns = [*config.modules_to_not_convert, *(model._keep_in_fp32_modules or [])]
-        return lambda name: NOT_ASKED if name in tied or fits_in_transformers(name, patterns) else None
-
-    def _as_asked(self, model: PreTrainedModel) -> Callable[[str], str | None]:
-        """Function from the name of a layer to the reason not to quantize it, or None.
-
-        Layers are kept by the user's list or by the default rule.
-        """
-        listed, overrides = self.quantization_config.modules_to_not_convert, self.quantization_config.overrides
-        dense = DenseLayers(model)
-
-        def reason(name: str) -> str | None:
-            if any(fits(name, pattern) for pattern in listed or []):
-                return NOT_ASKED
-            return dense.reason(name, spelled_out(name, overrides), heads=listed is None)
-
-        return reason
-
-    def _warn_of_idle_patterns(self, layers: list[str], model: PreTrainedModel) -> None:
-        """Warn of patterns of the user that match none of the ``layers`` that could be quantized."""
-        config = self.quantization_config
-        # Transformers' own configuration lists "lm_head" for every model, so it may match nothing.
-        kept = [name for name in config.modules_to_not_convert or [] if name != "lm_head"]
-        idle = idle_patterns([*kept, *(pattern for pattern, _ in config.overrides)], layers)
-        if idle:
-            example = next(iter(layers), "nothing")
-            logger.warning("%s fit no layer of %s, where one is called %s", idle, type(model).__name__, example)
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Add the tensors of packed weights to ``model.tp_plan`` or ``model.ep_plan``, which list only dense ones."""
@@ -215,96 +170,6 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
     def converts(self) -> bool:
         """Whether the model will be saved in another format than fp_quant."""
         return getattr(self.quantization_config, "checkpoint_format", FPQuantCodec.name) != FPQuantCodec.name
-
-    def _prepare_for_format(self, model: PreTrainedModel) -> None:
-        """Group layers that runtimes fuse, so that they share a global scale, and check that the format fits.
-
-        Raises:
-            ValueError: the format cannot store a layer, for instance its rotation.
-        """
-        modules: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, FP4Linear)}
-        name_of_format = self.quantization_config.checkpoint_format
-        writer, problems = CODECS[name_of_format].writer(), {}
-        schemes = {name: (m.scheme, (m.out_features, m.in_features)) for name, m in modules.items()}
-        for name, experts in self.experts.items():
-            shapes = experts.layout.projections
-            schemes |= {f"{name}.{p}": (scheme, shapes[p]) for p, (scheme, _) in experts.schemes.items()}
-        for name, (scheme, shape) in schemes.items():
-            unit = torch.tensor(scheme.global_scale or 1.0, dtype=torch.float64, device="cpu")
-            meta = PackedWeight(shape[1], shape[0], scheme, dtype=model.dtype, device="meta")
-            weight = QuantizedTensor(
-                meta.codes, meta.scales, None if meta.global_scale is None else unit, scheme.format
-            )
-            try:
-                writer.write(StoredLinear(weight, None, meta.rotation), self._written_scheme(meta))
-            except ValueError as error:
-                problems[name] = str(error)
-        if problems:
-            name, problem = next(iter(problems.items()))
-            raise ValueError(
-                f"{len(problems)} layers cannot be saved as {name_of_format}, {name} first: {problem}; "
-                "choose other options (transform_init='identity' rotates nothing) or another checkpoint_format"
-            )
-        free = [n for n, m in modules.items() if m.scheme.format.needs_global_scale and m.scheme.global_scale is None]
-        for fused in fused_groups(free):
-            for scheme in dict.fromkeys(modules[name].scheme for name in fused):
-                group = [name for name in fused if modules[name].scheme == scheme]
-                self.sharing |= dict.fromkeys(group, SharedScale(group))
-
-    def _written_scheme(self, weight: PackedWeight) -> LayerScheme:
-        """The scheme of a layer quantized on the fly in another tool's format."""
-        fmt = weight.scheme.format
-        # Other formats store a calibrated scale for NVFP4 activations and for FP8 activations of FP4 weights. Layers
-        # quantized on the fly have none, so they are saved as weight-only.
-        calibrated = fmt.needs_global_scale or weight.scheme.mixes_formats
-        weight_only = weight.scheme.activations == "model" or calibrated
-        rotation, group_size = name_rotation(weight.rotation)
-        return LayerScheme(fmt, "model" if weight_only else "fp8" if fmt.kind == "FP8" else "fp4", rotation, group_size)
-
-    def _adopt_format(self, model: PreTrainedModel) -> None:
-        """Turn the model into what loading a checkpoint in ``checkpoint_format`` would have made."""
-        codec = CODECS[self.quantization_config.checkpoint_format]
-        weights = [module for module in model.modules() if isinstance(module, PackedWeight)]
-        quantizing = [weight for weight in weights if weight.scheme.activations in ("fp4", "fp8")]
-        lost = [weight for weight in quantizing if self._written_scheme(weight).activations == "model"]
-        if lost:
-            logger.warning(
-                "%d layers quantize their activations here and will be saved as weight-only: %s wants a calibrated "
-                "scale of activations, which `fp4 quantize` measures",
-                len(lost),
-                codec.name,
-            )
-        for name, experts in self.experts.items():
-            self.stacked |= {
-                f"{name}.{projection}"
-                for projection, packed in experts.packed().items()
-                if packed.scheme.format.name in codec.stacked_formats and projection in self.stack_names[name]
-            }
-        self._describe(model, codec, lambda _, weight: self._written_scheme(weight))
-
-    def _describe(
-        self, model: PreTrainedModel, codec: type[Codec], scheme_of: Callable[[str, PackedWeight], LayerScheme]
-    ) -> None:
-        """Set the configuration of ``model`` to that of a checkpoint in the format of ``codec``.
-
-        ``scheme_of`` maps the name and module of a packed layer to the scheme by which it is stored.
-        """
-        config, modules = self.quantization_config, dict(model.named_modules())
-        schemes = {name: scheme_of(name, module) for name, module in modules.items() if isinstance(module, FP4Linear)}
-        for name in self.experts:
-            schemes |= {layer: scheme_of(layer, weight) for layer, weight in expert_stacking.layers_of(self, name)}
-        matrices = (
-            name
-            for name, module in modules.items()
-            if isinstance(weight := getattr(module, "weight", None), Tensor)
-            and weight.ndim == 2
-            and not isinstance(module, (PackedWeight, nn.Embedding))
-        )
-        source = config.stored if isinstance(config, CheckpointConfig) else {}
-        stored = codec.configuration(schemes, sorted(matrices), source)
-        self.quantization_config = CheckpointConfig(stored, config.activation_dtype, config.backend)  # type: ignore[arg-type]
-        self.codec = self.quantization_config.codec
-        model.config.quantization_config = self.quantization_config
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is rounded while it is loaded."""
@@ -377,7 +242,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         self.missing = set()
         restore_dtypes(model, self._dtypes)
         if self.converts and layers:
-            self._adopt_format(model)
+            saved_format.adopt(self, model)
         for _, module in layers:
             hook: Any = getattr(module, "_hf_hook", None)
             module.settle(torch.device(hook.execution_device) if getattr(hook, "offload", False) else None)
@@ -415,7 +280,9 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         config = self.quantization_config
         config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *names]
         if isinstance(config, CheckpointConfig):
-            self._describe(model, type(self.codec), lambda name, weight: self.stored_scheme(name, weight.scheme))
+            saved_format.describe(
+                self, model, type(self.codec), lambda name, weight: self.stored_scheme(name, weight.scheme)
+            )
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors to save by name, packed layers in the checkpoint's format; no metadata.
