@@ -30,9 +30,10 @@ from fp4.pipeline.merge_files import assemble
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.report import layer_row
 from fp4.pipeline.samples import batches_of, stored_samples
-from fp4.pipeline.side_files import StoredTensors, scheme_in_file
 from fp4.pipeline.skeleton import Skeleton
-from fp4.pipeline.stream import Progress, quantize_weight, sampled_statistics
+from fp4.pipeline.storage import StoredTensors, Written, scheme_in_file
+from fp4.pipeline.stream import quantize_weight, sampled_statistics
+from fp4.progress import Report
 
 _UNSEEN = "no calibration token reached it: rounded to nearest"
 _UNSEEN_INPUT = f"{_UNSEEN}, its input scale from the range of its weight"
@@ -67,7 +68,7 @@ class BlockCalibration:
         memory: Memory,
         seed: int,
         experts: str,
-        progress: Progress,
+        progress: Report,
     ) -> None:
         self.skeleton, self.plan, self.codec, self.staging = skeleton, plan, codec, staging
         self.method, self.options, self.memory, self.seed, self.progress = method, options, memory, seed, progress
@@ -78,33 +79,14 @@ class BlockCalibration:
         #: Arguments besides hidden states, by batch and block; batches with equal arguments share one list.
         self.calls: list[list[Call]] = []
 
-    def prepare(self, read: Callable[[Any], Samples]) -> dict[str, Any]:
-        """Read the samples, and cut them into batches.
+    def run(self, read: Callable[[Any], Samples]) -> Written:
+        """Quantize every block that is not finished, then merge the files of all blocks.
 
         Args:
             read: reads samples with the model's tokenizer; not called where an interrupted run has read them.
-
-        Returns:
-            what the report says of the samples.
         """
-        found = stored_samples(self.staging, self.skeleton.checkpoint.folder, read)
-        self.batches = batches_of(found.tokens, self.skeleton.model.config.get_text_config().vocab_size)
-        return {
-            "description": found.description,
-            "samples": len(found.tokens),
-            "tokens": found.count,
-            "seq_len": max(len(sample) for sample in found.tokens),
-            "sha256": found.sha256,
-            "warnings": found.warnings,
-        }
-
-    def run(self) -> tuple[list[dict[str, object]], dict[str, LayerScheme], list[str]]:
-        """Quantize every block that is not finished, then merge the files of all blocks.
-
-        Returns:
-            the report's rows, the scheme of each layer as the checkpoint's configuration names it, and the names of
-            the weight files.
-        """
+        samples = stored_samples(self.staging, self.skeleton.checkpoint.folder, read)
+        self.batches = batches_of(samples.tokens, self.skeleton.model.config.get_text_config().vocab_size)
         names = self.skeleton.blocks
         done = 0
         while done < len(names) and self.staging.read(_note(done)) is not None:
@@ -117,7 +99,7 @@ class BlockCalibration:
             name: _scheme(self.plan.layers[name], fields) for note in notes for name, fields in note["schemes"].items()
         }
         shards = assemble(self.skeleton, self.staging, [note["file"] for note in notes], self.progress)
-        return rows, schemes, shards
+        return Written(rows, schemes, shards, _described(samples))
 
     def _calibrate(self, start: int) -> None:
         names = self.skeleton.blocks
@@ -333,6 +315,18 @@ class BlockCalibration:
             if before.shape == after.shape and not torch.equal(before.to(after.dtype), after):
                 changed[source.keys[0]] = after.to(DTYPES[info.dtype])
         return changed
+
+
+def _described(samples: Samples) -> dict[str, Any]:
+    """What the report says of the calibration samples."""
+    return {
+        "description": samples.description,
+        "samples": len(samples.tokens),
+        "tokens": samples.count,
+        "seq_len": max(len(sample) for sample in samples.tokens),
+        "sha256": samples.sha256,
+        "warnings": samples.warnings,
+    }
 
 
 def _fill_input_scales(block: Block, results: dict[str, LayerResult]) -> list[str]:

@@ -8,12 +8,12 @@ from fp4.checkpoint.io.headers import TensorInfo, read_header
 from fp4.checkpoint.io.publish import Staging
 from fp4.checkpoint.io.shards import ShardWriter, Spec
 from fp4.pipeline.skeleton import Skeleton
-from fp4.pipeline.stream import Progress
+from fp4.progress import Report
 
 _SHARD_BYTES = 5 << 30
 
 
-def assemble(skeleton: Skeleton, staging: Staging, parts: list[str], progress: Progress) -> list[str]:
+def assemble(skeleton: Skeleton, staging: Staging, parts: list[str], progress: Report) -> list[str]:
     """Put the files of all blocks, and every tensor outside of them, into ``model-*.safetensors``; returns their names.
 
     Tensors keep their order, so the bytes depend on nothing but the parts.

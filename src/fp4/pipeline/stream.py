@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +23,11 @@ from fp4.numerics.formats import QuantizedTensor
 from fp4.pipeline.expert_layers import ExpertReader
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.report import layer_row
-from fp4.pipeline.side_files import StoredTensors, planned_specs, rotation_of
 from fp4.pipeline.skeleton import Skeleton
+from fp4.pipeline.storage import StoredTensors, Written, planned_specs, rotation_of, scheme_in_file
+from fp4.progress import Report
 from fp4.quality.layer_statistics import LayerStatistics, layer_statistics
 from fp4.rounding import global_scale_of, round_to_nearest
-
-Progress = Callable[[str, int, int], None]
 
 # A rotated weight is float32, so each thread holds only this many elements of it at a time.
 _TILE_ELEMENTS = 1 << 22
@@ -93,7 +92,7 @@ class StreamedRounding:
     while the last bytes of one reach the disk.
     """
 
-    def __init__(self, skeleton: Skeleton, plan: LayerPlan, codec: Codec, staging: Staging, progress: Progress) -> None:
+    def __init__(self, skeleton: Skeleton, plan: LayerPlan, codec: Codec, staging: Staging, progress: Report) -> None:
         self.skeleton, self.plan, self.codec, self.staging, self.progress = skeleton, plan, codec, staging, progress
         self.tensors = skeleton.checkpoint.tensors
         self.experts = ExpertReader(skeleton)
@@ -103,8 +102,8 @@ class StreamedRounding:
         self.total = sum(info.nbytes for info in self.tensors.values())
         self._counting, self._filling = threading.Lock(), threading.Lock()
 
-    def run(self) -> list[dict[str, object]]:
-        """Write every shard that is not finished; returns the report's entries of all layers.
+    def run(self) -> Written:
+        """Write every shard that is not finished.
 
         Raises:
             ValueError: a weight holds NaN or infinity; the message names it.
@@ -119,7 +118,11 @@ class StreamedRounding:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         order = {name: number for number, name in enumerate(self.plan.layers)}
-        return sorted(rows, key=lambda row: order[str(row["name"])])
+        return Written(
+            sorted(rows, key=lambda row: order[str(row["name"])]),
+            {name: scheme_in_file(layer, rotation_of(layer)) for name, layer in self.plan.layers.items()},
+            [shard.name for shard in self.skeleton.checkpoint.shards],
+        )
 
     def _shard(self, pool: ThreadPoolExecutor, number: int, shard: Path) -> list[dict[str, object]]:
         note = _note(number)
