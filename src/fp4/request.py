@@ -48,9 +48,11 @@ class Request:
     out: str | Path = field(metadata={"help": "Folder to make. It appears when everything in it is complete."})
     scheme: str = field(
         default="nvfp4",
-        metadata={"help": "What a layer computes in: a format of its weights, and one of its activations."},
+        metadata={"help": "What layers compute in, a name that `fp4 schemes` lists."},
     )
-    method: str = field(default="best", metadata={"help": "How codes and scales are found."})
+    method: str = field(
+        default="best", metadata={"help": "How codes and scales are found, a name that `fp4 schemes` lists."}
+    )
     data: str | Path | None = field(
         default=None,
         metadata={

@@ -34,7 +34,7 @@ def quantize(
             "-s",
             envvar="FP4_SCHEME",
             callback=one_of("scheme", SCHEMES),
-            help=f"{text_of(Request, 'scheme')} {', '.join(SCHEMES)}: see [bold]fp4 schemes[/bold].",
+            help=f"{text_of(Request, 'scheme')} {', '.join(SCHEMES)}.",
             rich_help_panel=_WHAT,
         ),
     ] = "nvfp4",
@@ -64,7 +64,7 @@ def quantize(
     ] = "best",
     option: Annotated[
         list[str] | None,
-        typer.Option(help=f"{text_of(Request, 'options')} NAME=VALUE. {_REPEAT}", rich_help_panel=_HOW),
+        typer.Option(help=f"{text_of(Request, 'options')} One is NAME=VALUE. {_REPEAT}", rich_help_panel=_HOW),
     ] = None,
     rotation: Annotated[
         str,
