@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from contextlib import nullcontext
 from functools import cached_property
@@ -200,6 +201,8 @@ class Job:
                 self.needs.memory / 1e9,
                 self.memory.allowed / 1e9,
             )
+        if self.plan.unquantizable:
+            logger.warning("%s", self._unquantizable())
         require_room(self.out, self.needs.disk)
         parts = (block_parts if self.calibrates else shard_parts)(self.skeleton, self.plan)
         identity = {"checkpoint": identity_of(self.skeleton.checkpoint)}
@@ -249,6 +252,15 @@ class Job:
         write_model_card(staging.folder, report, checkpoint.folder)
         staging.publish([*files, REPORT, CARD])
         return report
+
+    def _unquantizable(self) -> str:
+        """One sentence about the layers of the blocks that stay dense because fp4 cannot quantize them."""
+        kept, sources = self.plan.unquantizable, self.skeleton.sources
+        stored = [layer for layer in kept if layer.name in sources or f"{layer.name}.weight" in sources]
+        share = sum(math.prod(layer.shape) for layer in stored) / self.skeleton.model.num_parameters()
+        reasons = dict.fromkeys(layer.reason for layer in kept)
+        named = (f"{next(layer.name for layer in kept if layer.reason == reason)}, ...: {reason}" for reason in reasons)
+        return f"{len(kept)} layers, {share:.0%} of the model's parameters, stay as they are ({'; '.join(named)})"
 
     def _samples(self, tokenizer: Any) -> Samples:
         return load_samples(self.data, tokenizer, self.request.samples, self.request.seq_len, self.seed)

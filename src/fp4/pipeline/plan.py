@@ -17,7 +17,7 @@ from fp4.numerics.rotation import ROTATIONS
 from fp4.pipeline.expert_layers import ExpertMatrix, ExpertsModule, find_experts
 from fp4.pipeline.skeleton import Skeleton
 from fp4.scheme import SCHEMES, Scheme
-from fp4.selection import Choice, DenseLayers
+from fp4.selection import TIED, Choice, DenseLayers
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,13 @@ class LayerPlan:
     Attributes:
         layers: layers to quantize, by name, in the order of the model.
         kept: layers that stay as they are.
+        unquantizable: those of ``kept`` in the blocks that nobody asked to keep, but that fp4 cannot quantize.
         groups: names of layers that share one global scale.
     """
 
     layers: dict[str, PlannedLayer] = field(default_factory=dict)
     kept: list[KeptLayer] = field(default_factory=list)
+    unquantizable: list[KeptLayer] = field(default_factory=list)
     groups: list[list[str]] = field(default_factory=list)
 
     def digest(self, names: Collection[str]) -> str:
@@ -116,7 +118,10 @@ def plan_layers(skeleton: Skeleton, choice: Choice) -> LayerPlan:
         preset, why = choice.of(name, dense)
         obstacle = _obstacle(skeleton, name, module, block_of) if preset else None
         if preset is None or obstacle:
-            plan.kept.append(KeptLayer(name, shape, obstacle or why))
+            kept = KeptLayer(name, shape, obstacle or why)
+            plan.kept.append(kept)
+            if name in block_of and (obstacle or why == TIED):
+                plan.unquantizable.append(kept)
             continue
         scheme = SCHEMES[preset].scheme
         if module.in_features % scheme.k_multiple:
@@ -154,8 +159,11 @@ def _plan_experts(
         chosen = _presets_of_experts(skeleton, experts, block_of, choice, dense)
     if experts is None or isinstance(chosen, str):
         for key, stack in module.named_parameters(recurse=False):
-            if stack.ndim == 3:
-                plan.kept.append(KeptLayer(f"{name}.{key}", tuple(stack.shape), str(chosen)))
+            if stack.ndim == 3 or (stack.ndim == 2 and experts is None and "bias" not in key):
+                # A module of one stack called `weight` is a layer to engines, which look for its name alone.
+                layer = KeptLayer(name if key == "weight" else f"{name}.{key}", tuple(stack.shape), str(chosen))
+                plan.kept.append(layer)
+                plan.unquantizable += [layer] if experts is None else []
         return
     for matrix in experts.matrices():
         preset, shape = chosen[matrix.projection], experts.layout.shape(matrix.part)

@@ -200,6 +200,7 @@ class Skeleton:
         replaced = list(self.model.get_submodule(name).named_modules())
         try:
             self.fill(self.keys_below(name), device)
+            self._fill_shared(name, device)
             self.settle(module, device, name)
             yield module
         finally:
@@ -207,6 +208,19 @@ class Skeleton:
                 if path:
                     module.set_submodule(path, child)
             module.to_empty(device="meta")
+
+    def _fill_shared(self, name: str, device: torch.device) -> None:
+        """Load the parameters of the module ``name`` that are stored under another block's name (Zamba's shared block).
+
+        Other blocks get copies of their own, so the weights of one may change while the others keep theirs.
+        """
+        for target, owner in self.model.all_tied_weights_keys.items():
+            source = self.sources.get(owner)
+            if not _below(target, name) or target in self.sources or source is None or source.converter is not None:
+                continue
+            module, _, parameter = target.rpartition(".")
+            value = load(self.checkpoint.tensors[source.keys[0]]).to(device, self.dtype)
+            setattr(self.model.get_submodule(module), parameter, nn.Parameter(value, requires_grad=False))
 
     @contextlib.contextmanager
     def outside_filled(self, device: torch.device, batches: Sequence[Tensor]) -> Iterator[None]:
