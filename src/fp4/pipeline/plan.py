@@ -137,6 +137,9 @@ def plan_layers(skeleton: Skeleton, choice: Choice) -> LayerPlan:
             {type(module).__name__ for module in model.modules() if getattr(module, "weight", None) is not None}
         )
         raise ValueError(f"no layer is left to quantize; the model's modules with weights are {', '.join(kinds)}")
+    for key in skeleton.unbuilt():
+        reason = f"{type(model).__name__} does not build it; copied as it is"
+        plan.kept.append(KeptLayer(key.removesuffix(".weight"), skeleton.checkpoint.tensors[key].shape, reason))
     plan.groups = _groups(plan.layers)
     return plan
 

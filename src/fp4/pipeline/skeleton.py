@@ -142,6 +142,11 @@ class Skeleton:
                 f"no weight for {absent[0]} ({len(absent)} are missing in all); take both from the same model"
             )
 
+    def unbuilt(self) -> list[str]:
+        """Names of stored matrices that no parameter of the model comes from, such as heads that predict more tokens."""
+        used = {key for source in self.sources.values() for key in source.keys}
+        return [key for key, info in self.checkpoint.tensors.items() if key not in used and len(info.shape) > 1]
+
     def keys_below(self, name: str) -> list[str]:
         """Names of the stored tensors of everything in the module ``name``."""
         return [key for parameter, source in self.sources.items() if _below(parameter, name) for key in source.keys]
