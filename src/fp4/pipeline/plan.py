@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -259,13 +260,21 @@ def rotated(plan: LayerPlan, rotation: str, nearest: bool) -> LayerPlan:
             chosen = named[1], int(named[2])
         elif rotation == "auto" and unrotated_rule is None:
             chosen = preset.rotation
-        if chosen is None or chosen[0] == "identity" or layer.shape[1] % chosen[1]:
-            # Layers whose columns are no multiple of the rotation's size are not rotated either.
+        size = 0 if chosen is None else _largest_group(layer, chosen[1])
+        if chosen is None or chosen[0] == "identity" or size < min(chosen[1], layer.scheme.format.block_size):
             scheme = replace(layer.scheme, weight_rule=unrotated_rule or layer.scheme.weight_rule)
         else:
-            scheme = replace(layer.scheme, rotation=chosen[0], group_size=chosen[1])
+            scheme = replace(layer.scheme, rotation=chosen[0], group_size=size)
         layers[name] = replace(layer, scheme=scheme)
     return replace(plan, layers=layers)
+
+
+def _largest_group(layer: PlannedLayer, size: int) -> int:
+    """The largest size of a rotation, no more than ``size``, that divides the columns of a layer into groups."""
+    if layer.expert is None:
+        return math.gcd(size, layer.shape[1])
+    # Experts run with one group size, so it divides the columns of all of their projections.
+    return math.gcd(size, *(columns for _, columns in layer.expert.module.layout.projections.values()))
 
 
 def stored_as(plan: LayerPlan, codec: type[Codec]) -> LayerPlan:

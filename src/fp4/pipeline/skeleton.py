@@ -143,7 +143,7 @@ class Skeleton:
             )
 
     def unbuilt(self) -> list[str]:
-        """Names of stored matrices that no parameter of the model comes from, such as heads that predict more tokens."""
+        """Names of stored matrices that no parameter comes from, such as those of heads that predict further tokens."""
         used = {key for source in self.sources.values() for key in source.keys}
         return [key for key, info in self.checkpoint.tensors.items() if key not in used and len(info.shape) > 1]
 
