@@ -27,7 +27,7 @@ from fp4.checkpoint.io.publish import (
     write_json,
 )
 from fp4.methods import METHODS, Method
-from fp4.pipeline.block_inputs import why_no_decoder
+from fp4.pipeline.block_inputs import why_not_on_text
 from fp4.pipeline.calibrate import BlockCalibration, block_parts
 from fp4.pipeline.duration import calibration_seconds, streaming_seconds
 from fp4.pipeline.estimate import Estimate, estimate
@@ -109,7 +109,7 @@ class Job:
         self.calibrates = self.method.needs_data or static
         self.data, self.seed = None if request.data is None else str(request.data), request.seed or 0
         if self.calibrates:
-            if (reason := why_no_decoder(self.skeleton)) is not None:
+            if (reason := why_not_on_text(self.skeleton)) is not None:
                 raise ValueError(f"{self.model} cannot be calibrated, since {reason}; {UNCALIBRATED}")
             if request.seed is None:
                 # One seed for the samples and for the method: the caller's, or the recipe's.
