@@ -92,6 +92,13 @@ class Request:
     only: Sequence[str] = field(
         default=(), metadata={"help": "Quantize only layers whose name fits one of these patterns."}
     )
+    include: Sequence[str] = field(
+        default=(),
+        metadata={
+            "help": "Quantize layers outside the text decoder's blocks too, such as those of vision towers and "
+            "projectors, whose name fits one of these patterns; they are rounded to nearest."
+        },
+    )
     overrides: Mapping[str, str | None] | Sequence[str] = field(
         default=(),
         metadata={

@@ -46,6 +46,10 @@ def quantize(
         list[str] | None,
         typer.Option(help=f"{text_of(Request, 'only')} {_REPEAT}", rich_help_panel=_WHAT),
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{text_of(Request, 'include')} {_REPEAT}", rich_help_panel=_WHAT),
+    ] = None,
     override: Annotated[
         list[str] | None,
         typer.Option(help=f"{text_of(Request, 'overrides')} {_REPEAT}", rich_help_panel=_WHAT),
@@ -180,6 +184,7 @@ def quantize(
         rule=rule,
         skip=skip or [],
         only=only or [],
+        include=include or [],
         overrides=override or [],
         options=options,
         experts=experts,  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ from fp4.spelling import hint
 logger = logging.getLogger("fp4")
 
 # The parts of what was asked for that decide about the plan of layers and about nothing else.
-_PLANNING = ("scheme", "rotation", "rule", "skip", "only", "overrides")
+_PLANNING = ("scheme", "rotation", "rule", "skip", "only", "include", "overrides")
 
 
 @taking(Request)
@@ -92,7 +92,11 @@ class Job:
         if request.experts not in ("all", "routed"):
             raise ValueError(f"experts is {request.experts!r}; expected 'all' or 'routed'")
         self.choice = Choice(
-            request.scheme, tuple(request.skip), tuple(request.only), parse_overrides(request.overrides)
+            request.scheme,
+            tuple(request.skip),
+            tuple(request.only),
+            parse_overrides(request.overrides),
+            tuple(request.include),
         )
         checkpoint = _open(request)
         self.memory = Memory.of(request.max_memory, request.device)
@@ -107,6 +111,12 @@ class Job:
         )
         static = any(has_static_input_scale(layer.scheme) for layer in self.plan.layers.values())
         self.calibrates = self.method.needs_data or static
+        for layer in self.plan.layers.values():
+            if layer.block is None and has_static_input_scale(layer.scheme):
+                raise ValueError(
+                    f"include fits {layer.name}, outside the blocks that are calibrated, and its scheme {layer.preset} "
+                    f"needs a calibrated scale of its input; give it another one, as in override {layer.name}=nvfp4a16"
+                )
         self.data, self.seed = None if request.data is None else str(request.data), request.seed or 0
         if self.calibrates:
             if (reason := why_not_on_text(self.skeleton)) is not None:
@@ -130,6 +140,7 @@ class Job:
             "rule": self.request.rule,
             "skip": list(self.choice.skip),
             "only": list(self.choice.only),
+            "include": list(self.choice.include),
             "overrides": [list(pair) for pair in self.choice.overrides],
             "seed": self.seed,
         }

@@ -29,7 +29,7 @@ class PlannedLayer:
         name: its name in the model.
         preset: name of its scheme.
         scheme: the scheme, with the rotation and the rule that were chosen.
-        block: number of the decoder block that it is in.
+        block: number of the block that it is in, None outside the blocks.
         shape: N, K.
         stored: name of its tensors in the checkpoint, without their suffix.
         key: name of the stored tensor that is its weight; None where the weight is converted from others.
@@ -41,7 +41,7 @@ class PlannedLayer:
     name: str
     preset: str
     scheme: Scheme
-    block: int
+    block: int | None
     shape: tuple[int, int]
     stored: str
     key: str | None
@@ -107,7 +107,8 @@ def plan_layers(skeleton: Skeleton, choice: Choice) -> LayerPlan:
         number = next((i for i, block in enumerate(skeleton.blocks) if module.name.startswith(f"{block}.")), None)
         if number is not None:
             block_of |= {matrix.name: number for matrix in module.matrices()}
-    choice.require_used(list(block_of))
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    choice.require_used(list(block_of), [name for name in layers if name not in block_of])
     for name, module in model.named_modules():
         if name in experts:
             _plan_experts(plan, skeleton, name, experts[name], block_of, choice, dense)
@@ -117,7 +118,7 @@ def plan_layers(skeleton: Skeleton, choice: Choice) -> LayerPlan:
             continue
         shape = (module.out_features, module.in_features)
         preset, why = choice.of(name, dense)
-        obstacle = _obstacle(skeleton, name, module, block_of) if preset else None
+        obstacle = _obstacle(skeleton, name, module, name in block_of or choice.includes(name)) if preset else None
         if preset is None or obstacle:
             kept = KeptLayer(name, shape, obstacle or why)
             plan.kept.append(kept)
@@ -132,7 +133,8 @@ def plan_layers(skeleton: Skeleton, choice: Choice) -> LayerPlan:
         source = skeleton.sources[f"{name}.weight"]
         key = source.keys[0] if source.converter is None and source.keys[0].endswith(".weight") else None
         stored = key.removesuffix(".weight") if key else name
-        plan.layers[name] = PlannedLayer(name, preset, scheme, block_of[name], shape, stored, key, tuple(source.keys))
+        number = block_of.get(name)
+        plan.layers[name] = PlannedLayer(name, preset, scheme, number, shape, stored, key, tuple(source.keys))
     if not plan.layers:
         kinds = sorted(
             {type(module).__name__ for module in model.modules() if getattr(module, "weight", None) is not None}
@@ -213,9 +215,9 @@ def _linears(skeleton: Skeleton, block: str) -> list[str]:
     return [f"{block}.{name}" for name, child in module.named_modules() if isinstance(child, nn.Linear)]
 
 
-def _obstacle(skeleton: Skeleton, name: str, module: nn.Linear, block_of: Mapping[str, int]) -> str | None:
-    """Why a layer that is to be quantized cannot be, here."""
-    if name not in block_of:
+def _obstacle(skeleton: Skeleton, name: str, module: nn.Linear, reached: bool) -> str | None:
+    """Why a layer that is to be quantized cannot be; ``reached`` says that it is in a block or asked for."""
+    if not reached:
         return "outside the decoder's blocks"
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} may compute something else than nn.Linear"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,14 +184,7 @@ class StreamedRounding:
         if layer.key is not None:
             return load(self.tensors[layer.key])
         with self._filling:
-            if layer.expert is not None:
-                return self.experts.read(layer.expert)
-            # Transformers converts the weight from other tensors.
-            self.skeleton.fill(list(layer.keys), torch.device("cpu"))
-            module = self.skeleton.model.get_submodule(layer.name)
-            weight: Tensor = module.get_parameter("weight").data
-            module.to_empty(device="meta")
-            return weight
+            return self.experts.read(layer.expert) if layer.expert is not None else stored_weight(self.skeleton, layer)
 
     def _round(
         self, file: ShardWriter, complete: StoredTensors, group: _Group, here: set[str]
@@ -212,8 +205,7 @@ class StreamedRounding:
             shared = None
             if len(group.layers) > 1:
                 loaded = (weights[layer.name] if fits else self._weight(layer) for layer in group.layers)
-                scales = [_global_scale(weight, layer) for weight, layer in zip(loaded, group.layers, strict=True)]
-                shared = torch.stack([scale for scale in scales if scale is not None]).amax()
+                shared = shared_global_scale(zip(loaded, group.layers, strict=True))
             for layer in group.layers:
                 if layer.name not in here:
                     continue  # the layer shares the global scale, but another file stores it
@@ -237,6 +229,18 @@ class StreamedRounding:
         with self._counting:
             self.done += nbytes
             self.progress("rounding", self.done, self.total)
+
+
+def stored_weight(skeleton: Skeleton, layer: PlannedLayer) -> Tensor:
+    """The weight ``[N, K]`` of a layer that is no expert, in the dtype of the checkpoint."""
+    if layer.key is not None:
+        return load(skeleton.checkpoint.tensors[layer.key])
+    # Transformers converts the weight from other tensors.
+    skeleton.fill(list(layer.keys), torch.device("cpu"))
+    module = skeleton.model.get_submodule(layer.name)
+    weight: Tensor = module.get_parameter("weight").data
+    module.to_empty(device="meta")
+    return weight
 
 
 def shard_parts(skeleton: Skeleton, plan: LayerPlan) -> dict[str, str]:
@@ -275,6 +279,12 @@ def _global_scale(weight: Tensor, layer: PlannedLayer) -> Tensor | None:
     of_tiles = [global_scale_of(weight[tile], layer.scheme, rotation) for tile in _tiles(weight)]
     scales = [scale for scale in of_tiles if scale is not None]
     return torch.stack(scales).amax() if scales else None
+
+
+def shared_global_scale(weights: Iterable[tuple[Tensor, PlannedLayer]]) -> Tensor:
+    """The global scale of layers that share one, float64 ``[]``: the largest of their own."""
+    scales = [_global_scale(weight, layer) for weight, layer in weights]
+    return torch.stack([scale for scale in scales if scale is not None]).amax()
 
 
 def quantize_weight(weight: Tensor, layer: PlannedLayer, global_scale: Tensor | None = None) -> QuantizedTensor:
