@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from jobs import planned
 from moe import make_moe
 from torch import nn
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -17,7 +18,6 @@ from fp4 import FPQuantConfig
 from fp4.checkpoint.formats.fp_quant import FPQuantCodec
 from fp4.integrations.transformers.quantizer import FPQuantHfQuantizer
 from fp4.nn import FP4Experts, FP4Linear
-from fp4.pipeline import Job
 from fp4.selection import DenseLayers, as_transformers_reads, fits, parse_overrides, require_pattern
 
 # --- patterns --------------------------------------------------------------------------------------------------------
@@ -254,11 +254,11 @@ def test_both_ways_keep_the_same_layers_for_the_same_reasons(family: str, tmp_pa
     assert {name: kept.get(name) for name in named} == named
     assert packed(model).isdisjoint(kept)
 
-    plan = Job(tmp_path, "nvfp4a16", "rtn", rotation="none").plan
-    planned = {layer.name: layer.reason for layer in plan.kept}
+    plan = planned(tmp_path, "nvfp4a16", "rtn", rotation="none").plan
+    left = {layer.name: layer.reason for layer in plan.kept}
     # Blocks are all that `fp4 quantize` walks over; what else is a plain layer, it leaves alone.
-    outside = {name for name, reason in planned.items() if reason == "outside the decoder's blocks"}
-    assert {name: reason for name, reason in planned.items() if name not in outside | _stacks(planned)} == kept
+    outside = {name for name, reason in left.items() if reason == "outside the decoder's blocks"}
+    assert {name: reason for name, reason in left.items() if name not in outside | _stacks(left)} == kept
     assert outside <= packed(model)
     assert outside <= {"wav2vec2.feature_projection.projection", "projector"}
 
@@ -336,7 +336,7 @@ def test_an_override_lifts_the_rule_from_what_it_names(pattern: str, lifted: boo
     model.save_pretrained(tmp_path)  # type: ignore[operator]
     on_the_fly(model, overrides={pattern: {"scheme": "mxfp4a16"}})
     assert (gate in packed(model)) is lifted
-    plan = Job(tmp_path, "nvfp4a16", "rtn", rotation="none", overrides={pattern: "mxfp4a16"}).plan
+    plan = planned(tmp_path, "nvfp4a16", "rtn", rotation="none", overrides={pattern: "mxfp4a16"}).plan
     assert (gate in plan.layers) is lifted
 
 
@@ -347,9 +347,9 @@ def test_a_pattern_means_the_same_layers_everywhere(pattern: str, tmp_path: Path
     linears = {name for name, module in dense.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
     left = {name for name in linears if not fits(name, pattern)}
     assert linears > left > set()
-    skip = Job(tmp_path, "nvfp4a16", "rtn", rotation="none", skip=[pattern]).plan
-    keep = Job(tmp_path, "nvfp4a16", "rtn", rotation="none", overrides=[f"{pattern}=keep"]).plan
-    only = Job(tmp_path, "nvfp4a16", "rtn", rotation="none", only=[pattern]).plan
+    skip = planned(tmp_path, "nvfp4a16", "rtn", rotation="none", skip=[pattern]).plan
+    keep = planned(tmp_path, "nvfp4a16", "rtn", rotation="none", overrides=[f"{pattern}=keep"]).plan
+    only = planned(tmp_path, "nvfp4a16", "rtn", rotation="none", only=[pattern]).plan
     assert skip.layers.keys() == keep.layers.keys() == left
     assert only.layers.keys() == linears - left
     for options in ({"modules_to_not_convert": ["lm_head", pattern]}, {"overrides": {pattern: None}}):
@@ -361,7 +361,7 @@ def test_a_pattern_means_the_same_layers_everywhere(pattern: str, tmp_path: Path
 def test_skip_comes_before_only_before_override(tmp_path: Path) -> None:
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**_TEXT)).to(torch.bfloat16).save_pretrained(tmp_path)
     attention = "*.0.self_attn"
-    job = Job(
+    job = planned(
         tmp_path, "nvfp4a16", "rtn", rotation="none", skip=["q_proj"], only=[attention],
         overrides={"q_proj": "mxfp4a16", "up_proj": "mxfp4a16", "k_proj": "mxfp4a16", "*": "fp8_dynamic"},
     )  # fmt: skip

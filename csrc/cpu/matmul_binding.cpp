@@ -1,5 +1,5 @@
 // fp4::cpu_linear, cpu_linear_quantized and their grouped forms: checks, and the way from tensors to matmul.h.
-// Schemas are in src/fp4/ops.py.
+// Schemas are in src/fp4/ops/matmul.py.
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
@@ -249,7 +249,7 @@ STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, m) {
   m.impl("cpu_grouped_linear_quantized", TORCH_BOX(&grouped_linear_quantized));
 }
 
-// The instruction set that the kernels use. ops.py lists operators on tensors, so the schema is here.
+// The instruction set that the kernels use. fp4/ops/ lists operators on tensors, so the schema is here.
 STABLE_TORCH_LIBRARY_FRAGMENT(fp4, m) { m.def("cpu_isa() -> str"); }
 STABLE_TORCH_LIBRARY_IMPL(fp4, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&isa_name)); }
 

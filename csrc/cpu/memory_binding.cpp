@@ -32,7 +32,7 @@ void prefer_large_pages(Tensor x) {
 
 }  // namespace
 
-// ops.py lists operators on values; this one is about memory, so its schema is here.
+// fp4/ops/ lists operators on values; this one is about memory, so its schema is here.
 STABLE_TORCH_LIBRARY_FRAGMENT(fp4, m) { m.def("cpu_prefer_large_pages(Tensor(a!) x) -> ()"); }
 STABLE_TORCH_LIBRARY_IMPL(fp4, CPU, m) { m.impl("cpu_prefer_large_pages", TORCH_BOX(&prefer_large_pages)); }
 

@@ -1,4 +1,4 @@
-// fp4::cpu_quantize and fp4::cpu_dequantize: the canonical form to and from tensors. Schemas are in src/fp4/ops.py.
+// fp4::cpu_quantize and fp4::cpu_dequantize: the canonical form to and from tensors. Schemas: src/fp4/ops/canonical.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,5 +1,5 @@
 // fp4::cutlass_linear_quantized and cutlass_grouped_linear_quantized: quantize activations, multiply. Schemas are in
-// src/fp4/ops.py; the layout of the weight in src/fp4/backends/cutlass.py.
+// src/fp4/ops/matmul.py; the layout of the weight in src/fp4/backends/cutlass.py.
 #include <algorithm>
 #include <string>
 

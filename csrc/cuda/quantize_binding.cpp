@@ -1,4 +1,4 @@
-// fp4::cutlass_quantize, cutlass_dequantize and cutlass_largest_magnitude. Schemas are in src/fp4/ops.py.
+// fp4::cutlass_quantize, cutlass_dequantize and cutlass_largest_magnitude. Schemas are in src/fp4/ops/canonical.py.
 #include <algorithm>
 #include <array>
 #include <initializer_list>

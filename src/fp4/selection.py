@@ -346,6 +346,7 @@ class Choice:
         skip: patterns of layers that stay dense, whatever else fits them.
         only: where given, layers that none of these patterns fits stay dense, even if an override fits them.
         overrides: pairs of a pattern and the name of a scheme, or None to keep layers dense; the first that fits wins.
+        include: patterns of layers outside the blocks of a model's text decoder that are to be quantized too.
 
     Raises:
         ValueError: a scheme does not exist.
@@ -355,6 +356,7 @@ class Choice:
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     overrides: tuple[tuple[str, str | None], ...] = ()
+    include: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (self.scheme, *(scheme for _, scheme in self.overrides)):
@@ -382,17 +384,29 @@ class Choice:
         override = first_fit(name, self.overrides)
         return (self.scheme, "") if override is None else (override[1], f"override {override[0]}")
 
-    def require_used(self, names: Sequence[str]) -> None:
+    def includes(self, name: str) -> bool:
+        """Whether a layer outside the blocks of the text decoder is to be quantized."""
+        return any(fits(name, pattern) for pattern in self.include)
+
+    def require_used(self, names: Sequence[str], outside: Sequence[str] = ()) -> None:
         """Check that every pattern fits a layer, since one that fits none is most likely a mistake.
 
         Args:
-            names: the full names of all layers.
+            names: the full names of all layers in the blocks of the text decoder.
+            outside: those of all other layers.
 
         Raises:
             ValueError: a pattern fits none; the message names it.
         """
-        options = (("skip", self.skip), ("only", self.only), ("override", [pattern for pattern, _ in self.overrides]))
-        for option, patterns in options:
-            for pattern in idle_patterns(patterns, names):
-                shown = ", ".join(list(names)[:3])
-                raise ValueError(f"{option} {pattern!r} fits none of {len(names)} layers ({shown}, ...)")
+        chosen = [*names, *filter(self.includes, outside)]
+        overrides = [pattern for pattern, _ in self.overrides]
+        options = (
+            ("include", self.include, outside, "layers outside the decoder's blocks"),
+            ("skip", self.skip, chosen, "layers"),
+            ("only", self.only, chosen, "layers"),
+            ("override", overrides, chosen, "layers"),
+        )
+        for option, patterns, candidates, what in options:
+            for pattern in idle_patterns(patterns, candidates):
+                shown = f" ({', '.join(list(candidates)[:3])}, ...)" if candidates else ""
+                raise ValueError(f"{option} {pattern!r} fits none of {len(candidates)} {what}{shown}")

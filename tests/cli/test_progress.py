@@ -8,15 +8,18 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 from small_models import save_small
+from typer.main import get_command
 
 import fp4
-from fp4.pipeline import Job, job
+from fp4.cli import app
+from fp4.pipeline import Request, job
 from fp4.progress import Lines, shown
 
 
@@ -122,10 +125,24 @@ def test_the_report_names_what_was_chosen(model: Path, tmp_path: Path) -> None:
 def test_options_of_quantize_are_spelled_out() -> None:
     parameters = inspect.signature(fp4.quantize).parameters
     assert all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    of_job = inspect.signature(Job).parameters
-    assert {name: of_job[name].default for name in of_job} == {
-        name: parameters[name].default for name in parameters if name in of_job
-    }
+    assert parameters == inspect.signature(Request).parameters
+    assert list(parameters)[:5] == ["model", "out", "scheme", "method", "data"]
+    assert parameters["format"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert parameters["scheme"].default == "nvfp4"
+
+
+def test_every_option_is_described_once_for_python_and_the_command_line() -> None:
+    texts = {option.name: option.metadata["help"] for option in fields(Request)}
+    arguments = inspect.getdoc(fp4.quantize)
+    assert arguments is not None
+    for name, text in texts.items():
+        assert f"    {name}: {text}\n" in arguments
+    helps = {option.name: str(getattr(option, "help", None)) for option in get_command(app).commands["quantize"].params}
+    spelled = {"overrides": "override", "options": "option"}
+    of_python = {"hub", "command", "progress"}
+    for name, text in texts.items():
+        if name not in of_python:
+            assert text in helps[spelled.get(name, name)]
 
 
 def test_a_misspelled_option_names_the_nearest(model: Path, tmp_path: Path) -> None:

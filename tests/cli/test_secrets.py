@@ -25,6 +25,7 @@ from fp4.cli import app
 from fp4.cli.env_file import ALLOWED, load_env_file
 from fp4.pipeline import Hub as HubOptions
 from fp4.pipeline import Job
+from fp4.request import Request
 
 TOKEN = "hf_SECRETsecretSECRET"
 
@@ -128,7 +129,7 @@ def test_the_call_from_python_is_recorded_without_the_token(
     assert TOKEN not in repr(hub)
     report = fp4.quantize(models["dense"], tmp_path / "out", "nvfp4a16", "rtn", rule="abs_max", hub=hub)
     assert report["command"].startswith("fp4.quantize(")
-    Job(models["dense"], "nvfp4a16", "rtn", rule="abs_max", hub=hub).run(tmp_path / "again")
+    Job(Request(models["dense"], tmp_path / "again", "nvfp4a16", "rtn", rule="abs_max", hub=hub)).run()
     assert TOKEN not in told(tmp_path)
 
 

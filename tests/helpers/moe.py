@@ -24,8 +24,9 @@ _COMMON: dict[str, Any] = {
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
-def _qwen3_moe() -> nn.Module:
-    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**_COMMON, **_EXPERTS, head_dim=32))
+def _qwen3_moe(**options: Any) -> nn.Module:
+    config = transformers.Qwen3MoeConfig(**{**_COMMON, **_EXPERTS, "head_dim": 32, **options})
+    return transformers.Qwen3MoeForCausalLM(config)
 
 
 def _mixtral() -> nn.Module:
@@ -109,7 +110,7 @@ def _qwen3_vl_moe() -> nn.Module:
     return transformers.Qwen3VLMoeForConditionalGeneration(config)
 
 
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
+FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "qwen3_moe": _qwen3_moe,
     "mixtral": _mixtral,
     "olmoe": _olmoe,
@@ -121,10 +122,10 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def make_moe(family: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """A model whose every parameter is random, biases and norms included."""
+def make_moe(family: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> nn.Module:
+    """A model whose every parameter is random, biases and norms included; ``qwen3_moe`` takes options of its config."""
     torch.manual_seed(0)
-    model = FAMILIES[family]()
+    model = FAMILIES[family](**options)
     for name, parameter in model.named_parameters():
         parameter.data.normal_(1 if "norm" in name else 0, 0.1)
     return model.to(dtype).eval()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from comparing import assert_same_files, assert_same_tensors, packed, packed_experts
+from jobs import planned
 from moe import FAMILIES, make_moe
 from safetensors.torch import load_file, save_file
 from shards import tensors_of
@@ -25,7 +26,6 @@ from fp4.calibration.expert_linears import SeparateExperts, every_token
 from fp4.checkpoint.io.headers import Checkpoint
 from fp4.nn import FP4Experts
 from fp4.nn.expert_layout import layout_of
-from fp4.pipeline import Job
 from fp4.pipeline.skeleton import Skeleton
 
 
@@ -248,7 +248,7 @@ def test_every_format_holds_experts(
 def test_experts_are_chosen_together(dense: Callable[[str], Path], tmp_path: Path) -> None:
     path = dense("qwen3_moe")
     overrides = {"*.layers.1.mlp.experts.*.down_proj": "mxfp4a16"}
-    job = Job(path, "nvfp4a16", "rtn", skip=["*.layers.0.mlp.experts.*"], overrides=overrides, rotation="none")
+    job = planned(path, "nvfp4a16", "rtn", skip=["*.layers.0.mlp.experts.*"], overrides=overrides, rotation="none")
     schemes = {name: layer.preset for name, layer in job.plan.layers.items() if ".experts." in name}
     assert set(schemes) == {
         f"model.layers.1.mlp.experts.{expert}.{part}_proj" for expert in range(8) for part in ("gate", "up", "down")
@@ -258,9 +258,9 @@ def test_experts_are_chosen_together(dense: Callable[[str], Path], tmp_path: Pat
     assert reasons["model.layers.0.mlp.experts.gate_up_proj"] == "skipped by *.layers.0.mlp.experts.*"
     for options in ({"skip": ["down_proj"]}, {"skip": ["experts.3.*"]}, {"overrides": {"experts.3.*": "mxfp4a16"}}):
         with pytest.raises(ValueError, match=r"experts of model\.layers\.0\.mlp\.experts are quantized together"):
-            Job(path, "nvfp4a16", "rtn", **options)
+            planned(path, "nvfp4a16", "rtn", **options)
     with pytest.raises(ValueError, match="experts is 'some'"):
-        Job(path, "nvfp4a16", "rtn", experts="some")
+        planned(path, "nvfp4a16", "rtn", experts="some")
 
 
 # --- stacks
@@ -351,6 +351,6 @@ def test_experts_are_written_in_gpt_oss_own_format(
 
 def test_the_format_of_gpt_oss_holds_nothing_but_experts(dense: Callable[[str], Path]) -> None:
     with pytest.raises(ValueError, match="mxfp4 holds only stacks of experts, and no expert is to be quantized"):
-        Job(dense("gpt_oss"), "mxfp4a16", "rtn", format="mxfp4", skip=["*.experts.*"])
+        planned(dense("gpt_oss"), "mxfp4a16", "rtn", format="mxfp4", skip=["*.experts.*"])
     with pytest.raises(ValueError, match="mxfp4 has no place for nvfp4a16"):
-        Job(dense("gpt_oss"), "nvfp4a16", "rtn", format="mxfp4")
+        planned(dense("gpt_oss"), "nvfp4a16", "rtn", format="mxfp4")

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from comparing import assert_same_files
+from jobs import planned
 from safetensors.torch import load_file, save_file
 from shards import tensors_of
 from small_models import ARCHITECTURES, save_small, save_text, save_vision_language, tokenizer
@@ -21,7 +22,6 @@ import fp4
 from fp4 import FP4Linear, FPQuantConfig
 from fp4.calibration.data import load_samples
 from fp4.checkpoint.io.headers import Checkpoint
-from fp4.pipeline import Job
 from fp4.pipeline.block_inputs import capture, output_of, result_form
 from fp4.pipeline.skeleton import Skeleton
 
@@ -112,7 +112,7 @@ def test_rotations_are_those_that_measured_best(tmp_path: Path) -> None:
     model = save_small("llama", tmp_path / "model")
 
     def schemes(scheme: str, method: str, **options: Any) -> set[tuple[str, str]]:
-        layers = Job(model, scheme, method, **options).plan.layers.values()
+        layers = planned(model, scheme, method, **options).plan.layers.values()
         return {(layer.scheme.rotation, layer.scheme.weight_rule) for layer in layers}
 
     for method in ("rtn", "gptq"):
@@ -143,14 +143,14 @@ def test_every_scheme_loads_in_its_default_format(scheme: str, tmp_path: Path, t
 
 def test_patterns_choose_layers(tmp_path: Path) -> None:
     model = save_small("llama", tmp_path / "model")
-    job = Job(
+    job = planned(
         model, "nvfp4a16", "rtn", skip=["down_proj"], overrides={"*.0.*": None, "o_proj": "mxfp4a16"}, rotation="none"
     )
     chosen = {name: layer.preset for name, layer in job.plan.layers.items()}
     assert set(chosen.values()) == {"nvfp4a16", "mxfp4a16"}
     assert not any("down_proj" in name or ".0." in name for name in chosen)
     assert all((preset == "mxfp4a16") == name.endswith("o_proj") for name, preset in chosen.items())
-    only = Job(model, "nvfp4a16", "rtn", only=["*.layers.2.mlp.*"])
+    only = planned(model, "nvfp4a16", "rtn", only=["*.layers.2.mlp.*"])
     assert sorted(only.plan.layers) == [f"model.layers.2.mlp.{name}_proj" for name in ("down", "gate", "up")]
     reasons = {layer.name: layer.reason for layer in job.plan.kept}
     assert reasons["lm_head"] == "output embedding"

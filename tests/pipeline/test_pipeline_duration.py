@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import planned
 from small_models import save_small, save_text
 
-from fp4.pipeline import Job, duration
+from fp4.pipeline import duration
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def seconds(model: Path, method: str = "gptq", scheme: str = "nvfp4", **options: Any) -> float:
     settings: dict[str, Any] = {"samples": 4, "seq_len": 64, "device": "cpu"}
-    return Job(model, scheme, method, save_text(model), **(settings | options)).duration()
+    return planned(model, scheme, method, save_text(model), **(settings | options)).duration()
 
 
 def test_time_is_that_of_the_whole_job(model: Path, rates: None) -> None:

@@ -15,7 +15,7 @@ MEASURED = """
 import json, sys, threading, time
 from pathlib import Path
 import fp4
-from fp4.pipeline import Job
+from fp4.pipeline import Job, Request
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -23,7 +23,7 @@ def anonymous():
 
 small, model, out, options = *sys.argv[1:4], json.loads(sys.argv[4])
 fp4.quantize(small, out + "-small", **options | {"samples": 2, "seq_len": 64})
-planned = Job(model, **options).estimate().memory
+planned = Job(Request(model, out, **options)).needs.memory
 before = peak = anonymous()
 done = threading.Event()
 

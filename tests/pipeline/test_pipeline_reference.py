@@ -13,6 +13,7 @@ from typing import Any
 import naive_model as naive
 import pytest
 import torch
+from comparing import packed_experts
 from moe import make_moe
 from safetensors.torch import load_file, save_file
 from shards import assert_index_fits, sharded
@@ -475,14 +476,31 @@ def test_a_rotated_weight_is_rounded_some_rows_at_a_time_to_the_same_bytes(
     assert written[0] == written[1]
 
 
-def test_layers_whose_columns_do_not_divide_are_not_rotated(tmp_path: Path) -> None:
+def test_layers_are_rotated_in_the_largest_groups_that_divide_their_columns(tmp_path: Path) -> None:
     """down_proj reads 96 channels, gate and up write them."""
     source = save_small("llama", tmp_path / "model", intermediate_size=96, num_hidden_layers=1)
     report = fp4.quantize(source, tmp_path / "out", "mxfp4a16", "rtn", rotation="hadamard64", format="fp_quant")
     rotations = {row["name"].rpartition(".")[2]: row["rotation"] for row in report["layers"]}
-    assert rotations.pop("down_proj") is None
+    assert rotations.pop("down_proj") == "hadamard32"
     assert rotations.keys() >= {"gate_proj", "up_proj", "o_proj"}
     assert set(rotations.values()) == {"hadamard64"}
+    # Groups narrower than a block would only mix what shares a scale, so such a layer is not rotated.
+    source = save_small("llama", tmp_path / "narrow", intermediate_size=80, num_hidden_layers=1)
+    report = fp4.quantize(source, tmp_path / "narrow-out", "nvfp4a16", "rtn", rotation="hadamard64")
+    assert {row["rotation"] for row in report["layers"] if "down_proj" in row["name"]} == {"hadamard16"}
+
+
+def test_experts_are_rotated_in_groups_that_fit_all_of_their_projections(tmp_path: Path) -> None:
+    """They run with one group size: with 64 for gate and up, and 32 columns in down, they could not be loaded."""
+    dense = make_moe("qwen3_moe", moe_intermediate_size=32)
+    dense.save_pretrained(tmp_path / "model")
+    report = fp4.quantize(tmp_path / "model", tmp_path / "out", "mxfp4", "rtn")
+    of_experts = {row["rotation"] for row in report["layers"] if ".experts." in row["name"]}
+    assert of_experts == {"hadamard32"}
+    loaded, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    assert len(packed_experts(loaded)) == 2
 
 
 # --- experts

@@ -14,17 +14,19 @@ import typer
 from fp4.cli.choices import EXPERTS, FORMATS, METHODS, SCHEMES, one_of
 from fp4.cli.console import console, errors, interruptible
 from fp4.cli.options import LAYER_NUMBER
+from fp4.request import Hub, Request, text_of
 
 if TYPE_CHECKING:
     from fp4.pipeline import Job
 
 _WHAT, _HOW, _DATA, _MACHINE = "What is quantized", "How", "Calibration data", "Machine and hub"
+_REPEAT = "Repeat for more."
 
 
 def quantize(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or hub id of the model to quantize.")],
-    out: Annotated[Path, typer.Argument(help="Folder to make. It appears when everything in it is complete.")],
+    model: Annotated[str, typer.Argument(help=text_of(Request, "model"))],
+    out: Annotated[Path, typer.Argument(help=text_of(Request, "out"))],
     scheme: Annotated[
         str,
         typer.Option(
@@ -32,29 +34,25 @@ def quantize(
             "-s",
             envvar="FP4_SCHEME",
             callback=one_of("scheme", SCHEMES),
-            help=f"{', '.join(SCHEMES)}: see [bold]fp4 schemes[/bold].",
+            help=f"{text_of(Request, 'scheme')} {', '.join(SCHEMES)}.",
             rich_help_panel=_WHAT,
         ),
     ] = "nvfp4",
     skip: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Keep layers whose name fits this pattern, whatever the next two say: a name, the end of one, "
-            "a glob such as '*.down_proj', or a regular expression. Repeat for more.",
-            rich_help_panel=_WHAT,
-        ),
+        typer.Option(help=f"{text_of(Request, 'skip')} {_REPEAT}", rich_help_panel=_WHAT),
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Quantize only layers whose name fits. Repeat for more.", rich_help_panel=_WHAT),
+        typer.Option(help=f"{text_of(Request, 'only')} {_REPEAT}", rich_help_panel=_WHAT),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{text_of(Request, 'include')} {_REPEAT}", rich_help_panel=_WHAT),
     ] = None,
     override: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Another scheme for some of them: '*.mamba.*=fp8_dynamic', or '=keep'. Repeat for more; the first "
-            "that fits wins.",
-            rich_help_panel=_WHAT,
-        ),
+        typer.Option(help=f"{text_of(Request, 'overrides')} {_REPEAT}", rich_help_panel=_WHAT),
     ] = None,
     method: Annotated[
         str,
@@ -64,33 +62,26 @@ def quantize(
             envvar="FP4_METHOD",
             callback=one_of("method", METHODS),
             rich_help_panel=_HOW,
-            help="; ".join(f"[bold]{name}[/bold]: {cost}" for name, cost in METHODS.items()),
+            help=f"{text_of(Request, 'method')} "
+            + "; ".join(f"[bold]{name}[/bold]: {cost}" for name, cost in METHODS.items()),
         ),
     ] = "best",
     option: Annotated[
         list[str] | None,
-        typer.Option(help="An option of the method, NAME=VALUE. Repeat for more.", rich_help_panel=_HOW),
+        typer.Option(help=f"{text_of(Request, 'options')} One is NAME=VALUE. {_REPEAT}", rich_help_panel=_HOW),
     ] = None,
     rotation: Annotated[
         str,
-        typer.Option(
-            help="Block rotation of weights and inputs: none, hadamard64, gsr64, ..., or auto: the best "
-            "measured for the format.",
-            rich_help_panel=_HOW,
-        ),
+        typer.Option(help=text_of(Request, "rotation"), rich_help_panel=_HOW),
     ] = "auto",
     rule: Annotated[
         str | None,
-        typer.Option(
-            help="How block scales are chosen, e.g. abs_max (fastest), mse (default), four_over_six.",
-            rich_help_panel=_HOW,
-        ),
+        typer.Option(help=text_of(Request, "rule"), rich_help_panel=_HOW),
     ] = None,
     format: Annotated[
         str | None,
         typer.Option(
-            help=f"Checkpoint format: {', '.join(FORMATS)}. Default: compressed-tensors where it holds the "
-            "scheme, fp_quant for rotations. mxfp4, gpt-oss' own, holds experts alone.",
+            help=f"{', '.join(FORMATS)}. {text_of(Request, 'format')}",
             envvar="FP4_FORMAT",
             callback=one_of("format", FORMATS),
             rich_help_panel=_HOW,
@@ -99,22 +90,17 @@ def quantize(
     data: Annotated[
         str | None,
         typer.Option(
-            help="A recipe (YAML), a file (txt, jsonl, parquet), a folder or a hub id. Default: a short text "
-            "that comes with fp4, which is better than nothing.",
+            help=text_of(Request, "data"),
             envvar="FP4_DATA",
             rich_help_panel=_DATA,
         ),
     ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="How many samples. Default 128, or the recipe's.", rich_help_panel=_DATA)
-    ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Tokens a sample. Default 512, or the recipe's.", rich_help_panel=_DATA)
-    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help=text_of(Request, "samples"), rich_help_panel=_DATA)] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help=text_of(Request, "seq_len"), rich_help_panel=_DATA)] = None,
     experts: Annotated[
         str,
         typer.Option(
-            help="Tokens that an expert is calibrated on: all, or routed, those that the router sends to it (faster).",
+            help=text_of(Request, "experts"),
             callback=one_of("experts", EXPERTS),
             rich_help_panel=_DATA,
         ),
@@ -123,7 +109,7 @@ def quantize(
         int | None,
         typer.Option(
             min=0,
-            help="Of everything random, default 0 or the recipe's. Same seed, same bytes.",
+            help=text_of(Request, "seed"),
             envvar="FP4_SEED",
             rich_help_panel=_DATA,
         ),
@@ -131,7 +117,7 @@ def quantize(
     device: Annotated[
         str | None,
         typer.Option(
-            help="Where to compute: cpu, cuda, cuda:1. Default: a GPU if there is one.",
+            help=text_of(Request, "device"),
             envvar="FP4_DEVICE",
             rich_help_panel=_MACHINE,
         ),
@@ -139,33 +125,31 @@ def quantize(
     max_memory: Annotated[
         str | None,
         typer.Option(
-            help="What may be used, e.g. gpu:60GiB,cpu:200GiB. Default: what is free.",
+            help=text_of(Request, "max_memory"),
             envvar="FP4_MAX_MEMORY",
             rich_help_panel=_MACHINE,
         ),
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=_MACHINE)
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help=text_of(Hub, "revision"), rich_help_panel=_MACHINE)] = None,
     token: Annotated[
         str | None,
         typer.Option(
-            help="Of the hub, for models that need one.",
+            help=text_of(Hub, "token"),
             envvar=["FP4_TOKEN", "HF_TOKEN"],
             show_envvar=True,
             rich_help_panel=_MACHINE,
         ),
     ] = None,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Where hub models are kept.", envvar="FP4_CACHE_DIR", rich_help_panel=_MACHINE)
+        Path | None, typer.Option(help=text_of(Hub, "cache_dir"), envvar="FP4_CACHE_DIR", rich_help_panel=_MACHINE)
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option(help="Run model code that comes with the checkpoint.", rich_help_panel=_MACHINE)
+        bool, typer.Option(help=text_of(Request, "trust_remote_code"), rich_help_panel=_MACHINE)
     ] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Show what would be quantized and what it would need, and check all.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT, and unfinished work for another request.")] = False,
+    overwrite: Annotated[bool, typer.Option(help=text_of(Request, "overwrite"))] = False,
 ) -> None:
     """Quantize any Transformers decoder model to 4-bit floating point, in memory far smaller than the model.
 
@@ -186,11 +170,12 @@ def quantize(
     """
     # Options are parsed first, so that a malformed one is refused before torch is imported.
     options = _read_options(option or [])
-    from fp4.pipeline import Hub, Job
+    from fp4.pipeline import Job
     from fp4.progress import shown
 
-    job = Job(
+    request = Request(
         model,
+        out,
         scheme,
         method,
         data,
@@ -199,9 +184,10 @@ def quantize(
         rule=rule,
         skip=skip or [],
         only=only or [],
+        include=include or [],
         overrides=override or [],
         options=options,
-        experts=experts,
+        experts=experts,  # type: ignore[arg-type]
         samples=samples,
         seq_len=seq_len,
         seed=seed,
@@ -209,13 +195,16 @@ def quantize(
         max_memory=max_memory,
         trust_remote_code=trust_remote_code,
         hub=Hub(revision, token, cache_dir),
+        overwrite=overwrite,
+        command=_recorded(context),
     )
+    job = Job(request)
     if plan:
         show_plan(job)
-        job.check(out, overwrite)
+        job.check()
         return
     with interruptible(), shown(errors) as progress:
-        report = job.run(out, overwrite, _recorded(context), progress)
+        report = job.run(progress)
     layers = report["layers"]
     by_error = sorted((row["output_error"], row["name"]) for row in layers if row["output_error"] is not None)
     minutes, seconds = divmod(round(report["seconds"]), 60)
@@ -306,7 +295,7 @@ def show_plan(job: Job) -> None:
     for (name, reason), count in kept.items():
         times = "" if count == 1 else f"{count} x "
         console.print(f"kept: {times}{name} ({reason})", highlight=False)
-    needs = job.estimate()
+    needs = job.needs
     way = f"{len(job.skeleton.blocks)} blocks, one at a time" if job.calibrates else "streamed tensor by tensor"
     console.print(
         f"{job.method.name} ({job.method.cost}), {way}, on {job.memory.device}; format {job.format}, "

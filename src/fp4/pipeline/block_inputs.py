@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from fp4.pipeline.skeleton import Skeleton
 
@@ -21,17 +20,12 @@ class _AllBlocksReachedError(Exception):
     """Raised to end a run of the decoder once all blocks have been called, since nothing after them is needed."""
 
 
-def why_no_decoder(skeleton: Skeleton) -> str | None:
-    """Why the blocks need more than the tokens before them, so that they cannot be calibrated; None for a decoder."""
-    config = skeleton.model.config
-    if config.is_encoder_decoder:
+def why_not_on_text(skeleton: Skeleton) -> str | None:
+    """Why text alone does not run the blocks, so that they cannot be calibrated; None where it does."""
+    if skeleton.model.config.is_encoder_decoder:
         return f"{type(skeleton.model).__name__} has an encoder beside its decoder, and text alone does not run both"
-    # Models that declare nothing (Mamba, models with code of their own) are taken for decoders.
-    causal = [module.is_causal for module in skeleton.decoder.modules() if hasattr(module, "is_causal")]
-    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if masked or (causal and not any(causal)):
-        return f"{type(skeleton.model).__name__} is an encoder: its attention sees what comes after a token"
-    return None
+    read = getattr(skeleton.decoder, "main_input_name", "input_ids")
+    return None if read == "input_ids" else f"{type(skeleton.model).__name__} reads {read}, and calibration is on text"
 
 
 class Call(NamedTuple):

@@ -30,12 +30,15 @@ from fp4.pipeline.merge_files import assemble
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.report import layer_row
 from fp4.pipeline.samples import batches_of, stored_samples
-from fp4.pipeline.side_files import StoredTensors, scheme_in_file
 from fp4.pipeline.skeleton import Skeleton
-from fp4.pipeline.stream import Progress, quantize_weight, sampled_statistics
+from fp4.pipeline.storage import StoredTensors, Written, rotation_of, scheme_in_file
+from fp4.pipeline.stream import quantize_weight, sampled_statistics, shared_global_scale, stored_weight
+from fp4.progress import Report
 
 _UNSEEN = "no calibration token reached it: rounded to nearest"
 _UNSEEN_INPUT = f"{_UNSEEN}, its input scale from the range of its weight"
+# The part of the layers outside the blocks.
+_OUTSIDE, _OUTSIDE_FILE = "outside.json", "outside.safetensors"
 _MEASURED_TOKENS = 512  # tokens that the output errors of the report are measured on
 
 
@@ -67,7 +70,7 @@ class BlockCalibration:
         memory: Memory,
         seed: int,
         experts: str,
-        progress: Progress,
+        progress: Report,
     ) -> None:
         self.skeleton, self.plan, self.codec, self.staging = skeleton, plan, codec, staging
         self.method, self.options, self.memory, self.seed, self.progress = method, options, memory, seed, progress
@@ -78,33 +81,14 @@ class BlockCalibration:
         #: Arguments besides hidden states, by batch and block; batches with equal arguments share one list.
         self.calls: list[list[Call]] = []
 
-    def prepare(self, read: Callable[[Any], Samples]) -> dict[str, Any]:
-        """Read the samples, and cut them into batches.
+    def run(self, read: Callable[[Any], Samples]) -> Written:
+        """Quantize every block that is not finished, then merge the files of all blocks.
 
         Args:
             read: reads samples with the model's tokenizer; not called where an interrupted run has read them.
-
-        Returns:
-            what the report says of the samples.
         """
-        found = stored_samples(self.staging, self.skeleton.checkpoint.folder, read)
-        self.batches = batches_of(found.tokens, self.skeleton.model.config.get_text_config().vocab_size)
-        return {
-            "description": found.description,
-            "samples": len(found.tokens),
-            "tokens": found.count,
-            "seq_len": max(len(sample) for sample in found.tokens),
-            "sha256": found.sha256,
-            "warnings": found.warnings,
-        }
-
-    def run(self) -> tuple[list[dict[str, object]], dict[str, LayerScheme], list[str]]:
-        """Quantize every block that is not finished, then merge the files of all blocks.
-
-        Returns:
-            the report's rows, the scheme of each layer as the checkpoint's configuration names it, and the names of
-            the weight files.
-        """
+        samples = stored_samples(self.staging, self.skeleton.checkpoint.folder, read)
+        self.batches = batches_of(samples.tokens, self.skeleton.model.config.get_text_config().vocab_size)
         names = self.skeleton.blocks
         done = 0
         while done < len(names) and self.staging.read(_note(done)) is not None:
@@ -116,8 +100,40 @@ class BlockCalibration:
         schemes = {
             name: _scheme(self.plan.layers[name], fields) for note in notes for name, fields in note["schemes"].items()
         }
-        shards = assemble(self.skeleton, self.staging, [note["file"] for note in notes], self.progress)
-        return rows, schemes, shards
+        parts, replaced = [note["file"] for note in notes], set[str]()
+        outside = {name: layer for name, layer in self.plan.layers.items() if layer.block is None}
+        if outside:
+            rows += self._round_outside(outside)
+            parts.append(_OUTSIDE_FILE)
+            replaced = {key for layer in outside.values() for key in layer.keys}
+            schemes |= {name: scheme_in_file(layer, rotation_of(layer)) for name, layer in outside.items()}
+        shards = assemble(self.skeleton, self.staging, parts, replaced, self.progress)
+        return Written(rows, schemes, shards, _described(samples))
+
+    def _round_outside(self, layers: dict[str, PlannedLayer]) -> list[dict[str, object]]:
+        """Round the layers outside the blocks, which nothing calibrates, into a file; returns the report's rows."""
+        if (note := self.staging.read(_OUTSIDE)) is not None:
+            rows: list[dict[str, object]] = note["layers"]
+            return rows
+        shared: dict[str, Tensor | None] = {}
+        for group in self.plan.groups:
+            if group[0] in layers:
+                weights = (stored_weight(self.skeleton, layers[name]) for name in group)
+                shared |= dict.fromkeys(group, shared_global_scale(weights, layers[group[0]]))
+        stored_tensors, tensors, rows = StoredTensors(self.codec), dict[str, Tensor](), []
+        for name, layer in layers.items():
+            started = time.perf_counter()
+            weight = stored_weight(self.skeleton, layer)
+            quantized = quantize_weight(weight, layer, shared.get(name))
+            tensors |= stored_tensors.of(layer, StoredLinear(quantized, None, rotation_of(layer)))
+            statistics = sampled_statistics(weight, quantized, rotation_of(layer))
+            rows.append(layer_row(layer, statistics, layer.scheme.weight_rule, None, time.perf_counter() - started))
+        specs = {key: spec_of(tensor) for key, tensor in tensors.items()}
+        with ShardWriter(self.staging.folder / _OUTSIDE_FILE, specs, {"format": "pt"}) as writer:
+            for key, tensor in tensors.items():
+                writer.write(key, tensor)
+        self.staging.note(_OUTSIDE, {"layers": rows})
+        return rows
 
     def _calibrate(self, start: int) -> None:
         names = self.skeleton.blocks
@@ -335,6 +351,18 @@ class BlockCalibration:
         return changed
 
 
+def _described(samples: Samples) -> dict[str, Any]:
+    """What the report says of the calibration samples."""
+    return {
+        "description": samples.description,
+        "samples": len(samples.tokens),
+        "tokens": samples.count,
+        "seq_len": max(len(sample) for sample in samples.tokens),
+        "sha256": samples.sha256,
+        "warnings": samples.warnings,
+    }
+
+
 def _fill_input_scales(block: Block, results: dict[str, LayerResult]) -> list[str]:
     """Give layers without an input scale, since no token reached them, one from the range of their weight.
 
@@ -353,10 +381,10 @@ def _fill_input_scales(block: Block, results: dict[str, LayerResult]) -> list[st
 
 def block_parts(skeleton: Skeleton, plan: LayerPlan) -> dict[str, str]:
     """A digest of the plan of each block, by the name of the note that says that the block is finished."""
-    names: list[list[str]] = [[] for _ in skeleton.blocks]
+    names: dict[int | None, list[str]] = {number: [] for number in range(len(skeleton.blocks))}
     for name, layer in plan.layers.items():
-        names[layer.block].append(name)
-    return {_note(number): plan.digest(own) for number, own in enumerate(names)}
+        names.setdefault(layer.block, []).append(name)
+    return {_OUTSIDE if number is None else _note(number): plan.digest(own) for number, own in names.items()}
 
 
 def _note(number: int) -> str:

@@ -137,17 +137,19 @@ class Stack:
 
 
 def find_experts(skeleton: Skeleton) -> dict[str, ExpertsModule | None]:
-    """The modules that hold stacked weights of experts, by name; None for a module that fp4 cannot run."""
+    """The modules that hold weights of several experts, by name; None for a module that fp4 cannot run."""
     found: dict[str, ExpertsModule | None] = {}
     for name, module in skeleton.model.named_modules():
-        if not any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
+        axes = {parameter.ndim for parameter in module.parameters(recurse=False)}
+        # DBRX joins the rows of all experts into one matrix.
+        if 3 not in axes and not (2 in axes and "Expert" in type(module).__name__):
             continue
         layout = layout_of(module)
         if layout is not None:
             names = names_on_disk(name, layout, skeleton.conversions)
             stacks = stacks_on_disk(name, layout, skeleton.conversions)
             found[name] = ExpertsModule(name, layout, tuple(names.items()), tuple(stacks))
-        elif "Experts" in type(module).__name__:
+        elif "Expert" in type(module).__name__:
             found[name] = None
     return found
 

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from fp4.checkpoint.io.headers import TensorInfo, read_header
 from fp4.checkpoint.io.publish import Staging
 from fp4.checkpoint.io.shards import ShardWriter, Spec
 from fp4.pipeline.skeleton import Skeleton
-from fp4.pipeline.stream import Progress
+from fp4.progress import Report
 
 _SHARD_BYTES = 5 << 30
 
 
-def assemble(skeleton: Skeleton, staging: Staging, parts: list[str], progress: Progress) -> list[str]:
+def assemble(
+    skeleton: Skeleton, staging: Staging, parts: list[str], replaced: Collection[str], progress: Report
+) -> list[str]:
     """Put the files of all blocks, and every tensor outside of them, into ``model-*.safetensors``; returns their names.
 
     Tensors keep their order, so the bytes depend on nothing but the parts.
+
+    Args:
+        skeleton: the model without weights.
+        staging: folder of unfinished work, which holds the parts.
+        parts: files of quantized layers, by name.
+        replaced: tensors outside the blocks that a part holds in another form.
+        progress: called with the name of a stage, and how much of how much of it is done.
     """
     tensors = [info for part in parts for info in read_header(staging.folder / part).tensors.items()]
-    inside = {key for block in skeleton.blocks for key in skeleton.keys_below(block)}
+    inside = {key for block in skeleton.blocks for key in skeleton.keys_below(block)} | {*replaced}
     tensors += [(key, info) for key, info in skeleton.checkpoint.tensors.items() if key not in inside]
     shards: list[dict[str, TensorInfo]] = [{}]
     size = 0

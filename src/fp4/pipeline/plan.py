@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from fp4.numerics.rotation import ROTATIONS
 from fp4.pipeline.expert_layers import ExpertMatrix, ExpertsModule, find_experts
 from fp4.pipeline.skeleton import Skeleton
 from fp4.scheme import SCHEMES, Scheme
-from fp4.selection import Choice, DenseLayers
+from fp4.selection import TIED, Choice, DenseLayers
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class PlannedLayer:
         name: its name in the model.
         preset: name of its scheme.
         scheme: the scheme, with the rotation and the rule that were chosen.
-        block: number of the decoder block that it is in.
+        block: number of the block that it is in, None outside the blocks.
         shape: N, K.
         stored: name of its tensors in the checkpoint, without their suffix.
         key: name of the stored tensor that is its weight; None where the weight is converted from others.
@@ -40,7 +41,7 @@ class PlannedLayer:
     name: str
     preset: str
     scheme: Scheme
-    block: int
+    block: int | None
     shape: tuple[int, int]
     stored: str
     key: str | None
@@ -71,11 +72,13 @@ class LayerPlan:
     Attributes:
         layers: layers to quantize, by name, in the order of the model.
         kept: layers that stay as they are.
+        unquantizable: those of ``kept`` in the blocks that nobody asked to keep, but that fp4 cannot quantize.
         groups: names of layers that share one global scale.
     """
 
     layers: dict[str, PlannedLayer] = field(default_factory=dict)
     kept: list[KeptLayer] = field(default_factory=list)
+    unquantizable: list[KeptLayer] = field(default_factory=list)
     groups: list[list[str]] = field(default_factory=list)
 
     def digest(self, names: Collection[str]) -> str:
@@ -104,7 +107,8 @@ def plan_layers(skeleton: Skeleton, choice: Choice) -> LayerPlan:
         number = next((i for i, block in enumerate(skeleton.blocks) if module.name.startswith(f"{block}.")), None)
         if number is not None:
             block_of |= {matrix.name: number for matrix in module.matrices()}
-    choice.require_used(list(block_of))
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    choice.require_used(list(block_of), [name for name in layers if name not in block_of])
     for name, module in model.named_modules():
         if name in experts:
             _plan_experts(plan, skeleton, name, experts[name], block_of, choice, dense)
@@ -114,9 +118,12 @@ def plan_layers(skeleton: Skeleton, choice: Choice) -> LayerPlan:
             continue
         shape = (module.out_features, module.in_features)
         preset, why = choice.of(name, dense)
-        obstacle = _obstacle(skeleton, name, module, block_of) if preset else None
+        obstacle = _obstacle(skeleton, name, module, name in block_of or choice.includes(name)) if preset else None
         if preset is None or obstacle:
-            plan.kept.append(KeptLayer(name, shape, obstacle or why))
+            kept = KeptLayer(name, shape, obstacle or why)
+            plan.kept.append(kept)
+            if name in block_of and (obstacle or why == TIED):
+                plan.unquantizable.append(kept)
             continue
         scheme = SCHEMES[preset].scheme
         if module.in_features % scheme.k_multiple:
@@ -126,12 +133,16 @@ def plan_layers(skeleton: Skeleton, choice: Choice) -> LayerPlan:
         source = skeleton.sources[f"{name}.weight"]
         key = source.keys[0] if source.converter is None and source.keys[0].endswith(".weight") else None
         stored = key.removesuffix(".weight") if key else name
-        plan.layers[name] = PlannedLayer(name, preset, scheme, block_of[name], shape, stored, key, tuple(source.keys))
+        number = block_of.get(name)
+        plan.layers[name] = PlannedLayer(name, preset, scheme, number, shape, stored, key, tuple(source.keys))
     if not plan.layers:
         kinds = sorted(
             {type(module).__name__ for module in model.modules() if getattr(module, "weight", None) is not None}
         )
         raise ValueError(f"no layer is left to quantize; the model's modules with weights are {', '.join(kinds)}")
+    for key in skeleton.unbuilt():
+        reason = f"{type(model).__name__} does not build it; copied as it is"
+        plan.kept.append(KeptLayer(key.removesuffix(".weight"), skeleton.checkpoint.tensors[key].shape, reason))
     plan.groups = _groups(plan.layers)
     return plan
 
@@ -154,8 +165,11 @@ def _plan_experts(
         chosen = _presets_of_experts(skeleton, experts, block_of, choice, dense)
     if experts is None or isinstance(chosen, str):
         for key, stack in module.named_parameters(recurse=False):
-            if stack.ndim == 3:
-                plan.kept.append(KeptLayer(f"{name}.{key}", tuple(stack.shape), str(chosen)))
+            if stack.ndim == 3 or (stack.ndim == 2 and experts is None and "bias" not in key):
+                # A module of one stack called `weight` is a layer to engines, which look for its name alone.
+                layer = KeptLayer(name if key == "weight" else f"{name}.{key}", tuple(stack.shape), str(chosen))
+                plan.kept.append(layer)
+                plan.unquantizable += [layer] if experts is None else []
         return
     for matrix in experts.matrices():
         preset, shape = chosen[matrix.projection], experts.layout.shape(matrix.part)
@@ -201,9 +215,9 @@ def _linears(skeleton: Skeleton, block: str) -> list[str]:
     return [f"{block}.{name}" for name, child in module.named_modules() if isinstance(child, nn.Linear)]
 
 
-def _obstacle(skeleton: Skeleton, name: str, module: nn.Linear, block_of: Mapping[str, int]) -> str | None:
-    """Why a layer that is to be quantized cannot be, here."""
-    if name not in block_of:
+def _obstacle(skeleton: Skeleton, name: str, module: nn.Linear, reached: bool) -> str | None:
+    """Why a layer that is to be quantized cannot be; ``reached`` says that it is in a block or asked for."""
+    if not reached:
         return "outside the decoder's blocks"
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} may compute something else than nn.Linear"
@@ -248,13 +262,21 @@ def rotated(plan: LayerPlan, rotation: str, nearest: bool) -> LayerPlan:
             chosen = named[1], int(named[2])
         elif rotation == "auto" and unrotated_rule is None:
             chosen = preset.rotation
-        if chosen is None or chosen[0] == "identity" or layer.shape[1] % chosen[1]:
-            # Layers whose columns are no multiple of the rotation's size are not rotated either.
+        size = 0 if chosen is None else _largest_group(layer, chosen[1])
+        if chosen is None or chosen[0] == "identity" or size < min(chosen[1], layer.scheme.format.block_size):
             scheme = replace(layer.scheme, weight_rule=unrotated_rule or layer.scheme.weight_rule)
         else:
-            scheme = replace(layer.scheme, rotation=chosen[0], group_size=chosen[1])
+            scheme = replace(layer.scheme, rotation=chosen[0], group_size=size)
         layers[name] = replace(layer, scheme=scheme)
     return replace(plan, layers=layers)
+
+
+def _largest_group(layer: PlannedLayer, size: int) -> int:
+    """The largest size of a rotation, no more than ``size``, that divides the columns of a layer into groups."""
+    if layer.expert is None:
+        return math.gcd(size, layer.shape[1])
+    # Experts run with one group size, so it divides the columns of all of their projections.
+    return math.gcd(size, *(columns for _, columns in layer.expert.module.layout.projections.values()))
 
 
 def stored_as(plan: LayerPlan, codec: type[Codec]) -> LayerPlan:

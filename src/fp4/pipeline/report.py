@@ -47,8 +47,13 @@ def kept_rows(skeleton: Skeleton, plan: LayerPlan) -> list[dict[str, object]]:
     """The entries of the layers that stay as they are, with the reason."""
     rows: list[dict[str, object]] = []
     for layer in plan.kept:
-        source = skeleton.sources.get(f"{layer.name}.weight", skeleton.sources.get(layer.name))
-        dtype = skeleton.checkpoint.tensors[source.keys[0]].dtype if source else None
+        stored = [
+            skeleton.checkpoint.tensors[key]
+            for name in (f"{layer.name}.weight", layer.name)
+            for key in (skeleton.sources[name].keys if name in skeleton.sources else [name])
+            if key in skeleton.checkpoint.tensors
+        ]
+        dtype = stored[0].dtype if stored else None
         rows.append({"name": layer.name, "dtype": dtype, "shape": list(layer.shape), "reason": layer.reason})
     return rows
 

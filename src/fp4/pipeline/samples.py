@@ -13,7 +13,7 @@ from fp4.calibration.data import Samples
 from fp4.checkpoint.io.headers import load, read_header
 from fp4.checkpoint.io.publish import Staging
 from fp4.checkpoint.io.shards import ShardWriter, spec_of
-from fp4.pipeline.side_files import UNCALIBRATED
+from fp4.pipeline.storage import UNCALIBRATED
 
 _FILE = "samples.safetensors"
 _NOTE = "samples.json"

@@ -89,10 +89,18 @@ class Skeleton:
         self.dtype = dtype
         self.model = _build(checkpoint, dtype, trust_remote_code)
         self.decoder_name, self.decoder = _decoder(self.model)
-        self.blocks = find_blocks(self.decoder, self.decoder_name)
+        self.blocks = self._encoder_blocks() + find_blocks(self.decoder, self.decoder_name)
         self.conversions = get_model_conversion_mapping(self.model)
         self.sources = self._sources()
         self._refuse_contradictions()
+
+    def _encoder_blocks(self) -> list[str]:
+        """The blocks of the encoder that an encoder-decoder has; none for other models."""
+        if not self.model.config.is_encoder_decoder:
+            return []
+        encoder = self.model.get_encoder()
+        name = next(name for name, module in self.model.named_modules() if module is encoder)
+        return find_blocks(encoder, name)
 
     def _sources(self) -> dict[str, Source]:
         renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
@@ -141,6 +149,11 @@ class Skeleton:
                 f"config.json contradicts the weights: it describes {len(self.blocks)} blocks, and the checkpoint has "
                 f"no weight for {absent[0]} ({len(absent)} are missing in all); take both from the same model"
             )
+
+    def unbuilt(self) -> list[str]:
+        """Names of stored matrices that no parameter comes from, such as those of heads that predict further tokens."""
+        used = {key for source in self.sources.values() for key in source.keys}
+        return [key for key, info in self.checkpoint.tensors.items() if key not in used and len(info.shape) > 1]
 
     def keys_below(self, name: str) -> list[str]:
         """Names of the stored tensors of everything in the module ``name``."""
@@ -200,6 +213,7 @@ class Skeleton:
         replaced = list(self.model.get_submodule(name).named_modules())
         try:
             self.fill(self.keys_below(name), device)
+            self._fill_shared(name, device)
             self.settle(module, device, name)
             yield module
         finally:
@@ -207,6 +221,19 @@ class Skeleton:
                 if path:
                     module.set_submodule(path, child)
             module.to_empty(device="meta")
+
+    def _fill_shared(self, name: str, device: torch.device) -> None:
+        """Load the parameters of the module ``name`` that are stored under another block's name (Zamba's shared block).
+
+        Other blocks get copies of their own, so the weights of one may change while the others keep theirs.
+        """
+        for target, owner in self.model.all_tied_weights_keys.items():
+            source = self.sources.get(owner)
+            if not _below(target, name) or target in self.sources or source is None or source.converter is not None:
+                continue
+            module, _, parameter = target.rpartition(".")
+            value = load(self.checkpoint.tensors[source.keys[0]]).to(device, self.dtype)
+            setattr(self.model.get_submodule(module), parameter, nn.Parameter(value, requires_grad=False))
 
     @contextlib.contextmanager
     def outside_filled(self, device: torch.device, batches: Sequence[Tensor]) -> Iterator[None]:
@@ -334,10 +361,21 @@ def _built(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrai
 
 
 def _decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
-    decoder = model.get_decoder()
-    if not isinstance(decoder, nn.Module):
-        decoder = model
+    """The name and the module of what turns tokens into hidden states by a list of blocks."""
+    # What encoders call their decoder may be the last layer of a head.
+    candidates = [model.get_decoder(), model.base_model]
+    decoder = next((part for part in candidates if isinstance(part, nn.Module) and _lists(part)), model)
     return next(((name, module) for name, module in model.named_modules() if module is decoder), ("", model))
+
+
+def _lists(decoder: nn.Module) -> list[tuple[int, str, nn.ModuleList]]:
+    """The outermost lists of modules with weights: number of parameters, name and list."""
+    lists: list[tuple[int, str, nn.ModuleList]] = []
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(_below(name, outer) for _, outer, _ in lists):
+            size = sum(parameter.numel() for parameter in module.parameters())
+            lists += [(size, name, module)] if size else []
+    return lists
 
 
 def find_blocks(decoder: nn.Module, prefix: str = "") -> list[str]:
@@ -346,12 +384,8 @@ def find_blocks(decoder: nn.Module, prefix: str = "") -> list[str]:
     Raises:
         ValueError: there is no list of blocks.
     """
-    lists: list[tuple[int, str, nn.ModuleList]] = []
-    for name, module in decoder.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(_below(name, outer) for _, outer, _ in lists):
-            lists.append((sum(parameter.numel() for parameter in module.parameters()), name, module))
-    size, name, blocks = max(lists, key=lambda entry: entry[0], default=(0, "", nn.ModuleList()))
-    if not size:
+    _, name, blocks = max(_lists(decoder), key=lambda entry: entry[0], default=(0, "", nn.ModuleList()))
+    if not blocks:
         raise ValueError(
             f"{type(decoder).__name__} has no list of decoder blocks (an nn.ModuleList with weights); fp4 quantizes "
             "decoder models"

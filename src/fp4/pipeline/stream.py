@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +23,11 @@ from fp4.numerics.formats import QuantizedTensor
 from fp4.pipeline.expert_layers import ExpertReader
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.report import layer_row
-from fp4.pipeline.side_files import StoredTensors, planned_specs, rotation_of
 from fp4.pipeline.skeleton import Skeleton
+from fp4.pipeline.storage import StoredTensors, Written, planned_specs, rotation_of, scheme_in_file
+from fp4.progress import Report
 from fp4.quality.layer_statistics import LayerStatistics, layer_statistics
 from fp4.rounding import global_scale_of, round_to_nearest
-
-Progress = Callable[[str, int, int], None]
 
 # A rotated weight is float32, so each thread holds only this many elements of it at a time.
 _TILE_ELEMENTS = 1 << 22
@@ -93,7 +92,7 @@ class StreamedRounding:
     while the last bytes of one reach the disk.
     """
 
-    def __init__(self, skeleton: Skeleton, plan: LayerPlan, codec: Codec, staging: Staging, progress: Progress) -> None:
+    def __init__(self, skeleton: Skeleton, plan: LayerPlan, codec: Codec, staging: Staging, progress: Report) -> None:
         self.skeleton, self.plan, self.codec, self.staging, self.progress = skeleton, plan, codec, staging, progress
         self.tensors = skeleton.checkpoint.tensors
         self.experts = ExpertReader(skeleton)
@@ -103,8 +102,8 @@ class StreamedRounding:
         self.total = sum(info.nbytes for info in self.tensors.values())
         self._counting, self._filling = threading.Lock(), threading.Lock()
 
-    def run(self) -> list[dict[str, object]]:
-        """Write every shard that is not finished; returns the report's entries of all layers.
+    def run(self) -> Written:
+        """Write every shard that is not finished.
 
         Raises:
             ValueError: a weight holds NaN or infinity; the message names it.
@@ -119,7 +118,11 @@ class StreamedRounding:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         order = {name: number for number, name in enumerate(self.plan.layers)}
-        return sorted(rows, key=lambda row: order[str(row["name"])])
+        return Written(
+            sorted(rows, key=lambda row: order[str(row["name"])]),
+            {name: scheme_in_file(layer, rotation_of(layer)) for name, layer in self.plan.layers.items()},
+            [shard.name for shard in self.skeleton.checkpoint.shards],
+        )
 
     def _shard(self, pool: ThreadPoolExecutor, number: int, shard: Path) -> list[dict[str, object]]:
         note = _note(number)
@@ -181,14 +184,7 @@ class StreamedRounding:
         if layer.key is not None:
             return load(self.tensors[layer.key])
         with self._filling:
-            if layer.expert is not None:
-                return self.experts.read(layer.expert)
-            # Transformers converts the weight from other tensors.
-            self.skeleton.fill(list(layer.keys), torch.device("cpu"))
-            module = self.skeleton.model.get_submodule(layer.name)
-            weight: Tensor = module.get_parameter("weight").data
-            module.to_empty(device="meta")
-            return weight
+            return self.experts.read(layer.expert) if layer.expert is not None else stored_weight(self.skeleton, layer)
 
     def _round(
         self, file: ShardWriter, complete: StoredTensors, group: _Group, here: set[str]
@@ -209,7 +205,7 @@ class StreamedRounding:
             shared = None
             if len(group.layers) > 1:
                 loaded = (weights[layer.name] if fits else self._weight(layer) for layer in group.layers)
-                shared = _global_scale(loaded, group.layers[0])
+                shared = shared_global_scale(loaded, group.layers[0])
             for layer in group.layers:
                 if layer.name not in here:
                     continue  # the layer shares the global scale, but another file stores it
@@ -233,6 +229,18 @@ class StreamedRounding:
         with self._counting:
             self.done += nbytes
             self.progress("rounding", self.done, self.total)
+
+
+def stored_weight(skeleton: Skeleton, layer: PlannedLayer) -> Tensor:
+    """The weight ``[N, K]`` of a layer that is no expert, in the dtype of the checkpoint."""
+    if layer.key is not None:
+        return load(skeleton.checkpoint.tensors[layer.key])
+    # Transformers converts the weight from other tensors.
+    skeleton.fill(list(layer.keys), torch.device("cpu"))
+    module = skeleton.model.get_submodule(layer.name)
+    weight: Tensor = module.get_parameter("weight").data
+    module.to_empty(device="meta")
+    return weight
 
 
 def shard_parts(skeleton: Skeleton, plan: LayerPlan) -> dict[str, str]:
@@ -262,7 +270,7 @@ def _tiles(weight: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
 
 
-def _global_scale(weights: Iterable[Tensor], layer: PlannedLayer) -> Tensor | None:
+def shared_global_scale(weights: Iterable[Tensor], layer: PlannedLayer) -> Tensor | None:
     """The global scale that weights ``[N, K]`` of layers like ``layer`` share: float64 ``[]``, None for none."""
     rotation = rotation_of(layer)
     if rotation is not None:  # it makes a weight float32, so only some rows at a time
@@ -282,7 +290,7 @@ def quantize_weight(weight: Tensor, layer: PlannedLayer, global_scale: Tensor | 
     if rotation is None:
         return round_to_nearest(weight, layer.scheme, None, name, global_scale)
     if global_scale is None:
-        global_scale = _global_scale([weight], layer)
+        global_scale = shared_global_scale([weight], layer)
     parts = [round_to_nearest(weight[tile], layer.scheme, rotation, name, global_scale) for tile in _tiles(weight)]
     scales = torch.cat([part.scales.view(torch.uint8) for part in parts]).view(parts[0].scales.dtype)
     return parts[0]._replace(codes=torch.cat([part.codes for part in parts]), scales=scales)

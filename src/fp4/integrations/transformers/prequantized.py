@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import auto
@@ -22,11 +22,13 @@ from fp4.checkpoint import CODECS, codec_for
 from fp4.checkpoint.formats.fp_quant import FPQuantCodec
 from fp4.checkpoint.io.headers import TensorInfo, load
 from fp4.checkpoint.kv_cache import cache_tensors
+from fp4.checkpoint.layers import packed_layers
 from fp4.config import FPQuantConfig
 from fp4.integrations.transformers.prequantized_config import CheckpointConfig
 from fp4.integrations.transformers.quantizer import FPQuantHfQuantizer
 from fp4.nn import FP4Linear
 from fp4.nn.expert_layout import ExpertsLayout
+from fp4.nn.swap import NOT_ASKED
 from fp4.registration import is_switched_off
 from fp4.scheme import Scheme
 
@@ -62,6 +64,7 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
     def _prepare(self, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
         self._keep_cache_scales(model, stored)
         super()._prepare(model, stored)
+        self._refuse_unrunnable(model, stored)
         modules = {name for name, _ in model.named_modules()}
         for layer, module in self.packed_experts.items():
             # Without this check Transformers would leave such experts randomly initialized.
@@ -77,6 +80,32 @@ class CheckpointHfQuantizer(FPQuantHfQuantizer):
                 fp8 += scheme is not None and scheme.activations == "fp8"
         if fp8:
             logger.info("%d layers expect FP8 activations; fp4 runs them with unquantized ones", fp8)
+
+    def _refuse_unrunnable(self, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
+        """ValueError where the checkpoint holds a layer packed that fp4 cannot run; a dense one stays as it is."""
+        renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+        packed = set()
+        for layer in packed_layers(self.codec, stored):
+            name = f"{layer}.weight"  # renamings may end with the name of a parameter
+            for renaming in renamings:
+                name, _ = renaming.rename_source_key(name)
+            packed.add(name.removesuffix(".weight"))
+        assert self.report is not None
+        refused = {
+            name: reason
+            for name, reason in self.report.reasons.items()
+            if reason != NOT_ASKED
+            and (
+                isinstance(model.get_submodule(name), nn.Linear)
+                or any(layer == name or layer.startswith(f"{name}.") for layer in packed)
+            )
+        }
+        if refused:
+            name, reason = next(iter(refused.items()))
+            raise ValueError(
+                f"the checkpoint holds {len(refused)} layers packed that fp4 cannot run, {name} first: {reason}; "
+                "dequantize the checkpoint, or load one that keeps these layers dense"
+            )
 
     def _keep_cache_scales(self, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
         """Keep the scales of a quantized KV cache for saving; fp4 runs the model with an unquantized cache."""

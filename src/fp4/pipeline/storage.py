@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +17,52 @@ from fp4.checkpoint.io.shards import Spec, spec_of
 from fp4.numerics.formats import Format, QuantizedTensor
 from fp4.numerics.rotation import rotation_for
 from fp4.pipeline.expert_layers import Stack
-from fp4.pipeline.plan import PlannedLayer
+from fp4.pipeline.plan import LayerPlan, PlannedLayer, rotated, ruled, stored_as
 from fp4.scheme import SCHEMES
 
 
-def choose_format(asked: str | None, layers: Iterable[PlannedLayer]) -> str:
+@dataclass(frozen=True)
+class Written:
+    """What a way of quantizing has written into the folder of unfinished work.
+
+    Attributes:
+        rows: the report's entries of all layers.
+        schemes: the scheme of each layer, as the checkpoint's configuration names it.
+        shards: names of the weight files.
+        data: what the report says of the calibration samples; None where there were none.
+    """
+
+    rows: list[dict[str, object]]
+    schemes: dict[str, LayerScheme]
+    shards: list[str]
+    data: dict[str, Any] | None = None
+
+
+def plan_storage(
+    plan: LayerPlan, asked: str | None, rotation: str, rule: str | None, nearest: bool
+) -> tuple[LayerPlan, str]:
+    """The plan with rotations, rules and stacks as a checkpoint format stores them, and the name of the format.
+
+    Args:
+        plan: the plan by names and shapes alone.
+        asked: name of the checkpoint format; None for the first that holds all layers.
+        rotation: as for :func:`.rotated`; ``"auto"`` is none where the format that is asked for has no rotations.
+        rule: as for :func:`.ruled`.
+        nearest: whether weights are only rounded to nearest.
+
+    Raises:
+        ValueError: there is no such rotation, rule or format, or the format cannot hold a layer's scheme.
+    """
+    if asked in CODECS:
+        plan = stored_as(plan, CODECS[asked])
+    chosen = ruled(rotated(plan, rotation, nearest), rule)
+    if rotation == "auto" and asked in CODECS and not _holds(asked, chosen.layers.values()):
+        chosen = ruled(rotated(plan, "none", nearest), rule)
+    name = _choose_format(asked, chosen.layers.values())
+    return stored_as(chosen, CODECS[name]), name
+
+
+def _choose_format(asked: str | None, layers: Iterable[PlannedLayer]) -> str:
     """Name of the checkpoint format to write: ``asked``, else the first that holds all layers.
 
     One that stores rotations comes first where a layer is rotated.
@@ -44,7 +87,7 @@ def choose_format(asked: str | None, layers: Iterable[PlannedLayer]) -> str:
     raise ValueError(f"no checkpoint format holds {presets} together ({'; '.join(problems)})")
 
 
-def holds(name: str, layers: Iterable[PlannedLayer]) -> bool:
+def _holds(name: str, layers: Iterable[PlannedLayer]) -> bool:
     """Whether the checkpoint format called ``name`` can hold every layer as planned."""
     try:
         _require_holds(CODECS[name], layers)
