@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import os
 import random
 import shutil
 import signal
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -48,6 +48,20 @@ TESTS = {
     "calibration/layer_order.py": "test_layer_order test_methods_block test_methods_experts",
     "calibration/observers.py": "test_methods_gptq test_global_scales test_layer_order",
     "calibration/recipe.py": "test_data",
+    "checkpoint": "test_convert",
+    "checkpoint/contradictions.py": "test_hostile_models test_damaged",
+    "checkpoint/convert.py": "test_convert test_kv_cache",
+    "checkpoint/expert_names.py": "test_inspect test_convert test_experts_loading",
+    "checkpoint/formats": "test_checkpoint_codecs test_checkpoint_configurations test_adding_a_format "
+    "test_checkpoint_writing test_convert",
+    "checkpoint/fusing.py": "test_convert test_pipeline_reference",
+    "checkpoint/inspect.py": "test_inspect",
+    "checkpoint/io/headers.py": "test_hostile test_damaged test_inspect",
+    "checkpoint/io/hub.py": "test_hub",
+    "checkpoint/io/publish.py": "test_recover test_convert test_pipeline_resume test_saving",
+    "checkpoint/io/shards.py": "test_checkpoint_writing test_convert test_hostile",
+    "checkpoint/kv_cache.py": "test_kv_cache",
+    "checkpoint/layers.py": "test_inspect test_convert test_hostile",
     "methods/autoround.py": "test_methods_autoround test_methods_block test_methods_experts",
     "methods/best.py": "test_methods_best test_methods_descent test_methods_block test_methods_experts",
     "methods/descent.py": "test_methods_descent test_methods_block",
@@ -56,17 +70,18 @@ TESTS = {
     "methods/grid.py": "test_methods_gptq test_methods_descent test_methods_autoround",
     "methods/hessian.py": "test_methods_gptq test_methods_descent test_layer_order test_methods_block",
     "methods/layerwise.py": "test_layer_order test_methods_block test_methods_experts test_methods_autoround",
-    "methods/rtn.py": "test_methods_rtn test_global_scales test_methods_block test_checkpoint_rtn",
+    "methods/rtn.py": "test_methods_rtn test_global_scales test_methods_block",
     "methods/scale_search.py": "test_methods_gptq test_methods_descent test_methods_autoround",
     "methods/tiling.py": "test_methods_gptq test_methods_descent test_methods_experts",
-    "rounding.py": "test_methods_rtn test_global_scales test_methods_block test_checkpoint_rtn",
-    "checkpoint": "test_checkpoint_codecs test_checkpoint_configurations test_checkpoint_quantizer test_checkpoint_rtn "
-    "test_checkpoint_writing test_convert test_inspect test_damaged",
-    "nn": "test_quantizer test_experts test_experts_loading test_fp8 test_fp8_experts test_gradient test_training "
+    "nn": "test_experts test_gradient test_training test_copies test_quantizer test_experts_loading test_fp8_experts "
     "test_saving test_resizing",
-    "pipeline": "test_pipeline_report test_pipeline "
-    "test_pipeline_failures test_pipeline_resume test_pipeline_exhausted test_pipeline_half "
-    "test_pipeline_memory test_experts_pipeline",
+    "pipeline": "test_pipeline_report test_pipeline_reference test_pipeline_failures test_pipeline_resume "
+    "test_pipeline",
+    "pipeline/duration.py": "test_pipeline_duration",
+    "pipeline/estimate.py": "test_pipeline_duration test_cli_quantize",
+    "pipeline/expert_layers.py": "test_experts_pipeline",
+    "pipeline/half_precision.py": "test_pipeline_half",
+    "rounding.py": "test_methods_rtn test_global_scales test_methods_block test_checkpoint_rtn",
 }
 
 
@@ -101,12 +116,13 @@ def import_as_in(imported: Path) -> None:
     for name in imported.read_text(encoding="utf-8").split():
         with contextlib.suppress(Exception):  # such as parts of a library that are imported in one order alone
             importlib.import_module(name)
+    gc.freeze()  # so that collections in the forks do not visit these modules, and copy their memory
 
 
 def _libraries() -> list[str]:
-    inside = sysconfig.get_path("purelib")
+    """The names of all imported modules that are installed, in this environment or in one that it builds on."""
     return [
-        name for name, module in list(sys.modules.items()) if str(getattr(module, "__file__", "")).startswith(inside)
+        name for name, module in list(sys.modules.items()) if "site-packages" in str(getattr(module, "__file__", ""))
     ]
 
 
@@ -127,7 +143,7 @@ def passes(tests: list[str], folder: Path, limit: float, note: Path | None = Non
         os.chdir(ROOT)
         import pytest
 
-        status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+        status = int(pytest.main(["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]))
         if note is not None:
             note.write_text(" ".join(_libraries()), encoding="utf-8")
         os._exit(status)
@@ -176,6 +192,19 @@ def record(source: Path, alive: list[Mutant], tried: list[Mutant]) -> None:
     SURVIVORS.write_text(yaml.safe_dump(listed, sort_keys=False, width=1000, allow_unicode=True), encoding="utf-8")
 
 
+def print_shares(totals: list[tuple[Path, int, int]]) -> None:
+    """How many mutants were noticed, by file, by package and in all; each entry is a file, mutants, and how many."""
+    rows: dict[str, list[int]] = {}
+    for source, tried, noticed in totals:
+        name = source.relative_to(PACKAGE)
+        for row in dict.fromkeys((str(name), name.parts[0], "in all")):  # a file outside any package is one row
+            sums = rows.setdefault(row, [0, 0])
+            sums[0] += noticed
+            sums[1] += tried
+    for row, (noticed, tried) in sorted(rows.items(), key=lambda entry: (entry[0] == "in all", entry[0])):
+        print(f"{row}: {noticed} of {tried} noticed ({noticed / max(tried, 1):.0%})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="*", help="files or folders of src/fp4 (default: all that have tests)")
@@ -196,8 +225,7 @@ def main() -> None:
             alive = survivors_of(source, mutants, package)
             record(source, alive, mutants)
             totals.append((source, len(mutants), len(mutants) - len(alive)))
-    for source, tried, noticed in totals:
-        print(f"{source.relative_to(ROOT)}: {noticed} of {tried} noticed ({noticed / max(tried, 1):.0%})")
+    print_shares(totals)
 
 
 if __name__ == "__main__":
