@@ -77,7 +77,7 @@ def test_read_and_written_back_byte_for_byte(name: str, count: int, scheme: str,
 
 # A block's largest magnitude over its scale. Scales of NVFP4 are E4M3, which is off by 2^-4 of itself at most, and
 # AutoRound multiplies them with a factor from 1/2 to 3/2 first. Those of MXFP4 are powers of two: such that the largest
-# is rounded to 4 or 6 (llm-compressor), or that nothing is clipped (ModelOpt, FP-Quant); AutoRound may take the one below.
+# is rounded to 4 or 6 (llm-compressor), or that nothing is clipped (ModelOpt, FP-Quant); AutoRound also takes the next.
 LARGEST = {
     "nvfp4": (6 / (1 + 2**-4), 6 / (1 - 2**-4)),
     "autoround-NVFP4": (6 / 1.5 / (1 + 2**-4), 6 / 0.5 / (1 - 2**-4)),

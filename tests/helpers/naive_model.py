@@ -67,25 +67,6 @@ def fp8_rows(x: Tensor) -> Tensor:
     return (_nearest(quotient, (0.0, *_E4M3), 0) * scale).float()
 
 
-def assert_product(found: Tensor, x: Tensor, weight: Tensor, roundings: int) -> None:
-    """``found`` is ``x @ weight.T``, up to rounding.
-
-    Each of ``roundings`` values (of the input, the weight, the output) is off by half a unit in the last place of the
-    dtype of ``found``, and a sum of K terms in float32 by K / 2 units of that: so much of the sum of the terms'
-    magnitudes is allowed.
-
-    Args:
-        found: ``[T, N]`` in the dtype that is computed in.
-        x: float64 ``[T, K]``.
-        weight: ``[N, K]``.
-        roundings: how many values of each term may be rounded to the dtype of ``found``.
-    """
-    units = roundings * torch.finfo(found.dtype).eps / 2 + x.shape[-1] * torch.finfo(torch.float32).eps / 2
-    error = (found.double() - x @ weight.double().T).abs()
-    worst = (error / (units * (x.abs() @ weight.double().abs().T))).max()
-    assert worst <= 1, f"an output is off by {worst:.3g} times what rounding explains"
-
-
 def codes_of(packed: Tensor) -> Tensor:
     """uint8 ``[..., K/2]`` -> codes ``[..., K]``: the even column is in the low nibble."""
     return torch.stack([packed % 16, packed // 16], dim=-1).flatten(-2).long()

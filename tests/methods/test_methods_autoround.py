@@ -3,7 +3,7 @@
 import pytest
 import torch
 from naive import assert_nearest, best_scale, decoded, quantized_rows
-from test_methods_block import SCHEMES, make_block, scheme_id
+from small_layers import SCHEMES, make_block, scheme_id
 from torch import Tensor, nn
 
 from fp4.methods import METHODS, Block, LayerResult

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from naive import damped, decoded, descended, mean_outer, swept
-from test_methods_gptq import FORMATS, correlated, cost, moments_of, unit_of, weight_of
+from small_layers import FORMATS, correlated, cost, moments_of, unit_of, weight_of
 
 from fp4.methods.best import best
 from fp4.methods.descent import Rounded, descend, forward_sweep

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from comparing import assert_same_files, packed, same_logits
+from products import assert_product
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -70,7 +71,7 @@ def test_every_layer_multiplies_its_weight_and_input_rounded_by_rows(activations
         assert torch.equal(module.dequantize(), values), name
         x = torch.randn(3, module.in_features, generator=generator).bfloat16()
         read = naive.fp8_rows(x.float()) if activations == "fp8" else x
-        naive.assert_product(module(x), read.double(), values, 1 if activations == "fp8" else 2)
+        assert_product(module(x), read, values, rounded_factors=0 if activations == "fp8" else 1)
 
 
 @pytest.mark.parametrize("activations", ["fp8", "model"])

@@ -11,6 +11,7 @@ import torch
 import transformers
 from comparing import assert_same_tensors, packed
 from conftest import make_llama
+from products import assert_product
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -94,7 +95,7 @@ def test_every_layer_multiplies_its_weight_rounded_to_nearest(
         values = naive.mxfp4(weight) if fmt == "mxfp4" else naive.nvfp4(weight, scale)
         assert torch.equal(module.dequantize(), values), name
         x = torch.randn(3, module.in_features, generator=generator).to(dtype)
-        naive.assert_product(module(x), x.double(), values, 2)
+        assert_product(module(x), x, values, rounded_factors=1)
 
 
 def test_sharded_checkpoints(token_ids: torch.Tensor, tmp_path: Path) -> None:
