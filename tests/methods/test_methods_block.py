@@ -1,5 +1,7 @@
 """Block-level drivers on a small gated MLP: shared global scales, static input scales, emulation."""
 
+import dataclasses
+
 import pytest
 import torch
 from naive import assert_nearest, decoded, quantized_rows
@@ -141,3 +143,11 @@ def test_rotations_are_stored_in_bfloat16() -> None:
     assert torch.equal(block.rotation("up_proj"), hadamard(32).bfloat16().float())
     assert block.rotation("up_proj").dtype == torch.float32
     assert make_block(SCHEMES[0]).rotation("up_proj") is None
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if dataclasses.fields(METHODS[name].options)])
+def test_options_do_not_change(method: str) -> None:
+    """A job names them in its report and goes on with them after it was interrupted."""
+    options = METHODS[method].options()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(options, dataclasses.fields(options)[0].name, 1)

@@ -179,13 +179,17 @@ def survivors_of(source: Path, mutants: list[Mutant], package: Path) -> list[Mut
     return alive
 
 
+def listed_survivors() -> list[dict[str, Any]]:
+    """The entries of survivors.yaml."""
+    return (yaml.safe_load(SURVIVORS.read_text(encoding="utf-8")) if SURVIVORS.exists() else None) or []
+
+
 def record(source: Path, alive: list[Mutant], tried: list[Mutant]) -> None:
     """Brings the list of survivors up to date with what was tried of one file; reasons stay with their mutants."""
-    known: list[dict[str, Any]] = yaml.safe_load(SURVIVORS.read_text(encoding="utf-8")) if SURVIVORS.exists() else []
-    name = str(source.relative_to(ROOT))
-    reasons = {(entry["was"], entry["now"]): entry["reason"] for entry in known or [] if entry["file"] == name}
+    known, name = listed_survivors(), str(source.relative_to(ROOT))
+    reasons = {(entry["was"], entry["now"]): entry["reason"] for entry in known if entry["file"] == name}
     again = {(mutant.was, mutant.now) for mutant in tried}
-    listed = [entry for entry in known or [] if entry["file"] != name or (entry["was"], entry["now"]) not in again]
+    listed = [entry for entry in known if entry["file"] != name or (entry["was"], entry["now"]) not in again]
     keys = dict.fromkeys((mutant.was, mutant.now) for mutant in alive)
     listed += [{"file": name, "was": was, "now": now, "reason": reasons.get((was, now), "")} for was, now in keys]
     listed.sort(key=lambda entry: entry["file"])
@@ -210,6 +214,7 @@ def main() -> None:
     parser.add_argument("sources", nargs="*", help="files or folders of src/fp4 (default: all that have tests)")
     parser.add_argument("--sample", type=int, help="try so many mutants of each file, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--survivors", action="store_true", help="try those alone that survivors.yaml lists")
     arguments = parser.parse_args()
     import torch
 
@@ -219,7 +224,13 @@ def main() -> None:
         package = copy_package(Path(folder))
         for source in sources(arguments.sources):
             mutants = mutants_of(source.read_text(encoding="utf-8"))
-            if arguments.sample and len(mutants) > arguments.sample:
+            if arguments.survivors:
+                name = str(source.relative_to(ROOT))
+                listed = {(entry["was"], entry["now"]) for entry in listed_survivors() if entry["file"] == name}
+                mutants = [mutant for mutant in mutants if (mutant.was, mutant.now) in listed]
+                if not mutants:
+                    continue
+            elif arguments.sample and len(mutants) > arguments.sample:
                 mutants = random.Random(arguments.seed).sample(mutants, arguments.sample)
             print(f"{source.relative_to(ROOT)}: {len(mutants)} mutants", flush=True)
             alive = survivors_of(source, mutants, package)
