@@ -40,7 +40,7 @@ TESTS = {
     "calibration/block.py": "test_methods_block test_layer_order test_methods_equalise test_global_scales "
     "test_methods_experts",
     "calibration/channel_statistics.py": "test_global_scales test_methods_equalise",
-    "calibration/chat_template.py": "test_data",
+    "calibration/chat_template.py": "test_data test_hostile_models",
     "calibration/data.py": "test_data",
     "calibration/expert_linears.py": "test_expert_linears test_methods_experts",
     "calibration/formatters.py": "test_data",
@@ -198,17 +198,27 @@ def record(source: Path, alive: list[Mutant], tried: list[Mutant]) -> None:
     SURVIVORS.write_text(yaml.safe_dump(listed, sort_keys=False, width=1000, allow_unicode=True), encoding="utf-8")
 
 
-def print_shares(totals: list[tuple[Path, int, int]]) -> None:
-    """How many mutants were noticed, by file, by package and in all; each entry is a file, mutants, and how many."""
+def print_shares(totals: list[tuple[Path, int, list[Mutant]]]) -> None:
+    """How many mutants were noticed, by file, by package and in all.
+
+    Those that compute the same (or the same in another time) cannot be noticed: they have a reason in survivors.yaml,
+    and do not count.
+
+    Args:
+        totals: a file, how many mutants of it were tried, and those that were not noticed.
+    """
+    reasons = {(entry["file"], entry["was"], entry["now"]) for entry in listed_survivors() if entry["reason"]}
     rows: dict[str, list[int]] = {}
-    for source, tried, noticed in totals:
-        name = source.relative_to(PACKAGE)
+    for source, tried, alive in totals:
+        name, file = source.relative_to(PACKAGE), str(source.relative_to(ROOT))
+        same = sum((file, mutant.was, mutant.now) in reasons for mutant in alive)
         for row in dict.fromkeys((str(name), name.parts[0], "in all")):  # a file outside any package is one row
-            sums = rows.setdefault(row, [0, 0])
-            sums[0] += noticed
-            sums[1] += tried
-    for row, (noticed, tried) in sorted(rows.items(), key=lambda entry: (entry[0] == "in all", entry[0])):
-        print(f"{row}: {noticed} of {tried} noticed ({noticed / max(tried, 1):.0%})")
+            sums = rows.setdefault(row, [0, 0, 0])
+            for place, number in enumerate((tried, len(alive), same)):
+                sums[place] += number
+    for row, (tried, left, same) in sorted(rows.items(), key=lambda entry: (entry[0] == "in all", entry[0])):
+        share = (tried - left) / max(tried - same, 1)
+        print(f"{row}: {tried} tried, {tried - left} noticed, {same} of the others change nothing: {share:.0%}")
 
 
 def main() -> None:
@@ -237,7 +247,7 @@ def main() -> None:
             print(f"{source.relative_to(ROOT)}: {len(mutants)} mutants", flush=True)
             alive = survivors_of(source, mutants, package)
             record(source, alive, mutants)
-            totals.append((source, len(mutants), len(mutants) - len(alive)))
+            totals.append((source, len(mutants), alive))
     print_shares(totals)
 
 
