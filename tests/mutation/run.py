@@ -48,20 +48,20 @@ TESTS = {
     "calibration/layer_order.py": "test_layer_order test_methods_block test_methods_experts",
     "calibration/observers.py": "test_methods_gptq test_global_scales test_layer_order",
     "calibration/recipe.py": "test_data",
-    "checkpoint": "test_convert",
-    "checkpoint/contradictions.py": "test_hostile_models test_damaged",
+    "checkpoint/contradictions.py": "test_reading test_hostile_models",
     "checkpoint/convert.py": "test_convert test_kv_cache",
-    "checkpoint/expert_names.py": "test_inspect test_convert test_experts_loading",
-    "checkpoint/formats": "test_checkpoint_codecs test_checkpoint_configurations test_adding_a_format "
+    "checkpoint/expert_names.py": "test_reading test_convert test_experts_loading",
+    "checkpoint/formats": "test_checkpoint_configurations test_checkpoint_codecs test_adding_a_format "
     "test_checkpoint_writing test_convert",
-    "checkpoint/fusing.py": "test_convert test_pipeline_reference",
+    "checkpoint/formats/config_fields.py": "test_reading test_hostile_config",
+    "checkpoint/fusing.py": "test_reading",
     "checkpoint/inspect.py": "test_inspect",
-    "checkpoint/io/headers.py": "test_hostile test_damaged test_inspect",
-    "checkpoint/io/hub.py": "test_hub",
-    "checkpoint/io/publish.py": "test_recover test_convert test_pipeline_resume test_saving",
-    "checkpoint/io/shards.py": "test_checkpoint_writing test_convert test_hostile",
+    "checkpoint/io/headers.py": "test_reading test_hostile test_damaged",
+    "checkpoint/io/hub.py": "test_reading test_convert",
+    "checkpoint/io/publish.py": "test_files test_convert test_pipeline_resume test_saving",
+    "checkpoint/io/shards.py": "test_files test_convert",
     "checkpoint/kv_cache.py": "test_kv_cache",
-    "checkpoint/layers.py": "test_inspect test_convert test_hostile",
+    "checkpoint/layers.py": "test_reading test_inspect test_convert",
     "methods/autoround.py": "test_methods_autoround test_methods_block test_methods_experts",
     "methods/best.py": "test_methods_best test_methods_descent test_methods_block test_methods_experts",
     "methods/descent.py": "test_methods_descent test_methods_block",
@@ -88,8 +88,8 @@ TESTS = {
 
 def tests_for(source: Path) -> list[str]:
     """The test files of one source file."""
-    name = str(source.relative_to(PACKAGE))
-    names = TESTS.get(name) or TESTS[name.split("/", maxsplit=1)[0]]
+    name = source.relative_to(PACKAGE)
+    names = next(TESTS[str(path)] for path in (name, *name.parents) if str(path) in TESTS)
     return [str(path) for test in names.split() for path in (ROOT / "tests").rglob(f"{test}.py")]
 
 
