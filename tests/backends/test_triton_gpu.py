@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 from blocks import quantized_activation
-from test_triton_kernels import BACKEND, FORMAT, RULES, assert_product, packed, random_weight
 from torch import Tensor, nn
+from triton_backend import BACKEND, FORMAT, RULES, assert_product, packed, random_weight
 
 from fp4.backends import BACKENDS
 from fp4.nn.linear import FP4Linear

@@ -6,36 +6,32 @@ They run on a CUDA GPU where there is one, and on the CPU by Triton's interprete
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import os
 from typing import Any
 
 import pytest
 import torch
 from blocks import quantized_activation
+from products import DTYPES
 from torch import Tensor
+from triton_backend import (
+    BACKEND,
+    DEVICE,
+    FORMAT,
+    INTERPRETED,
+    RULES,
+    assert_product,
+    packed,
+    random_weight,
+    runs_here,
+)
 
-from fp4.backends import BACKENDS
 from fp4.nn.linear import FP4Linear
 from fp4.numerics import elements, formats, rotation, tensors
 from fp4.numerics.formats import MXFP4, NVFP4, Format, QuantizedTensor
 from fp4.scheme import Scheme
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or not (INTERPRETED or torch.cuda.is_available()),
-    reason="needs Triton, and either a CUDA GPU or TRITON_INTERPRET=1",
-)
-
-DEVICE = "cpu" if INTERPRETED else "cuda"
-BACKEND = BACKENDS["triton"]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OUTPUT_ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-RULES = [(fmt, rule) for fmt in (NVFP4, MXFP4) for rule in fmt.rules]
-# What results may be off by below the normal numbers; GPUs need not resolve products there.
-TINY = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-25}
-FORMAT = pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=lambda fmt: fmt.name)
+pytestmark = runs_here
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -44,29 +40,6 @@ def run(name: str, *arguments: object) -> Any:
     moved = [a.to(DEVICE) if isinstance(a, Tensor) else a for a in arguments]
     result = getattr(torch.ops.fp4, f"triton_{name}")(*moved)
     return tuple(r.cpu() for r in result) if isinstance(result, tuple) else result.cpu()
-
-
-def assert_product(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """``x @ weight.T + bias`` up to 2 K roundings of float32 on the sum of magnitudes, and the final rounding."""
-    x, weight = x.double(), weight.double()
-    exact, magnitude = x @ weight.T, x.abs() @ weight.abs().T
-    if bias is not None:
-        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
-    bound = magnitude * (2 * x.shape[-1] * 2.0**-24) + exact.abs() * OUTPUT_ROUNDING[result.dtype] + TINY[result.dtype]
-    assert ((result.double() - exact).abs() <= bound).all()
-
-
-def random_weight(fmt: Format, *shape: int) -> QuantizedTensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    codes = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8, generator=generator)
-    low, high = (0, 127) if fmt == NVFP4 else (110, 135)
-    scales = torch.randint(low, high, (*shape[:-1], shape[-1] // fmt.block_size), generator=generator)
-    unit = torch.rand(shape[:-2], dtype=torch.float64, generator=generator) * 0.001 + 1e-4
-    return QuantizedTensor(codes, scales.to(torch.uint8).view(fmt.scale_dtype), unit, fmt)
-
-
-def packed(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None, str]:
-    return *BACKEND.pack(weight.codes, weight.scales, weight.format), weight.global_scale, weight.format.name
 
 
 def check_bits(x: Tensor, fmt: Format, rule: str, global_scale: Tensor | None = None) -> None:

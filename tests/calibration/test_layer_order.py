@@ -5,68 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from naive import assert_nearest, damped, decoded, falling, fed_targets, mean_outer, quantized_rows
+from small_layers import chain, multiplied, second_input, tokens
 from torch import Tensor, nn
 
 from fp4.calibration.block import capture_inputs, quantized_input
 from fp4.calibration.layer_order import observe, stages
-from fp4.methods import Block, LayerResult
+from fp4.methods import Block
 from fp4.methods.gptq import GPTQOptions, gptq_block
 from fp4.methods.hessian import objective
 from fp4.methods.rtn import RTNOptions, rtn_block
 from fp4.numerics.formats import FP8, MXFP4, NVFP4
-from fp4.numerics.rotation import hadamard
 from fp4.scheme import Scheme
-
-
-class Chain(nn.Module):
-    """Two layers with biases, one after the other: 32 -> 64 -> 8."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(32, 64)
-        self.second = nn.Linear(64, 8)
-        nn.init.normal_(self.first.bias, 0.5)
-        nn.init.normal_(self.second.bias, -2.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.second(nn.functional.relu(self.first(x)))
-        return out
-
-
-def chain(scheme: Scheme) -> Block:
-    """Batches of three and of five tokens, and other ones that the layers were meant to read."""
-    torch.manual_seed(4)
-    module = Chain()
-    inputs = [torch.randn(1, tokens, 32) * torch.linspace(0.3, 3, 32) + 0.5 for tokens in (3, 5)]
-    originals = [x + 0.3 * torch.randn_like(x) for x in inputs]
-    layers = {"first": scheme, "second": scheme}
-    return Block("block", module, layers, [], inputs, originals, lambda hidden, index: module(hidden))
-
-
-def tokens(batches: list[Tensor]) -> Tensor:
-    return torch.cat([batch.flatten(0, -2) for batch in batches])
-
-
-def multiplied(x: Tensor, scheme: Scheme, input_scale: Tensor | None) -> Tensor:
-    """What a layer multiplies, float64."""
-    if scheme.rotation != "identity":
-        x = torch.cat([part.double() @ hadamard(16).bfloat16().double() for part in x.split(16, dim=1)], dim=1)
-    if scheme.activations == "model":
-        return x.double()
-    return quantized_rows(x, scheme.format.name, 1.0 if input_scale is None else float(input_scale))
-
-
-def second_input(block: Block, first: LayerResult | None, batches: list[Tensor]) -> Tensor:
-    """What the second layer reads when the first is ``first``, or dense."""
-    x, linear = tokens(batches), block.linear("first")
-    if first is None:
-        out = x.double() @ linear.weight.double().T
-    else:
-        scheme = block.layers["first"]
-        values, steps = decoded(*first.weight, scheme.format.name)
-        out = multiplied(x, scheme, first.input_global_scale) @ (values * steps).T
-    return (out + linear.bias.double()).clamp(min=0).detach()
-
 
 SCHEMES = [
     Scheme(NVFP4, activations="model"),

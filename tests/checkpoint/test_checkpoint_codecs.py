@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import naive_model as naive
 import pytest
 import torch
 from comparing import assert_same_tensors, same_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive import GRID
+from shards import tensors_of
 
 from fp4.checkpoint import CODECS, LayerScheme, codec_for
 from fp4.checkpoint.formats.codec import StoredLinear, as_stored, name_rotation, store_multiplied, store_reciprocal
@@ -72,16 +75,52 @@ def test_read_and_written_back_byte_for_byte(name: str, count: int, scheme: str,
     assert seen == count
 
 
+# A block's largest magnitude over its scale. Scales of NVFP4 are E4M3, which is off by 2^-4 of itself at most, and
+# AutoRound multiplies them with a factor from 1/2 to 3/2 first. Those of MXFP4 are powers of two: such that the largest
+# is rounded to 4 or 6 (llm-compressor), or that nothing is clipped (ModelOpt, FP-Quant); AutoRound also takes the next.
+LARGEST = {
+    "nvfp4": (6 / (1 + 2**-4), 6 / (1 - 2**-4)),
+    "autoround-NVFP4": (6 / 1.5 / (1 + 2**-4), 6 / 0.5 / (1 - 2**-4)),
+    "autoround-MXFP4": (3.5, 14),
+    "llmcompressor-MXFP4": (3.5, 7),
+    "modelopt-MXFP4": (3, 6),
+    "fpquant-mxfp": (3, 6),
+}
+
+
 @pytest.mark.parametrize(("name", "count", "scheme"), FIXTURES, ids=[row[0] for row in FIXTURES])
-def test_values_are_near_the_source(name: str, count: int, scheme: str, shared: Callable[[str], Path]) -> None:
-    """Guards what byte equality cannot: that a scale is multiplied where it should be, not divided."""
-    source = Checkpoint.open(shared("fixtures/source-qwen3moe" if "moe" in name else "fixtures/source-llama"))
+def test_values_are_those_of_the_source_rounded(
+    name: str, count: int, scheme: str, shared: Callable[[str], Path]
+) -> None:
+    """Guards what byte equality cannot: that a scale is multiplied where it should be, not divided.
+
+    Round to nearest leaves every value the grid's nearest. AutoRound moves one by half a step more before it is
+    rounded, and GPTQ as far as the errors of the columns before say, so there the scales alone are bounded.
+    """
+    source = tensors_of(shared("fixtures/source-qwen3moe" if "moe" in name else "fixtures/source-llama"))
+    grid = torch.tensor([*GRID, *(-value for value in GRID[1:])], dtype=torch.float64)
     for layer, _, stored, _ in layers_of(shared(f"fixtures/{name}")):
-        values = dequantize(*stored.weight)
-        weight = load(source.tensors[f"{layer}.weight"]).float()
+        weight, (codes, scales, global_scale, _) = source[f"{layer}.weight"], stored.weight
+        if name == "llmcompressor-FP8_DYNAMIC":
+            assert torch.equal(dequantize(*stored.weight), naive.fp8_rows(weight)), layer
+            continue
+        weight = weight.double()
         if stored.rotation is not None:
-            weight = (weight.unflatten(-1, (-1, stored.rotation.shape[0])) @ stored.rotation).flatten(-2)
-        assert (values - weight).norm() / weight.norm() < 0.25, layer
+            weight = (weight.unflatten(-1, (-1, len(stored.rotation))) @ stored.rotation.double()).flatten(-2)
+        held = scales.view(torch.uint8) if scales.dtype == torch.float8_e8m0fnu else scales
+        width = weight.shape[1] // scales.shape[1]
+        scale = naive.decoded(torch.full_like(codes, 0x22), held, 1.0 if global_scale is None else float(global_scale))
+        weight, values = weight / scale, dequantize(*stored.weight).double() / scale
+        largest = weight.unflatten(-1, (-1, width)).abs().amax(dim=-1)
+        low, high = next((found for start, found in LARGEST.items() if name.startswith(start)), LARGEST["nvfp4"])
+        # Tools compute scales in bfloat16, or round the weight to it: by 2^-8 at most.
+        assert low * (1 - 2**-8) <= largest.min(), layer
+        assert largest.max() <= high * (1 + 2**-8), layer
+        if "gptq" in name:
+            continue
+        distance = (weight - values).abs() - (weight[..., None] - grid).abs().amin(dim=-1)
+        step = torch.where(values.abs() < 2, 0.5, torch.where(values.abs() < 4, 1, 2))
+        assert (distance <= (step if "autoround" in name else 0) + 1e-3).all(), layer
 
 
 @pytest.mark.parametrize(("name", "count", "scheme"), FIXTURES, ids=[row[0] for row in FIXTURES])

@@ -35,18 +35,36 @@ def power_of_two_scale(amax: float) -> float:
     return scale
 
 
-def nvfp4(x: Tensor, global_scale: float) -> Tensor:
-    """x ``[..., K]`` float32 rounded to NVFP4: in blocks of 16 whose largest magnitude becomes 6."""
-    blocks = x.unflatten(-1, (-1, 16))
+def nvfp4(x: Tensor, global_scale: float, size: int = 16) -> Tensor:
+    """x ``[..., K]`` float32 rounded to NVFP4: in blocks of ``size`` whose largest magnitude becomes 6."""
+    blocks = x.unflatten(-1, (-1, size))
     scale = _nearest(blocks.abs().amax(dim=-1, keepdim=True) / (6 * global_scale), _E4M3, 1)
     effective = (scale * global_scale).float()
     return (_nearest(blocks / effective, _E2M1, 0).float() * effective).flatten(-2)
+
+
+def mxfp4(x: Tensor) -> Tensor:
+    """x ``[..., K]`` float32 rounded to MXFP4 by the rule of the OCP: blocks of 32 under 2^(floor(log2 amax) - 2)."""
+    blocks = x.double().unflatten(-1, (-1, 32))
+    scale = 2.0 ** (torch.floor(torch.log2(blocks.abs().amax(dim=-1, keepdim=True))) - 2)
+    return (_nearest(blocks / scale, _E2M1, 0) * scale).float().flatten(-2)
 
 
 def fp8(x: Tensor, scale: float) -> Tensor:
     """x float32 rounded to E4M3 under one scale."""
     held = torch.tensor(scale, dtype=torch.float32)
     return (x / held).clamp(-448, 448).to(torch.float8_e4m3fn).float() * held
+
+
+def fp8_rows(x: Tensor) -> Tensor:
+    """x ``[..., K]`` rounded to E4M3 under a scale a row, amax / 448, which is held in the dtype of x as quotients are.
+
+    Returns:
+        float32 ``[..., K]``.
+    """
+    scale = (x.abs().amax(dim=-1, keepdim=True).double() / 448).to(x.dtype).double()
+    quotient = (x.double() / scale).to(x.dtype)
+    return (_nearest(quotient, (0.0, *_E4M3), 0) * scale).float()
 
 
 def codes_of(packed: Tensor) -> Tensor:

@@ -3,11 +3,19 @@
 import pytest
 import torch
 from naive import assert_nearest, best_scale, decoded, quantized_rows
-from test_methods_block import SCHEMES, make_block, scheme_id
+from small_layers import SCHEMES, make_block, scheme_id
 from torch import Tensor, nn
 
 from fp4.methods import METHODS, Block, LayerResult
-from fp4.methods.autoround import AutoRoundOptions, autoround_block, into_cells, learn, output_error, searched
+from fp4.methods.autoround import (
+    AutoRoundOptions,
+    _stacked,
+    autoround_block,
+    into_cells,
+    learn,
+    output_error,
+    searched,
+)
 from fp4.methods.grid import nearest
 from fp4.methods.rtn import RTNOptions, rtn_block
 from fp4.numerics import elements
@@ -225,6 +233,39 @@ def test_a_block_starts_from_the_search_and_learns(iters: int, lr: float | None)
         want = learn(block, start, {"proj": turned}, iters=iters, lr=lr or 1 / iters, rule="autoround")
         assert want["proj"].rule == "autoround"
         assert same(autoround_block(block, AutoRoundOptions(iters, lr)), want)
+
+
+def test_offsets_stay_within_half_a_step_and_factors_within_a_half_of_one() -> None:
+    """Steps twenty times as large as the bounds leave both at these, by the sign of the gradient.
+
+    What saturates has no gradient: a weight beyond six times its scale.
+    """
+    block = make_block(SCHEMES[0])
+    start = rtn_block(block, RTNOptions())
+    weight = block.linear("up_proj").weight.detach()
+    (learned,) = _stacked(block, start, {"up_proj": weight})
+    gradient = torch.randn(1, 96, 64, generator=torch.Generator().manual_seed(0))
+    learned.step(10.0, gradient)
+    _, steps = decoded(*start["up_proj"].weight, "nvfp4")
+    inside = weight.abs() <= 6 * steps
+    assert not inside.all()
+    assert torch.equal(learned.offset[0].detach(), -0.5 * gradient[0].sign() * inside)
+    assert sorted(learned.factor.detach().unique().tolist()) == [0.5, 1.5]
+
+
+def test_alike_layers_of_siblings_are_stacked_up_to_a_number_of_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five layers of 64 elements: two to a stack of at most 128 to 191, but one of a larger limit holds more."""
+    scheme, module = SCHEMES[0], nn.Module()
+    module.experts = nn.ModuleList(nn.Linear(16, 4) for _ in range(5))
+    module.other = nn.Linear(16, 4)
+    layers = [*(f"experts.{number}" for number in range(5)), "other"]
+    block = Block("block", module, dict.fromkeys(layers, scheme), [], [], [], lambda hidden, index: hidden)
+    start, weights = rtn_block(block, RTNOptions()), {layer: block.linear(layer).weight.detach() for layer in layers}
+    for limit, sizes in ((127, [1, 1, 1, 1, 1, 1]), (128, [2, 2, 1, 1]), (191, [2, 2, 1, 1]), (192, [3, 2, 1])):
+        monkeypatch.setattr("fp4.methods.autoround.elements_at_once", lambda device, limit=limit: limit)
+        stacks = [stack.layers for stack in _stacked(block, start, weights)]
+        assert [len(stack) for stack in stacks] == sizes
+        assert [layer for stack in stacks for layer in stack] == layers
 
 
 def test_defaults() -> None:

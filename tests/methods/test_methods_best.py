@@ -7,8 +7,7 @@ import copy
 import pytest
 import torch
 from naive import damped, decoded, descended, mean_outer, swept
-from test_layer_order import chain, second_input, tokens
-from test_methods_block import make_block
+from small_layers import chain, make_block, second_input, tokens
 from torch import Tensor
 
 from fp4.calibration.channel_statistics import channel_statistics

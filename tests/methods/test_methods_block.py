@@ -1,9 +1,12 @@
 """Block-level drivers on a small gated MLP: shared global scales, static input scales, emulation."""
 
+import dataclasses
+
 import pytest
 import torch
 from naive import assert_nearest, decoded, quantized_rows
-from torch import Tensor, nn
+from small_layers import LAYERS, SCHEMES, make_block, scheme_id
+from torch import nn
 
 from fp4.calibration.block import emulated, quantized_input, siblings
 from fp4.methods import METHODS, Block, LayerResult
@@ -12,54 +15,6 @@ from fp4.numerics import formats
 from fp4.numerics.formats import FP8, MXFP4, NVFP4
 from fp4.numerics.rotation import hadamard, rotate
 from fp4.scheme import Scheme
-
-
-class MLP(nn.Module):
-    def __init__(self, hidden: int = 64, inner: int = 96) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(hidden)
-        self.gate_proj = nn.Linear(hidden, inner)
-        self.up_proj = nn.Linear(hidden, inner)
-        self.down_proj = nn.Linear(inner, hidden)
-        for layer in (self.gate_proj, self.up_proj, self.down_proj):
-            nn.init.normal_(layer.bias, std=0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        out: Tensor = x + self.down_proj(nn.functional.silu(self.gate_proj(y)) * self.up_proj(y))
-        return out
-
-
-LAYERS = ["gate_proj", "up_proj", "down_proj"]
-
-
-def make_block(scheme: Scheme, batches: int = 2, seed: int = 0) -> Block:
-    torch.manual_seed(seed)
-    module = MLP()
-    inputs = [torch.randn(2, 40, 64) * torch.linspace(0.2, 3, 64) for _ in range(batches)]
-    originals = [x + 0.02 * torch.randn_like(x) for x in inputs]
-    return Block(
-        "model.layers.0",
-        module,
-        dict.fromkeys(LAYERS, scheme),
-        [LAYERS[:2]],
-        inputs,
-        originals,
-        lambda h, i: module(h),
-        0,
-    )
-
-
-SCHEMES = [
-    Scheme(NVFP4, "mse", "fp4"),
-    Scheme(NVFP4, "mse", "model"),
-    Scheme(MXFP4, "mse", "fp4"),
-    Scheme(MXFP4, "mse", "fp4", rotation="hadamard", group_size=32),
-]
-
-
-def scheme_id(scheme: Scheme) -> str:
-    return f"{scheme.format.name}-{scheme.activations}-{scheme.rotation}"
 
 
 def cost_of_first(block: Block, scheme: Scheme, results: dict[str, LayerResult]) -> float:
@@ -188,3 +143,11 @@ def test_rotations_are_stored_in_bfloat16() -> None:
     assert torch.equal(block.rotation("up_proj"), hadamard(32).bfloat16().float())
     assert block.rotation("up_proj").dtype == torch.float32
     assert make_block(SCHEMES[0]).rotation("up_proj") is None
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if dataclasses.fields(METHODS[name].options)])
+def test_options_do_not_change(method: str) -> None:
+    """A job names them in its report and goes on with them after it was interrupted."""
+    options = METHODS[method].options()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(options, dataclasses.fields(options)[0].name, 1)

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from test_layer_order import chain
-from test_methods_block import LAYERS, make_block
+from small_layers import LAYERS, chain, make_block
 from torch import Tensor, nn
 
 from fp4.calibration.channel_statistics import channel_statistics

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 
 import pytest
 import torch
 from moe import make_moe
-from torch import Tensor
+from torch import Tensor, nn
 
 from fp4.calibration.expert_linears import SeparateExperts
 from fp4.calibration.layer_order import observe, stages
@@ -94,6 +95,45 @@ def test_experts_at_once_have_the_bytes_of_experts_one_by_one(
         assert unseen == (
             {f"experts.5.{part}_proj" for part in ("gate", "up", "down")} if experts == "routed" else set()
         )
+
+
+class Siblings(nn.Module):
+    """Four layers that read one tensor, or each a tensor of its own."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.experts, self.apart = nn.ModuleList(nn.Linear(64, 8) for _ in range(4)), apart
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = [x.roll(number, -1) if self.apart else x for number in range(4)]
+        return torch.stack([expert(one) for expert, one in zip(self.experts, read, strict=True)]).sum(dim=0)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.format.name}-{s.activations}")
+@pytest.mark.parametrize("method", ["gptq", "best"])
+def test_alike_layers_at_once_have_the_bytes_of_each_alone(
+    method: str, scheme: Scheme, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third has another scheme, so that it cannot be solved with the others."""
+
+    def run() -> dict[str, LayerResult]:
+        torch.manual_seed(2)
+        module = Siblings(apart)
+        for number, expert in enumerate(module.experts):
+            expert.weight.data *= 2**number  # so that each has another global scale
+        layers = {f"experts.{number}": scheme for number in range(4)}
+        layers["experts.2"] = dataclasses.replace(scheme, weight_rule="abs_max")
+        inputs = [torch.randn(1, 90, 64) * torch.linspace(0.2, 3, 64)]
+        block = Block("block", module, layers, [], inputs, [], lambda hidden, batch: module(hidden))
+        return METHODS[method].run(block, METHODS[method].options())
+
+    together = run()
+    assert {result.rule for result in together.values()} == {method}
+    assert differing(together, one_by_one(monkeypatch, run)) == []
+    if scheme.format == NVFP4:
+        scales = [float(result.weight.global_scale) for result in together.values()]
+        assert scales == sorted(set(scales))
 
 
 def test_experts_are_solved_together(monkeypatch: pytest.MonkeyPatch) -> None:

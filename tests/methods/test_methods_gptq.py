@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from naive import assert_nearest, best_scale, damped, decoded, falling, fed_targets, mean_outer, scale_of
+from small_layers import FORMATS, correlated, cost, moments_of, unit_of, weight_of
 from torch import Tensor
 
 from fp4.calibration.observers import SecondMoments
@@ -15,33 +16,6 @@ from fp4.methods.scale_search import OFFSETS, search_scales
 from fp4.numerics import elements, formats
 from fp4.numerics.block_scales import effective_scales, portable_global_scale_for
 from fp4.numerics.formats import MXFP4, NVFP4, Format, QuantizedTensor
-
-FORMATS = [NVFP4, MXFP4]
-
-
-def correlated(tokens: int, columns: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator) * torch.rand(columns, generator=generator) ** 2
-    return torch.randn(tokens, columns, generator=generator) @ mix
-
-
-def moments_of(x: Tensor) -> SecondMoments:
-    moments = SecondMoments.empty(x.shape[-1])
-    moments.update(x)
-    return moments
-
-
-def weight_of(rows: int, columns: int, seed: int = 1) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1
-
-
-def unit_of(weight: Tensor, fmt: Format) -> Tensor | None:
-    return portable_global_scale_for(weight.abs().amax()) if fmt == NVFP4 else None
-
-
-def cost(quantized: QuantizedTensor, weight: Tensor, goal: Objective) -> float:
-    error = (formats.dequantize(*quantized) - weight).double()
-    return float(((error @ goal.H.double()) * error).sum())
 
 
 def assert_gptq(quantized: QuantizedTensor, weight: Tensor, x: Tensor, fmt: Format, damping: float) -> None:

@@ -156,9 +156,14 @@ def mutants_of(code: str) -> list[Mutant]:
                 changed = ast.dump(_without_annotations(mutated))
             except SyntaxError:  # such as ``*`` in place of the ``/`` of a signature
                 continue
-            if changed != tree:
+            if changed != tree and _positional(mutated) == _positional(code):
                 found.setdefault(changed, Mutant(*_difference(code, mutated), mutated))
     return sorted(found.values(), key=lambda mutant: (mutant.line, mutant.now))
+
+
+def _positional(code: str) -> int:
+    """How many arguments of functions are positional alone: ``/`` in place of the ``*`` of a signature is no fault."""
+    return sum(len(node.posonlyargs) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.arguments))
 
 
 class _Negations(ast.NodeTransformer):

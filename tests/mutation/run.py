@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import os
 import random
 import shutil
 import signal
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -40,7 +40,7 @@ TESTS = {
     "calibration/block.py": "test_methods_block test_layer_order test_methods_equalise test_global_scales "
     "test_methods_experts",
     "calibration/channel_statistics.py": "test_global_scales test_methods_equalise",
-    "calibration/chat_template.py": "test_data",
+    "calibration/chat_template.py": "test_data test_hostile_models",
     "calibration/data.py": "test_data",
     "calibration/expert_linears.py": "test_expert_linears test_methods_experts",
     "calibration/formatters.py": "test_data",
@@ -48,6 +48,20 @@ TESTS = {
     "calibration/layer_order.py": "test_layer_order test_methods_block test_methods_experts",
     "calibration/observers.py": "test_methods_gptq test_global_scales test_layer_order",
     "calibration/recipe.py": "test_data",
+    "checkpoint/contradictions.py": "test_reading test_hostile_models",
+    "checkpoint/convert.py": "test_convert test_kv_cache",
+    "checkpoint/expert_names.py": "test_reading test_convert test_experts_loading",
+    "checkpoint/formats": "test_checkpoint_configurations test_checkpoint_codecs test_adding_a_format "
+    "test_checkpoint_writing test_convert",
+    "checkpoint/formats/config_fields.py": "test_reading test_hostile_config",
+    "checkpoint/fusing.py": "test_reading",
+    "checkpoint/inspect.py": "test_inspect",
+    "checkpoint/io/headers.py": "test_reading test_hostile test_damaged",
+    "checkpoint/io/hub.py": "test_reading test_convert",
+    "checkpoint/io/publish.py": "test_files test_convert test_pipeline_resume test_saving",
+    "checkpoint/io/shards.py": "test_files test_convert",
+    "checkpoint/kv_cache.py": "test_kv_cache",
+    "checkpoint/layers.py": "test_reading test_inspect test_convert",
     "methods/autoround.py": "test_methods_autoround test_methods_block test_methods_experts",
     "methods/best.py": "test_methods_best test_methods_descent test_methods_block test_methods_experts",
     "methods/descent.py": "test_methods_descent test_methods_block",
@@ -56,24 +70,26 @@ TESTS = {
     "methods/grid.py": "test_methods_gptq test_methods_descent test_methods_autoround",
     "methods/hessian.py": "test_methods_gptq test_methods_descent test_layer_order test_methods_block",
     "methods/layerwise.py": "test_layer_order test_methods_block test_methods_experts test_methods_autoround",
-    "methods/rtn.py": "test_methods_rtn test_global_scales test_methods_block test_checkpoint_rtn",
+    "methods/rtn.py": "test_methods_rtn test_global_scales test_methods_block",
     "methods/scale_search.py": "test_methods_gptq test_methods_descent test_methods_autoround",
     "methods/tiling.py": "test_methods_gptq test_methods_descent test_methods_experts",
-    "rounding.py": "test_methods_rtn test_global_scales test_methods_block test_checkpoint_rtn",
-    "checkpoint": "test_checkpoint_codecs test_checkpoint_configurations test_checkpoint_quantizer test_checkpoint_rtn "
-    "test_checkpoint_writing test_convert test_inspect test_damaged",
-    "nn": "test_quantizer test_experts test_experts_loading test_fp8 test_fp8_experts test_gradient test_training "
+    "nn": "test_experts test_gradient test_training test_copies test_quantizer test_experts_loading test_fp8_experts "
     "test_saving test_resizing",
-    "pipeline": "test_pipeline_report test_pipeline "
-    "test_pipeline_failures test_pipeline_resume test_pipeline_exhausted test_pipeline_half "
-    "test_pipeline_memory test_experts_pipeline",
+    "pipeline": "test_pipeline_parts test_pipeline_report test_pipeline_reference test_pipeline_failures "
+    "test_pipeline_resume test_pipeline",
+    "pipeline/duration.py": "test_pipeline_duration",
+    "pipeline/estimate.py": "test_pipeline_estimate",
+    "pipeline/expert_layers.py": "test_experts_pipeline",
+    "pipeline/half_precision.py": "test_pipeline_half",
+    "pipeline/memory_budget.py": "test_pipeline_estimate test_pipeline_failures",
+    "rounding.py": "test_methods_rtn test_global_scales test_methods_block test_checkpoint_rtn",
 }
 
 
 def tests_for(source: Path) -> list[str]:
     """The test files of one source file."""
-    name = str(source.relative_to(PACKAGE))
-    names = TESTS.get(name) or TESTS[name.split("/", maxsplit=1)[0]]
+    name = source.relative_to(PACKAGE)
+    names = next(TESTS[str(path)] for path in (name, *name.parents) if str(path) in TESTS)
     return [str(path) for test in names.split() for path in (ROOT / "tests").rglob(f"{test}.py")]
 
 
@@ -101,12 +117,13 @@ def import_as_in(imported: Path) -> None:
     for name in imported.read_text(encoding="utf-8").split():
         with contextlib.suppress(Exception):  # such as parts of a library that are imported in one order alone
             importlib.import_module(name)
+    gc.freeze()  # so that collections in the forks do not visit these modules, and copy their memory
 
 
 def _libraries() -> list[str]:
-    inside = sysconfig.get_path("purelib")
+    """The names of all imported modules that are installed, in this environment or in one that it builds on."""
     return [
-        name for name, module in list(sys.modules.items()) if str(getattr(module, "__file__", "")).startswith(inside)
+        name for name, module in list(sys.modules.items()) if "site-packages" in str(getattr(module, "__file__", ""))
     ]
 
 
@@ -127,7 +144,7 @@ def passes(tests: list[str], folder: Path, limit: float, note: Path | None = Non
         os.chdir(ROOT)
         import pytest
 
-        status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+        status = int(pytest.main(["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]))
         if note is not None:
             note.write_text(" ".join(_libraries()), encoding="utf-8")
         os._exit(status)
@@ -146,11 +163,12 @@ def passes(tests: list[str], folder: Path, limit: float, note: Path | None = Non
 def survivors_of(source: Path, mutants: list[Mutant], package: Path) -> list[Mutant]:
     """Those of ``mutants`` that the tests of ``source`` do not notice."""
     target, tests = package / source.relative_to(PACKAGE), tests_for(source)
-    started = time.monotonic()
     imported = package.parent / "imported"
     if not passes(tests, package.parent, 3600, imported):
         sys.exit(f"{source}: its tests fail without a fault; mend them first")
     import_as_in(imported)
+    started = time.monotonic()
+    passes(tests, package.parent, 3600)  # once more, because imports took most of the first time
     limit = 5 * (time.monotonic() - started) + 20
     alive = []
     for number, mutant in enumerate(mutants, 1):
@@ -163,17 +181,44 @@ def survivors_of(source: Path, mutants: list[Mutant], package: Path) -> list[Mut
     return alive
 
 
+def listed_survivors() -> list[dict[str, Any]]:
+    """The entries of survivors.yaml."""
+    return (yaml.safe_load(SURVIVORS.read_text(encoding="utf-8")) if SURVIVORS.exists() else None) or []
+
+
 def record(source: Path, alive: list[Mutant], tried: list[Mutant]) -> None:
     """Brings the list of survivors up to date with what was tried of one file; reasons stay with their mutants."""
-    known: list[dict[str, Any]] = yaml.safe_load(SURVIVORS.read_text(encoding="utf-8")) if SURVIVORS.exists() else []
-    name = str(source.relative_to(ROOT))
-    reasons = {(entry["was"], entry["now"]): entry["reason"] for entry in known or [] if entry["file"] == name}
+    known, name = listed_survivors(), str(source.relative_to(ROOT))
+    reasons = {(entry["was"], entry["now"]): entry["reason"] for entry in known if entry["file"] == name}
     again = {(mutant.was, mutant.now) for mutant in tried}
-    listed = [entry for entry in known or [] if entry["file"] != name or (entry["was"], entry["now"]) not in again]
+    listed = [entry for entry in known if entry["file"] != name or (entry["was"], entry["now"]) not in again]
     keys = dict.fromkeys((mutant.was, mutant.now) for mutant in alive)
     listed += [{"file": name, "was": was, "now": now, "reason": reasons.get((was, now), "")} for was, now in keys]
     listed.sort(key=lambda entry: entry["file"])
     SURVIVORS.write_text(yaml.safe_dump(listed, sort_keys=False, width=1000, allow_unicode=True), encoding="utf-8")
+
+
+def print_shares(totals: list[tuple[Path, int, list[Mutant]]]) -> None:
+    """How many mutants were noticed, by file, by package and in all.
+
+    Those that compute the same (or the same in another time) cannot be noticed: they have a reason in survivors.yaml,
+    and do not count.
+
+    Args:
+        totals: a file, how many mutants of it were tried, and those that were not noticed.
+    """
+    reasons = {(entry["file"], entry["was"], entry["now"]) for entry in listed_survivors() if entry["reason"]}
+    rows: dict[str, list[int]] = {}
+    for source, tried, alive in totals:
+        name, file = source.relative_to(PACKAGE), str(source.relative_to(ROOT))
+        same = sum((file, mutant.was, mutant.now) in reasons for mutant in alive)
+        for row in dict.fromkeys((str(name), name.parts[0], "in all")):  # a file outside any package is one row
+            sums = rows.setdefault(row, [0, 0, 0])
+            for place, number in enumerate((tried, len(alive), same)):
+                sums[place] += number
+    for row, (tried, left, same) in sorted(rows.items(), key=lambda entry: (entry[0] == "in all", entry[0])):
+        share = (tried - left) / max(tried - same, 1)
+        print(f"{row}: {tried} tried, {tried - left} noticed, {same} of the others change nothing: {share:.0%}")
 
 
 def main() -> None:
@@ -181,6 +226,7 @@ def main() -> None:
     parser.add_argument("sources", nargs="*", help="files or folders of src/fp4 (default: all that have tests)")
     parser.add_argument("--sample", type=int, help="try so many mutants of each file, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--survivors", action="store_true", help="try those alone that survivors.yaml lists")
     arguments = parser.parse_args()
     import torch
 
@@ -190,14 +236,19 @@ def main() -> None:
         package = copy_package(Path(folder))
         for source in sources(arguments.sources):
             mutants = mutants_of(source.read_text(encoding="utf-8"))
-            if arguments.sample and len(mutants) > arguments.sample:
+            if arguments.survivors:
+                name = str(source.relative_to(ROOT))
+                listed = {(entry["was"], entry["now"]) for entry in listed_survivors() if entry["file"] == name}
+                mutants = [mutant for mutant in mutants if (mutant.was, mutant.now) in listed]
+                if not mutants:
+                    continue
+            elif arguments.sample and len(mutants) > arguments.sample:
                 mutants = random.Random(arguments.seed).sample(mutants, arguments.sample)
             print(f"{source.relative_to(ROOT)}: {len(mutants)} mutants", flush=True)
             alive = survivors_of(source, mutants, package)
             record(source, alive, mutants)
-            totals.append((source, len(mutants), len(mutants) - len(alive)))
-    for source, tried, noticed in totals:
-        print(f"{source.relative_to(ROOT)}: {noticed} of {tried} noticed ({noticed / max(tried, 1):.0%})")
+            totals.append((source, len(mutants), alive))
+    print_shares(totals)
 
 
 if __name__ == "__main__":
