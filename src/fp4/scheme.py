@@ -127,3 +127,19 @@ def preset_of(format: Format, activations: Activations) -> Preset:
     """
     presets = [preset for preset in SCHEMES.values() if preset.scheme.format.family == format.family]
     return next((preset for preset in presets if preset.scheme.activations == activations), presets[0])
+
+
+def name_of(format: Format, activations: Activations) -> str:
+    """The name of a format, whatever its block size, beside some precision of activations, as in ``SCHEMES``.
+
+    Args:
+        format: the format of the weight.
+        activations: the precision of the activations.
+
+    Returns:
+        the name of the preset for both; where there is none, a name of the same form, such as ``mxfp4a8``.
+    """
+    for name, preset in SCHEMES.items():
+        if (preset.scheme.format.family, preset.scheme.activations) == (format.family, activations):
+            return name
+    return format.family + {"auto": "", "fp4": "", "fp8": "a8", "model": "a16"}[activations]

@@ -34,7 +34,7 @@ from fp4.numerics.block_scales import (
     e8m0_scales,
     global_scale_for,
 )
-from fp4.numerics.elements import E2M1, E4M3
+from fp4.numerics.elements import E2M1, E4M3, encode_e4m3, encode_e8m0
 from fp4.numerics.format import BlockFormat, Format, QuantizedTensor, dequantize, quantize
 from fp4.numerics.tensors import INPUT_DTYPES, row_tiles
 
@@ -66,10 +66,19 @@ class NVFP4Format(BlockFormat):
     scale_bytes, scale_nan = E4M3_SCALE_BYTES, E4M3_NAN
     rules = ("abs_max", "mse", "four_over_six")
     needs_global_scale = True
+    fine_scales = True
 
     def block_scales(self, blocks: Tensor, rule: str, global_scale: Tensor | None) -> Tensor:
         """The E4M3 scale of each block by a rule, as :meth:`.BlockFormat.block_scales` describes."""
         return e4m3_scales(blocks, rule, global_scale)
+
+    def nearest_scales(self, values: Tensor) -> Tensor:
+        """The nearest E4M3 scales, as :meth:`.Format.nearest_scales` describes."""
+        return encode_e4m3(values)
+
+    def full_range_scales(self, amax: Tensor) -> Tensor:
+        """The scales nearest to amax/6."""
+        return encode_e4m3(amax / self.element.largest)
 
     def global_scale_for(self, amax: Tensor, rule: str) -> Tensor:
         """The global scale that puts the largest block scale at the top of E4M3's range."""
@@ -89,6 +98,15 @@ class MXFP4Format(BlockFormat):
     def block_scales(self, blocks: Tensor, rule: str, global_scale: Tensor | None) -> Tensor:
         """The E8M0 scale of each block by a rule, as :meth:`.BlockFormat.block_scales` describes."""
         return e8m0_scales(blocks, rule, global_scale)
+
+    def nearest_scales(self, values: Tensor) -> Tensor:
+        """The nearest powers of two, as :meth:`.Format.nearest_scales` describes."""
+        return encode_e8m0(torch.log2(values.clamp(2.0**-127, 2.0**127)).round().to(torch.int32))
+
+    def full_range_scales(self, amax: Tensor) -> Tensor:
+        """The scales by the OCP floor rule: exponent floor(log2(amax)) - 2."""
+        # frexp gives amax = mantissa in [1/2, 1) times 2**exponent.
+        return encode_e8m0(torch.frexp(amax).exponent - 3)
 
 
 class FP8Format(Format):

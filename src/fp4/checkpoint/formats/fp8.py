@@ -1,10 +1,15 @@
-"""FP8 weights with one scale per row, which all checkpoint formats that have them store in the same way."""
+"""FP8 weights with one scale per row, which all checkpoint formats that have them store in nearly the same way."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from fp4.checkpoint.formats.codec import LayerScheme, StoredLinear
+from fp4.checkpoint.formats.layout import Layout
+from fp4.checkpoint.formats.stored_tensors import require
 from fp4.numerics.formats import FP8, QuantizedTensor
 
 # safetensors' name of the codes' dtype. It tells FP8 weights from unquantized ones, which are called `weight` too.
@@ -52,11 +57,32 @@ def narrowed(scales: Tensor, dtype: torch.dtype) -> Tensor:
     Some formats store scales in float32 that were computed in the model's dtype; this restores them.
 
     Args:
-        scales: float32 scales.
+        scales: scales in any dtype; those that are not float32 stay as they are.
         dtype: the model's dtype.
 
     Returns:
         ``scales`` in ``dtype``, or unchanged if that would round one of them.
     """
+    if scales.dtype != torch.float32:
+        return scales
     narrow = scales.to(dtype)
     return narrow if torch.equal(narrow.to(scales.dtype), scales) else scales
+
+
+def _read(tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None) -> StoredLinear:
+    weight = read_fp8(require(tensors, ".weight"), require(tensors, ".weight_scale"), shape)
+    return StoredLinear(weight, None, None)
+
+
+def _write(stored: StoredLinear, scheme: LayerScheme, codec: str, allow_rounding: bool) -> dict[str, Tensor]:
+    return {".weight": stored.weight.codes, ".weight_scale": stored.weight.scales}
+
+
+#: ``weight`` ``float8_e4m3fn [..., N, K]`` and ``weight_scale`` ``[..., N, 1]`` in the dtype of what was quantized.
+FP8_ROWS = Layout(
+    suffixes=(".weight", ".weight_scale"),
+    codes=(".weight",),
+    markers={".weight": (CODES,)},
+    read=_read,
+    write=_write,
+)

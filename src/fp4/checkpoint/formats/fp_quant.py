@@ -17,19 +17,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fp4.checkpoint.formats.codec import (
-    Codec,
-    LayerScheme,
-    Serving,
-    StoredLinear,
-    read_codes,
-    read_scalar,
-    read_scales,
-    require,
-    store_reciprocal,
-)
-from fp4.checkpoint.formats.fp8 import CODES, read_fp8
+from fp4.checkpoint.formats.codec import Codec, LayerScheme, Serving, StoredLinear
+from fp4.checkpoint.formats.fp8 import FP8_ROWS
+from fp4.checkpoint.formats.layout import Layout, add_layouts
 from fp4.checkpoint.formats.pseudo_quantized import recover
+from fp4.checkpoint.formats.stored_scales import store_reciprocal
+from fp4.checkpoint.formats.stored_tensors import read_codes, read_scalar, read_scales, require
 from fp4.numerics.formats import FP8, WEIGHT_FORMATS, Format, QuantizedTensor, dequantize
 from fp4.numerics.rotation import share
 from fp4.selection import first_fit
@@ -43,6 +36,8 @@ SUFFIXES = (
     "forward_hadamard_matrix",
     "backward_hadamard_matrix",
 )
+# fp4's own additions to the format by family. FP-Quant itself has 4-bit formats only, stored as SUFFIXES says.
+_ADDED: dict[str, Layout] = {FP8.family: FP8_ROWS}
 
 
 class FPQuantCodec(Codec):
@@ -61,9 +56,8 @@ class FPQuantCodec(Codec):
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, dtype)
         own = [options for _, options in self._overrides() if options is not None]
-        if any(options.get("forward_dtype") == FP8.name for options in [config, *own]):
-            self.suffixes, self.codes = (*self.suffixes, ".weight", ".weight_scale"), (*self.codes, ".weight")
-            self.markers = {**self.markers, ".weight": (CODES,)}
+        named = {str(options.get("forward_dtype")) for options in [config, *own]}
+        add_layouts(self, [layout for family, layout in _ADDED.items() if family in named])
 
     def _overrides(self) -> list[tuple[str, dict[str, Any] | None]]:
         overrides = self.config.get("overrides") or []
@@ -84,17 +78,15 @@ class FPQuantCodec(Codec):
             known = " or ".join(WEIGHT_FORMATS)
             raise ValueError(f"its forward_dtype is {options.get('forward_dtype')!r}; expected {known}")
         asked = options.get("activation_dtype")
-        fp8 = fmt == FP8 or asked == "fp8"
-        return LayerScheme(fmt, "model" if asked == "model" else "fp8" if fp8 else "fp4")
+        return LayerScheme(fmt, asked if asked in ("model", "fp8") else fmt.native_activations)
 
     def read(
         self, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None
     ) -> StoredLinear:
         if self.config.get("store_master_weights"):
             raise ValueError("store_master_weights: the checkpoint holds dense weights, to be quantized when loaded")
-        if scheme.format == FP8:
-            weight = read_fp8(require(tensors, ".weight"), require(tensors, ".weight_scale"), shape)
-            return StoredLinear(weight, None, None)
+        if scheme.format.family in _ADDED:
+            return _ADDED[scheme.format.family].read(tensors, scheme, shape)
         stored = {name.removeprefix("."): tensor for name, tensor in tensors.items()}
         if self.config.get("pseudoquantization"):
             stored.pop("qweight", None)  # a placeholder beside dqweight
@@ -115,8 +107,8 @@ class FPQuantCodec(Codec):
             raise ValueError(
                 f"it stacks matrices {tuple(stored.weight.codes.shape[:-2])}; fp_quant has no place for it"
             )
-        if scheme.format == FP8:
-            return {".weight": stored.weight.codes, ".weight_scale": stored.weight.scales}
+        if scheme.format.family in _ADDED:
+            return _ADDED[scheme.format.family].write(stored, scheme, self.name, allow_rounding)
         if scheme.activations == "fp8" and stored.input_global_scale is not None:
             raise ValueError("its activations are FP8 under a calibrated scale, for which fp_quant has no place")
         if scheme.format != scheme.format.base:
@@ -173,10 +165,8 @@ def _options(scheme: LayerScheme) -> dict[str, Any]:
         # A custom matrix is stored with the layer's tensors, so the configuration must give only its size.
         "transform_init": "hadamard" if name == "custom" else name,
     }
-    asked = scheme.activations if scheme.activations != "fp4" and scheme.format != FP8 else None
-    if scheme.format == FP8 and scheme.activations == "model":
-        asked = "model"
-    return options | ({"activation_dtype": asked} if asked else {})
+    native = scheme.activations == scheme.format.native_activations
+    return options | ({} if native else {"activation_dtype": scheme.activations})
 
 
 def read(tensors: Mapping[str, Tensor], fmt: Format, out_features: int, in_features: int) -> StoredLinear:

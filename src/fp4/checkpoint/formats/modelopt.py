@@ -20,21 +20,18 @@ import torch
 from torch import Tensor
 
 from fp4.checkpoint.formats import config_fields as fields
-from fp4.checkpoint.formats.codec import (
-    NEEDS_GPU,
-    Codec,
-    LayerScheme,
-    Serving,
-    StoredLinear,
+from fp4.checkpoint.formats.codec import NEEDS_GPU, Codec, LayerScheme, Serving, StoredLinear
+from fp4.checkpoint.formats.fp8 import CODES, FP8_ROWS, narrowed
+from fp4.checkpoint.formats.layout import Layout
+from fp4.checkpoint.formats.stored_scales import store_multiplied
+from fp4.checkpoint.formats.stored_tensors import (
     read_codes,
     read_scalar,
     read_scales,
     require,
     require_no_global_scale,
     require_no_rotation,
-    store_multiplied,
 )
-from fp4.checkpoint.formats.fp8 import CODES, narrowed, read_fp8
 from fp4.numerics.formats import FP8, MXFP4, NVFP4, Format, QuantizedTensor
 
 _Activations = Literal["fp4", "fp8", "model"]
@@ -118,42 +115,16 @@ class ModelOptCodec(Codec):
     ) -> StoredLinear:
         if ".pre_quant_scale" in tensors:
             raise ValueError("its input is smoothed by pre_quant_scale (AWQ), which the FP4 modules do not apply")
-        if scheme.format == FP8:
-            weight = read_fp8(require(tensors, ".weight"), require(tensors, ".weight_scale"), shape)
-            return StoredLinear(weight._replace(scales=narrowed(weight.scales, self.dtype)), None, None)
-        codes = read_codes(require(tensors, ".weight"), "weight", shape)
-        scales = read_scales(require(tensors, ".weight_scale"), "weight_scale", scheme.format, codes)
-        global_scale = input_global_scale = None
-        if scheme.format.needs_global_scale:
-            global_scale = read_scalar(require(tensors, ".weight_scale_2"), "weight_scale_2")
-        if scheme.activations == "fp8" or (scheme.format.needs_global_scale and scheme.activations == "fp4"):
-            input_global_scale = read_scalar(require(tensors, ".input_scale"), "input_scale")
-        return StoredLinear(QuantizedTensor(codes, scales, global_scale, scheme.format), input_global_scale, None)
+        weight, input_global_scale, _ = _LAYOUTS[scheme.format.family].read(tensors, scheme, shape)
+        return StoredLinear(weight._replace(scales=narrowed(weight.scales, self.dtype)), input_global_scale, None)
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
         require_no_rotation(stored, self.name)
         _algorithm_of(scheme)
-        codes, scales, global_scale, _ = stored.weight
-        if codes.ndim != 2:
-            raise ValueError(f"it stacks matrices {tuple(codes.shape[:-2])}, for which {self.name} has no place")
-        tensors = {".weight": codes}
-        if scheme.format == FP8:
-            return tensors | {".weight_scale": scales.float().squeeze(-1)}
-        if not scheme.format.needs_global_scale:
-            require_no_global_scale(stored.weight, self.name)
-            tensors[".weight_scale"] = scales.view(torch.uint8)
-        else:
-            assert global_scale is not None
-            tensors[".weight_scale"] = scales
-            tensors[".weight_scale_2"] = store_multiplied(global_scale, "weight_scale_2", allow_rounding)
-        if scheme.activations == "fp8" or (scheme.format.needs_global_scale and scheme.activations == "fp4"):
-            if stored.input_global_scale is None:
-                raise ValueError(
-                    f"its input has no calibrated global scale, which {self.name} needs for {scheme.activations} "
-                    "activations; write it weight-only, or calibrate"
-                )
-            tensors[".input_scale"] = store_multiplied(stored.input_global_scale, "input_scale", allow_rounding)
-        return tensors
+        shape = stored.weight.codes.shape
+        if len(shape) != 2:
+            raise ValueError(f"it stacks matrices {tuple(shape[:-2])}, for which {self.name} has no place")
+        return _LAYOUTS[scheme.format.family].write(stored, scheme, self.name, allow_rounding)
 
     @classmethod
     def configuration(
@@ -200,6 +171,59 @@ class ModelOptCodec(Codec):
     @classmethod
     def cache_scale_name(cls, attention: str, scale: str) -> str:
         return f"{attention}.{scale[0]}_proj.{scale}"
+
+
+def _read_fp4(tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None) -> StoredLinear:
+    codes = read_codes(require(tensors, ".weight"), "weight", shape)
+    scales = read_scales(require(tensors, ".weight_scale"), "weight_scale", scheme.format, codes)
+    global_scale = input_global_scale = None
+    if scheme.format.needs_global_scale:
+        global_scale = read_scalar(require(tensors, ".weight_scale_2"), "weight_scale_2")
+    if _has_input_scale(scheme):
+        input_global_scale = read_scalar(require(tensors, ".input_scale"), "input_scale")
+    return StoredLinear(QuantizedTensor(codes, scales, global_scale, scheme.format), input_global_scale, None)
+
+
+def _write_fp4(stored: StoredLinear, scheme: LayerScheme, codec: str, allow_rounding: bool) -> dict[str, Tensor]:
+    codes, scales, global_scale, _ = stored.weight
+    tensors = {".weight": codes}
+    if not scheme.format.needs_global_scale:
+        require_no_global_scale(stored.weight, codec)
+        tensors[".weight_scale"] = scales.view(torch.uint8)
+    else:
+        assert global_scale is not None
+        tensors[".weight_scale"] = scales
+        tensors[".weight_scale_2"] = store_multiplied(global_scale, "weight_scale_2", allow_rounding)
+    if _has_input_scale(scheme):
+        if stored.input_global_scale is None:
+            raise ValueError(
+                f"its input has no calibrated global scale, which {codec} needs for {scheme.activations} "
+                "activations; write it weight-only, or calibrate"
+            )
+        tensors[".input_scale"] = store_multiplied(stored.input_global_scale, "input_scale", allow_rounding)
+    return tensors
+
+
+def _has_input_scale(scheme: LayerScheme) -> bool:
+    return scheme.activations == "fp8" or (scheme.format.needs_global_scale and scheme.activations == "fp4")
+
+
+def _write_fp8(stored: StoredLinear, scheme: LayerScheme, codec: str, allow_rounding: bool) -> dict[str, Tensor]:
+    return {".weight": stored.weight.codes, ".weight_scale": stored.weight.scales.float().squeeze(-1)}
+
+
+_FP4 = Layout(
+    suffixes=(".weight", ".weight_scale", ".weight_scale_2", ".input_scale"),
+    codes=(".weight",),
+    markers={".weight": ("U8",)},
+    read=_read_fp4,
+    write=_write_fp4,
+)
+_LAYOUTS: dict[str, Layout] = {
+    NVFP4.family: _FP4,
+    MXFP4.family: _FP4,
+    FP8.family: FP8_ROWS._replace(write=_write_fp8),
+}
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
