@@ -278,9 +278,9 @@ class Format(ABC):
             )
         if global_scale is not None:
             global_scale = per_matrix(global_scale, codes.shape[:-2])[..., None, None]
-        return self._spread(self.element.decode(codes), effective_scales(scales, global_scale)).to(dtype)
+        return self.spread(self.element.decode(codes), effective_scales(scales, global_scale)).to(dtype)
 
-    def _spread(self, values: Tensor, effective: Tensor) -> Tensor:
+    def spread(self, values: Tensor, effective: Tensor) -> Tensor:
         """Values ``[..., N, K]`` times the effective scales that they share."""
         blocks = values.unflatten(-1, (effective.shape[-1], self.block_size or values.shape[-1]))
         spread: Tensor = (blocks * effective[..., None]).flatten(-2)

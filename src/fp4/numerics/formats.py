@@ -1,4 +1,4 @@
-"""The formats NVFP4, MXFP4 and FP8. Each is an object that travels with the tensors in it. Pure torch.
+"""The formats NVFP4, MXFP4, FP8 and MXFP8. Each is an object that travels with the tensors in it. Pure torch.
 
 A quantized tensor is **codes x block scales x global scale in a format**:
 
@@ -9,6 +9,10 @@ A quantized tensor is **codes x block scales x global scale in a format**:
 * MXFP4: E2M1 elements in blocks of 32 under powers of two; the same codes, scales ``float8_e8m0fnu [..., N, K/32]``;
 * FP8: E4M3 elements under one scale a row (an output channel of a weight, a token of activations); codes
   ``float8_e4m3fn [..., N, K]``, scales ``[..., N, 1]`` in the dtype of what was quantized, no global scale;
+* FP8 in blocks: E4M3 elements in blocks of 128 x 128 (:mod:`fp4.numerics.fp8_block`); codes ``float8_e4m3fn
+  [..., N, K]``, scales ``float32 [..., N/128, K/128]``, rounded up, no global scale;
+* MXFP8: E4M3 elements in blocks of 32 under powers of two (:mod:`fp4.numerics.mxfp8`); codes ``float8_e4m3fn
+  [..., N, K]``, scales ``float8_e8m0fnu [..., N, K/32]``, no global scale;
 * global scale: ``float64 [...]``, one per matrix, multiplied; usually ``None`` for MXFP4. It is float64 because half of
   the checkpoint formats store its reciprocal in float32: ``float32(1 / float64(1 / x)) == x`` holds for every normal
   x, so those formats round-trip to the bit.
@@ -16,8 +20,8 @@ A quantized tensor is **codes x block scales x global scale in a format**:
 Rounding is to nearest, ties to the even code, of the IEEE float32 quotient ``x / effective_scale``, saturating at 6, as
 the ``cvt.rn.satfinite.e2m1x2`` instruction does. Element formats: OCP Microscaling Formats (MX) v1.0, section 5.3.
 
-To add a format, derive a class from :class:`.Format` or :class:`.BlockFormat` and add its instance to
-:data:`WEIGHT_FORMATS`. Everything else asks the object.
+To add a format, derive a class from :class:`.Format` or :class:`.BlockFormat` in a file of its own and add its instance
+to :data:`WEIGHT_FORMATS`. Everything else asks the object.
 """
 
 from __future__ import annotations
@@ -36,18 +40,24 @@ from fp4.numerics.block_scales import (
 )
 from fp4.numerics.elements import E2M1, E4M3, encode_e4m3, encode_e8m0
 from fp4.numerics.format import BlockFormat, Format, QuantizedTensor, dequantize, quantize
+from fp4.numerics.fp8_block import FP8BlockFormat
+from fp4.numerics.mxfp8 import MXFP8Format
 from fp4.numerics.tensors import INPUT_DTYPES, row_tiles
 
 __all__ = [
     "FORMATS",
     "FP8",
+    "FP8_BLOCK",
     "MXFP4",
+    "MXFP8",
     "NVFP4",
     "WEIGHT_FORMATS",
     "BlockFormat",
+    "FP8BlockFormat",
     "FP8Format",
     "Format",
     "MXFP4Format",
+    "MXFP8Format",
     "NVFP4Format",
     "QuantizedTensor",
     "dequantize",
@@ -171,8 +181,10 @@ class FP8Format(Format):
 NVFP4 = NVFP4Format()
 MXFP4 = MXFP4Format()
 FP8 = FP8Format()
+FP8_BLOCK = FP8BlockFormat()
+MXFP8 = MXFP8Format()
 #: All formats of weights by name; :func:`format_named` finds the variants with wider blocks too.
-WEIGHT_FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (NVFP4, MXFP4, FP8)}
+WEIGHT_FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (NVFP4, MXFP4, FP8, FP8_BLOCK, MXFP8)}
 #: The 4-bit formats.
 FORMATS: dict[str, BlockFormat] = {fmt.name: fmt for fmt in (NVFP4, MXFP4)}
 

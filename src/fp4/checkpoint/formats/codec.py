@@ -53,11 +53,13 @@ class StoredLinear(NamedTuple):
         weight: the quantized weight ``[..., N, K]``, in the rotated basis if there is a rotation.
         input_global_scale: float64 ``[]``, the multiplied global scale of the layer's input; None if it is not stored.
         rotation: float32 ``[h, h]``, the block rotation of weight and input; None if they are not rotated.
+        input_factors: float32 ``[K]``, by which the input is multiplied first (AWQ's smoothing); None if it is not.
     """
 
     weight: QuantizedTensor
     input_global_scale: Tensor | None
     rotation: Tensor | None
+    input_factors: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,18 @@ class Codec(ABC):
             dtype: the dtype of the new checkpoint's unquantized tensors.
         """
         return cls({"quant_method": cls.name}, dtype)
+
+    @classmethod
+    def for_weights(cls, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Self:
+        """A codec that reads the weights of a checkpoint to quantize them anew, whatever becomes of activations.
+
+        It may read more than one that runs a checkpoint: activations that fp4 does not quantize, factors of inputs.
+
+        Args:
+            config: the checkpoint's ``quantization_config``.
+            dtype: the dtype of the checkpoint's unquantized tensors.
+        """
+        return cls(config, dtype)
 
     @property
     def marker(self) -> str:

@@ -4,6 +4,8 @@ FP4 layers are stored as :mod:`fp4.checkpoint.formats.pack_quantized` says. Besi
 
 * FP8 (``float-quantized``): ``weight`` ``float8_e4m3fn [N, K]`` and ``weight_scale`` ``[N, 1]`` in the model's dtype;
   both with a leading axis of experts where a family stores these as one layer (Granite's, as vLLM loads them);
+* FP8 in blocks (``float-quantized``) and MXFP8 (``mxfp8-quantized``):
+  :mod:`fp4.checkpoint.formats.float8_blocks`;
 * rotated by ``transform_config``: no tensors, the matrix is Sylvester's Hadamard matrix.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,10 +21,11 @@ from torch import Tensor
 
 from fp4.checkpoint.formats import config_fields as fields
 from fp4.checkpoint.formats.codec import NEEDS_GPU, Codec, LayerScheme, Serving, StoredLinear
+from fp4.checkpoint.formats.float8_blocks import FLOAT8_BLOCKS
 from fp4.checkpoint.formats.fp8 import FP8_ROWS
 from fp4.checkpoint.formats.layout import Layout, add_layouts
 from fp4.checkpoint.formats.pack_quantized import PACKED
-from fp4.numerics.formats import FP8, MXFP4, NVFP4, Format
+from fp4.numerics.formats import FP8, FP8_BLOCK, MXFP4, MXFP8, NVFP4, Format
 from fp4.numerics.rotation import hadamard, share
 
 # Transforms that are online at the input and were fused into the weight when the checkpoint was made. Those fused into
@@ -37,6 +40,7 @@ def _arguments(
     dynamic: bool | str = False,
     scale_dtype: str | None = None,
     observer: str | None = "memoryless_minmax",
+    block_structure: list[int] | None = None,
 ) -> dict[str, Any]:
     """``QuantizationArgs`` of weights or activations as compressed-tensors writes them."""
     return {
@@ -49,7 +53,7 @@ def _arguments(
         "scale_dtype": scale_dtype,
         "zp_dtype": None,
         "actorder": None,
-        "block_structure": None,
+        "block_structure": block_structure,
         "observer": observer,
         "observer_kwargs": {},
     }
@@ -112,8 +116,33 @@ _ROWS: dict[str, _Row] = {
             ("num_bits", "type", "strategy"),
             ("num_bits", "type", "strategy", "dynamic"),
         ),
+        _Row(
+            FP8_BLOCK,
+            "float-quantized",
+            FLOAT8_BLOCKS,
+            _arguments(8, "block", block_structure=[128, 128]),
+            _arguments(8, "group", 128, True, observer=None),
+            ("num_bits", "type", "strategy", "block_structure"),
+            ("num_bits", "type", "strategy", "group_size", "dynamic"),
+        ),
+        _Row(
+            MXFP8,
+            "mxfp8-quantized",
+            FLOAT8_BLOCKS,
+            _arguments(8, "group", 32, scale_dtype=_BYTES),
+            _arguments(8, "group", 32, True, _BYTES, None),
+            ("num_bits", "type", "strategy", "group_size", "scale_dtype"),
+            ("num_bits", "type", "strategy", "group_size", "dynamic"),
+        ),
     )
 }
+
+#: Only read, to be quantized anew.
+_FP8_TENSOR = replace(
+    _ROWS[FP8.family],
+    layout=FP8_ROWS._replace(suffixes=(*FP8_ROWS.suffixes, ".input_scale")),
+    weights=_arguments(8, "tensor"),
+)
 
 _MXFP4_AS_W4A4 = Serving(
     True,
@@ -124,10 +153,10 @@ _NO_PACKED_MXFP4 = Serving(False, "it does not convert packed MXFP4.")
 
 
 class CompressedTensorsCodec(Codec):
-    """Reads and writes the FP4 formats of compressed-tensors, and FP8 with scales of channels and tokens."""
+    """Reads and writes the FP4 formats of compressed-tensors, FP8 with scales of channels or blocks, and MXFP8."""
 
     name = "compressed-tensors"
-    schemes = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "fp8_dynamic")
+    schemes = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "fp8_dynamic", "fp8_block", "mxfp8")
     engines: ClassVar = {
         "vllm": {
             "nvfp4": NEEDS_GPU,
@@ -150,11 +179,22 @@ class CompressedTensorsCodec(Codec):
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, dtype)
+        self._rows = list(_ROWS.values())
         self.groups = list(fields.dictionaries(config, "config_groups").values())
         self.ignore = fields.names(config, "ignore")
         # FP8 codes are called `weight`, as unquantized weights are, so this suffix needs FP8 layers.
         described = [fields.dictionary(group, "weights") for group in self.groups]
         add_layouts(self, [row.layout for row in _ROWS.values() if any(row.describes(args) for args in described)])
+
+    @classmethod
+    def for_weights(cls, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> CompressedTensorsCodec:
+        """A codec that reads FP8 with one scale a tensor as well, and any activations."""
+        groups = fields.dictionaries(config, "config_groups")
+        alone = {name: {**group, "input_activations": None} for name, group in groups.items()}
+        codec = cls({**config, "config_groups": alone}, dtype)
+        codec._rows.append(_FP8_TENSOR)
+        add_layouts(codec, [_FP8_TENSOR.layout])
+        return codec
 
     def scheme(self, layer: str) -> LayerScheme | None:
         if any(matches(layer, pattern) for pattern in self.ignore):
@@ -198,9 +238,8 @@ class CompressedTensorsCodec(Codec):
                         by_class = group
         return by_class
 
-    @staticmethod
-    def _weights(args: Mapping[str, Any]) -> _Row:
-        row = next((row for row in _ROWS.values() if row.describes(args)), None)
+    def _weights(self, args: Mapping[str, Any]) -> _Row:
+        row = next((row for row in self._rows if row.describes(args)), None)
         plain = args.get("symmetric", True) is True and not args.get("dynamic") and args.get("actorder") != "group"
         if row is not None and plain:
             return row
@@ -208,7 +247,7 @@ class CompressedTensorsCodec(Codec):
         if (bits, kind) == (8, "float"):
             raise ValueError(
                 f"its weights are FP8 with scales by {args.get('strategy')} (symmetric={args.get('symmetric', True)}); "
-                "FP8 runs beside FP4 with one static scale a channel, symmetric"
+                "FP8 runs with one static scale a channel, a block of 128 x 128, or 32 columns (MXFP8), symmetric"
             )
         raise ValueError(
             f"its weights are {bits}-bit {kind} in groups of {args.get('group_size')}; FP4 is 4-bit float, "
@@ -220,10 +259,11 @@ class CompressedTensorsCodec(Codec):
         if not args:
             return "model"
         if any(args.get(option) != row.inputs[option] for option in row.inputs_by):
+            of = f" of {row.inputs['group_size']}" if row.inputs["group_size"] else ""
             raise ValueError(
                 f"its weights are {row.format.kind}, its activations {args.get('num_bits')}-bit {args.get('type')} by "
                 f"{args.get('strategy')} (dynamic={args.get('dynamic')}); expected {row.format.kind} by "
-                f"{row.inputs['strategy']}, dynamic, or none"
+                f"{row.inputs['strategy']}{of}, dynamic, or none"
             )
         bits = args.get("num_bits") if args.get("type") == "float" else None
         if bits not in (4, 8):

@@ -21,7 +21,7 @@ def read_fp8(codes: Tensor, scales: Tensor, shape: tuple[int, ...] | None = None
 
     Args:
         codes: float8_e4m3fn ``[..., N, K]``.
-        scales: float32, bfloat16 or float16 ``[..., N, 1]`` or ``[..., N]``.
+        scales: float32, bfloat16 or float16 ``[..., N, 1]`` or ``[..., N]``, or one for the whole weight.
         shape: the shape that the model expects of the weight, or None if there is no model.
 
     Returns:
@@ -37,18 +37,28 @@ def read_fp8(codes: Tensor, scales: Tensor, shape: tuple[int, ...] | None = None
         raise ValueError(f"{found}; the model expects torch.float8_e4m3fn {shape}")
     rows = tuple(codes.shape[:-1])
     known = scales.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if known and scales.numel() == 1:
+        scales = scales.reshape(()).expand(rows).contiguous()
     if not known or tuple(scales.shape) not in (rows, (*rows, 1)):
         raise ValueError(
             f"weight_scale is {scales.dtype} {tuple(scales.shape)}; FP8 weights of {tuple(codes.shape)} expect a "
             f"floating-point scale a row, {(*rows, 1)}"
         )
+    require_positive(scales, "weight_scale")
+    return QuantizedTensor(codes, scales.reshape(*rows, 1), None, FP8)
+
+
+def require_positive(scales: Tensor, name: str) -> None:
+    """Check that floating-point scales are positive and finite; those on the meta device are not checked.
+
+    Raises:
+        ValueError: a scale is not.
+    """
     good = torch.isfinite(scales) & (scales > 0)
     if not scales.is_meta and not bool(good.all()):
         raise ValueError(
-            f"weight_scale: {int((~good).sum())} of {scales.numel()} scales are not positive and finite; the file is "
-            "damaged"
+            f"{name}: {int((~good).sum())} of {scales.numel()} scales are not positive and finite; the file is damaged"
         )
-    return QuantizedTensor(codes, scales.reshape(*rows, 1), None, FP8)
 
 
 def narrowed(scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,8 @@ Per Linear layer, besides ``bias``:
   the dequantized values of a pseudo-quantized checkpoint;
 * ``weight_global_scale``, ``act_global_scale`` ``[1]``: reciprocals of the canonical global scales;
 * ``forward_hadamard_matrix``, ``backward_hadamard_matrix`` ``[h, h]``, equal: the rotation of input and weight;
-* fp4's own ``"forward_dtype": "fp8"``: ``weight`` ``float8_e4m3fn [N, K]``, ``weight_scale`` ``[N, 1]``, nothing else.
+* fp4's own ``"forward_dtype": "fp8"``: ``weight`` ``float8_e4m3fn [N, K]``, ``weight_scale`` ``[N, 1]``, nothing else;
+* fp4's own ``"fp8_block"`` and ``"mxfp8"``: :mod:`fp4.checkpoint.formats.float8_blocks`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 
 from fp4.checkpoint.formats.codec import Codec, LayerScheme, Serving, StoredLinear
+from fp4.checkpoint.formats.float8_blocks import FLOAT8_BLOCKS
 from fp4.checkpoint.formats.fp8 import FP8_ROWS
 from fp4.checkpoint.formats.layout import Layout, add_layouts
 from fp4.checkpoint.formats.pseudo_quantized import recover
 from fp4.checkpoint.formats.stored_scales import store_reciprocal
 from fp4.checkpoint.formats.stored_tensors import read_codes, read_scalar, read_scales, require
-from fp4.numerics.formats import FP8, WEIGHT_FORMATS, Format, QuantizedTensor, dequantize
+from fp4.numerics.formats import FP8, FP8_BLOCK, MXFP8, WEIGHT_FORMATS, Format, QuantizedTensor, dequantize
 from fp4.numerics.rotation import share
 from fp4.selection import first_fit
 
@@ -37,14 +39,18 @@ SUFFIXES = (
     "backward_hadamard_matrix",
 )
 # fp4's own additions to the format by family. FP-Quant itself has 4-bit formats only, stored as SUFFIXES says.
-_ADDED: dict[str, Layout] = {FP8.family: FP8_ROWS}
+_ADDED: dict[str, Layout] = {
+    FP8.family: FP8_ROWS,
+    FP8_BLOCK.family: FLOAT8_BLOCKS,
+    MXFP8.family: FLOAT8_BLOCKS,
+}
 
 
 class FPQuantCodec(Codec):
     """Reads and writes FP-Quant's checkpoints, and fp4's own, which add ``activation_dtype`` and ``overrides``."""
 
     name = "fp_quant"
-    schemes = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "fp8_dynamic")
+    schemes = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "fp8_dynamic", "fp8_block", "mxfp8")
     engines: ClassVar = {"vllm": dict.fromkeys(schemes, Serving(False, "it calls the format fp_quant deprecated."))}
     stores_rotations = True
     shares_fused_scales = False  # FP-Quant gives each layer its own global scale, and fuses no layers
@@ -120,7 +126,7 @@ class FPQuantCodec(Codec):
                 "weight-only, or calibrate"
             )
         pseudo_dtype = self.dtype if self.config.get("pseudoquantization") else None
-        tensors = write(*stored, pseudo_dtype, self.dtype, allow_rounding)
+        tensors = write(*stored[:3], pseudo_dtype, self.dtype, allow_rounding)
         return {f".{name}": tensor for name, tensor in tensors.items()}
 
     @classmethod
