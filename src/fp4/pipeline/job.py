@@ -18,6 +18,7 @@ from fp4.calibration.data import Samples, load_samples, seed_of
 from fp4.calibration.global_scales import has_static_input_scale
 from fp4.checkpoint import CODECS
 from fp4.checkpoint.contradictions import tokenizer_problem
+from fp4.checkpoint.dense_view import dense_view, describe
 from fp4.checkpoint.io.headers import Checkpoint
 from fp4.checkpoint.io.hub import is_hub_id, local_folder
 from fp4.checkpoint.io.publish import (
@@ -118,9 +119,7 @@ class Job:
         folder = local_folder(model, revision=hub.revision, token=hub.token, cache_dir=hub.cache_dir)
         checkpoint = Checkpoint.open(folder)
         if checkpoint.quantization_config() is not None:
-            raise ValueError(
-                f"{model} is quantized already; name the original, or use `fp4 convert` for another format"
-            )
+            checkpoint = dense_view(checkpoint)
         broken = tokenizer_problem(folder)
         if broken is not None:
             raise ValueError(broken)
@@ -275,7 +274,8 @@ class Job:
             report = build_report(
                 self.request
                 | {"data": data, "architectures": self.skeleton.model.config.architectures}
-                | {"base_model": self.model if is_hub_id(self.model) else None},
+                | {"base_model": self.model if is_hub_id(self.model) else None}
+                | {"source_quantization": describe(self.skeleton.checkpoint)},
                 rows,
                 kept_rows(self.skeleton, self.plan),
                 command=command,
@@ -344,7 +344,8 @@ def quantize(
     Args:
         model: a folder or a hub id.
         out: the folder to make.
-        scheme: a name of ``fp4.scheme.SCHEMES``: nvfp4, nvfp4a16, nvfp4a8, mxfp4, mxfp4a16, fp8_dynamic.
+        scheme: a name of ``fp4.scheme.SCHEMES``: nvfp4, nvfp4a16, nvfp4a8, mxfp4, mxfp4a16, fp8_dynamic,
+            fp8_block, mxfp8.
         method: a name of ``fp4.methods.METHODS``: rtn, gptq, autoround, best.
         data: what to calibrate on: a recipe (YAML), a file (txt, jsonl, parquet), a folder, a hub id; None for the
             text that comes with fp4 (:func:`fp4.calibration.data.load_samples`).
