@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from fp4.checkpoint import LayerScheme, StoredLinear, holders
-from fp4.numerics.formats import FP8, MXFP4, NVFP4, dequantize, quantize
+from fp4.numerics.formats import FP8, FP8_BLOCK, MXFP4, MXFP8, NVFP4, dequantize, quantize
 from fp4.rounding import round_to_nearest
 from fp4.scheme import SCHEMES, Scheme
 
 
 def test_the_names() -> None:
-    assert list(SCHEMES) == ["nvfp4", "nvfp4a16", "nvfp4a8", "mxfp4", "mxfp4a16", "fp8_dynamic"]
+    assert list(SCHEMES) == ["nvfp4", "nvfp4a16", "nvfp4a8", "mxfp4", "mxfp4a16", "fp8_dynamic", "fp8_block", "mxfp8"]
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -35,20 +35,26 @@ def test_formats_and_activations() -> None:
         "mxfp4": (MXFP4, "fp4"),
         "mxfp4a16": (MXFP4, "model"),
         "fp8_dynamic": (FP8, "fp8"),
+        "fp8_block": (FP8_BLOCK, "fp8"),
+        "mxfp8": (MXFP8, "fp8"),
     }
 
 
 def test_input_formats() -> None:
     assert Scheme(NVFP4).input_format == NVFP4
     assert Scheme(NVFP4, activations="fp8").input_format == FP8
-    assert Scheme(FP8).input_format == FP8
+    for fmt in (FP8, FP8_BLOCK, MXFP8):
+        for activations in ("auto", "fp8"):
+            scheme = Scheme(fmt, activations=activations)  # type: ignore[arg-type]
+            assert (scheme.input_format, scheme.mixes_formats) == (fmt, False)
 
 
 def test_what_k_must_be_a_multiple_of() -> None:
     assert Scheme(NVFP4).k_multiple == 16
     assert Scheme(NVFP4.wide(32)).k_multiple == 32
     assert Scheme(NVFP4, rotation="hadamard", group_size=64).k_multiple == 64
-    assert Scheme(FP8).k_multiple == 1
+    assert Scheme(FP8).k_multiple == Scheme(FP8_BLOCK).k_multiple == 1
+    assert Scheme(MXFP8).k_multiple == 32
 
 
 def test_wide_blocks_share_the_scale_of_all_their_elements() -> None:
@@ -97,4 +103,6 @@ def test_bits_count_the_blocks_that_share_a_scale() -> None:
         "mxfp4": 4.25,
         "mxfp4a16": 4.25,
         "fp8_dynamic": 8,
+        "fp8_block": 8 + 32 / 128**2,
+        "mxfp8": 8.25,
     }

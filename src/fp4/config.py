@@ -7,22 +7,13 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
-from fp4.numerics.formats import FP8, MXFP4, NVFP4, WEIGHT_FORMATS, Format
+from fp4.numerics.formats import WEIGHT_FORMATS, Format
+from fp4.numerics.fp_quant_options import FP_QUANT_GLOBAL_SCALE, FP_QUANT_GRADIENTS, FP_QUANT_RULES
 from fp4.numerics.rotation import ROTATIONS
-from fp4.numerics.tool_rounding import TOOL_RULES
+from fp4.numerics.tool_rounding import TOOL_INPUT_RULES, TOOL_RULES
 from fp4.ops import BACKENDS
 from fp4.scheme import SCHEMES, Scheme, preset_of
 from fp4.selection import first_fit, require_pattern
-
-# FP-Quant multiplies blocks by 3 before it takes their scale, which is a fixed global scale of 1/3. QuEST has none.
-_FP_QUANT_GLOBAL_SCALE = 1 / 3
-# The rule of block scales that each forward_method of FP-Quant means, by format. Only these formats can be rotated.
-_FP_QUANT_RULES: dict[Format, dict[str, str]] = {
-    NVFP4: {"abs_max": "abs_max"},
-    MXFP4: {"abs_max": "below_six", "quest": "quest"},
-}
-# The rules by which other tools round activations, where they differ from the preset's.
-_TOOL_INPUT_RULES: dict[tuple[object, Format], str] = {("modelopt", MXFP4): "ceil"}
 
 _OVERRIDABLE = (
     "scheme",
@@ -47,7 +38,7 @@ def _options_of(scheme: object) -> dict[str, str]:
     _require(scheme, tuple(SCHEMES), "scheme")
     preset = SCHEMES[str(scheme)].scheme
     # Not all hardware multiplies activations in the weight's own format, so "auto" decides where the model runs.
-    native = preset.activations == preset.format.kind.lower()
+    native = preset.activations == preset.format.native_activations
     return {"forward_dtype": preset.format.family, "activation_dtype": "auto" if native else preset.activations}
 
 
@@ -146,12 +137,9 @@ class FPQuantConfig(QuantizationConfigMixin):
         self.activation_scaling = activation_scaling
         self.backend = backend
         # The first pattern that fits wins, and config.json would sort the keys of a dictionary, so this is a list.
+        by_pattern = [] if overrides is None else overrides
         self.overrides: list[list[Any]] = (
-            []
-            if overrides is None
-            else [list(i) for i in overrides.items()]
-            if isinstance(overrides, dict)
-            else overrides
+            [list(item) for item in by_pattern.items()] if isinstance(by_pattern, dict) else by_pattern
         )
         self.strict = strict
         self.checkpoint_format = checkpoint_format
@@ -176,7 +164,7 @@ class FPQuantConfig(QuantizationConfigMixin):
 
     @property
     def _fp8_inputs(self) -> bool:
-        return self._format.kind == "FP8" or self.activation_dtype == "fp8"
+        return "fp8" in (self._format.native_activations, self.activation_dtype)
 
     @property
     def _tools(self) -> tuple[str, ...]:
@@ -185,11 +173,14 @@ class FPQuantConfig(QuantizationConfigMixin):
 
     def _check_training(self) -> None:
         fmt = self._format
-        methods = tuple(_FP_QUANT_RULES.get(fmt, ("abs_max",)))
+        methods = tuple(FP_QUANT_RULES.get(fmt, ("abs_max",)))
         _require(self.forward_method, methods, f"forward_method (of {fmt.name})")
-        _require(self.backward_dtype, ("bf16", "mxfp8", "mxfp4"), "backward_dtype")
-        if self.backward_dtype != "bf16" and fmt != MXFP4:
-            raise ValueError(f"backward_dtype {self.backward_dtype!r} needs forward_dtype 'mxfp4', found {fmt.name!r}")
+        _require(self.backward_dtype, ("bf16", *FP_QUANT_GRADIENTS), "backward_dtype")
+        needed = FP_QUANT_GRADIENTS.get(self.backward_dtype, fmt)
+        if fmt != needed:
+            raise ValueError(
+                f"backward_dtype {self.backward_dtype!r} needs forward_dtype {needed.name!r}, found {fmt.name!r}"
+            )
         if self.store_master_weights and self.backward_dtype != "bf16":
             raise ValueError(
                 f"training computes gradients in the model's dtype, but backward_dtype is {self.backward_dtype!r}; "
@@ -212,9 +203,9 @@ class FPQuantConfig(QuantizationConfigMixin):
             weight_rule = preset.scheme.weight_rule
         if self.scale_rule in self._tools:
             rotation, group_size = "identity", fmt.k_multiple
-            activation_rule = _TOOL_INPUT_RULES.get((self.scale_rule, fmt), activation_rule)
+            activation_rule = TOOL_INPUT_RULES.get((self.scale_rule, fmt), activation_rule)
         # An option that only FP-Quant's configuration has asks for the whole of FP-Quant's behaviour.
-        named = fmt in _FP_QUANT_RULES and (
+        named = fmt in FP_QUANT_RULES and (
             self.transform_init is not None or self.hadamard_group_size is not None or self.forward_method == "quest"
         )
         if named:
@@ -235,7 +226,7 @@ class FPQuantConfig(QuantizationConfigMixin):
 
     def _check_numerics(self) -> None:
         fmt, size = self._format, self.hadamard_group_size
-        if fmt not in _FP_QUANT_RULES and (self.transform_init != "identity" or size != 1):
+        if fmt not in FP_QUANT_RULES and (self.transform_init != "identity" or size != fmt.k_multiple):
             raise ValueError(
                 f"{fmt.kind} weights are not rotated, but transform_init is {self.transform_init!r} and "
                 f"hadamard_group_size {size!r}; leave both out"
@@ -245,14 +236,14 @@ class FPQuantConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"hadamard_group_size is {size!r}; {fmt.name} needs a power of two of at least {fmt.k_multiple}"
             )
-        own_rules = ("fp_quant",) if fmt in _FP_QUANT_RULES else ()
+        own_rules = ("fp_quant",) if fmt in FP_QUANT_RULES else ()
         _require(self.scale_rule, (*own_rules, *fmt.rules, *self._tools), f"scale_rule (of {fmt.name})")
         on_the_fly = tuple(rule for rule in fmt.rules if rule != "mse")
         _require(self.activation_rule, (*own_rules, *on_the_fly), f"activation_rule (of {fmt.name})")
         scalings = ("dynamic",) if self._fp8_inputs else ("dynamic", "static")
         of_fp8 = " (of FP8 activations)" if self._fp8_inputs else ""
         _require(self.activation_scaling, scalings, f"activation_scaling{of_fp8}")
-        precisions = ("auto", *dict.fromkeys((fmt.kind.lower(), "fp8")), "model")
+        precisions = ("auto", *dict.fromkeys((fmt.native_activations, "fp8")), "model")
         _require(self.activation_dtype, precisions, f"activation_dtype (beside {fmt.kind} weights)")
 
     def _check_running(self) -> None:
@@ -298,7 +289,9 @@ class FPQuantConfig(QuantizationConfigMixin):
                 )
             item[1] = self._without_scheme(pattern, options)
             self._overridden(item[1])
-        fp8 = self._fp8_inputs or any(FP8.name in (options or {}).values() for _, options in self.overrides)
+        fp8 = self._fp8_inputs or any(
+            self._overridden(options)._fp8_inputs for _, options in self.overrides if options is not None
+        )
         if self.store_master_weights and fp8:
             raise ValueError("training quantizes to FP4, but store_master_weights is set beside FP8; choose one")
 
@@ -361,14 +354,15 @@ class FPQuantConfig(QuantizationConfigMixin):
     def _overridden(self, options: dict[str, Any]) -> FPQuantConfig:
         own = {name: getattr(self, name) for name in ("activation_dtype", "backend", "pseudoquantization")}
         forward_dtype = options.get("forward_dtype", self.forward_dtype)
-        if own["activation_dtype"] == "fp4" and forward_dtype == FP8.name:
-            own["activation_dtype"] = "fp8"
+        fmt = WEIGHT_FORMATS.get(str(forward_dtype))
+        if fmt is not None and own["activation_dtype"] == self._format.native_activations != "fp8":
+            own["activation_dtype"] = fmt.native_activations
         if forward_dtype == self.forward_dtype:
             own["forward_dtype"] = self.forward_dtype
             own |= self._numerics()
-        elif self.scale_rule == "fp_quant" and forward_dtype != FP8.name:
+        elif self.scale_rule == "fp_quant" and fmt in FP_QUANT_RULES:
             own |= {"scale_rule": "fp_quant", "transform_init": self.transform_init}
-        elif WEIGHT_FORMATS.get(str(forward_dtype)) in TOOL_RULES.get(str(self.scale_rule), ()):
+        elif fmt in TOOL_RULES.get(str(self.scale_rule), ()):
             own["scale_rule"] = self.scale_rule
         return FPQuantConfig(**(own | options))
 
@@ -385,11 +379,11 @@ class FPQuantConfig(QuantizationConfigMixin):
         if override is not None:
             return None if override[1] is None else self._overridden(override[1]).scheme_for(name)
         fmt = self._format
-        fp_quant_rule = _FP_QUANT_RULES.get(fmt, {}).get(self.forward_method, "")
+        fp_quant_rule = FP_QUANT_RULES.get(fmt, {}).get(self.forward_method, "")
         emulated = "fp8" if self._fp8_inputs else "fp4"
         fixed = None
         if self.scale_rule == "fp_quant":
-            fixed = None if self.forward_method == "quest" else _FP_QUANT_GLOBAL_SCALE
+            fixed = None if self.forward_method == "quest" else FP_QUANT_GLOBAL_SCALE
         scheme = Scheme(
             format=fmt,
             weight_rule=fp_quant_rule if self.scale_rule == "fp_quant" else str(self.scale_rule),

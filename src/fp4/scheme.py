@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fp4.numerics.formats import FP8, MXFP4, NVFP4, Format
+from fp4.numerics.formats import FP8, FP8_BLOCK, MXFP4, MXFP8, NVFP4, Format
 
 Activations = Literal["auto", "fp4", "fp8", "model"]
 
@@ -15,11 +15,12 @@ class Scheme:
     """How a layer is quantized and run.
 
     Attributes:
-        format: the format of the weight, and of the activations where those are FP4.
+        format: the format of the weight, and of the activations where those have as many bits.
         weight_rule: how block scales of the weight are chosen (:meth:`.Format.quantize`).
-        activations: ``"fp4"`` quantizes activations on every call (W4A4), ``"fp8"`` does so to FP8 (W4A8, or W8A8
-            beside FP8 weights), ``"model"`` leaves them in the model's dtype (W4A16), and ``"auto"`` quantizes them to
-            the weight's format where the hardware multiplies that format and leaves them elsewhere.
+        activations: ``"fp4"`` quantizes activations on every call (W4A4), ``"fp8"`` does so to FP8 (W4A8; beside
+            weights of 8 bits to the weight's own format, W8A8), ``"model"`` leaves them in the model's dtype (W4A16),
+            and ``"auto"`` quantizes them to the weight's format where the hardware multiplies that format and leaves
+            them elsewhere.
         activation_rule: how block scales of the activations are chosen.
         rotation: a name in ``rotation.ROTATIONS``; ``"identity"`` means no rotation.
         group_size: the number of columns that are rotated together.
@@ -38,7 +39,8 @@ class Scheme:
     @property
     def input_format(self) -> Format:
         """The format that activations are quantized to, if they are quantized."""
-        return FP8 if self.activations == "fp8" else self.format
+        another = self.activations == "fp8" != self.format.native_activations
+        return FP8 if another else self.format
 
     @property
     def mixes_formats(self) -> bool:
@@ -117,6 +119,17 @@ SCHEMES: dict[str, Preset] = {
         "W8A8: E4M3 weights with one scale a channel, E4M3 activations with one scale a token, taken from each call.",
         f"GPUs with FP8 tensor cores (compute capability 8.9 and newer); {_ANYWHERE}, or emulated",
     ),
+    "fp8_block": Preset(
+        Scheme(FP8_BLOCK, "abs_max", "fp8"),
+        "W8A8: E4M3 weights with one scale a block of 128 x 128, E4M3 activations with one for each 128 columns of a "
+        "token, taken from each call.",
+        f"Hopper and Blackwell in engines; here {_ANYWHERE}, or emulated",
+    ),
+    "mxfp8": Preset(
+        Scheme(MXFP8, "ceil", "fp8", "ceil"),
+        "W8A8: E4M3 weights and activations in blocks of 32 under power-of-two scales.",
+        f"Blackwell tensor cores in engines; here {_ANYWHERE}, or emulated",
+    ),
 }
 
 
@@ -132,3 +145,19 @@ def preset_of(format: Format, activations: Activations) -> Preset:
     """
     presets = [preset for preset in SCHEMES.values() if preset.scheme.format.family == format.family]
     return next((preset for preset in presets if preset.scheme.activations == activations), presets[0])
+
+
+def name_of(format: Format, activations: Activations) -> str:
+    """The name of a format, whatever its block size, beside some precision of activations, as in ``SCHEMES``.
+
+    Args:
+        format: the format of the weight.
+        activations: the precision of the activations.
+
+    Returns:
+        the name of the preset for both; where there is none, a name of the same form, such as ``mxfp4a8``.
+    """
+    for name, preset in SCHEMES.items():
+        if (preset.scheme.format.family, preset.scheme.activations) == (format.family, activations):
+            return name
+    return format.family + {"auto": "", "fp4": "", "fp8": "a8", "model": "a16"}[activations]

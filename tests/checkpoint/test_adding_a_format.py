@@ -17,11 +17,8 @@ from transformers.quantizers import auto
 import fp4
 from fp4.checkpoint import CODECS
 from fp4.checkpoint.convert import convert
-from fp4.checkpoint.formats.codec import (
-    Codec,
-    LayerScheme,
-    Serving,
-    StoredLinear,
+from fp4.checkpoint.formats.codec import Codec, LayerScheme, Serving, StoredLinear
+from fp4.checkpoint.formats.stored_tensors import (
     read_codes,
     read_scales,
     require,

@@ -16,8 +16,9 @@ from naive import GRID
 from shards import tensors_of
 
 from fp4.checkpoint import CODECS, LayerScheme, codec_for
-from fp4.checkpoint.formats.codec import StoredLinear, as_stored, name_rotation, store_multiplied, store_reciprocal
+from fp4.checkpoint.formats.codec import StoredLinear, as_stored, name_rotation
 from fp4.checkpoint.formats.modelopt import ModelOptCodec
+from fp4.checkpoint.formats.stored_scales import store_multiplied, store_reciprocal
 from fp4.checkpoint.io.headers import Checkpoint, load
 from fp4.checkpoint.layers import packed_layers, peek
 from fp4.numerics.formats import MXFP4, NVFP4, dequantize, quantize

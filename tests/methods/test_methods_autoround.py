@@ -58,6 +58,15 @@ def test_the_same_seed_gives_the_same_bytes_and_gradients_leave_no_trace() -> No
     assert "forward" not in vars(block.linear("up_proj"))
 
 
+def test_powers_of_two_stay_as_they_are_beside_a_global_scale() -> None:
+    block = make_block(Scheme(MXFP4, "abs_max", "model", global_scale=1 / 3))
+    start = rtn_block(block, RTNOptions())
+    for layer, result in autoround_block(block, AutoRoundOptions(4)).items():
+        assert result.weight.scales.dtype == torch.float8_e8m0fnu
+        assert torch.equal(result.weight.global_scale, start[layer].weight.global_scale)
+        assert result.weight.format.dequantize(*result.weight[:3]).isfinite().all()
+
+
 @pytest.mark.parametrize("method", ["gptq", "best"])
 def test_calibrated_methods_are_deterministic_and_better_than_rounding(method: str) -> None:
     for fmt in (NVFP4, MXFP4):

@@ -57,7 +57,7 @@ def test_names_find_formats() -> None:
     for fmt in (NVFP4, MXFP4, FP8, *WIDE):
         assert format_named(fmt.name) == fmt
     for name in ("int4", "nvfp4_", "nvfp4_x", "_32", ""):
-        with pytest.raises(ValueError, match="is unknown; expected one of nvfp4, mxfp4, fp8"):
+        with pytest.raises(ValueError, match="is unknown; expected one of nvfp4, mxfp4, fp8, fp8_block, mxfp8"):
             format_named(name)
     for name in ("nvfp4_24", "nvfp4_8", "mxfp4_16", "fp8_32"):
         with pytest.raises(ValueError, match=r"in blocks of \d+ was asked for; expected a multiple of"):
@@ -109,10 +109,10 @@ def test_wide_weights_run_on_every_backend_and_come_back(fmt: Format, backend: s
 # --- formats that fp4 does not have ----------------------------------------------------------------------------------
 
 
-class MXFP8(BlockFormat):
+class ToyMX8(BlockFormat):
     """E4M3 elements in blocks of 32 under powers of two (OCP MX v1.0)."""
 
-    family = "mxfp8"
+    family = "toy_mx8"
     element = E4M3
     own_block_size = 32
     scale_dtype = torch.float8_e8m0fnu
@@ -124,10 +124,10 @@ class MXFP8(BlockFormat):
         return encode_e8m0(floor_log2(blocks.abs().amax(-1)) - 8)  # 8 is E4M3's largest exponent
 
 
-class FP8Blocks(Format):
+class ToyBlocks(Format):
     """E4M3 elements in blocks of 128 x 128 under float32 scales, as DeepSeek's checkpoints have them."""
 
-    family = "fp8_block"
+    family = "toy_blocks"
     element = E4M3
     own_block_size = 128
     block_rows = 128
@@ -146,7 +146,7 @@ class FP8Blocks(Format):
         effective = scales.repeat_interleave(128, -2).repeat_interleave(128, -1)[..., : x.shape[-2], :]
         return QuantizedTensor(self.element.encode(x.float() / effective), scales, None, self)
 
-    def _spread(self, values: Tensor, effective: Tensor) -> Tensor:
+    def spread(self, values: Tensor, effective: Tensor) -> Tensor:
         return values * effective.repeat_interleave(128, -2).repeat_interleave(128, -1)[..., : values.shape[-2], :]
 
     def fake_quantize(self, x: Tensor, rule: str = "abs_max", global_scale: Tensor | None = None) -> Tensor:
@@ -155,7 +155,7 @@ class FP8Blocks(Format):
         return (self.element.decode(self.element.encode(groups / scale)) * scale).flatten(-2)
 
 
-@pytest.mark.parametrize("fmt", [MXFP8(), FP8Blocks()], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", [ToyMX8(), ToyBlocks()], ids=lambda fmt: fmt.name)
 def test_a_new_format_is_one_class_and_one_row(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(WEIGHT_FORMATS, fmt.name, fmt)
     monkeypatch.setattr(type(REFERENCE), "formats", (*REFERENCE.formats, fmt.name))
@@ -172,7 +172,7 @@ def test_a_new_format_is_one_class_and_one_row(fmt: Format, monkeypatch: pytest.
         assert module.scales.shape == fmt.scale_shape((n, k))
         values = module.dequantize()
         assert ((values - dense.weight.float()).abs() <= dense.weight.abs().max() * 2**-3).all()
-        read = {"model": x.float(), "auto": x.float(), "fp8": FP8.fake_quantize(x), "fp4": fmt.fake_quantize(x)}
+        read = {"model": x.float(), "auto": x.float(), "fp8": fmt.fake_quantize(x), "fp4": fmt.fake_quantize(x)}
         expected = (read[activations] @ values.T + dense.bias.float()).bfloat16()
         torch.testing.assert_close(module(x), expected)
         again = copy.deepcopy(module)

@@ -260,11 +260,9 @@ def test_an_unknown_model_type_is_refused(tmp_path: Path) -> None:
         fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
 
 
-def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     model = save_small("llama", tmp_path / "model")
     fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
-    with pytest.raises(ValueError, match="quantized already"):
-        fp4.quantize(tmp_path / "out", tmp_path / "again", "nvfp4a16", "rtn")
     with pytest.raises(ValueError, match=r"out exists; name another folder, or replace it with overwrite=True$"):
         fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
 

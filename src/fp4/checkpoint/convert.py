@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fp4.checkpoint import Codec, LayerScheme, codec_for, codec_named
-from fp4.checkpoint.formats.codec import InexactScale
+from fp4.checkpoint.formats.stored_scales import InexactScale
 from fp4.checkpoint.io.headers import Checkpoint, TensorInfo, load, self_sufficient_files
 from fp4.checkpoint.io.hub import local_folder
 from fp4.checkpoint.io.publish import Staging, identity_of, plain_errors, refuse_existing, write_companions

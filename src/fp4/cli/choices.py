@@ -11,7 +11,7 @@ import typer
 
 from fp4.spelling import hint
 
-SCHEMES = ("nvfp4", "nvfp4a16", "nvfp4a8", "mxfp4", "mxfp4a16", "fp8_dynamic")
+SCHEMES = ("nvfp4", "nvfp4a16", "nvfp4a8", "mxfp4", "mxfp4a16", "fp8_dynamic", "fp8_block", "mxfp8")
 #: Names of checkpoint formats.
 FORMATS = ("compressed-tensors", "fp_quant", "modelopt", "auto-round", "mxfp4")
 #: What each method costs, by its name.

@@ -39,7 +39,7 @@ def schemes(as_json: Annotated[bool, typer.Option("--json", help="Print everythi
         return
     table = Table(Column("scheme", style="bold"), "what it does", "bits", "runs on", "formats")
     for name, preset in SCHEMES.items():
-        bits = f"{preset.scheme.format.bits_per_weight:g}"
+        bits = f"{preset.scheme.format.bits_per_weight:.3g}"
         table.add_row(name, preset.summary, bits, preset.runs_on, ", ".join(formats[name]))
     console.print(table)
     methods = Table(Column("method", style="bold"), "cost")

@@ -21,7 +21,7 @@ from fp4.methods.grid import assemble, nearest
 from fp4.methods.rtn import RTNOptions, rtn_block
 from fp4.methods.scale_search import effective, search_scales
 from fp4.methods.tiling import elements_at_once
-from fp4.numerics.elements import decode_e2m1, encode_e4m3, unpack_codes
+from fp4.numerics.elements import decode_e2m1, unpack_codes
 from fp4.numerics.rotation import rotate
 from fp4.scheme import Scheme
 
@@ -80,7 +80,8 @@ class _Learned(nn.Module):
 
     def __init__(self, layers: list[str], weights: list[Tensor], starts: list[LayerResult], scheme: Scheme) -> None:
         super().__init__()
-        self.layers, self.scheme, self.starts = layers, scheme, dict(zip(layers, starts, strict=True))
+        self.layers, self.scheme, self.format = layers, scheme, scheme.format
+        self.starts = dict(zip(layers, starts, strict=True))
         quantized = [start.weight for start in starts]
         global_scales = [weight.global_scale for weight in quantized if weight.global_scale is not None]
         self.global_scale = torch.stack(global_scales)[:, None, None] if global_scales else None
@@ -99,10 +100,11 @@ class _Learned(nn.Module):
         return scale.repeat_interleave(self.scheme.format.block_size, dim=-1)
 
     def scales(self) -> Tensor:
-        """Block scales as they would be stored now; MXFP4 keeps its own, since E8M0 cannot express small changes."""
-        if self.global_scale is None:
+        """Block scales as they would be stored now."""
+        if not self.format.fine_scales:
             return self.block_scales
-        return encode_e4m3(self.scale * self.factor / self.global_scale.float())
+        exact = self.scale * self.factor
+        return self.format.nearest_scales(exact if self.global_scale is None else exact / self.global_scale.float())
 
     def _rounded(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Weights over ``scale`` ``[E, N, K]`` with their offsets, and the grid values that they round to."""
@@ -113,7 +115,7 @@ class _Learned(nn.Module):
     def forward(self) -> Tensor:
         """The weights as they would be stored now, with gradients to both parameters: float32 ``[E, N, K]``."""
         scale = self.scale
-        if self.global_scale is not None:
+        if self.format.fine_scales:
             exact = scale * self.factor
             stored = effective(self.scales(), self.global_scale)
             scale = exact + (stored - exact).detach()
@@ -134,7 +136,7 @@ class _Learned(nn.Module):
         """Move both parameters by ``rate`` against the sign of their gradients, given the gradient of ``weights``."""
         self.weights, self._weight_of = None, {}
         parameters = [(self.offset, -0.5, 0.5)]
-        if self.global_scale is not None:
+        if self.format.fine_scales:
             parameters.append((self.factor, 0.5, 1.5))
         with torch.enable_grad():
             gradients = torch.autograd.grad(self(), [parameter for parameter, _, _ in parameters], gradient)

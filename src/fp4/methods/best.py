@@ -2,7 +2,7 @@
 
 1. ``equalise``: an equivalent block whose channels are alike, for inputs and weights both.
 2. Second moments of the inputs as they will be multiplied: from the quantized prefix, rounded to FP4 at W4A4.
-3. ``forward_sweep`` (NVFP4) or ``gptq`` (MXFP4) on them, improved by ``descend``.
+3. ``forward_sweep`` (fine scales: NVFP4) or ``gptq`` (MXFP4) on them, improved by ``descend``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def best(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | No
 
     Args:
         weight: ``[..., N, K]``, computed with in float32.
-        goal: with its Hessian and, for a format with a global scale, blocks of columns together in its order.
+        goal: with its Hessian and, for a format with fine scales, blocks of columns together in its order.
         fmt: the format to round to.
         global_scale: float64 ``[...]`` or ``[]``, None for a format without.
         sweeps: passes of coordinate descent.
@@ -56,7 +56,7 @@ def best(weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | No
 def _best_rows(
     weight: Tensor, goal: Objective, fmt: Format, global_scale: Tensor | None, sweeps: int
 ) -> QuantizedTensor:
-    if fmt.needs_global_scale:
+    if fmt.fine_scales:
         start = forward_sweep(weight, goal, fmt, global_scale)
     else:  # Powers of two leave little to choose, and visiting columns one by one by importance gains more.
         codes, scales, _, _ = gptq(weight, goal, fmt, global_scale)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fp4.methods.grid import nearest_
 from fp4.methods.hessian import Objective, invert_lower_
-from fp4.methods.scale_search import NEAR_OFFSETS, WIDE_OFFSETS, effective, neighbours, scale_to_six
+from fp4.methods.scale_search import NEAR_OFFSETS, WIDE_OFFSETS, effective, full_range, neighbours
 from fp4.methods.tiling import reordered
 from fp4.numerics.formats import Format
 
@@ -107,7 +107,7 @@ def forward_sweep(weight: Tensor, goal: Objective, fmt: Format, global_scale: Te
     for start in range(0, W.shape[-2], size):
         inside = slice(start, start + size)
         target = W[..., inside, :] - goal.Hinv[..., inside, :start] @ Err[..., :start, :]
-        middle = scale_to_six(target.abs().amax(dim=-2), fmt, global_scale)
+        middle = full_range(target.abs().amax(dim=-2), fmt, global_scale)
         candidates = neighbours(middle, fmt, WIDE_OFFSETS[fmt.family]).movedim(0, -2)
         block = _round_block(target, goal.Hinv[..., inside, inside], candidates, global_scale)
         Q[..., inside, :], Err[..., inside, :] = block.values, block.Err

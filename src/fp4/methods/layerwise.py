@@ -122,7 +122,7 @@ def _matrices(
         if not scheme.format.feeds_errors:
             continue
         fmt = scheme.format
-        together = fmt.block_size if blocks_together and fmt.needs_global_scale else 1
+        together = fmt.block_size if blocks_together and fmt.fine_scales else 1
         goal = objective(moments, damping, f"{block.name}.{layers[0]}", together, keep_hessian)
         for group in groups:
             members = [layer for layer in group if layer in layers]

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fp4.methods.grid import nearest_
 from fp4.numerics.block_scales import effective_scales
-from fp4.numerics.elements import E2M1_MAX, encode_e4m3, encode_e8m0
 from fp4.numerics.formats import Format
 
 # Candidates by format, in representable steps from a first scale. OFFSETS and WIDE_OFFSETS start from the scale that
@@ -20,8 +19,8 @@ NEAR_OFFSETS = {"nvfp4": (0, -1, 1, -2, 2), "mxfp4": (0, 1, -1)}
 _TILE = 2**15  # weights whose block scales are searched together, few enough for a cache with every candidate
 
 
-def scale_to_six(amax: Tensor, fmt: Format, global_scale: Tensor | None) -> Tensor:
-    """The block scale that maps ``amax`` to 6, the largest E2M1 value; for E8M0 the one by the OCP floor rule.
+def full_range(amax: Tensor, fmt: Format, global_scale: Tensor | None) -> Tensor:
+    """The block scales that map largest magnitudes to the top of the element's range.
 
     Args:
         amax: largest magnitude of each block, float32 ``[...]``.
@@ -31,10 +30,7 @@ def scale_to_six(amax: Tensor, fmt: Format, global_scale: Tensor | None) -> Tens
     Returns:
         block scales ``[...]``.
     """
-    if global_scale is not None:
-        amax = amax / global_scale.float()
-    # The exponent for E8M0 is floor(log2(amax)) - 2, and frexp gives amax = mantissa in [1/2, 1) times 2**exponent.
-    return encode_e4m3(amax / E2M1_MAX) if fmt.needs_global_scale else encode_e8m0(torch.frexp(amax).exponent - 3)
+    return fmt.full_range_scales(amax if global_scale is None else amax / global_scale.float())
 
 
 def neighbours(scales: Tensor, fmt: Format, offsets: tuple[int, ...]) -> Tensor:
@@ -76,7 +72,7 @@ def _search_tile(weight: Tensor, cost: Tensor, fmt: Format, global_scale: Tensor
     """Bytes of the best scales of some rows, few enough to stay in a cache with every candidate."""
     # The elements of a block are the first axis, so that sums over them add whole rows of memory; candidates are next.
     blocks = weight.unflatten(-1, (-1, fmt.block_size)).movedim(-1, 0)[:, None].contiguous()
-    candidates = neighbours(scale_to_six(blocks[:, 0].abs().amax(dim=0), fmt, global_scale), fmt, OFFSETS[fmt.family])
+    candidates = neighbours(full_range(blocks[:, 0].abs().amax(dim=0), fmt, global_scale), fmt, OFFSETS[fmt.family])
     scale = effective(candidates, global_scale)
     rounded = nearest_(blocks * scale.reciprocal())
     error = torch.addcmul(blocks, rounded, scale, value=-1).square_().mul_(cost).sum(dim=0)

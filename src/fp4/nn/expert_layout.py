@@ -61,6 +61,14 @@ class ExpertsLayout:
         """``(N, K)`` of one matrix of one expert."""
         return (self.outputs, self.intermediate) if part == DOWN else (self.intermediate, self.hidden)
 
+    def obstacle_to_blocks(self, projection: str, block_rows: int) -> str | None:
+        """Why a projection cannot be quantized where so many rows share a scale, or None."""
+        rows = self.projections[projection][0] // len(self.parts(projection))
+        if block_rows == 1 or len(self.parts(projection)) == 1 or (self.is_concatenated and rows % block_rows == 0):
+            return None
+        lie = f"{rows} rows each" if self.is_concatenated else "rows that alternate"
+        return f"gate and up projection have {lie}, and a scale for every {block_rows} rows would belong to both"
+
     def split(self, rows: Tensor, projection: str) -> list[Tensor]:
         """Rows of each matrix of a projection, as views.
 

@@ -144,4 +144,7 @@ def _experts_obstacle(layout: ExpertsLayout, schemes: dict[str, tuple[Scheme, st
         multiple = schemes[projection][0].k_multiple
         if columns % multiple:
             return f"the {columns} columns of {projection} are not a multiple of {multiple}"
+        obstacle = layout.obstacle_to_blocks(projection, schemes[projection][0].format.block_rows)
+        if obstacle is not None:
+            return obstacle
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class Format(ABC):
             the data.
         takes_global_scale: whether the format can hold a global scale.
         feeds_errors: whether elements are so coarse that methods gain by feeding rounding errors on to later columns.
+        fine_scales: whether block scales lie so close together that small changes of a scale can be stored, which
+            powers of two do not.
         block_rows: the number of rows that share a scale.
         scale_bytes: the smallest and the largest byte that a rule may choose, where scales are single bytes.
         scale_nan: the byte of a NaN scale, where scales are single bytes; bytes of valid scales are smaller.
@@ -46,6 +48,7 @@ class Format(ABC):
     needs_global_scale: ClassVar[bool] = False
     takes_global_scale: ClassVar[bool] = True
     feeds_errors: ClassVar[bool] = True
+    fine_scales: ClassVar[bool] = False
     block_rows: ClassVar[int] = 1
     scale_bytes: ClassVar[tuple[int, int]]
     scale_nan: ClassVar[int]
@@ -99,6 +102,11 @@ class Format(ABC):
     def kind(self) -> str:
         """``"FP4"`` or ``"FP8"``."""
         return f"FP{self.element.bits}"
+
+    @property
+    def native_activations(self) -> Literal["fp4", "fp8"]:
+        """The precision of the activations that hardware multiplies with weights in this format."""
+        return "fp4" if self.element.bits == 4 else "fp8"
 
     @property
     def code_dtype(self) -> torch.dtype:
@@ -216,6 +224,28 @@ class Format(ABC):
         """
         raise ValueError(f"{self.name} takes no global scale from the data")
 
+    def nearest_scales(self, values: Tensor) -> Tensor:
+        """The scales nearest to positive values, for powers of two in their logarithm: float32 -> ``scale_dtype``.
+
+        Raises:
+            ValueError: methods do not choose the scales of this format.
+        """
+        raise ValueError(f"{self.name} has no block scales for a method to choose")
+
+    def full_range_scales(self, amax: Tensor) -> Tensor:
+        """The scales that map largest magnitudes to the top of the element's range, as the rule ``abs_max`` does.
+
+        Args:
+            amax: the largest magnitude of each block over the global scale, float32 ``[...]``.
+
+        Returns:
+            ``[...]`` in ``scale_dtype``.
+
+        Raises:
+            ValueError: methods do not choose the scales of this format.
+        """
+        raise ValueError(f"{self.name} has no block scales for a method to choose")
+
     def dequantize(
         self, codes: Tensor, scales: Tensor, global_scale: Tensor | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
@@ -248,9 +278,9 @@ class Format(ABC):
             )
         if global_scale is not None:
             global_scale = per_matrix(global_scale, codes.shape[:-2])[..., None, None]
-        return self._spread(self.element.decode(codes), effective_scales(scales, global_scale)).to(dtype)
+        return self.spread(self.element.decode(codes), effective_scales(scales, global_scale)).to(dtype)
 
-    def _spread(self, values: Tensor, effective: Tensor) -> Tensor:
+    def spread(self, values: Tensor, effective: Tensor) -> Tensor:
         """Values ``[..., N, K]`` times the effective scales that they share."""
         blocks = values.unflatten(-1, (effective.shape[-1], self.block_size or values.shape[-1]))
         spread: Tensor = (blocks * effective[..., None]).flatten(-2)

@@ -1,4 +1,4 @@
-"""The formats NVFP4, MXFP4 and FP8. Each is an object that travels with the tensors in it. Pure torch.
+"""The formats NVFP4, MXFP4, FP8 and MXFP8. Each is an object that travels with the tensors in it. Pure torch.
 
 A quantized tensor is **codes x block scales x global scale in a format**:
 
@@ -9,6 +9,10 @@ A quantized tensor is **codes x block scales x global scale in a format**:
 * MXFP4: E2M1 elements in blocks of 32 under powers of two; the same codes, scales ``float8_e8m0fnu [..., N, K/32]``;
 * FP8: E4M3 elements under one scale a row (an output channel of a weight, a token of activations); codes
   ``float8_e4m3fn [..., N, K]``, scales ``[..., N, 1]`` in the dtype of what was quantized, no global scale;
+* FP8 in blocks: E4M3 elements in blocks of 128 x 128 (:mod:`fp4.numerics.fp8_block`); codes ``float8_e4m3fn
+  [..., N, K]``, scales ``float32 [..., N/128, K/128]``, rounded up, no global scale;
+* MXFP8: E4M3 elements in blocks of 32 under powers of two (:mod:`fp4.numerics.mxfp8`); codes ``float8_e4m3fn
+  [..., N, K]``, scales ``float8_e8m0fnu [..., N, K/32]``, no global scale;
 * global scale: ``float64 [...]``, one per matrix, multiplied; usually ``None`` for MXFP4. It is float64 because half of
   the checkpoint formats store its reciprocal in float32: ``float32(1 / float64(1 / x)) == x`` holds for every normal
   x, so those formats round-trip to the bit.
@@ -16,8 +20,8 @@ A quantized tensor is **codes x block scales x global scale in a format**:
 Rounding is to nearest, ties to the even code, of the IEEE float32 quotient ``x / effective_scale``, saturating at 6, as
 the ``cvt.rn.satfinite.e2m1x2`` instruction does. Element formats: OCP Microscaling Formats (MX) v1.0, section 5.3.
 
-To add a format, derive a class from :class:`.Format` or :class:`.BlockFormat` and add its instance to
-:data:`WEIGHT_FORMATS`. Everything else asks the object.
+To add a format, derive a class from :class:`.Format` or :class:`.BlockFormat` in a file of its own and add its instance
+to :data:`WEIGHT_FORMATS`. Everything else asks the object.
 """
 
 from __future__ import annotations
@@ -34,20 +38,26 @@ from fp4.numerics.block_scales import (
     e8m0_scales,
     global_scale_for,
 )
-from fp4.numerics.elements import E2M1, E4M3
+from fp4.numerics.elements import E2M1, E4M3, encode_e4m3, encode_e8m0
 from fp4.numerics.format import BlockFormat, Format, QuantizedTensor, dequantize, quantize
+from fp4.numerics.fp8_block import FP8BlockFormat
+from fp4.numerics.mxfp8 import MXFP8Format
 from fp4.numerics.tensors import INPUT_DTYPES, row_tiles
 
 __all__ = [
     "FORMATS",
     "FP8",
+    "FP8_BLOCK",
     "MXFP4",
+    "MXFP8",
     "NVFP4",
     "WEIGHT_FORMATS",
     "BlockFormat",
+    "FP8BlockFormat",
     "FP8Format",
     "Format",
     "MXFP4Format",
+    "MXFP8Format",
     "NVFP4Format",
     "QuantizedTensor",
     "dequantize",
@@ -66,10 +76,19 @@ class NVFP4Format(BlockFormat):
     scale_bytes, scale_nan = E4M3_SCALE_BYTES, E4M3_NAN
     rules = ("abs_max", "mse", "four_over_six")
     needs_global_scale = True
+    fine_scales = True
 
     def block_scales(self, blocks: Tensor, rule: str, global_scale: Tensor | None) -> Tensor:
         """The E4M3 scale of each block by a rule, as :meth:`.BlockFormat.block_scales` describes."""
         return e4m3_scales(blocks, rule, global_scale)
+
+    def nearest_scales(self, values: Tensor) -> Tensor:
+        """The nearest E4M3 scales, as :meth:`.Format.nearest_scales` describes."""
+        return encode_e4m3(values)
+
+    def full_range_scales(self, amax: Tensor) -> Tensor:
+        """The scales nearest to amax/6."""
+        return encode_e4m3(amax / self.element.largest)
 
     def global_scale_for(self, amax: Tensor, rule: str) -> Tensor:
         """The global scale that puts the largest block scale at the top of E4M3's range."""
@@ -89,6 +108,15 @@ class MXFP4Format(BlockFormat):
     def block_scales(self, blocks: Tensor, rule: str, global_scale: Tensor | None) -> Tensor:
         """The E8M0 scale of each block by a rule, as :meth:`.BlockFormat.block_scales` describes."""
         return e8m0_scales(blocks, rule, global_scale)
+
+    def nearest_scales(self, values: Tensor) -> Tensor:
+        """The nearest powers of two, as :meth:`.Format.nearest_scales` describes."""
+        return encode_e8m0(torch.log2(values.clamp(2.0**-127, 2.0**127)).round().to(torch.int32))
+
+    def full_range_scales(self, amax: Tensor) -> Tensor:
+        """The scales by the OCP floor rule: exponent floor(log2(amax)) - 2."""
+        # frexp gives amax = mantissa in [1/2, 1) times 2**exponent.
+        return encode_e8m0(torch.frexp(amax).exponent - 3)
 
 
 class FP8Format(Format):
@@ -153,8 +181,10 @@ class FP8Format(Format):
 NVFP4 = NVFP4Format()
 MXFP4 = MXFP4Format()
 FP8 = FP8Format()
+FP8_BLOCK = FP8BlockFormat()
+MXFP8 = MXFP8Format()
 #: All formats of weights by name; :func:`format_named` finds the variants with wider blocks too.
-WEIGHT_FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (NVFP4, MXFP4, FP8)}
+WEIGHT_FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (NVFP4, MXFP4, FP8, FP8_BLOCK, MXFP8)}
 #: The 4-bit formats.
 FORMATS: dict[str, BlockFormat] = {fmt.name: fmt for fmt in (NVFP4, MXFP4)}
 

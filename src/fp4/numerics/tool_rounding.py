@@ -103,3 +103,5 @@ _TOOLS: dict[str, dict[Format, _Rounding]] = {
 }
 #: The formats that each tool's rule is defined for.
 TOOL_RULES: dict[str, tuple[Format, ...]] = {tool: tuple(formats) for tool, formats in _TOOLS.items()}
+#: The rules by which other tools round activations, where they differ from the preset's.
+TOOL_INPUT_RULES: dict[tuple[object, Format], str] = {("modelopt", MXFP4): "ceil"}

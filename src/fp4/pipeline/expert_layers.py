@@ -14,7 +14,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist
 from fp4.calibration.expert_linears import SeparateExperts
 from fp4.checkpoint import Codec
 from fp4.checkpoint.expert_names import names_on_disk, stacks_on_disk
-from fp4.checkpoint.io.headers import TensorInfo, load
+from fp4.checkpoint.io.headers import load
 from fp4.nn.expert_layout import ExpertsLayout, layout_of
 from fp4.numerics.formats import Format, QuantizedTensor
 from fp4.pipeline.skeleton import Skeleton
@@ -167,7 +167,7 @@ class ExpertReader:
         source = self.skeleton.sources[matrix.stack]
         info = self.skeleton.checkpoint.tensors[source.keys[0]]
         if source.converter is None and info.shape == tuple(self._parameter(matrix).shape):
-            expert = load(_entry(info, matrix.expert))
+            expert = load(info.entries(matrix.expert, matrix.expert + 1))[0]
         else:
             expert = self._converted(matrix)[matrix.expert]
         rows = expert.T if layout.is_transposed else expert
@@ -187,12 +187,6 @@ class ExpertReader:
             self._held = (matrix.stack, self._parameter(matrix).data)
             module.to_empty(device="meta")
         return self._held[1]
-
-
-def _entry(info: TensorInfo, index: int) -> TensorInfo:
-    """The part of a stored stack that is its entry ``index``."""
-    size = info.nbytes // info.shape[0]
-    return info._replace(shape=info.shape[1:], start=info.start + index * size, end=info.start + (index + 1) * size)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from fp4.calibration.data import Samples, load_samples, seed_of
 from fp4.calibration.global_scales import has_static_input_scale
 from fp4.checkpoint import CODECS
 from fp4.checkpoint.contradictions import tokenizer_problem
+from fp4.checkpoint.dense_view import dense_view, describe
 from fp4.checkpoint.io.headers import Checkpoint
 from fp4.checkpoint.io.hub import is_hub_id, local_folder
 from fp4.checkpoint.io.publish import (
@@ -252,7 +253,8 @@ class Job:
         report = build_report(
             self.decisive
             | {"data": written.data, "architectures": self.skeleton.model.config.architectures}
-            | {"base_model": self.model if is_hub_id(self.model) else None},
+            | {"base_model": self.model if is_hub_id(self.model) else None}
+            | {"source_quantization": describe(self.skeleton.checkpoint)},
             written.rows,
             kept_rows(self.skeleton, self.plan),
             command=self.request.command or self.request.as_call(),
@@ -304,15 +306,13 @@ def _open(request: Request) -> Checkpoint:
     """The checkpoint to quantize, downloaded where its name is that of a model of the hub.
 
     Raises:
-        ValueError: it is quantized already, or its tokenizer contradicts it.
+        ValueError: it is quantized in a way that fp4 cannot read, or its tokenizer contradicts it.
     """
     hub = request.hub
     folder = local_folder(request.model, revision=hub.revision, token=hub.token, cache_dir=hub.cache_dir)
     checkpoint = Checkpoint.open(folder)
     if checkpoint.quantization_config() is not None:
-        raise ValueError(
-            f"{request.model} is quantized already; name the original, or use `fp4 convert` for another format"
-        )
+        checkpoint = dense_view(checkpoint)
     broken = tokenizer_problem(folder)
     if broken is not None:
         raise ValueError(broken)

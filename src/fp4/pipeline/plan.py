@@ -204,9 +204,12 @@ def _presets_of_experts(
         )
     found = {projection: preset for projection, preset in presets if preset is not None}
     for projection, (_, columns) in experts.layout.projections.items():
-        multiple = SCHEMES[found[projection]].scheme.k_multiple
-        if columns % multiple:
-            return f"the {columns} columns of {projection} are no multiple of {multiple}"
+        scheme = SCHEMES[found[projection]].scheme
+        if columns % scheme.k_multiple:
+            return f"the {columns} columns of {projection} are no multiple of {scheme.k_multiple}"
+        obstacle = experts.layout.obstacle_to_blocks(projection, scheme.format.block_rows)
+        if obstacle is not None:
+            return obstacle
     return found
 
 

@@ -11,7 +11,7 @@ import errno
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from fp4.checkpoint.contradictions import refuse_endless
+from fp4.checkpoint.dense_view import DequantizedTensor
 from fp4.checkpoint.io.headers import Checkpoint, TensorInfo, load
 from fp4.host_memory import tells_out_of_memory
+from fp4.nn.expert_layout import layout_of
 from fp4.pipeline.token_embeddings import reads_rows, rows_filled
 
 if TYPE_CHECKING:
@@ -85,9 +87,9 @@ class Skeleton:
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
-        self.checkpoint = checkpoint
         self.dtype = dtype
         self.model = _build(checkpoint, dtype, trust_remote_code)
+        self.checkpoint = _oriented(checkpoint, self.model)
         self.decoder_name, self.decoder = _decoder(self.model)
         self.blocks = self._encoder_blocks() + find_blocks(self.decoder, self.decoder_name)
         self.conversions = get_model_conversion_mapping(self.model)
@@ -290,6 +292,24 @@ class Skeleton:
             raise ValueError(
                 f"the checkpoint has no weight for {name}.{missing[0]} ({len(missing)} are missing in all)"
             )
+
+
+def _oriented(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
+    """The checkpoint with dequantized stacks of experts as the model has them: gpt-oss' parameters are transposed."""
+    layouts = {name: layout_of(module) for name, module in model.named_modules() if "xpert" in type(module).__name__}
+    stacks = {
+        f"{name}.{key}"
+        for name, layout in layouts.items()
+        if layout and layout.is_transposed
+        for key in layout.projections
+    }
+    prefix = f"{model.base_model_prefix}."
+    known = stacks | {name.removeprefix(prefix) for name in stacks}
+    tensors = {
+        key: info.transposed() if isinstance(info, DequantizedTensor) and key in known else info
+        for key, info in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=tensors)
 
 
 def _below(name: str, module: str) -> bool:

@@ -304,8 +304,12 @@ def sampled_statistics(weight: Tensor, quantized: QuantizedTensor, rotation: Ten
         quantized: the same in canonical form.
         rotation: ``[h, h]`` that it was rotated by, None for none.
     """
-    step = max(1, weight.numel() // _SAMPLED_ELEMENTS)
-    codes, scales, _, _ = quantized
+    codes, scales, _, fmt = quantized
+    # Rows that share their scales are read together.
+    together = torch.arange(weight.shape[0]).split(fmt.block_rows)
+    step = max(1, weight.numel() // max(_SAMPLED_ELEMENTS, fmt.block_rows * weight.shape[-1]))
+    rows = torch.cat(together[::step])
     bits = scales.view(torch.uint8) if scales.element_size() == 1 else scales
-    some = quantized._replace(codes=codes[::step], scales=bits[::step].view(scales.dtype))
-    return layer_statistics(weight[::step], some, rotation)
+    few = codes.view(torch.uint8) if codes.element_size() == 1 else codes
+    some = quantized._replace(codes=few[rows].view(codes.dtype), scales=bits[::step].view(scales.dtype))
+    return layer_statistics(weight[rows], some, rotation)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp4.checkpoint.io.headers import DTYPES, TensorInfo, load
+from fp4.checkpoint.io.headers import DTYPES, ComputedTensor, TensorInfo, load
 
 
 def reads_rows(embedding: nn.Embedding, info: TensorInfo) -> bool:
     """Whether the rows of the embedding can be read from the stored tensor one by one."""
-    return embedding.max_norm is None and info.shape == embedding.weight.shape
+    plain = embedding.max_norm is None and not isinstance(info, ComputedTensor)
+    return plain and info.shape == embedding.weight.shape
 
 
 @contextlib.contextmanager
@@ -32,10 +33,8 @@ def rows_filled(
     """
     tokens = torch.cat([batch.flatten() for batch in batches]).unique()
     rows = torch.empty(len(tokens), embedding.embedding_dim, dtype=DTYPES[info.dtype])
-    size = info.nbytes // info.shape[0]
     for number, token in enumerate(tokens.tolist()):
-        start = info.start + token * size
-        rows[number] = load(info._replace(shape=info.shape[1:], start=start, end=start + size))
+        rows[number] = load(info.entries(token, token + 1))[0]
     known = tokens.to(device)
 
     def renumber(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

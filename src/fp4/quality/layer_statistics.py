@@ -11,6 +11,7 @@ from torch import Tensor
 from fp4.numerics.block_scales import effective_scales
 from fp4.numerics.formats import QuantizedTensor, dequantize
 from fp4.numerics.rotation import rotate
+from fp4.numerics.tensors import row_tiles
 
 _TILE_ELEMENTS = 1 << 22
 
@@ -49,23 +50,22 @@ def layer_statistics(weight: Tensor, quantized: QuantizedTensor, rotation: Tenso
     largest = fmt.element.largest
     signal = noise = 0.0
     clipped = zero = 0
-    rows = max(1, _TILE_ELEMENTS // max(1, shape[-1]))
     for matrix in range(math.prod(shape[:-2])):
         dense, matrix_codes, matrix_scales = (t.reshape(-1, *t.shape[-2:])[matrix] for t in (weight, codes, scales))
         matrix_global_scale = global_scale
         if global_scale is not None and global_scale.ndim:
             matrix_global_scale = global_scale.expand(shape[:-2]).reshape(-1)[matrix]
-        for start in range(0, shape[-2], rows):
-            tile = slice(start, start + rows)
+        whole = QuantizedTensor(matrix_codes, matrix_scales, matrix_global_scale, fmt)
+        for tile in row_tiles(shape[-2], shape[-1], fmt.block_rows, _TILE_ELEMENTS):
+            part = whole.rows(tile)
             original = dense[tile].float()
             if rotation is not None:
                 original = rotate(original, rotation)
-            values = dequantize(matrix_codes[tile], matrix_scales[tile], matrix_global_scale, fmt)
-            limit = effective_scales(matrix_scales[tile], matrix_global_scale).float() * largest
-            blocks = original.unflatten(-1, (limit.shape[-1], -1))
+            values = dequantize(*part)
+            limits = fmt.spread(torch.full_like(original, largest), effective_scales(part.scales, matrix_global_scale))
             signal += original.square().sum(dtype=torch.float64).item()
             noise += (original - values).square_().sum(dtype=torch.float64).item()
-            clipped += int((blocks.abs() > limit[..., None]).sum())
+            clipped += int((original.abs() > limits).sum())
             zero += int((values == 0).sum())
     count = max(1, math.prod(shape))
     error = math.sqrt(noise / signal) if signal else 0.0

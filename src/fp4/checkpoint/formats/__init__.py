@@ -13,6 +13,7 @@ import torch
 from fp4.checkpoint.formats.auto_round import AutoRoundCodec
 from fp4.checkpoint.formats.codec import Codec
 from fp4.checkpoint.formats.compressed_tensors import CompressedTensorsCodec
+from fp4.checkpoint.formats.fine_grained_fp8 import FineGrainedFP8Codec
 from fp4.checkpoint.formats.fp_quant import FPQuantCodec
 from fp4.checkpoint.formats.modelopt import ModelOptCodec
 from fp4.checkpoint.formats.mxfp4 import Mxfp4Codec
@@ -29,10 +30,12 @@ CODECS: dict[str, type[Codec]] = {
         Mxfp4Codec,
     )
 }
+#: Formats that fp4 reads and does not write.
+READ_ONLY: tuple[type[Codec], ...] = (FineGrainedFP8Codec,)
 
 
 def codec_named(name: str, what: str = "format") -> type[Codec]:
-    """The codec class of a format.
+    """The codec class of a format that fp4 writes.
 
     Args:
         name: the format's name, a key of ``CODECS``.
@@ -56,10 +59,12 @@ def codec_for(config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> 
     Raises:
         ValueError: no codec reads the configuration's ``quant_method``.
     """
-    for codec in CODECS.values():
+    readers = (*CODECS.values(), *READ_ONLY)
+    for codec in readers:
         if codec.claims(config):
             return codec(config, dtype)
-    raise ValueError(f"quant_method is {config.get('quant_method')!r}; fp4 reads {', '.join(CODECS)}")
+    known = ", ".join(codec.name for codec in readers)
+    raise ValueError(f"quant_method is {config.get('quant_method')!r}; fp4 reads {known}")
 
 
 def holders(scheme: str) -> list[type[Codec]]:

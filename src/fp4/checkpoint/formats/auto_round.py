@@ -9,26 +9,41 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fp4.checkpoint.formats import config_fields as fields
-from fp4.checkpoint.formats.codec import LayerScheme, StoredLinear, require_no_rotation
-from fp4.checkpoint.formats.pack_quantized import PackQuantizedCodec
+from fp4.checkpoint.formats.codec import Codec, LayerScheme, StoredLinear
+from fp4.checkpoint.formats.pack_quantized import PACKED
+from fp4.checkpoint.formats.stored_tensors import require_no_rotation
 from fp4.numerics.elements import decode_e2m1, unpack_codes
-from fp4.numerics.formats import FP8, MXFP4, NVFP4, QuantizedTensor
-
-_FORMATS = {("nv_fp", "16"): NVFP4, ("mx_fp", "32"): MXFP4}
+from fp4.numerics.formats import MXFP4, NVFP4, Format, QuantizedTensor
 
 
-class AutoRoundCodec(PackQuantizedCodec):
+class _DataTypes(NamedTuple):
+    """What auto-round calls a format: ``data_type`` of weights, and ``act_data_type`` of quantized activations."""
+
+    weights: str
+    activations: str
+
+
+# By the format with its own block size, which is the group size that auto-round writes.
+_DATA_TYPES: dict[Format, _DataTypes] = {
+    NVFP4: _DataTypes("nv_fp", "nv_fp4_with_static_gs"),
+    MXFP4: _DataTypes("mx_fp", "mx_fp_rceil"),
+}
+_FORMATS = {(names.weights, str(fmt.block_size)): fmt for fmt, names in _DATA_TYPES.items()}
+
+
+class AutoRoundCodec(Codec):
     """Reads and writes FP4 checkpoints of auto-round."""
 
     name = "auto-round"
     schemes = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16")
     side_file = "quantization_config.json"
+    suffixes, codes, markers = PACKED.suffixes, PACKED.codes, PACKED.markers
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, dtype)
@@ -81,11 +96,15 @@ class AutoRoundCodec(PackQuantizedCodec):
             return layer.rpartition(".")[2] != "lm_head"
         return any(layer.startswith(f"{name}.") for name in self.blocks)
 
+    def read(
+        self, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None
+    ) -> StoredLinear:
+        return PACKED.read(tensors, scheme, shape)
+
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
         require_no_rotation(stored, self.name)
-        if scheme.format == FP8:
-            raise ValueError(f"it is {scheme}; {self.name} has a place for FP4 weights only")
-        return super().write(stored, scheme, allow_rounding)
+        _data_types(scheme)
+        return PACKED.write(stored, scheme, self.name, allow_rounding)
 
     def values(self, weight: QuantizedTensor) -> Tensor | None:
         """The values as auto-round computes NVFP4: ``(code * global scale) * block scale``, each product in float32."""
@@ -122,16 +141,21 @@ class AutoRoundCodec(PackQuantizedCodec):
         return config | ({"extra_config": extra} if extra else {})
 
 
+def _data_types(scheme: LayerScheme) -> _DataTypes:
+    if scheme.format.base not in _DATA_TYPES:
+        raise ValueError(f"it is {scheme}; auto-round has a place for FP4 weights only")
+    return _DATA_TYPES[scheme.format.base]
+
+
 def _options(scheme: LayerScheme) -> dict[str, Any]:
-    nvfp4 = scheme.format == NVFP4
-    group_size = scheme.format.block_size
+    names, group_size = _data_types(scheme), scheme.format.block_size
     quantized = scheme.activations == "fp4"
     return {
         "bits": 4,
-        "data_type": "nv_fp" if nvfp4 else "mx_fp",
+        "data_type": names.weights,
         "group_size": group_size,
         "act_bits": 4 if quantized else 16,
-        "act_data_type": ("nv_fp4_with_static_gs" if nvfp4 else "mx_fp_rceil") if quantized else None,
+        "act_data_type": names.activations if quantized else None,
         "act_group_size": group_size if quantized else None,
     }
 

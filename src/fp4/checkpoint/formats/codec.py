@@ -1,4 +1,4 @@
-"""The interface of checkpoint formats (``Codec``), and the checks of stored tensors that all of them share.
+"""The interface of checkpoint formats (``Codec``), and the canonical form of a layer that all of them share.
 
 A codec translates between the tensors that a checkpoint stores for a layer and the canonical form, a
 :class:`StoredLinear`. Its only state is the ``quantization_config`` that it was made from. It knows tensors and names,
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fp4.numerics.formats import FP8, MXFP4, Format, QuantizedTensor
+from fp4.numerics.formats import MXFP4, Format, QuantizedTensor
 from fp4.numerics.rotation import ROTATIONS
+from fp4.scheme import name_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,11 +53,13 @@ class StoredLinear(NamedTuple):
         weight: the quantized weight ``[..., N, K]``, in the rotated basis if there is a rotation.
         input_global_scale: float64 ``[]``, the multiplied global scale of the layer's input; None if it is not stored.
         rotation: float32 ``[h, h]``, the block rotation of weight and input; None if they are not rotated.
+        input_factors: float32 ``[K]``, by which the input is multiplied first (AWQ's smoothing); None if it is not.
     """
 
     weight: QuantizedTensor
     input_global_scale: Tensor | None
     rotation: Tensor | None
+    input_factors: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,9 @@ class LayerScheme:
     group_size: int = 0
 
     def __str__(self) -> str:
-        suffix = {"fp4": "", "fp8": "_dynamic" if self.format == FP8 else "a8", "model": "a16"}[self.activations]
         rotation = f" {self.rotation}{self.group_size}" if self.group_size else ""
         blocks = "" if self.format == self.format.base else f" blocks of {self.format.block_size}"
-        return f"{self.format.family}{suffix}{blocks}{rotation}"
+        return f"{name_of(self.format, self.activations)}{blocks}{rotation}"
 
 
 class Codec(ABC):
@@ -146,6 +148,18 @@ class Codec(ABC):
             dtype: the dtype of the new checkpoint's unquantized tensors.
         """
         return cls({"quant_method": cls.name}, dtype)
+
+    @classmethod
+    def for_weights(cls, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Self:
+        """A codec that reads the weights of a checkpoint to quantize them anew, whatever becomes of activations.
+
+        It may read more than one that runs a checkpoint: activations that fp4 does not quantize, factors of inputs.
+
+        Args:
+            config: the checkpoint's ``quantization_config``.
+            dtype: the dtype of the checkpoint's unquantized tensors.
+        """
+        return cls(config, dtype)
 
     @property
     def marker(self) -> str:
@@ -323,199 +337,6 @@ def as_stored(scheme: LayerScheme, stored: StoredLinear) -> LayerScheme:
     """``scheme`` with the rotation of the layer's stored tensors, which the configuration need not describe exactly."""
     rotation, group_size = name_rotation(stored.rotation)
     return replace(scheme, rotation=rotation, group_size=group_size)
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def require(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """The tensor that a layer must have under a suffix.
-
-    Raises:
-        ValueError: there is none; the message lists the tensors that there are.
-    """
-    if name not in tensors:
-        found = ", ".join(sorted(key.lstrip("._") for key in tensors)) or "nothing"
-        raise ValueError(f"{name.lstrip('._')} is missing; found only {found}")
-    return tensors[name]
-
-
-def read_codes(stored: Tensor, name: str, shape: tuple[int, int] | None = None) -> Tensor:
-    """The checked codes of an FP4 weight.
-
-    Args:
-        stored: the tensor as read.
-        name: its name, for messages.
-        shape: N, K of the model's layer, or None if it is not known.
-
-    Returns:
-        ``stored``, uint8 ``[N, K/2]``.
-
-    Raises:
-        ValueError: the dtype is not uint8, the tensor is no matrix, or its shape is not the layer's.
-    """
-    found = f"{name} is {stored.dtype} {tuple(stored.shape)}"
-    if stored.dtype != torch.uint8 or stored.ndim != 2:
-        raise ValueError(f"{found}; expected a matrix of torch.uint8, [N, K/2]")
-    if shape is not None and tuple(stored.shape) != (shape[0], shape[1] // 2):
-        raise ValueError(f"{found}; the model expects torch.uint8 {(shape[0], shape[1] // 2)}")
-    return stored
-
-
-def read_scales(stored: Tensor, name: str, fmt: Format, codes: Tensor) -> Tensor:
-    """The checked block scales of an FP4 weight.
-
-    Args:
-        stored: the scales, in the dtype of ``fmt`` or as its bits in uint8.
-        name: the tensor's name, for messages.
-        fmt: the format of the weight.
-        codes: the weight's codes, whose shape the scales must fit.
-
-    Returns:
-        the scales ``[..., N, K/B]`` in ``fmt.scale_dtype``, B the format's block size.
-
-    Raises:
-        ValueError: dtype or shape do not fit, or a scale is NaN or negative.
-    """
-    if stored.dtype not in (torch.uint8, fmt.scale_dtype):
-        raise ValueError(f"{name} is {stored.dtype}; {fmt.name} expects {fmt.scale_dtype} or its bits as uint8")
-    columns = fmt.columns(codes)
-    expected = (*codes.shape[:-1], fmt.scale_columns(columns))
-    if columns % fmt.k_multiple or tuple(stored.shape) != expected:
-        raise ValueError(
-            f"{name} ({fmt.name}) is {stored.dtype} {tuple(stored.shape)}; the model expects {expected} for codes of "
-            f"{tuple(codes.shape)} in blocks of {fmt.block_size}"
-        )
-    bits = stored.view(torch.uint8)
-    # One comparison finds both faults: E4M3's NaN is 0x7F and negative values lie above it, and E8M0, which has no
-    # negative values, has its NaN at 0xFF.
-    largest_valid = fmt.scale_nan - 1
-    if not bits.is_meta and bits.numel() and _largest(bits) > largest_valid:
-        bad = int((bits > largest_valid).sum())
-        raise ValueError(f"{name}: scales hold {bad} NaN or negative values out of {bits.numel()}; the file is damaged")
-    return bits.view(fmt.scale_dtype)
-
-
-def _largest(bits: Tensor) -> int:
-    # NumPy finds the maximum on one thread. torch.max would wake torch's thread pool, which no other step of a
-    # conversion does. Its threads would then spin for longer than a layer takes: on two cores that halves the speed.
-    return int(bits.numpy().max() if bits.device.type == "cpu" else bits.max())
-
-
-def read_scalar(stored: Tensor, name: str) -> Tensor:
-    """The checked value of a stored global scale.
-
-    Args:
-        stored: a floating-point tensor of one element, of any shape.
-        name: its name, for messages.
-
-    Returns:
-        the value, float64 ``[]``.
-
-    Raises:
-        ValueError: the tensor is not one floating-point number, or the number is not positive and finite.
-    """
-    if stored.numel() != 1 or not stored.is_floating_point() or stored.element_size() < 2:
-        raise ValueError(f"{name} is {stored.dtype} {tuple(stored.shape)}; expected one floating-point number")
-    value = stored.double().reshape(())
-    if not (torch.isfinite(value) & (value > 0)):
-        raise ValueError(f"{name} is {stored.flatten().tolist()}; expected one positive, finite number")
-    return value
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-_E4M3_POSITIVE = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
-
-
-def _same_effective_scales(a: Tensor, b: Tensor) -> bool:
-    return torch.equal((_E4M3_POSITIVE * a).float(), (_E4M3_POSITIVE * b).float())
-
-
-class InexactScale(ValueError):
-    """A global scale that a format can hold only rounded, which needs ``allow_rounding``."""
-
-
-def _rounding_error(name: str, wanted: Tensor, held: Tensor) -> InexactScale:
-    return InexactScale(
-        f"{name} {wanted.item():.17g} cannot be stored exactly, the nearest that the format holds is {held.item():.17g}"
-    )
-
-
-def store_multiplied(global_scale: Tensor, name: str, allow_rounding: bool) -> Tensor:
-    """A global scale in the form in which it multiplies the block scales, float32 ``[]``.
-
-    Rounding float64 to float32 may change the scale. It changes nothing that matters if the float32 products with all
-    126 positive E4M3 block scales stay the same, because then no dequantized value changes, and if the float32
-    reciprocal stays the same too, because then a format that stores reciprocals gets the same bytes back.
-
-    Args:
-        global_scale: the canonical scale, float64 ``[]``.
-        name: the stored tensor's name, for messages.
-        allow_rounding: accept a scale that changes.
-
-    Raises:
-        InexactScale: the scale changes, and ``allow_rounding`` is False.
-    """
-    wanted = global_scale.double().cpu()
-    held = wanted.float()
-    exact = held.double() == wanted or (
-        _same_effective_scales(wanted, held.double()) and (1 / held.double()).float() == (1 / wanted).float()
-    )
-    if not exact and not allow_rounding:
-        raise _rounding_error(name, wanted, held.double())
-    return held.to(global_scale.device)
-
-
-def store_reciprocal(global_scale: Tensor, name: str, allow_rounding: bool) -> Tensor:
-    """The reciprocal of a global scale, float32 ``[]``, for formats that divide by what they store.
-
-    Args:
-        global_scale: the canonical scale, float64 ``[]``.
-        name: the stored tensor's name, for messages.
-        allow_rounding: accept a scale that rounding changes, in the sense of :func:`store_multiplied`.
-
-    Raises:
-        InexactScale: the scale changes, and ``allow_rounding`` is False.
-    """
-    wanted = global_scale.double().cpu()
-    stored = (1 / wanted).float()
-    held = 1 / stored.double()
-    exact = held == wanted or (_same_effective_scales(wanted, held) and held.float() == wanted.float())
-    if not exact and not allow_rounding:
-        raise _rounding_error(name, wanted, held)
-    return stored.to(global_scale.device)
-
-
-def require_no_global_scale(weight: QuantizedTensor, codec: str) -> None:
-    """Refuse a weight with a global scale, which MXFP4 has only in FP-Quant's checkpoints.
-
-    Args:
-        weight: an MXFP4 weight.
-        codec: the name of the target format, for the message.
-
-    Raises:
-        ValueError: the weight has a global scale other than 1.
-    """
-    if weight.global_scale is not None and weight.global_scale != 1:
-        raise ValueError(
-            f"its MXFP4 weight has a global scale of {weight.global_scale.item():.9g}, for which {codec} has no place"
-        )
-
-
-def require_no_rotation(stored: StoredLinear, codec: str) -> None:
-    """Refuse a rotated layer, for formats that cannot store a rotation.
-
-    Args:
-        stored: the layer in canonical form.
-        codec: the name of the target format, for the message.
-
-    Raises:
-        ValueError: the layer is rotated.
-    """
-    if stored.rotation is not None:
-        size = stored.rotation.shape[0]
-        raise ValueError(f"its weight and input are rotated in groups of {size}, for which {codec} has no place")
 
 
 def name_rotation(rotation: Tensor | None) -> tuple[str, int]:

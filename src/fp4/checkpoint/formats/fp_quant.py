@@ -6,7 +6,8 @@ Per Linear layer, besides ``bias``:
   the dequantized values of a pseudo-quantized checkpoint;
 * ``weight_global_scale``, ``act_global_scale`` ``[1]``: reciprocals of the canonical global scales;
 * ``forward_hadamard_matrix``, ``backward_hadamard_matrix`` ``[h, h]``, equal: the rotation of input and weight;
-* fp4's own ``"forward_dtype": "fp8"``: ``weight`` ``float8_e4m3fn [N, K]``, ``weight_scale`` ``[N, 1]``, nothing else.
+* fp4's own ``"forward_dtype": "fp8"``: ``weight`` ``float8_e4m3fn [N, K]``, ``weight_scale`` ``[N, 1]``, nothing else;
+* fp4's own ``"fp8_block"`` and ``"mxfp8"``: :mod:`fp4.checkpoint.formats.float8_blocks`.
 """
 
 from __future__ import annotations
@@ -17,20 +18,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fp4.checkpoint.formats.codec import (
-    Codec,
-    LayerScheme,
-    Serving,
-    StoredLinear,
-    read_codes,
-    read_scalar,
-    read_scales,
-    require,
-    store_reciprocal,
-)
-from fp4.checkpoint.formats.fp8 import CODES, read_fp8
+from fp4.checkpoint.formats.codec import Codec, LayerScheme, Serving, StoredLinear
+from fp4.checkpoint.formats.float8_blocks import FLOAT8_BLOCKS
+from fp4.checkpoint.formats.fp8 import FP8_ROWS
+from fp4.checkpoint.formats.layout import Layout, add_layouts
 from fp4.checkpoint.formats.pseudo_quantized import recover
-from fp4.numerics.formats import FP8, WEIGHT_FORMATS, Format, QuantizedTensor, dequantize
+from fp4.checkpoint.formats.stored_scales import store_reciprocal
+from fp4.checkpoint.formats.stored_tensors import read_codes, read_scalar, read_scales, require
+from fp4.numerics.formats import FP8, FP8_BLOCK, MXFP8, WEIGHT_FORMATS, Format, QuantizedTensor, dequantize
 from fp4.numerics.rotation import share
 from fp4.selection import first_fit
 
@@ -43,13 +38,19 @@ SUFFIXES = (
     "forward_hadamard_matrix",
     "backward_hadamard_matrix",
 )
+# fp4's own additions to the format by family. FP-Quant itself has 4-bit formats only, stored as SUFFIXES says.
+_ADDED: dict[str, Layout] = {
+    FP8.family: FP8_ROWS,
+    FP8_BLOCK.family: FLOAT8_BLOCKS,
+    MXFP8.family: FLOAT8_BLOCKS,
+}
 
 
 class FPQuantCodec(Codec):
     """Reads and writes FP-Quant's checkpoints, and fp4's own, which add ``activation_dtype`` and ``overrides``."""
 
     name = "fp_quant"
-    schemes = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "fp8_dynamic")
+    schemes = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "fp8_dynamic", "fp8_block", "mxfp8")
     engines: ClassVar = {"vllm": dict.fromkeys(schemes, Serving(False, "it calls the format fp_quant deprecated."))}
     stores_rotations = True
     shares_fused_scales = False  # FP-Quant gives each layer its own global scale, and fuses no layers
@@ -61,9 +62,8 @@ class FPQuantCodec(Codec):
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, dtype)
         own = [options for _, options in self._overrides() if options is not None]
-        if any(options.get("forward_dtype") == FP8.name for options in [config, *own]):
-            self.suffixes, self.codes = (*self.suffixes, ".weight", ".weight_scale"), (*self.codes, ".weight")
-            self.markers = {**self.markers, ".weight": (CODES,)}
+        named = {str(options.get("forward_dtype")) for options in [config, *own]}
+        add_layouts(self, [layout for family, layout in _ADDED.items() if family in named])
 
     def _overrides(self) -> list[tuple[str, dict[str, Any] | None]]:
         overrides = self.config.get("overrides") or []
@@ -84,17 +84,15 @@ class FPQuantCodec(Codec):
             known = " or ".join(WEIGHT_FORMATS)
             raise ValueError(f"its forward_dtype is {options.get('forward_dtype')!r}; expected {known}")
         asked = options.get("activation_dtype")
-        fp8 = fmt == FP8 or asked == "fp8"
-        return LayerScheme(fmt, "model" if asked == "model" else "fp8" if fp8 else "fp4")
+        return LayerScheme(fmt, asked if asked in ("model", "fp8") else fmt.native_activations)
 
     def read(
         self, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None
     ) -> StoredLinear:
         if self.config.get("store_master_weights"):
             raise ValueError("store_master_weights: the checkpoint holds dense weights, to be quantized when loaded")
-        if scheme.format == FP8:
-            weight = read_fp8(require(tensors, ".weight"), require(tensors, ".weight_scale"), shape)
-            return StoredLinear(weight, None, None)
+        if scheme.format.family in _ADDED:
+            return _ADDED[scheme.format.family].read(tensors, scheme, shape)
         stored = {name.removeprefix("."): tensor for name, tensor in tensors.items()}
         if self.config.get("pseudoquantization"):
             stored.pop("qweight", None)  # a placeholder beside dqweight
@@ -115,8 +113,8 @@ class FPQuantCodec(Codec):
             raise ValueError(
                 f"it stacks matrices {tuple(stored.weight.codes.shape[:-2])}; fp_quant has no place for it"
             )
-        if scheme.format == FP8:
-            return {".weight": stored.weight.codes, ".weight_scale": stored.weight.scales}
+        if scheme.format.family in _ADDED:
+            return _ADDED[scheme.format.family].write(stored, scheme, self.name, allow_rounding)
         if scheme.activations == "fp8" and stored.input_global_scale is not None:
             raise ValueError("its activations are FP8 under a calibrated scale, for which fp_quant has no place")
         if scheme.format != scheme.format.base:
@@ -128,7 +126,7 @@ class FPQuantCodec(Codec):
                 "weight-only, or calibrate"
             )
         pseudo_dtype = self.dtype if self.config.get("pseudoquantization") else None
-        tensors = write(*stored, pseudo_dtype, self.dtype, allow_rounding)
+        tensors = write(*stored[:3], pseudo_dtype, self.dtype, allow_rounding)
         return {f".{name}": tensor for name, tensor in tensors.items()}
 
     @classmethod
@@ -173,10 +171,8 @@ def _options(scheme: LayerScheme) -> dict[str, Any]:
         # A custom matrix is stored with the layer's tensors, so the configuration must give only its size.
         "transform_init": "hadamard" if name == "custom" else name,
     }
-    asked = scheme.activations if scheme.activations != "fp4" and scheme.format != FP8 else None
-    if scheme.format == FP8 and scheme.activations == "model":
-        asked = "model"
-    return options | ({"activation_dtype": asked} if asked else {})
+    native = scheme.activations == scheme.format.native_activations
+    return options | ({} if native else {"activation_dtype": scheme.activations})
 
 
 def read(tensors: Mapping[str, Tensor], fmt: Format, out_features: int, in_features: int) -> StoredLinear:

@@ -6,7 +6,8 @@ Per Linear layer, besides ``bias``:
 * ``weight_scale`` ``float8_e4m3fn [N, K/16]`` (NVFP4; ``[N, K/32]`` in W4A8_NVFP4_FP8) or uint8 ``[N, K/32]`` (MXFP4);
 * NVFP4: ``weight_scale_2`` float32 ``[]``, the canonical global scale;
 * quantized activations of FP4 weights: ``input_scale`` float32 ``[]``, the canonical global scale of the input;
-* FP8_PER_CHANNEL_PER_TOKEN: ``weight`` ``float8_e4m3fn [N, K]`` and ``weight_scale`` float32 ``[N]``.
+* FP8_PER_CHANNEL_PER_TOKEN: ``weight`` ``float8_e4m3fn [N, K]`` and ``weight_scale`` float32 ``[N]``;
+* MXFP8: ``weight`` ``float8_e4m3fn [N, K]`` and ``weight_scale`` uint8 ``[N, K/32]``.
 """
 
 from __future__ import annotations
@@ -20,22 +21,20 @@ import torch
 from torch import Tensor
 
 from fp4.checkpoint.formats import config_fields as fields
-from fp4.checkpoint.formats.codec import (
-    NEEDS_GPU,
-    Codec,
-    LayerScheme,
-    Serving,
-    StoredLinear,
+from fp4.checkpoint.formats.codec import NEEDS_GPU, Codec, LayerScheme, Serving, StoredLinear
+from fp4.checkpoint.formats.float8_blocks import FLOAT8_BLOCKS
+from fp4.checkpoint.formats.fp8 import CODES, FP8_ROWS, narrowed
+from fp4.checkpoint.formats.layout import Layout
+from fp4.checkpoint.formats.stored_scales import store_multiplied
+from fp4.checkpoint.formats.stored_tensors import (
     read_codes,
     read_scalar,
     read_scales,
     require,
     require_no_global_scale,
     require_no_rotation,
-    store_multiplied,
 )
-from fp4.checkpoint.formats.fp8 import CODES, narrowed, read_fp8
-from fp4.numerics.formats import FP8, MXFP4, NVFP4, Format, QuantizedTensor
+from fp4.numerics.formats import FP8, FP8_BLOCK, MXFP4, MXFP8, NVFP4, Format, QuantizedTensor
 
 _Activations = Literal["fp4", "fp8", "model"]
 
@@ -47,6 +46,13 @@ _ALGORITHMS: dict[str, tuple[Format, _Activations]] = {
     "MXFP4": (MXFP4, "fp4"),
     "W4A8_MXFP4_FP8": (MXFP4, "fp8"),
     "FP8_PER_CHANNEL_PER_TOKEN": (FP8, "fp8"),
+    "MXFP8": (MXFP8, "fp8"),
+}
+# What is only read, to be quantized anew: FP8 with one scale a tensor or a block, and NVFP4 smoothed by AWQ.
+_ONLY_READ: dict[str, tuple[Format, _Activations]] = {
+    "FP8": (FP8, "fp8"),
+    "FP8_PB_WO": (FP8_BLOCK, "model"),
+    "NVFP4_AWQ": (NVFP4, "fp4"),
 }
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
@@ -55,7 +61,7 @@ class ModelOptCodec(Codec):
     """Reads and writes the FP4 algorithms of ModelOpt; ``config`` may be config.json's or hf_quant_config.json's."""
 
     name = "modelopt"
-    schemes = ("nvfp4", "nvfp4a16", "nvfp4a8", "mxfp4", "fp8_dynamic")
+    schemes = ("nvfp4", "nvfp4a16", "nvfp4a8", "mxfp4", "fp8_dynamic", "mxfp8")
     engines: ClassVar = {
         "vllm": {
             "nvfp4": NEEDS_GPU,
@@ -80,8 +86,17 @@ class ModelOptCodec(Codec):
 
     def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
         super().__init__(flatten(config), dtype)
+        self._algorithms = _ALGORITHMS
+        self._weights_alone = False
         self.exclude = fields.names(self.config, "ignore")
         self.per_layer = fields.dictionaries(self.config, "quantized_layers")
+
+    @classmethod
+    def for_weights(cls, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> ModelOptCodec:
+        """A codec that reads weights smoothed by AWQ as well, and FP8 with one scale a tensor or a block."""
+        codec = cls(config, dtype)
+        codec._algorithms, codec._weights_alone = _ALGORITHMS | _ONLY_READ, True
+        return codec
 
     def scheme(self, layer: str) -> LayerScheme | None:
         own: Mapping[str, Any] = self.config
@@ -92,13 +107,13 @@ class ModelOptCodec(Codec):
         elif excluded(layer, self.exclude):
             return None
         algorithm = own.get("quant_algo")
-        known = _ALGORITHMS.get(str(algorithm).upper())
+        known = self._algorithms.get(str(algorithm).upper())
         if known is None:
-            raise ValueError(f"its quant_algo is {algorithm!r}; the FP4 ones are {', '.join(_ALGORITHMS)}")
+            raise ValueError(f"its quant_algo is {algorithm!r}; fp4 reads {', '.join(self._algorithms)}")
         fmt, activations = known
         if fmt.block_size:
             fmt = fmt.wide(fields.whole(own, "group_size", fmt.block_size))
-        return LayerScheme(fmt, activations)
+        return LayerScheme(fmt, "model" if self._weights_alone else activations)
 
     @property
     def mixed(self) -> bool:
@@ -116,44 +131,21 @@ class ModelOptCodec(Codec):
     def read(
         self, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None
     ) -> StoredLinear:
-        if ".pre_quant_scale" in tensors:
+        factors = tensors.get(".pre_quant_scale")
+        if factors is not None and not self._weights_alone:
             raise ValueError("its input is smoothed by pre_quant_scale (AWQ), which the FP4 modules do not apply")
-        if scheme.format == FP8:
-            weight = read_fp8(require(tensors, ".weight"), require(tensors, ".weight_scale"), shape)
-            return StoredLinear(weight._replace(scales=narrowed(weight.scales, self.dtype)), None, None)
-        codes = read_codes(require(tensors, ".weight"), "weight", shape)
-        scales = read_scales(require(tensors, ".weight_scale"), "weight_scale", scheme.format, codes)
-        global_scale = input_global_scale = None
-        if scheme.format.needs_global_scale:
-            global_scale = read_scalar(require(tensors, ".weight_scale_2"), "weight_scale_2")
-        if scheme.activations == "fp8" or (scheme.format.needs_global_scale and scheme.activations == "fp4"):
-            input_global_scale = read_scalar(require(tensors, ".input_scale"), "input_scale")
-        return StoredLinear(QuantizedTensor(codes, scales, global_scale, scheme.format), input_global_scale, None)
+        weight, input_global_scale, *_ = _LAYOUTS[scheme.format.family].read(tensors, scheme, shape)
+        if self.dtype in scheme.format.scale_dtypes:
+            weight = weight._replace(scales=narrowed(weight.scales, self.dtype))
+        return StoredLinear(weight, input_global_scale, None, None if factors is None else factors.float().flatten())
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
         require_no_rotation(stored, self.name)
         _algorithm_of(scheme)
-        codes, scales, global_scale, _ = stored.weight
-        if codes.ndim != 2:
-            raise ValueError(f"it stacks matrices {tuple(codes.shape[:-2])}, for which {self.name} has no place")
-        tensors = {".weight": codes}
-        if scheme.format == FP8:
-            return tensors | {".weight_scale": scales.float().squeeze(-1)}
-        if not scheme.format.needs_global_scale:
-            require_no_global_scale(stored.weight, self.name)
-            tensors[".weight_scale"] = scales.view(torch.uint8)
-        else:
-            assert global_scale is not None
-            tensors[".weight_scale"] = scales
-            tensors[".weight_scale_2"] = store_multiplied(global_scale, "weight_scale_2", allow_rounding)
-        if scheme.activations == "fp8" or (scheme.format.needs_global_scale and scheme.activations == "fp4"):
-            if stored.input_global_scale is None:
-                raise ValueError(
-                    f"its input has no calibrated global scale, which {self.name} needs for {scheme.activations} "
-                    "activations; write it weight-only, or calibrate"
-                )
-            tensors[".input_scale"] = store_multiplied(stored.input_global_scale, "input_scale", allow_rounding)
-        return tensors
+        shape = stored.weight.codes.shape
+        if len(shape) != 2:
+            raise ValueError(f"it stacks matrices {tuple(shape[:-2])}, for which {self.name} has no place")
+        return _LAYOUTS[scheme.format.family].write(stored, scheme, self.name, allow_rounding)
 
     @classmethod
     def configuration(
@@ -200,6 +192,61 @@ class ModelOptCodec(Codec):
     @classmethod
     def cache_scale_name(cls, attention: str, scale: str) -> str:
         return f"{attention}.{scale[0]}_proj.{scale}"
+
+
+def _read_fp4(tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None) -> StoredLinear:
+    codes = read_codes(require(tensors, ".weight"), "weight", shape)
+    scales = read_scales(require(tensors, ".weight_scale"), "weight_scale", scheme.format, codes)
+    global_scale = input_global_scale = None
+    if scheme.format.needs_global_scale:
+        global_scale = read_scalar(require(tensors, ".weight_scale_2"), "weight_scale_2")
+    if _has_input_scale(scheme):
+        input_global_scale = read_scalar(require(tensors, ".input_scale"), "input_scale")
+    return StoredLinear(QuantizedTensor(codes, scales, global_scale, scheme.format), input_global_scale, None)
+
+
+def _write_fp4(stored: StoredLinear, scheme: LayerScheme, codec: str, allow_rounding: bool) -> dict[str, Tensor]:
+    codes, scales, global_scale, _ = stored.weight
+    tensors = {".weight": codes}
+    if not scheme.format.needs_global_scale:
+        require_no_global_scale(stored.weight, codec)
+        tensors[".weight_scale"] = scales.view(torch.uint8)
+    else:
+        assert global_scale is not None
+        tensors[".weight_scale"] = scales
+        tensors[".weight_scale_2"] = store_multiplied(global_scale, "weight_scale_2", allow_rounding)
+    if _has_input_scale(scheme):
+        if stored.input_global_scale is None:
+            raise ValueError(
+                f"its input has no calibrated global scale, which {codec} needs for {scheme.activations} "
+                "activations; write it weight-only, or calibrate"
+            )
+        tensors[".input_scale"] = store_multiplied(stored.input_global_scale, "input_scale", allow_rounding)
+    return tensors
+
+
+def _has_input_scale(scheme: LayerScheme) -> bool:
+    return scheme.activations == "fp8" or (scheme.format.needs_global_scale and scheme.activations == "fp4")
+
+
+def _write_fp8(stored: StoredLinear, scheme: LayerScheme, codec: str, allow_rounding: bool) -> dict[str, Tensor]:
+    return {".weight": stored.weight.codes, ".weight_scale": stored.weight.scales.float().squeeze(-1)}
+
+
+_FP4 = Layout(
+    suffixes=(".weight", ".weight_scale", ".weight_scale_2", ".input_scale"),
+    codes=(".weight",),
+    markers={".weight": ("U8",)},
+    read=_read_fp4,
+    write=_write_fp4,
+)
+_LAYOUTS: dict[str, Layout] = {
+    NVFP4.family: _FP4,
+    MXFP4.family: _FP4,
+    FP8.family: FP8_ROWS._replace(write=_write_fp8),
+    FP8_BLOCK.family: FLOAT8_BLOCKS,
+    MXFP8.family: FLOAT8_BLOCKS,
+}
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:

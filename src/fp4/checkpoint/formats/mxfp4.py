@@ -16,18 +16,12 @@ import torch
 from torch import Tensor
 
 from fp4.checkpoint.formats import config_fields as fields
-from fp4.checkpoint.formats.codec import (
-    Codec,
-    LayerScheme,
-    StoredLinear,
-    read_scales,
-    require,
-    require_no_global_scale,
-    require_no_rotation,
-)
+from fp4.checkpoint.formats.codec import Codec, LayerScheme, StoredLinear
+from fp4.checkpoint.formats.stored_tensors import read_scales, require, require_no_global_scale, require_no_rotation
 from fp4.numerics.formats import MXFP4, QuantizedTensor
 
 _STACK = re.compile(r"(?:^|\.)experts\.\w+$")
+_HELD = LayerScheme(MXFP4, "model")  # the only scheme of the format
 
 
 class Mxfp4Codec(Codec):
@@ -52,7 +46,7 @@ class Mxfp4Codec(Codec):
                 raise ValueError(f"modules_to_not_convert has {kept!r}, no regular expression: {error}") from error
             if fits or layer.endswith(kept):
                 return None
-        return LayerScheme(MXFP4, "model")
+        return _HELD
 
     def read(
         self, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None
@@ -61,12 +55,12 @@ class Mxfp4Codec(Codec):
         if blocks.dtype != torch.uint8 or blocks.ndim != 4 or blocks.shape[-1] != 16:
             raise ValueError(f"blocks is {blocks.dtype} {tuple(blocks.shape)}; expected uint8 [E, N, K/32, 16]")
         codes = blocks.flatten(-2)
-        scales = read_scales(require(tensors, "_scales"), "scales", MXFP4, codes)
-        return StoredLinear(QuantizedTensor(codes, scales, None, MXFP4), None, None)
+        scales = read_scales(require(tensors, "_scales"), "scales", scheme.format, codes)
+        return StoredLinear(QuantizedTensor(codes, scales, None, scheme.format), None, None)
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
         codes, scales, _, _ = stored.weight
-        if scheme.format != MXFP4 or scheme.activations != "model" or codes.ndim != 3:
+        if (scheme.format, scheme.activations, codes.ndim) != (_HELD.format, _HELD.activations, 3):
             kind = "a stack of experts" if codes.ndim == 3 else "one matrix"
             raise ValueError(f"it is {kind} in {scheme}; {self.name} holds only stacks of experts, in mxfp4a16")
         require_no_rotation(stored, self.name)

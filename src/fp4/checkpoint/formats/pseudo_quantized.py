@@ -9,14 +9,13 @@ may have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fp4.numerics.block_scales import effective_scales
-from fp4.numerics.elements import decode_e2m1, encode_e2m1, encode_e4m3, encode_e8m0, pack_codes
+from fp4.numerics.elements import decode_e2m1, encode_e2m1, pack_codes
 from fp4.numerics.formats import MXFP4, NVFP4, Format
 
 # Values of the largest code, likeliest first. Block scales from amax/6 put the largest element of an NVFP4 block at 6.
@@ -27,12 +26,6 @@ _LARGEST: dict[Format, tuple[float, ...]] = {
     MXFP4: (3.0, 4.0, 6.0, 2.0, 1.5, 1.0, 0.5),
 }
 
-
-def _nearest_power(ratio: Tensor) -> Tensor:
-    return encode_e8m0(torch.log2(ratio.clamp(2.0**-127, 2.0**127)).round().to(torch.int32))
-
-
-_NEAREST_SCALE: dict[Format, Callable[[Tensor], Tensor]] = {NVFP4: encode_e4m3, MXFP4: _nearest_power}
 
 _TILE_ELEMENTS = 1 << 20
 
@@ -48,7 +41,7 @@ class Recovered(NamedTuple):
 def _scales_for(amax: Tensor, fmt: Format, unit: Tensor, largest: float) -> Tensor:
     """The block scale nearest to the one that puts ``amax`` at code value ``largest``: float32 ``[B]`` -> ``[B]``."""
     ratio = (amax.double() / (unit * largest)).float()
-    return _NEAREST_SCALE[fmt](ratio)
+    return fmt.nearest_scales(ratio)
 
 
 def _explain(

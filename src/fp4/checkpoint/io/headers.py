@@ -61,6 +61,23 @@ class TensorInfo(NamedTuple):
         """Bytes that the tensor takes in the file."""
         return self.end - self.start
 
+    def entries(self, start: int, stop: int) -> TensorInfo:
+        """The part of the tensor that is its entries ``start`` to ``stop`` along the first axis."""
+        size = self.nbytes // self.shape[0]
+        shape = (stop - start, *self.shape[1:])
+        return self._replace(shape=shape, start=self.start + start * size, end=self.start + stop * size)
+
+
+class ComputedTensor(TensorInfo):
+    """A tensor that is computed from stored ones whenever it is read.
+
+    ``file`` is where the largest of the stored ones lies, and ``end`` is what the tensor would take in a file.
+    """
+
+    def read(self) -> Tensor:
+        """The tensor, in newly allocated memory."""
+        raise NotImplementedError
+
 
 @dataclass
 class Header:
@@ -155,6 +172,8 @@ def _is_size(number: object) -> bool:
 
 def load(info: TensorInfo) -> Tensor:
     """Read one tensor into newly allocated memory."""
+    if isinstance(info, ComputedTensor):
+        return info.read()
     dtype = DTYPES[info.dtype]
     if not info.nbytes:
         return torch.empty(info.shape, dtype=dtype)

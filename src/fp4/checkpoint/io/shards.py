@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fp4.checkpoint.io.headers import DTYPES, TensorInfo, fill
+from fp4.checkpoint.io.headers import DTYPES, ComputedTensor, TensorInfo, fill, load
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -80,7 +80,10 @@ class ShardWriter:
         self._left.discard(name)
 
     def copy(self, name: str, info: TensorInfo) -> None:
-        """Copy a tensor of another file, byte by byte."""
+        """Copy a tensor of another file, byte by byte; one that is computed is read and written."""
+        if isinstance(info, ComputedTensor):
+            self.write(name, load(info))
+            return
         position, left = self._offsets[name], info.nbytes
         buffer = memoryview(bytearray(_PIECE))
         with info.file.open("rb", buffering=0) as source:
