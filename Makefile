@@ -50,7 +50,7 @@ pytest-oldest: $(VENV)/oldest
 # The same with today's releases, and what they meet besides: torch, Triton's interpreter, compressed-tensors.
 pytest-newest: $(NEWEST)
 	$(NEWEST_PYTEST) -m "not slow" $(MEET_TRANSFORMERS) tests/numerics tests/backends/test_cpu_kernels.py \
-		tests/backends/test_ops.py tests/parity/test_compressed_tensors.py
+		tests/backends/test_ops.py tests/backends/test_scaled_mm.py tests/parity/test_compressed_tensors.py
 	TRITON_INTERPRET=1 $(NEWEST_PYTEST) tests/backends/test_triton_kernels.py tests/backends/test_triton_experts.py
 
 # The Triton kernels on the CPU by Triton's interpreter, then their compilation for GPUs that need not be there.
