@@ -18,7 +18,7 @@ export FP4_CUDA
 export FP4_SMOLLM2 = $(abspath $(VENV))/SmolLM2-135M-Instruct
 
 .PHONY: demo test test-all lint types pytest pytest-slow pytest-oldest pytest-newest pytest-triton pytest-lm-eval parity \
-	cuda cuda-if-nvcc sanitize lock bench-cpu bench-gpu bench-quality bench-quantize clean
+	cuda cuda-if-nvcc sanitize lock bench-cpu gpu-first bench-gpu bench-quality bench-quantize clean
 
 demo: $(VENV)/demo $(FP4_SMOLLM2)
 	$(VENV)/bin/python examples/demo.py $(MODEL)
@@ -87,6 +87,10 @@ bench-cpu: $(VENV)/demo $(FP4_SMOLLM2)
 	$(VENV)/bin/python benchmarks/cpu_generate.py --compile --save cpu_generate
 	$(VENV)/bin/python benchmarks/cpu_experts.py --save cpu_experts
 	$(VENV)/bin/python benchmarks/cpu_summary.py
+
+# What to run first on a machine with a CUDA GPU: ten minutes, written down as it goes, safe to kill.
+gpu-first: $(VENV)/demo
+	$(VENV)/bin/python benchmarks/gpu_first.py
 
 # On a machine with a CUDA GPU (TORCH above must name a build for it); prints what is to be reached and what is.
 bench-gpu: $(VENV)/demo

@@ -110,6 +110,7 @@ class TritonBackend(Backend):
         run = quantize.quantize_activation if _INTERPRETED else _on_its_device(quantize.quantize_activation)
         mode = quantize.CANONICAL.value
         codes, scales, unit = run(x.contiguous(), fmt, rotation, global_scale, rule, mode, offsets=offsets)
+        assert scales is not None
         unit = unit.reshape(()) if unit is not None and unit.numel() == 1 else unit
         return QuantizedTensor(codes, scales.view(fmt.scale_dtype), unit, fmt)
 
