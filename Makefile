@@ -18,7 +18,7 @@ export FP4_CUDA
 export FP4_SMOLLM2 = $(abspath $(VENV))/SmolLM2-135M-Instruct
 
 .PHONY: demo test test-all lint types pytest pytest-slow pytest-oldest pytest-newest pytest-triton pytest-lm-eval parity \
-	mutation cuda cuda-if-nvcc sanitize lock bench-cpu bench-gpu bench-quality bench-quantize clean
+	mutation cuda cuda-if-nvcc sanitize lock bench-cpu gpu-first bench-gpu bench-quality bench-quantize clean
 
 demo: $(VENV)/demo $(FP4_SMOLLM2)
 	$(VENV)/bin/python examples/demo.py $(MODEL)
@@ -50,7 +50,7 @@ pytest-oldest: $(VENV)/oldest
 # The same with today's releases, and what they meet besides: torch, Triton's interpreter, compressed-tensors.
 pytest-newest: $(NEWEST)
 	$(NEWEST_PYTEST) -m "not slow" $(MEET_TRANSFORMERS) tests/numerics tests/backends/test_cpu_kernels.py \
-		tests/backends/test_ops.py tests/parity/test_compressed_tensors.py
+		tests/backends/test_ops.py tests/backends/test_scaled_mm.py tests/parity/test_compressed_tensors.py
 	TRITON_INTERPRET=1 $(NEWEST_PYTEST) tests/backends/test_triton_kernels.py tests/backends/test_triton_experts.py
 
 # The Triton kernels on the CPU by Triton's interpreter, then their compilation for GPUs that need not be there.
@@ -93,6 +93,10 @@ bench-cpu: $(VENV)/demo $(FP4_SMOLLM2)
 	$(VENV)/bin/python benchmarks/cpu_generate.py --compile --save cpu_generate
 	$(VENV)/bin/python benchmarks/cpu_experts.py --save cpu_experts
 	$(VENV)/bin/python benchmarks/cpu_summary.py
+
+# What to run first on a machine with a CUDA GPU: ten minutes, written down as it goes, safe to kill.
+gpu-first: $(VENV)/demo
+	$(VENV)/bin/python benchmarks/gpu_first.py
 
 # On a machine with a CUDA GPU (TORCH above must name a build for it); prints what is to be reached and what is.
 bench-gpu: $(VENV)/demo

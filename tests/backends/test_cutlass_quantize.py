@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4.backends.cutlass import swizzle
+from fp4.backends.block_scaled import swizzle
 from fp4.numerics import elements, formats, tensors
 from fp4.numerics.formats import FORMATS, MXFP4, NVFP4, Format
 from fp4.numerics.rotation import hadamard, rotate

@@ -160,7 +160,7 @@ def test_fp8_has_no_global_scale() -> None:
 
 
 @pytest.mark.parametrize("backend", [name for name, b in BACKENDS.items() if not b.unavailable()])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool], ids=str)
 def test_every_backend_refuses_input_that_is_not_floating_point(backend: str, dtype: torch.dtype) -> None:
     for fmt in (NVFP4, FP8):
         if not {fmt.name} <= set(BACKENDS[backend].formats):

@@ -26,6 +26,7 @@ from triton_backend import (
     runs_here,
 )
 
+from fp4.backends import BACKENDS
 from fp4.nn.linear import FP4Linear
 from fp4.numerics import elements, formats, rotation, tensors
 from fp4.numerics.formats import MXFP4, NVFP4, Format, QuantizedTensor
@@ -157,6 +158,28 @@ def test_largest_magnitude(dtype: torch.dtype) -> None:
     bad = torch.randn(4, 32).to(dtype)
     bad[3, 1] = float("nan")
     assert run("largest_magnitude", bad).isnan()
+
+
+@FORMAT
+@pytest.mark.parametrize("group", [None, 32])
+@pytest.mark.parametrize("own_scales", [False, True])
+def test_activations_for_other_backends(fmt: Format, group: int | None, own_scales: bool) -> None:
+    """Canonical codes and scales in one pass, those of the reference to the bit: no rotated sum is rounded here."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-8, 9, (9, 96), generator=generator).bfloat16()
+    turn = None if group is None else rotation.identity(group).flip(0).float()
+    offsets = torch.tensor([0, 2, 7], dtype=torch.int32)
+    scale = torch.rand(9, dtype=torch.float64, generator=generator) if own_scales and fmt == NVFP4 else None
+    x[7:] *= 100  # rows of no expert
+    expected = BACKENDS["reference"].quantize_activation(x, fmt, turn, scale, "mse", offsets)
+    moved = [t if t is None else t.to(DEVICE) for t in (x, turn, scale, offsets)]
+    found = BACKEND.quantize_activation(moved[0], fmt, moved[1], moved[2], "mse", moved[3])  # type: ignore[arg-type]
+    assert found.format == fmt
+    assert torch.equal(found.codes.cpu()[:7], expected.codes[:7])
+    assert torch.equal(found.scales.cpu().view(torch.uint8)[:7], expected.scales.view(torch.uint8)[:7])
+    assert (found.global_scale is None) == (expected.global_scale is None)
+    if expected.global_scale is not None:
+        assert torch.equal(found.global_scale.cpu(), expected.global_scale)  # type: ignore[union-attr]
 
 
 @FORMAT

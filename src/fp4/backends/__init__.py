@@ -22,10 +22,16 @@ from fp4.scheme import Scheme
 
 logger = logging.getLogger("fp4")
 
-# The backends stand in order of preference: the first that does not refuse a weight is chosen.
+#: The order of ``auto``: the first that does not refuse a weight is chosen. Kernels that many have run come first.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
-    for backend in (CutlassBackend(), CpuBackend(), TritonBackend(), ScaledMMBackend(), ReferenceBackend())
+    for backend in (
+        ScaledMMBackend(),  # torch's products, wherever a probe finds that they multiply the format
+        CutlassBackend(),  # Blackwell: shapes and stacks of experts that torch refuses
+        CpuBackend(),
+        TritonBackend(),  # any GPU from compute capability 8.0: unquantized activations, and what the others refuse
+        ReferenceBackend(),
+    )
 }
 REFERENCE = BACKENDS["reference"]
 

@@ -79,6 +79,10 @@ class Backend:
         """
         return False
 
+    def keeps(self, fmt: Format) -> bool:
+        """Whether ``pack`` leaves weights in ``fmt`` in the canonical layout."""
+        return self.keeps_layout
+
     def pack(self, codes: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
         """Canonical codes and scales in the layout of this backend.
 
@@ -90,7 +94,7 @@ class Backend:
         Returns:
             ``weight, weight_scale``, as this backend's operators take them.
         """
-        if self.keeps_layout:
+        if self.keeps(fmt):
             return codes, scales
         return self.lay_out(codes, fmt.in_base(scales), fmt.base)
 
@@ -106,7 +110,7 @@ class Backend:
         Returns:
             canonical codes and scales.
         """
-        if self.keeps_layout:
+        if self.keeps(fmt):
             return weight, weight_scale
         codes, scales = self.canonical(weight, weight_scale, fmt.base, out_features)
         return codes, fmt.from_base(scales)
@@ -140,7 +144,7 @@ class Backend:
 
     def runs_as(self, fmt: Format) -> str:
         """The name of the format that the operators are given for weights in ``fmt`` that :meth:`pack` laid out."""
-        return fmt.name if self.keeps_layout else fmt.family
+        return fmt.name if self.keeps(fmt) else fmt.family
 
     def linear(
         self,
@@ -293,6 +297,39 @@ class Backend:
         rows = input_format.fake_quantize(x if rotation is None else rotate(x, rotation), rule, input_global_scale)
         out = self._grouped_linear(rows, *weights, None)
         return out.to(x.dtype)
+
+    def quantize_activation(
+        self,
+        x: Tensor,
+        fmt: Format,
+        rotation: Tensor | None,
+        global_scale: Tensor | None,
+        rule: str,
+        offsets: Tensor | None = None,
+    ) -> QuantizedTensor:
+        """Activations rotated and quantized by this backend's kernels, as matmuls with FP4 activations take them.
+
+        Args:
+            x: float32, bfloat16 or float16 ``[T, K]``.
+            fmt: the format to quantize to.
+            rotation: ``[h, h]``, h dividing K; None for no rotation.
+            global_scale: float64, one number or one a row; None takes it from x where the format needs one.
+            rule: how block scales are chosen.
+            offsets: int32 ``[E + 1]`` of experts; rows from ``offsets[E]`` on do not count in a global scale that is
+                taken from x.
+
+        Returns:
+            the canonical form; its global scale is float64 ``[]`` or ``[T]``, or None.
+        """
+        if offsets is not None and global_scale is None and fmt.needs_global_scale:
+            row = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
+            x = x.masked_fill((row >= offsets[-1])[:, None], 0.0)
+        if rotation is not None:
+            x = rotate(x, rotation)
+        if global_scale is None or global_scale.numel() == 1:
+            return self.quantize(x, fmt, rule, None if global_scale is None else global_scale.reshape(()))
+        codes, scales, _, _ = self.quantize(x[:, None], fmt, rule, global_scale)
+        return QuantizedTensor(codes.squeeze(1), scales.squeeze(1), global_scale, fmt)
 
     def largest_magnitude(self, x: Tensor) -> Tensor:
         """The largest magnitude of each matrix, by this backend's kernel: x ``[..., N, K]`` -> float32 ``[...]``."""

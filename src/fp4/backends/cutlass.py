@@ -5,15 +5,12 @@ from __future__ import annotations
 import importlib
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
 from fp4 import ops  # noqa: F401  (the operators' schemas, which the library implements)
-from fp4.backends.base import Backend
+from fp4.backends.block_scaled import BlockScaledBackend
 from fp4.numerics.formats import Format
 from fp4.scheme import Scheme
 
-_TILE_ROWS, _TILE_COLUMNS = 128, 4  # of block scales, csrc/cuda/swizzle.h
 _K_MULTIPLE = 32  # codes in 16 bytes, the granularity of the tensor memory accelerator
 _N_MULTIPLE = 8  # 16-bit results in 16 bytes
 _ROTATIONS = (16, 32, 64, 128)
@@ -52,51 +49,14 @@ def _multiplies_fp4(architecture: str) -> bool:
     return architecture[-1] in "af" and int(architecture[:-1]) >= 100
 
 
-def swizzle(scales: Tensor) -> Tensor:
-    """Block scales in the order in which the tensor cores read them, the layout that cuBLAS and CUTLASS share.
-
-    The scales are padded with zeros and cut into tiles of 128 x 4, which follow one another along K and then along N. A
-    tile holds the rows 0, 32, 64, 96, then 1, 33, ..., with four scales of each.
-
-    Args:
-        scales: uint8 ``[..., N, K/B]``.
-
-    Returns:
-        uint8 ``[..., N', K']``, where N' and K' are N and K/B rounded up to multiples of 128 and 4.
-    """
-    rows, columns = scales.shape[-2:]
-    padded = pad(scales, (0, -columns % _TILE_COLUMNS, 0, -rows % _TILE_ROWS))
-    tiles = padded.unflatten(-1, (-1, _TILE_COLUMNS)).unflatten(-3, (-1, 4, 32))  # tile, quarter, row, tile, column
-    swizzled: Tensor = tiles.movedim(-2, -4).transpose(-2, -3).reshape(padded.shape)
-    return swizzled
-
-
-def unswizzle(swizzled: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse of :func:`swizzle`.
-
-    Args:
-        swizzled: uint8 ``[..., N', K']``.
-        rows: N.
-        columns: K/B.
-
-    Returns:
-        uint8 ``[..., N, K/B]``.
-    """
-    across = swizzled.shape[-1] // _TILE_COLUMNS
-    tiles = swizzled.reshape(*swizzled.shape[:-2], -1, across, 32, 4, _TILE_COLUMNS)
-    padded = tiles.transpose(-2, -3).movedim(-4, -2).reshape(swizzled.shape)
-    return padded[..., :rows, :columns].contiguous()
-
-
-class CutlassBackend(Backend):
+class CutlassBackend(BlockScaledBackend):
     """W4A4 matmuls on Blackwell: one kernel rotates and quantizes activations, and another multiplies.
 
     In its layout ``weight`` holds the canonical codes, and ``weight_scale`` the block scales in their own dtype and in
-    the order in which the tensor cores read them (:func:`swizzle`).
+    the order in which the tensor cores read them (:func:`.swizzle`).
     """
 
     name = "cutlass"
-    keeps_layout = False
 
     def unavailable(self) -> str | None:
         """The reason why this backend cannot run in this process, or None if it can."""
@@ -160,13 +120,3 @@ class CutlassBackend(Backend):
     def prefers_quantized_input(self, device: torch.device) -> bool:
         """Whether it is fastest on ``device`` with activations in the format of the weight."""
         return True
-
-    def lay_out(self, codes: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-        """Canonical codes and scales in the layout that the class describes."""
-        return codes.contiguous(), swizzle(scales.view(torch.uint8)).view(scales.dtype)
-
-    def canonical(self, weight: Tensor, weight_scale: Tensor, fmt: Format, out_features: int) -> tuple[Tensor, Tensor]:
-        """The inverse of :meth:`lay_out`."""
-        columns = fmt.scale_columns(fmt.columns(weight))
-        scales = unswizzle(weight_scale.view(torch.uint8), out_features, columns)
-        return weight, scales.view(weight_scale.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fp4 import ops
 from fp4.backends.base import Backend
 from fp4.backends.triton import layout
-from fp4.numerics.formats import Format
+from fp4.numerics.formats import Format, QuantizedTensor
 from fp4.scheme import Scheme
 
 # Triton's interpreter runs the kernels on the CPU, which the tests use where there is no GPU.
@@ -92,6 +92,27 @@ class TritonBackend(Backend):
         from fp4.backends.triton import linear
 
         return linear.has_fp4_tensor_cores(device)
+
+    def quantize_activation(
+        self,
+        x: Tensor,
+        fmt: Format,
+        rotation: Tensor | None,
+        global_scale: Tensor | None,
+        rule: str,
+        offsets: Tensor | None = None,
+    ) -> QuantizedTensor:
+        """Activations rotated and quantized in one pass, as :meth:`.Backend.quantize_activation` describes."""
+        from fp4.backends.triton import quantize
+
+        if fmt != fmt.base or not x.numel():
+            return super().quantize_activation(x, fmt, rotation, global_scale, rule, offsets)
+        run = quantize.quantize_activation if _INTERPRETED else _on_its_device(quantize.quantize_activation)
+        mode = quantize.CANONICAL.value
+        codes, scales, unit = run(x.contiguous(), fmt, rotation, global_scale, rule, mode, offsets=offsets)
+        assert scales is not None
+        unit = unit.reshape(()) if unit is not None and unit.numel() == 1 else unit
+        return QuantizedTensor(codes, scales.view(fmt.scale_dtype), unit, fmt)
 
     def lay_out(self, codes: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
         """Canonical codes and scales in the layout that the class describes."""

@@ -239,7 +239,7 @@ def quantize_activation(
         rotation: float32 ``[h, h]``; None for no rotation.
         global_scale: float64, one number or one a row. None takes it from x for NVFP4, and means none for MXFP4.
         rule: how block scales are chosen.
-        mode: ``VALUES`` or ``INTERLEAVED``.
+        mode: ``VALUES``, ``INTERLEAVED`` or ``CANONICAL``.
         shuffled: whether to order the columns of values as layout.py describes.
         offsets: int32 ``[E + 1]`` of experts; rows that belong to none do not count in a global scale taken from x.
 
@@ -262,8 +262,9 @@ def quantize_activation(
         taken = torch.empty(1, dtype=torch.float64, device=x.device)
     if scales is not None and quantize_blocks.takes(x, fmt, rotation, global_scale, rule):
         quantize_blocks.run(
-            x, fmt, rotation, global_scale, partial, None if partial is None else taken, codes, scales, interleave=True
-        )
+            x, fmt, rotation, global_scale, partial, None if partial is None else taken, codes, scales,
+            interleave=mode == INTERLEAVED.value,
+        )  # fmt: skip
         return codes, scales, taken
     tile = tile_of(k, group)
     _quantize[shared_grid(x, rows, k, tile, group)](
