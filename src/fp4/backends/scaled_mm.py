@@ -12,7 +12,7 @@ from fp4 import ops
 from fp4.backends import scaled_products as products
 from fp4.backends.base import expert_of_rows
 from fp4.backends.block_scaled import BlockScaledBackend, quantize_activation
-from fp4.numerics.formats import FP8, WEIGHT_FORMATS, Format, format_named
+from fp4.numerics.formats import FP8, Format, format_named
 from fp4.scheme import Scheme
 
 _MULTIPLES = {"nvfp4": (16, 32), "mxfp4": (16, 32), "fp8": (16, 16)}  # of N and K; K is counted in bytes of 16
@@ -104,7 +104,7 @@ class ScaledMMBackend(BlockScaledBackend):
     """
 
     name = "scaled_mm"
-    formats = tuple(WEIGHT_FORMATS)
+    formats = tuple(_MULTIPLES)
     converts = ()
     #: Kinds of devices on which other backends are better, whatever torch multiplies there.
     left_to_others: tuple[str, ...] = ("cpu",)
