@@ -211,7 +211,8 @@ class FP4Experts(nn.Module):
         packed = FP4GroupedLinear(self.layout.num_experts, columns, rows, scheme, backend, dtype, "meta")
         packed.split = self.split_of(name)
         if packed.split is not None:
-            packed.split.shape((self.layout.num_experts, rows, columns), scheme.k_multiple, name)  # raises
+            whole = (self.layout.num_experts, rows, columns)
+            packed.split.shape(whole, scheme.k_multiple, name, scheme.format.block_rows)  # raises
         self.add_module(name, packed)
         return packed
 

@@ -98,30 +98,36 @@ class PackedWeight(nn.Module):
     def shape(self) -> tuple[int, ...]:
         """``(..., N, K)`` of the share of the weight that this process holds."""
         whole = (*self.lead, self.out_features, self.in_features)
-        return whole if self.split is None else self.split.shape(whole, self.scheme.k_multiple, "weight")
+        if self.split is None:
+            return whole
+        return self.split.shape(whole, self.scheme.k_multiple, "weight", self.scheme.format.block_rows)
 
     # --- what is held
 
     @property
     def codes(self) -> Tensor:
         """Codes in the layout of the backend; canonical ones are ``[..., N, K/2]`` uint8, or FP8 ``[..., N, K]``."""
-        return self.packed_codes.view(self.scheme.format.code_dtype)
+        held = self._parameters["packed_codes"]
+        assert held is not None
+        return held if self._code_dtype is torch.uint8 else held.view(self._code_dtype)
 
     @property
     def scales(self) -> Tensor:
         """Block scales in the layout of the backend; canonical ones are ``[..., N, K/B]``, by row ``[..., N, 1]``."""
-        return self.packed_scales.view(self._scale_dtype)
+        held = self._parameters["packed_scales"]
+        assert held is not None
+        return held.view(self._scale_dtype)
 
     @property
     def global_scale(self) -> Tensor | None:
         """Float64 ``[...]``, or None where the format has none."""
-        held = self.packed_global_scale
+        held = self._parameters["packed_global_scale"]
         return None if held is None else held.view(torch.float64).squeeze(-1)
 
     @property
     def input_global_scale(self) -> Tensor | None:
         """Float64 ``[...]``; None where it is taken from each call's activations, or where their format has none."""
-        held = self.packed_input_global_scale
+        held = self._parameters["packed_input_global_scale"]
         return None if held is None else held.view(torch.float64).squeeze(-1)
 
     @property
@@ -188,7 +194,7 @@ class PackedWeight(nn.Module):
             raise ValueError(f"the weight is in {weight.format.name}; this layer holds {fmt.name}")
         if self.split is not None:
             weight, input_global_scale = self.split.of(weight), self.split.of_experts(input_global_scale)
-        self._scale_dtype = weight.scales.dtype
+        self._code_dtype, self._scale_dtype = weight.codes.dtype, weight.scales.dtype
         tensors = {"packed_codes": weight.codes.view(torch.uint8), "packed_scales": weight.scales.view(torch.uint8)}
         for name, scale in (("global_scale", weight.global_scale), ("input_global_scale", input_global_scale)):
             if scale is not None:

@@ -28,19 +28,20 @@ class Split:
     count: int
     parts: int = 1
 
-    def shape(self, shape: tuple[int, ...], multiple: int, name: str) -> tuple[int, ...]:
+    def shape(self, shape: tuple[int, ...], multiple: int, name: str, block_rows: int = 1) -> tuple[int, ...]:
         """Shape of the share of a weight.
 
         Args:
             shape: ``(..., N, K)`` of the whole weight.
             multiple: number that the columns of a share must be a multiple of.
             name: name of the weight, for error messages.
+            block_rows: number of rows that share a scale, and so stay together.
 
         Raises:
             ValueError: the axis does not divide into equal shares.
         """
         axis = {"rows": len(shape) - 2, "columns": len(shape) - 1, "experts": 0}[self.axis]
-        unit = {"rows": self.parts, "columns": multiple, "experts": 1}[self.axis]
+        unit = {"rows": self.parts * block_rows, "columns": multiple, "experts": 1}[self.axis]
         if shape[axis] % (self.count * unit):
             of = f", in multiples of {unit}" if unit > 1 else ""
             raise ValueError(f"{name}: its {shape[axis]} {self.axis} cannot be shared out to {self.count} ranks{of}")

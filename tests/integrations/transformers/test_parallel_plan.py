@@ -76,6 +76,8 @@ def test_shares_by_hand() -> None:
     for split in (Split("rows", 0, 2, 2), Split("columns", 0, 2), Split("experts", 0, 2)):
         with pytest.raises(ValueError, match=r"w: its \d+ (rows|columns|experts) cannot be shared out to 2 ranks"):
             split.shape((3, 6, 48), 16, "w")
+    with pytest.raises(ValueError, match=r"w: its 192 rows cannot be shared out to 2 ranks, in multiples of 128"):
+        Split("rows", 0, 2).shape((192, 128), 128, "w", block_rows=128)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe"])
