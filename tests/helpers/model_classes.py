@@ -285,7 +285,8 @@ def save_model(make: Callable[[], Any], folder: Path) -> Any:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    return model.float().eval()
+    # Loaded, because .to() rounds rotary tables too.
+    return type(model).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def logits(model: Any) -> Tensor:

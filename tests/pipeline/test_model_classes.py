@@ -41,12 +41,9 @@ def assert_runs(dense: Any, out: Path, count: int) -> Any:
     assert not found["missing_keys"]
     assert not found["mismatched_keys"]
     assert len(packed(loaded)) == count
-    weight_only = {module.scheme.activations for module in packed(loaded).values()} == {"model"}
-    after = logits(loaded)
-    # Activations are rounded layer by layer where they are quantized too, which the dequantized model does not do.
-    tolerance = 1e-4 if weight_only else 0.1
+    after = logits(loaded)  # on a CPU, where activations stay as they are
     difference = after - logits(loaded.dequantize())
-    assert difference.norm() <= tolerance * after.norm()
+    assert difference.norm() <= 1e-4 * after.norm()
     original = logits(dense)
     assert 0 < (after - original).norm() < 0.5 * original.norm()
     return loaded

@@ -29,7 +29,7 @@ from fp4.pipeline.memory_budget import Memory
 from fp4.pipeline.merge_files import assemble
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.report import layer_row
-from fp4.pipeline.samples import batches_of, stored_samples
+from fp4.pipeline.samples import Batch, batches_of, stored_samples
 from fp4.pipeline.skeleton import Skeleton
 from fp4.pipeline.storage import StoredTensors, Written, rotation_of, scheme_in_file
 from fp4.pipeline.stream import quantize_weight, sampled_statistics, shared_global_scale, stored_weight
@@ -77,18 +77,19 @@ class BlockCalibration:
         self.experts = experts
         self.device = memory.device
         self.needs_originals = method.needs_originals(options)
-        self.batches: list[Tensor] = []
+        self.batches: list[Batch] = []
         #: Arguments besides hidden states, by batch and block; batches with equal arguments share one list.
         self.calls: list[list[Call]] = []
 
-    def run(self, read: Callable[[Any], Samples]) -> Written:
+    def run(self, read: Callable[[Any, Any], Samples]) -> Written:
         """Quantize every block that is not finished, then merge the files of all blocks.
 
         Args:
-            read: reads samples with the model's tokenizer; not called where an interrupted run has read them.
+            read: reads samples with the model's tokenizer and processor of images; not called where an interrupted run
+                has read them.
         """
         samples = stored_samples(self.staging, self.skeleton.checkpoint.folder, read)
-        self.batches = batches_of(samples.tokens, self.skeleton.model.config.get_text_config().vocab_size)
+        self.batches = batches_of(samples, self.skeleton.model.config.get_text_config().vocab_size)
         names = self.skeleton.blocks
         done = 0
         while done < len(names) and self.staging.read(_note(done)) is not None:
@@ -154,7 +155,7 @@ class BlockCalibration:
 
     def _states(self, number: int, kind: str, hidden: int) -> HiddenStates:
         """The hidden states before block ``number``."""
-        shapes = [(*batch.shape, hidden) for batch in self.batches]
+        shapes = [(*batch.ids.shape, hidden) for batch in self.batches]
         states = HiddenStates(
             self.staging.folder / f"hidden-{number:05}-{kind}", shapes, self.skeleton.dtype, self.device, False
         )
@@ -168,12 +169,13 @@ class BlockCalibration:
         """
         skeleton = self.skeleton
         first: HiddenStates | None = None
-        with skeleton.outside_filled(self.device, self.batches):
+        ids, images = [batch.ids for batch in self.batches], any(batch.inputs for batch in self.batches)
+        with skeleton.outside_filled(self.device, ids, towers=images):
             skeleton.decoder.eval()
             with skeleton.filled(skeleton.blocks[0], self.device):
-                form = result_form(skeleton, self.batches[0][:1, :8].to(self.device))
-            for ids in self.batches:
-                captured = capture(skeleton, ids.to(self.device), form)
+                form = result_form(skeleton, ids[0][:1, :8].to(self.device))
+            for batch in self.batches:
+                captured = capture(skeleton, batch.ids.to(self.device), form, batch.inputs)
                 self.calls.append(self._shared(captured.calls))
                 if first is None:
                     first = self._states(0, "inputs", captured.hidden.shape[-1])
@@ -217,8 +219,8 @@ class BlockCalibration:
             stack.enter_context(computed_wide(linears))
 
             def run(hidden: Tensor, batch: int) -> Tensor:
-                args, kwargs = self.calls[batch][number]
-                return output_of(module(hidden, *args, **kwargs))
+                args, kwargs, added = self.calls[batch][number]
+                return output_of(module(hidden if added is None else hidden + added, *args, **kwargs))
 
             block = Block(
                 name=name,

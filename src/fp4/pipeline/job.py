@@ -194,7 +194,7 @@ class Job:
         require_room(self.out, self.needs.disk)
         if self.calibrates:
             found = read_samples(self.skeleton.checkpoint.folder, self._samples)
-            batches_of(found.tokens, self.skeleton.model.config.get_text_config().vocab_size)
+            batches_of(found, self.skeleton.model.config.get_text_config().vocab_size)
 
     def run(self, progress: Report | None = None) -> dict[str, Any]:
         """Quantize; see :func:`quantize`.
@@ -273,8 +273,9 @@ class Job:
         named = (f"{next(layer.name for layer in kept if layer.reason == reason)}, ...: {reason}" for reason in reasons)
         return f"{len(kept)} layers, {share:.0%} of the model's parameters, stay as they are ({'; '.join(named)})"
 
-    def _samples(self, tokenizer: Any) -> Samples:
-        return load_samples(self.data, tokenizer, self.request.samples, self.request.seq_len, self.seed)
+    def _samples(self, tokenizer: Any, processor: Any) -> Samples:
+        amounts = self.request.samples, self.request.seq_len
+        return load_samples(self.data, tokenizer, *amounts, self.seed, processor)
 
     def _pattern(self, layer: str) -> str:
         """The pattern that skips a layer: its name, or that of the experts that it is quantized with."""

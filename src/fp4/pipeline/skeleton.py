@@ -159,15 +159,26 @@ class Skeleton:
         """Names of the stored tensors of everything in the module ``name``."""
         return [key for parameter, source in self.sources.items() if _below(parameter, name) for key in source.keys]
 
-    def keys_outside(self) -> list[str]:
-        """Names of the stored tensors of the decoder, without those of its blocks."""
+    def keys_outside(self, towers: bool = False) -> list[str]:
+        """Names of the stored tensors of the decoder without those of its blocks.
+
+        Args:
+            towers: those of everything else outside the blocks too, but for the output embedding.
+        """
         outside = [
             source
             for parameter, source in self.sources.items()
-            if (_below(parameter, self.decoder_name) or not self.decoder_name)
-            and not any(_below(parameter, block) for block in self.blocks)
+            if self._is_outside(parameter.rpartition(".")[0], towers)
         ]
         return [key for source in outside for key in source.keys]
+
+    def _is_outside(self, module: str, towers: bool) -> bool:
+        """Whether a module is of the decoder but of no block; with ``towers``, of the model but of no block or head."""
+        if any(_below(f"{module}.", block) for block in self.blocks):
+            return False
+        if not towers:
+            return _below(f"{module}.", self.decoder_name)
+        return self.model.get_submodule(module) is not self.model.get_output_embeddings()
 
     def table(self) -> tuple[nn.Embedding, str] | None:
         """The token embedding and the name of its stored tensor; None where rows cannot be read one by one."""
@@ -236,20 +247,17 @@ class Skeleton:
             setattr(self.model.get_submodule(module), parameter, nn.Parameter(value, requires_grad=False))
 
     @contextlib.contextmanager
-    def outside_filled(self, device: torch.device, batches: Sequence[Tensor]) -> Iterator[None]:
+    def outside_filled(self, device: torch.device, batches: Sequence[Tensor], towers: bool = False) -> Iterator[None]:
         """Within this context the decoder without its blocks (embeddings, rotary tables, norms) is in memory.
 
         Args:
             device: the device to load onto.
             batches: the token ids that the decoder will run on, which decide about the rows of the embedding.
+            towers: whether everything else outside the blocks is in memory too, to run the model on images.
         """
-        parts = [
-            (name, module)
-            for name, module in self.model.named_modules()
-            if (_below(name, self.decoder_name) or not self.decoder_name)
-            and not any(_below(f"{name}.", block) for block in self.blocks)
-        ]
-        keys, table = self.keys_outside(), self.table()
+        parts = [(name, module) for name, module in self.model.named_modules() if self._is_outside(name, towers)]
+        # Models replace the tokens of images by others before they look them up, so they need the whole embedding.
+        keys, table = self.keys_outside(towers), None if towers else self.table()
         with contextlib.ExitStack() as stack:
             for _, module in parts:
                 stack.callback(module.to_empty, device="meta", recurse=False)
@@ -275,7 +283,7 @@ class Skeleton:
         Raises:
             ValueError: the checkpoint had no weight for a parameter.
         """
-        for module in part.modules() if recurse else [part]:
+        for path, module in part.named_modules() if recurse else [("", part)]:
             empty = [key for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
             for key in empty:
                 setattr(module, key, torch.empty_like(getattr(module, key), device=device))
@@ -284,12 +292,20 @@ class Skeleton:
                     # Transformers does not initialise parameters with this mark.
                     setattr(value, "_is_hf_initialized", True)  # noqa: B010
                 with torch.no_grad():  # Transformers after 5.23 no longer does this itself
-                    self.model._init_weights(module)
+                    self._model_around(f"{name}.{path}")._init_weights(module)
         missing = [key for key, value in part.named_parameters(recurse=recurse) if value.is_meta]
         if missing:
             raise ValueError(
                 f"the checkpoint has no weight for {name}.{missing[0]} ({len(missing)} are missing in all)"
             )
+
+    def _model_around(self, name: str) -> PreTrainedModel:
+        """The innermost model that a module is of: a tower initialises its own buffers, as Transformers lets it."""
+        around: PreTrainedModel = self.model
+        for path, module in self.model.named_modules():
+            if isinstance(module, PreTrainedModel) and _below(f"{name}.", path):
+                around = module
+        return around
 
 
 def _below(name: str, module: str) -> bool:
