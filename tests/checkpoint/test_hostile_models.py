@@ -100,7 +100,7 @@ CONTRADICTORY: list[tuple[str, dict[str, Any], str]] = [
     *ENDLESS,
     ("dense", {"num_hidden_layers": 900}, "describes 900 blocks, and the checkpoint has no weight for model.layers.2"),
     ("dense", {"hidden_size": -5}, "no model can be built from .*-5"),
-    ("dense", {"hidden_size": 0}, "no list of decoder blocks"),
+    ("dense", {"hidden_size": 0}, "has no list of blocks"),
     ("dense", {"hidden_size": "64"}, "no model can be built from .*hidden_size"),
     ("dense", {"hidden_size": 10**9}, "other shapes .lm_head.weight is stored as .320, 64., expected .320, 10{9}.."),
     ("dense", {"hidden_size": 10**15, "intermediate_size": 10**15}, "no model can be built from"),

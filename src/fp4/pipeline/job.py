@@ -52,12 +52,13 @@ _PLANNING = ("scheme", "rotation", "rule", "skip", "only", "include", "overrides
 
 @taking(Request)
 def quantize(request: Request) -> dict[str, Any]:
-    """Quantize a checkpoint of any Transformers decoder model, in memory far smaller than the model.
+    """Quantize a checkpoint of a Transformers model, in memory far smaller than the model.
 
-    The decoder is calibrated block by block, each with the inputs that the quantized blocks before it produce. Killed
-    at any moment, the same call goes on from the last finished block and writes the same bytes; ``out`` appears
-    complete or not at all (work is kept in ``<out>.partial``). ``method="rtn"`` with a scheme that has no calibrated
-    input scales (all but ``nvfp4`` and ``nvfp4a8``) streams tensors from file to file without building the model.
+    The text decoder, or the encoder of text, is calibrated block by block, each with the inputs that the quantized
+    blocks before it produce. Killed at any moment, the same call goes on from the last finished block and writes the
+    same bytes; ``out`` appears complete or not at all (work is kept in ``<out>.partial``). ``method="rtn"`` with a
+    scheme that has no calibrated input scales (all but ``nvfp4`` and ``nvfp4a8``) streams tensors from file to file
+    without building the model.
 
     {arguments}
 

@@ -403,8 +403,8 @@ def find_blocks(decoder: nn.Module, prefix: str = "") -> list[str]:
     _, name, blocks = max(_lists(decoder), key=lambda entry: entry[0], default=(0, "", nn.ModuleList()))
     if not blocks:
         raise ValueError(
-            f"{type(decoder).__name__} has no list of decoder blocks (an nn.ModuleList with weights); fp4 quantizes "
-            "decoder models"
+            f"{type(decoder).__name__} has no list of blocks (an nn.ModuleList with weights); fp4 quantizes models made "
+            "of blocks"
         )
     start = f"{prefix}.{name}" if prefix else name
     return [f"{start}.{index}" for index in range(len(blocks))]
