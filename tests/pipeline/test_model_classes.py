@@ -68,6 +68,23 @@ def test_text_decoders_behind_towers(family: str, options: dict[str, Any], tmp_p
     assert_runs(dense, tmp_path / "out", 14)
 
 
+def test_a_class_that_comes_with_the_checkpoint(tmp_path: Path, text: Path) -> None:
+    """It is named for one of the auto classes that is not that of language models alone."""
+    save_model(TOWERS["llava"][0], tmp_path / "model")
+    (tmp_path / "model" / "modeling_own.py").write_text(
+        "from transformers import LlavaConfig, LlavaForConditionalGeneration\n"
+        "class OwnConfig(LlavaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlavaForConditionalGeneration):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    auto = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForImageTextToText": "modeling_own.OwnModel"}
+    own = {"model_type": "own", "architectures": ["OwnModel"], "auto_map": auto}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | own))
+    report = quantized(tmp_path / "model", tmp_path / "out", text, **RUNS[0], trust_remote_code=True)
+    assert report["architectures"] == ["OwnModel"]
+    assert len(report["layers"]) == 14
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_a_tower_is_rounded_where_it_is_included(method: str, tmp_path: Path, text: Path) -> None:
     make, _ = TOWERS["llava"]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -372,7 +372,11 @@ def _built(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrai
         if cls is not None:
             model = cls._from_config(config, dtype=dtype)
         else:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            # Code that comes with the checkpoint: its configuration says which of the auto classes builds it.
+            references = getattr(config, "auto_map", None) or {}
+            autos = [auto for auto, reference in references.items() if str(reference).rpartition(".")[2] in names]
+            auto = getattr(transformers, next(iter(autos), "AutoModelForCausalLM"))
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         return model
 
 
@@ -403,8 +407,8 @@ def find_blocks(decoder: nn.Module, prefix: str = "") -> list[str]:
     _, name, blocks = max(_lists(decoder), key=lambda entry: entry[0], default=(0, "", nn.ModuleList()))
     if not blocks:
         raise ValueError(
-            f"{type(decoder).__name__} has no list of blocks (an nn.ModuleList with weights); fp4 quantizes models made "
-            "of blocks"
+            f"{type(decoder).__name__} has no list of blocks (an nn.ModuleList with weights), and fp4 quantizes models "
+            "made of blocks"
         )
     start = f"{prefix}.{name}" if prefix else name
     return [f"{start}.{index}" for index in range(len(blocks))]
