@@ -142,9 +142,9 @@ def test_contradictions_in_a_part_of_a_configuration(
 
 def test_a_list_of_modules_that_no_tensor_fills(models: dict[str, Path], tmp_path: Path) -> None:
     """Whatever makes a model large: here every block is given a list of its own."""
-    from fp4.pipeline import skeleton
+    from fp4.pipeline import build_model
 
-    with pytest.raises(ValueError, match="more than 10 modules"), skeleton._few_modules(10):
+    with pytest.raises(ValueError, match="more than 10 modules"), build_model._few_modules(10):
         torch.nn.ModuleList(torch.nn.Identity() for _ in range(11))
     assert len(torch.nn.ModuleList(torch.nn.Identity() for _ in range(11))) == 11
 

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -29,19 +26,10 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from fp4.checkpoint.contradictions import refuse_endless
 from fp4.checkpoint.io.headers import Checkpoint, TensorInfo, load
 from fp4.host_memory import tells_out_of_memory
+from fp4.pipeline.build_model import build_model
 from fp4.pipeline.token_embeddings import reads_rows, rows_filled
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-
-# Limits on the number of modules. A model has more modules than stored tensors: activations, dropouts, and experts that
-# are stored in stacks.
-_MODULES = 50_000
-_MODULES_A_TENSOR = 30
 
 
 class _Lazy:
@@ -87,7 +75,7 @@ class Skeleton:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
-        self.model = _build(checkpoint, dtype, trust_remote_code)
+        self.model = build_model(checkpoint, dtype, trust_remote_code)
         self.decoder_name, self.decoder = _decoder(self.model)
         self.blocks = self._encoder_blocks() + find_blocks(self.decoder, self.decoder_name)
         self.conversions = get_model_conversion_mapping(self.model)
@@ -322,62 +310,6 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """The model that config.json describes.
-
-    Raises:
-        ValueError: no model can be built from the file, or only one far larger than the checkpoint.
-    """
-    refuse_endless(checkpoint.config, len(checkpoint.tensors))
-    try:
-        with _few_modules(_MODULES + _MODULES_A_TENSOR * len(checkpoint.tensors)):
-            return _built(checkpoint.folder, dtype, trust_remote_code)
-    except (MemoryError, OSError, ImportError):
-        raise
-    except Exception as error:  # model classes raise any error for a configuration that they cannot handle
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"no model can be built from {checkpoint.folder / 'config.json'}: {said}") from error
-
-
-@contextlib.contextmanager
-def _few_modules(limit: int) -> Iterator[None]:
-    """Within this context no more than ``limit`` modules can be built, which take time and memory on meta too.
-
-    Raises:
-        ValueError: there are more.
-    """
-    count = itertools.count(1)
-
-    def check(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if next(count) > limit:
-            raise ValueError(f"it would have more than {limit} modules ({name} of {type(parent).__name__}, ...)")
-
-    handle = register_module_module_registration_hook(check)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _built(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    import transformers
-
-    config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    names = config.architectures or []
-    cls: Any = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-    with torch.device("meta"):
-        model: PreTrainedModel
-        if cls is not None:
-            model = cls._from_config(config, dtype=dtype)
-        else:
-            # Code that comes with the checkpoint: its configuration says which of the auto classes builds it.
-            references = getattr(config, "auto_map", None) or {}
-            autos = [auto for auto, reference in references.items() if str(reference).rpartition(".")[2] in names]
-            auto = getattr(transformers, next(iter(autos), "AutoModelForCausalLM"))
-            model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        return model
 
 
 def _decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
