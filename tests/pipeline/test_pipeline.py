@@ -15,8 +15,8 @@ from comparing import assert_same_files
 from jobs import planned
 from safetensors.torch import load_file, save_file
 from shards import tensors_of
-from small_models import ARCHITECTURES, save_small, save_text, save_vision_language, tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, LlamaPreTrainedModel
+from small_models import ARCHITECTURES, save_small, save_text, tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaPreTrainedModel
 
 import fp4
 from fp4 import FP4Linear, FPQuantConfig
@@ -92,20 +92,6 @@ def test_the_default_method_on_every_architecture(architecture: str, tmp_path: P
             logits.append(loaded(ids).logits)
     errors = [float((found - logits[0]).norm() / logits[0].norm()) for found in logits[1:]]
     assert errors[0] < errors[1]
-
-
-def test_vision_tower_is_kept(tmp_path: Path, text: Path) -> None:
-    model = save_vision_language(tmp_path / "model")
-    report = fp4.quantize(model, tmp_path / "out", "nvfp4", "rtn", text, samples=2, seq_len=32, device="cpu")
-    assert len(report["layers"]) == 21
-    assert all("language_model" in row["name"] for row in report["layers"])
-    assert any("vision_tower" in row["name"] for row in report["kept"])
-    before, after = tensors_of(model), tensors_of(tmp_path / "out")
-    vision = [name for name in before if "vision" in name or "projector" in name]
-    assert vision
-    assert all(torch.equal(before[name], after[name]) for name in vision)
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert sum(isinstance(module, FP4Linear) for module in loaded.modules()) == 21
 
 
 def test_rotations_are_those_that_measured_best(tmp_path: Path) -> None:
@@ -248,7 +234,7 @@ def test_mistakes_are_named(tmp_path: Path, text: Path) -> None:
 
 def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
     model = save_small("llama", tmp_path / "model", num_hidden_layers=0)
-    with pytest.raises(ValueError, match="no list of decoder blocks"):
+    with pytest.raises(ValueError, match="has no list of blocks"):
         fp4.quantize(model, tmp_path / "out", "nvfp4a16", "rtn")
 
 
@@ -295,22 +281,6 @@ def save_encoder(folder: Path, architecture: str) -> Path:
     getattr(transformers, architecture)(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
-
-
-@pytest.mark.parametrize(("scheme", "method"), [("nvfp4", "rtn"), ("nvfp4a16", "gptq"), ("nvfp4a16", "best")])
-def test_encoders_are_not_calibrated(scheme: str, method: str, tmp_path: Path, text: Path) -> None:
-    model = save_encoder(tmp_path / "model", "BertForMaskedLM")
-    with pytest.raises(ValueError, match=r"BertForMaskedLM is an encoder.*; method rtn with a scheme .* quantizes it"):
-        fp4.quantize(model, tmp_path / "out", scheme, method, text, samples=2, seq_len=32)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_models_with_an_encoder_beside_the_decoder_are_not_calibrated(tmp_path: Path, text: Path) -> None:
-    config = transformers.T5Config(vocab_size=320, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
-    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration has an encoder beside its decoder"):
-        fp4.quantize(tmp_path / "model", tmp_path / "out", "nvfp4a16", "gptq", text)
 
 
 @pytest.mark.parametrize(

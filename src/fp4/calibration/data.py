@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fp4.calibration.chat_template import BoundedTemplate
 from fp4.calibration.formatters import detect, formatter
+from fp4.calibration.images import ImageRows, image_column
 from fp4.calibration.recipe import Amounts, DatasetRecipe, Recipe, read_recipe
 
 logger = logging.getLogger("fp4")
@@ -38,11 +39,14 @@ class Samples:
         tokens: token ids of each sample, int64 ``[length]``.
         description: one sentence, for the report and the model card.
         warnings: sentences about what differs from what was asked for.
+        inputs: what the model reads beside the tokens of each sample, by argument, such as pixels of images; empty
+            where all samples are text.
     """
 
     tokens: list[Tensor]
     description: str
     warnings: list[str] = field(default_factory=list)
+    inputs: list[dict[str, Tensor]] = field(default_factory=list)
 
     @property
     def count(self) -> int:
@@ -55,6 +59,9 @@ class Samples:
         digest = hashlib.sha256()
         for sample in self.tokens:
             digest.update(len(sample).to_bytes(8, "little") + sample.to(torch.int64).numpy().astype("<i8").tobytes())
+        for inputs in self.inputs:
+            for name in sorted(inputs):
+                digest.update(name.encode() + inputs[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -64,6 +71,7 @@ def load_samples(
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int | None = None,
+    processor: Any = None,
 ) -> Samples:
     """Load samples to calibrate on.
 
@@ -75,6 +83,7 @@ def load_samples(
         samples: how many, in place of the recipe's ``max_samples`` or its default.
         seq_len: tokens a sample, in place of ``max_seq_len``.
         seed: of the random order, in place of the recipe's.
+        processor: the model's, of text and images; None for a model that reads text alone, as is all it is given.
 
     Raises:
         ValueError: the data cannot be read, or has no sample that is long enough; the message names what and where.
@@ -91,8 +100,9 @@ def load_samples(
             raise ValueError(f"{path} is no file; expected a recipe of datasets")
         recipe = read_recipe(path)
         recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=chosen)})
-        return from_recipe(recipe, tokenizer, path.parent)
-    return from_recipe(Recipe(datasets=[DatasetRecipe(path=str(data))], calibration=Amounts(**chosen)), tokenizer)
+        return from_recipe(recipe, tokenizer, path.parent, processor)
+    recipe = Recipe(datasets=[DatasetRecipe(path=str(data))], calibration=Amounts(**chosen))
+    return from_recipe(recipe, tokenizer, processor=processor)
 
 
 def seed_of(data: str | Path | None) -> int:
@@ -147,7 +157,7 @@ def _warn(samples: Samples, message: str) -> None:
     logger.warning("%s", message)
 
 
-def from_recipe(recipe: Recipe, tokenizer: Any, base: Path = Path()) -> Samples:
+def from_recipe(recipe: Recipe, tokenizer: Any, base: Path = Path(), processor: Any = None) -> Samples:
     """Draw the samples of a recipe.
 
     From each dataset more rows are taken than its share (``oversample_ratio``), in random order; rows that are too
@@ -157,17 +167,18 @@ def from_recipe(recipe: Recipe, tokenizer: Any, base: Path = Path()) -> Samples:
         recipe: datasets and amounts.
         tokenizer: the model's.
         base: folder that relative paths start from.
+        processor: as for :func:`load_samples`.
 
     Raises:
         ValueError: a dataset cannot be loaded or formatted, or no sample is long enough.
     """
     amounts = recipe.calibration
     weights = sum(dataset.weight for dataset in recipe.datasets)
-    pool: list[Tensor] = []
+    pool: list[tuple[Tensor, dict[str, Tensor]]] = []
     for number, dataset in enumerate(recipe.datasets):
         wanted = math.ceil(amounts.max_samples * dataset.weight / weights * amounts.oversample_ratio)
         try:
-            pool += _draw(dataset, wanted, amounts, tokenizer, base)
+            pool += _draw(dataset, wanted, amounts, tokenizer, base, processor)
         except ValueError as error:
             raise ValueError(f"datasets[{number}] ({dataset.path}): {error}") from error
     random.Random(amounts.seed).shuffle(pool)
@@ -175,9 +186,12 @@ def from_recipe(recipe: Recipe, tokenizer: Any, base: Path = Path()) -> Samples:
     names = ", ".join(dataset.path for dataset in recipe.datasets)
     if not kept:
         raise ValueError(f"{names} gave no sample of at least {amounts.min_token_length} tokens (min_token_length)")
+    images = sum(bool(inputs) for _, inputs in kept)
     found = Samples(
-        kept,
-        f"{len(kept)} samples of at most {amounts.max_seq_len} tokens, drawn with seed {amounts.seed} from {names}",
+        [tokens for tokens, _ in kept],
+        f"{len(kept)} samples of at most {amounts.max_seq_len} tokens{f', {images} with images' if images else ''}, "
+        f"drawn with seed {amounts.seed} from {names}",
+        inputs=[inputs for _, inputs in kept] if images else [],
     )
     if len(kept) < amounts.max_samples:
         _warn(
@@ -188,28 +202,58 @@ def from_recipe(recipe: Recipe, tokenizer: Any, base: Path = Path()) -> Samples:
     return found
 
 
-def _draw(dataset: DatasetRecipe, wanted: int, amounts: Amounts, tokenizer: Any, base: Path) -> list[Tensor]:
-    """The samples among ``wanted`` random rows of a dataset that are long enough."""
+def _draw(
+    dataset: DatasetRecipe, wanted: int, amounts: Amounts, tokenizer: Any, base: Path, processor: Any
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """The samples among ``wanted`` random rows of a dataset that are long enough: tokens and the other inputs."""
     rows = _rows(dataset, wanted, amounts.seed, base)
-    found: list[Tensor] = []
-    to_text = None
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
+    read: Callable[[dict[str, Any]], tuple[Any, dict[str, Tensor]]] | None = None
     for number, row in rows:
-        if to_text is None:
+        if read is None:
             name = dataset.formatter or detect(row)
-            to_text = formatter(name, dataset.columns, row, BoundedTemplate(tokenizer))
-            # A chat template writes the special tokens itself.
-            special = name in ("raw_text", "prompt_answer")
+            read = _reader(dataset, name, row, amounts, tokenizer, base, processor)
         try:
-            text = to_text(row)
+            ids, inputs = read(row)
         except (KeyError, TypeError, AttributeError) as error:
             where = _place(dataset, base, number, row)
             raise ValueError(f"{where} does not have the form of {name}: {error!r}") from error
         except ValueError as error:
             raise ValueError(f"{_place(dataset, base, number, row)}: {error}") from error
-        ids = _tokenize(tokenizer, text, add_special_tokens=special)[: amounts.max_seq_len] if text else ()
         if len(ids) >= amounts.min_token_length:
-            found.append(torch.as_tensor(ids))
+            found.append((torch.as_tensor(ids), inputs))
     return found
+
+
+def _reader(
+    dataset: DatasetRecipe, name: str, row: dict[str, Any], amounts: Amounts, tokenizer: Any, base: Path, processor: Any
+) -> Callable[[dict[str, Any]], tuple[Any, dict[str, Tensor]]]:
+    """The function that turns rows like ``row`` into token ids and the model's other inputs; no ids for a row to leave.
+
+    Args:
+        dataset: the source of the rows.
+        name: name of the formatter.
+        row: any row, which shows the columns.
+        amounts: how long samples are.
+        tokenizer: the model's.
+        base: folder that relative paths start from.
+        processor: as for :func:`load_samples`.
+    """
+    column = image_column(row, dataset.images)
+    if column is not None and processor is not None:
+        rows = ImageRows(processor, column, name, dataset.columns, row, (base / dataset.path).parent)
+        return lambda row: rows.read(row, amounts.max_seq_len) or ((), {})
+    if column is not None:
+        logger.warning("the images of column %r are not used, since the model has no processor of images", column)
+    to_text = formatter(name, dataset.columns, row, BoundedTemplate(tokenizer))
+    # A chat template writes the special tokens itself.
+    special = name in ("raw_text", "prompt_answer")
+
+    def read(row: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+        text = to_text(row)
+        return _tokenize(tokenizer, text, add_special_tokens=special)[: amounts.max_seq_len] if text else (), {}
+
+    return read
 
 
 class _RecipeError(ValueError):

@@ -115,9 +115,8 @@ def _prompt_answer(columns: str | list[str] | dict[str, str] | None, row: Row) -
     return lambda row: f"{row[prompt]}\n{row[answer]}"
 
 
-def _chat(
-    name: str, columns: str | list[str] | dict[str, str] | None, row: Row, tokenizer: Any
-) -> Callable[[Row], str]:
+def _turns_column(name: str, columns: str | list[str] | dict[str, str] | None, row: Row) -> str:
+    """The column of the turns of a conversation. ValueError if there is none."""
     named = list(columns.values()) if isinstance(columns, dict) else [columns] if isinstance(columns, str) else columns
     if named is not None and len(named) != 1:
         raise ValueError(f"{name} reads one column, the turns; found {named!r}")
@@ -125,9 +124,42 @@ def _chat(
     if column is None:
         raise ValueError(f"{name} finds no column of turns among {', '.join(row)}; name it with 'columns'")
     _column(row, column)
+    return column
+
+
+def _keys(name: str) -> tuple[str, str]:
+    """What a chat format calls the speaker of a turn, and what was said."""
+    return ("from", "value") if name == "sharegpt" else ("role", "content")
+
+
+def turns_of(
+    name: str, columns: str | list[str] | dict[str, str] | None, row: Row
+) -> Callable[[Row], list[dict[str, Any]]]:
+    """The function that turns rows like ``row`` into turns of role and content, which may be a list of parts.
+
+    Args:
+        name: name of a chat format.
+        columns: as in a recipe.
+        row: any row, which shows the columns.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    column, (role, content) = _turns_column(name, columns, row), _keys(name)
+
+    def turns(row: Row) -> list[dict[str, Any]]:
+        speakers = [(str(turn[role]), turn[content]) for turn in row[column]]
+        return [{"role": _ROLES.get(speaker.lower(), speaker), "content": said} for speaker, said in speakers]
+
+    return turns
+
+
+def _chat(
+    name: str, columns: str | list[str] | dict[str, str] | None, row: Row, tokenizer: Any
+) -> Callable[[Row], str]:
+    column, (role, content) = _turns_column(name, columns, row), _keys(name)
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"{name} needs the tokenizer's chat template, and it has none; use raw_text or prompt_answer")
-    role, content = ("from", "value") if name == "sharegpt" else ("role", "content")
 
     def text(row: Row) -> str:
         turns = [_turn(turn, role, content, number) for number, turn in enumerate(row[column])]

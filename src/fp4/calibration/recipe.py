@@ -29,6 +29,8 @@ class DatasetRecipe(_Strict):
         columns: what the formatter reads: a column or several for ``raw_text``, ``{prompt: ..., answer: ...}`` for
             ``prompt_answer``, the column with the turns for the chat formats. Detected where not named.
         formatter: how a row becomes text. Detected where not named.
+        images: the column with an image or a list of images, decoded or as paths, for models that read them. A column
+            of decoded images is detected.
     """
 
     path: str = Field(min_length=1)
@@ -38,6 +40,7 @@ class DatasetRecipe(_Strict):
     streaming: bool = False
     columns: str | list[str] | dict[str, str] | None = None
     formatter: Formatter | None = None
+    images: str | None = None
 
 
 class Amounts(_Strict):

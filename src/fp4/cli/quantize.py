@@ -151,7 +151,7 @@ def quantize(
     ] = False,
     overwrite: Annotated[bool, typer.Option(help=text_of(Request, "overwrite"))] = False,
 ) -> None:
-    """Quantize any Transformers decoder model to 4-bit floating point, in memory far smaller than the model.
+    """Quantize a Transformers model to 4-bit floating point, in memory far smaller than the model.
 
     [bold]fp4 quantize Qwen/Qwen3-8B out[/bold]  the best known method, on a default text
 

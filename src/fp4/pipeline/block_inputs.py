@@ -7,7 +7,8 @@ decoder itself passes a mask for sliding attention to the blocks that use one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,10 +30,14 @@ def why_not_on_text(skeleton: Skeleton) -> str | None:
 
 
 class Call(NamedTuple):
-    """Arguments of one block besides its hidden states."""
+    """Arguments of one block besides its hidden states, and what the decoder adds to these before it; None for nothing.
+
+    Qwen3-VL adds features of images to what its first blocks return.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    added: Tensor | None = None
 
 
 class Captured(NamedTuple):
@@ -99,13 +104,16 @@ def result_form(skeleton: Skeleton, ids: Tensor) -> int:
     return 0 if isinstance(found[0], Tensor) else len(found[0])
 
 
-def capture(skeleton: Skeleton, ids: Tensor, form: int) -> Captured:
-    """Run the decoder on one batch with blocks that compute nothing, and note what it passes to them.
+def capture(
+    skeleton: Skeleton, ids: Tensor, form: int, inputs: Mapping[str, Tensor] = MappingProxyType({})
+) -> Captured:
+    """Run the decoder on one batch with blocks that return zeros, and note what it passes to them.
 
     Args:
-        skeleton: with the decoder in memory except for its blocks.
+        skeleton: with the decoder in memory except for its blocks, and with its towers where there are ``inputs``.
         ids: token ids ``[batch, tokens]``.
         form: how blocks return hidden states (:func:`result_form`).
+        inputs: what the model reads beside the ids, such as pixels of images.
 
     Raises:
         ValueError: the decoder does not run each of its blocks once.
@@ -119,16 +127,18 @@ def capture(skeleton: Skeleton, ids: Tensor, form: int) -> Captured:
             if not first:
                 first.append(hidden)
             rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            calls.append(Call(args[1:], rest))
+            # Blocks return zeros, so that what a later one gets is what the decoder adds between them.
+            calls.append(Call(args[1:], rest, hidden if calls and hidden.any() else None))
+            nothing = torch.zeros_like(hidden)
             if len(calls) == len(skeleton.blocks):
                 raise _AllBlocksReachedError
-            return (hidden, *[None] * (form - 1)) if form else hidden
+            return (nothing, *[None] * (form - 1)) if form else nothing
 
         return forward
 
     blocks = [skeleton.model.get_submodule(name) for name in skeleton.blocks]
     with _replaced(blocks, stub), contextlib.suppress(_AllBlocksReachedError), torch.no_grad():
-        _run(skeleton, ids)
+        _run(skeleton, ids, inputs)
     if len(calls) != len(skeleton.blocks):
         raise ValueError(
             f"{type(skeleton.decoder).__name__} ran {len(calls)} of its {len(skeleton.blocks)} blocks; fp4 calibrates "
@@ -137,8 +147,15 @@ def capture(skeleton: Skeleton, ids: Tensor, form: int) -> Captured:
     return Captured(first[0], calls)
 
 
-def _run(skeleton: Skeleton, ids: Tensor) -> None:
-    skeleton.decoder(input_ids=ids, use_cache=False)
+def _run(skeleton: Skeleton, ids: Tensor, inputs: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+    if not inputs:
+        skeleton.decoder(input_ids=ids, use_cache=False)
+        return
+    placed = {
+        name: tensor.to(ids.device, skeleton.dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
+    }
+    skeleton.model(input_ids=ids, **placed, use_cache=False)
 
 
 def same(a: Any, b: Any) -> bool:

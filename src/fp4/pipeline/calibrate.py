@@ -29,16 +29,14 @@ from fp4.pipeline.memory_budget import Memory
 from fp4.pipeline.merge_files import assemble
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.report import layer_row
-from fp4.pipeline.samples import batches_of, stored_samples
+from fp4.pipeline.samples import Batch, batches_of, stored_samples
 from fp4.pipeline.skeleton import Skeleton
 from fp4.pipeline.storage import StoredTensors, Written, rotation_of, scheme_in_file
-from fp4.pipeline.stream import quantize_weight, sampled_statistics, shared_global_scale, stored_weight
+from fp4.pipeline.stream import OUTSIDE, OUTSIDE_FILE, quantize_weight, round_outside, sampled_statistics
 from fp4.progress import Report
 
 _UNSEEN = "no calibration token reached it: rounded to nearest"
 _UNSEEN_INPUT = f"{_UNSEEN}, its input scale from the range of its weight"
-# The part of the layers outside the blocks.
-_OUTSIDE, _OUTSIDE_FILE = "outside.json", "outside.safetensors"
 _MEASURED_TOKENS = 512  # tokens that the output errors of the report are measured on
 
 
@@ -77,18 +75,19 @@ class BlockCalibration:
         self.experts = experts
         self.device = memory.device
         self.needs_originals = method.needs_originals(options)
-        self.batches: list[Tensor] = []
+        self.batches: list[Batch] = []
         #: Arguments besides hidden states, by batch and block; batches with equal arguments share one list.
         self.calls: list[list[Call]] = []
 
-    def run(self, read: Callable[[Any], Samples]) -> Written:
+    def run(self, read: Callable[[Any, Any], Samples]) -> Written:
         """Quantize every block that is not finished, then merge the files of all blocks.
 
         Args:
-            read: reads samples with the model's tokenizer; not called where an interrupted run has read them.
+            read: reads samples with the model's tokenizer and processor of images; not called where an interrupted run
+                has read them.
         """
         samples = stored_samples(self.staging, self.skeleton.checkpoint.folder, read)
-        self.batches = batches_of(samples.tokens, self.skeleton.model.config.get_text_config().vocab_size)
+        self.batches = batches_of(samples, self.skeleton.model.config.get_text_config().vocab_size)
         names = self.skeleton.blocks
         done = 0
         while done < len(names) and self.staging.read(_note(done)) is not None:
@@ -103,37 +102,12 @@ class BlockCalibration:
         parts, replaced = [note["file"] for note in notes], set[str]()
         outside = {name: layer for name, layer in self.plan.layers.items() if layer.block is None}
         if outside:
-            rows += self._round_outside(outside)
-            parts.append(_OUTSIDE_FILE)
+            rows += round_outside(self.skeleton, self.plan, self.codec, self.staging)
+            parts.append(OUTSIDE_FILE)
             replaced = {key for layer in outside.values() for key in layer.keys}
             schemes |= {name: scheme_in_file(layer, rotation_of(layer)) for name, layer in outside.items()}
         shards = assemble(self.skeleton, self.staging, parts, replaced, self.progress)
         return Written(rows, schemes, shards, _described(samples))
-
-    def _round_outside(self, layers: dict[str, PlannedLayer]) -> list[dict[str, object]]:
-        """Round the layers outside the blocks, which nothing calibrates, into a file; returns the report's rows."""
-        if (note := self.staging.read(_OUTSIDE)) is not None:
-            rows: list[dict[str, object]] = note["layers"]
-            return rows
-        shared: dict[str, Tensor | None] = {}
-        for group in self.plan.groups:
-            if group[0] in layers:
-                weights = (stored_weight(self.skeleton, layers[name]) for name in group)
-                shared |= dict.fromkeys(group, shared_global_scale(weights, layers[group[0]]))
-        stored_tensors, tensors, rows = StoredTensors(self.codec), dict[str, Tensor](), []
-        for name, layer in layers.items():
-            started = time.perf_counter()
-            weight = stored_weight(self.skeleton, layer)
-            quantized = quantize_weight(weight, layer, shared.get(name))
-            tensors |= stored_tensors.of(layer, StoredLinear(quantized, None, rotation_of(layer)))
-            statistics = sampled_statistics(weight, quantized, rotation_of(layer))
-            rows.append(layer_row(layer, statistics, layer.scheme.weight_rule, None, time.perf_counter() - started))
-        specs = {key: spec_of(tensor) for key, tensor in tensors.items()}
-        with ShardWriter(self.staging.folder / _OUTSIDE_FILE, specs, {"format": "pt"}) as writer:
-            for key, tensor in tensors.items():
-                writer.write(key, tensor)
-        self.staging.note(_OUTSIDE, {"layers": rows})
-        return rows
 
     def _calibrate(self, start: int) -> None:
         names = self.skeleton.blocks
@@ -154,7 +128,7 @@ class BlockCalibration:
 
     def _states(self, number: int, kind: str, hidden: int) -> HiddenStates:
         """The hidden states before block ``number``."""
-        shapes = [(*batch.shape, hidden) for batch in self.batches]
+        shapes = [(*batch.ids.shape, hidden) for batch in self.batches]
         states = HiddenStates(
             self.staging.folder / f"hidden-{number:05}-{kind}", shapes, self.skeleton.dtype, self.device, False
         )
@@ -168,12 +142,13 @@ class BlockCalibration:
         """
         skeleton = self.skeleton
         first: HiddenStates | None = None
-        with skeleton.outside_filled(self.device, self.batches):
+        ids, images = [batch.ids for batch in self.batches], any(batch.inputs for batch in self.batches)
+        with skeleton.outside_filled(self.device, ids, towers=images):
             skeleton.decoder.eval()
             with skeleton.filled(skeleton.blocks[0], self.device):
-                form = result_form(skeleton, self.batches[0][:1, :8].to(self.device))
-            for ids in self.batches:
-                captured = capture(skeleton, ids.to(self.device), form)
+                form = result_form(skeleton, ids[0][:1, :8].to(self.device))
+            for batch in self.batches:
+                captured = capture(skeleton, batch.ids.to(self.device), form, batch.inputs)
                 self.calls.append(self._shared(captured.calls))
                 if first is None:
                     first = self._states(0, "inputs", captured.hidden.shape[-1])
@@ -217,8 +192,8 @@ class BlockCalibration:
             stack.enter_context(computed_wide(linears))
 
             def run(hidden: Tensor, batch: int) -> Tensor:
-                args, kwargs = self.calls[batch][number]
-                return output_of(module(hidden, *args, **kwargs))
+                args, kwargs, added = self.calls[batch][number]
+                return output_of(module(hidden if added is None else hidden + added, *args, **kwargs))
 
             block = Block(
                 name=name,
@@ -384,7 +359,7 @@ def block_parts(skeleton: Skeleton, plan: LayerPlan) -> dict[str, str]:
     names: dict[int | None, list[str]] = {number: [] for number in range(len(skeleton.blocks))}
     for name, layer in plan.layers.items():
         names.setdefault(layer.block, []).append(name)
-    return {_OUTSIDE if number is None else _note(number): plan.digest(own) for number, own in names.items()}
+    return {OUTSIDE if number is None else _note(number): plan.digest(own) for number, own in names.items()}
 
 
 def _note(number: int) -> str:

@@ -53,12 +53,13 @@ _PLANNING = ("scheme", "rotation", "rule", "skip", "only", "include", "overrides
 
 @taking(Request)
 def quantize(request: Request) -> dict[str, Any]:
-    """Quantize a checkpoint of any Transformers decoder model, in memory far smaller than the model.
+    """Quantize a checkpoint of a Transformers model, in memory far smaller than the model.
 
-    The decoder is calibrated block by block, each with the inputs that the quantized blocks before it produce. Killed
-    at any moment, the same call goes on from the last finished block and writes the same bytes; ``out`` appears
-    complete or not at all (work is kept in ``<out>.partial``). ``method="rtn"`` with a scheme that has no calibrated
-    input scales (all but ``nvfp4`` and ``nvfp4a8``) streams tensors from file to file without building the model.
+    The text decoder, or the encoder of text, is calibrated block by block, each with the inputs that the quantized
+    blocks before it produce. Killed at any moment, the same call goes on from the last finished block and writes the
+    same bytes; ``out`` appears complete or not at all (work is kept in ``<out>.partial``). ``method="rtn"`` with a
+    scheme that has no calibrated input scales (all but ``nvfp4`` and ``nvfp4a8``) streams tensors from file to file
+    without building the model.
 
     {arguments}
 
@@ -195,7 +196,7 @@ class Job:
         require_room(self.out, self.needs.disk)
         if self.calibrates:
             found = read_samples(self.skeleton.checkpoint.folder, self._samples)
-            batches_of(found.tokens, self.skeleton.model.config.get_text_config().vocab_size)
+            batches_of(found, self.skeleton.model.config.get_text_config().vocab_size)
 
     def run(self, progress: Report | None = None) -> dict[str, Any]:
         """Quantize; see :func:`quantize`.
@@ -275,8 +276,9 @@ class Job:
         named = (f"{next(layer.name for layer in kept if layer.reason == reason)}, ...: {reason}" for reason in reasons)
         return f"{len(kept)} layers, {share:.0%} of the model's parameters, stay as they are ({'; '.join(named)})"
 
-    def _samples(self, tokenizer: Any) -> Samples:
-        return load_samples(self.data, tokenizer, self.request.samples, self.request.seq_len, self.seed)
+    def _samples(self, tokenizer: Any, processor: Any) -> Samples:
+        amounts = self.request.samples, self.request.seq_len
+        return load_samples(self.data, tokenizer, *amounts, self.seed, processor)
 
     def _pattern(self, layer: str) -> str:
         """The pattern that skips a layer: its name, or that of the experts that it is quantized with."""

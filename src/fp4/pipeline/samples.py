@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import torch
 from torch import Tensor
 
 from fp4.calibration.data import Samples
-from fp4.checkpoint.io.headers import load, read_header
+from fp4.checkpoint.io.headers import TensorInfo, load, read_header
 from fp4.checkpoint.io.publish import Staging
 from fp4.checkpoint.io.shards import ShardWriter, spec_of
 from fp4.pipeline.storage import UNCALIBRATED
+
+logger = logging.getLogger("fp4")
 
 _FILE = "samples.safetensors"
 _NOTE = "samples.json"
@@ -23,23 +27,24 @@ _NOTE = "samples.json"
 _BATCH_TOKENS = 1024
 
 
-def stored_samples(staging: Staging, folder: Path, read: Callable[[Any], Samples]) -> Samples:
+def stored_samples(staging: Staging, folder: Path, read: Callable[[Any, Any], Samples]) -> Samples:
     """The samples that an interrupted run has stored, else new ones, so that a job never changes its data.
 
     Args:
         staging: folder of unfinished work.
         folder: the checkpoint's, which has the tokenizer.
-        read: reads samples with the tokenizer.
+        read: reads samples with the tokenizer and the processor of images.
 
     Raises:
         ValueError: there is no tokenizer in ``folder``, or what :func:`fp4.calibration.data.load_samples` raises.
     """
     note = staging.read(_NOTE)
     if note is not None:
-        header = read_header(staging.folder / _FILE)
-        return Samples([load(header.tensors[name]) for name in sorted(header.tensors)], **note)
+        return _stored(read_header(staging.folder / _FILE).tensors, note)
     samples = read_samples(folder, read)
     tensors = {f"{number:09}": sample.clone() for number, sample in enumerate(samples.tokens)}
+    for number, inputs in enumerate(samples.inputs):
+        tensors |= {f"{number:09}.{name}": tensor.contiguous() for name, tensor in inputs.items()}
     with ShardWriter(staging.folder / _FILE, {name: spec_of(tensor) for name, tensor in tensors.items()}, {}) as file:
         for name, tensor in tensors.items():
             file.write(name, tensor)
@@ -47,9 +52,24 @@ def stored_samples(staging: Staging, folder: Path, read: Callable[[Any], Samples
     return samples
 
 
-def read_samples(folder: Path, read: Callable[[Any], Samples]) -> Samples:
-    """Samples read with the tokenizer in ``folder``. ValueError if there is none, or what ``read`` raises."""
-    return read(_tokenizer(folder))
+def _stored(infos: Mapping[str, TensorInfo], note: Mapping[str, Any]) -> Samples:
+    """The samples of a file: tokens by the number of the sample, other inputs by number and argument."""
+    tokens = [load(infos[name]) for name in sorted(infos) if "." not in name]
+    inputs: list[dict[str, Tensor]] = [{} for _ in tokens]
+    for name in sorted(infos):
+        number, point, argument = name.partition(".")
+        if point:
+            inputs[int(number)][argument] = load(infos[name])
+    return Samples(tokens, **note, inputs=inputs if any(inputs) else [])
+
+
+def read_samples(folder: Path, read: Callable[[Any, Any], Samples]) -> Samples:
+    """Samples read with the tokenizer and the processor of images, where there is one, in ``folder``.
+
+    Raises:
+        ValueError: there is no tokenizer, or what ``read`` raises.
+    """
+    return read(_tokenizer(folder), _processor(folder))
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -68,20 +88,50 @@ def _tokenizer(folder: Path) -> Any:
     return found
 
 
-def batches_of(tokens: list[Tensor], vocabulary: int) -> list[Tensor]:
-    """Batches of neighbouring samples of equal length, ``[batch, tokens]`` each.
+def _processor(folder: Path) -> Any:
+    """The processor of text and images in ``folder``; None where there is none, or it cannot be loaded."""
+    from transformers import AutoProcessor
+
+    if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        return None
+    try:
+        found = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        first = str(error).strip().splitlines()
+        logger.warning("images cannot be used to calibrate: %s", first[0] if first else repr(error))
+        return None
+    return found if getattr(found, "image_processor", None) is not None else None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that the model runs at once.
+
+    Attributes:
+        ids: token ids ``[batch, tokens]``.
+        inputs: what the model reads beside them, by argument; only in a batch of one sample.
+    """
+
+    ids: Tensor
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+def batches_of(samples: Samples, vocabulary: int) -> list[Batch]:
+    """Batches of neighbouring samples of equal length; a sample with other inputs than tokens is one by itself.
 
     Raises:
         ValueError: a token is not in the model's vocabulary, so that the tokenizer belongs to another model.
     """
+    tokens = samples.tokens
     largest = max(int(sample.max()) for sample in tokens)
     if largest >= vocabulary:
         raise ValueError(f"the tokenizer gives token {largest}, but the model knows only {vocabulary}")
-    batches: list[list[Tensor]] = []
-    for sample in tokens:
-        alike = batches and len(batches[-1][0]) == len(sample)
-        if alike and (len(batches[-1]) + 1) * len(sample) <= _BATCH_TOKENS:
-            batches[-1].append(sample)
+    batches: list[tuple[list[Tensor], dict[str, Tensor]]] = []
+    for sample, inputs in zip(tokens, samples.inputs or [{}] * len(tokens), strict=True):
+        before, inputs_before = batches[-1] if batches else ([], {})
+        alike = before and not inputs and not inputs_before and len(before[0]) == len(sample)
+        if alike and (len(before) + 1) * len(sample) <= _BATCH_TOKENS:
+            before.append(sample)
         else:
-            batches.append([sample])
-    return [torch.stack(batch) for batch in batches]
+            batches.append(([sample], inputs))
+    return [Batch(torch.stack(together), inputs) for together, inputs in batches]

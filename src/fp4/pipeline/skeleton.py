@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -29,21 +26,12 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from fp4.checkpoint.contradictions import refuse_endless
 from fp4.checkpoint.dense_view import DequantizedTensor
 from fp4.checkpoint.io.headers import Checkpoint, TensorInfo, load
 from fp4.host_memory import tells_out_of_memory
 from fp4.nn.expert_layout import layout_of
+from fp4.pipeline.build_model import build_model
 from fp4.pipeline.token_embeddings import reads_rows, rows_filled
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-
-# Limits on the number of modules. A model has more modules than stored tensors: activations, dropouts, and experts that
-# are stored in stacks.
-_MODULES = 50_000
-_MODULES_A_TENSOR = 30
 
 
 class _Lazy:
@@ -88,7 +76,7 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
         self.dtype = dtype
-        self.model = _build(checkpoint, dtype, trust_remote_code)
+        self.model = build_model(checkpoint, dtype, trust_remote_code)
         self.checkpoint = _oriented(checkpoint, self.model)
         self.decoder_name, self.decoder = _decoder(self.model)
         self.blocks = self._encoder_blocks() + find_blocks(self.decoder, self.decoder_name)
@@ -161,15 +149,26 @@ class Skeleton:
         """Names of the stored tensors of everything in the module ``name``."""
         return [key for parameter, source in self.sources.items() if _below(parameter, name) for key in source.keys]
 
-    def keys_outside(self) -> list[str]:
-        """Names of the stored tensors of the decoder, without those of its blocks."""
+    def keys_outside(self, towers: bool = False) -> list[str]:
+        """Names of the stored tensors of the decoder without those of its blocks.
+
+        Args:
+            towers: those of everything else outside the blocks too, but for the output embedding.
+        """
         outside = [
             source
             for parameter, source in self.sources.items()
-            if (_below(parameter, self.decoder_name) or not self.decoder_name)
-            and not any(_below(parameter, block) for block in self.blocks)
+            if self._is_outside(parameter.rpartition(".")[0], towers)
         ]
         return [key for source in outside for key in source.keys]
+
+    def _is_outside(self, module: str, towers: bool) -> bool:
+        """Whether a module is of the decoder but of no block; with ``towers``, of the model but of no block or head."""
+        if any(_below(f"{module}.", block) for block in self.blocks):
+            return False
+        if not towers:
+            return _below(f"{module}.", self.decoder_name)
+        return self.model.get_submodule(module) is not self.model.get_output_embeddings()
 
     def table(self) -> tuple[nn.Embedding, str] | None:
         """The token embedding and the name of its stored tensor; None where rows cannot be read one by one."""
@@ -238,20 +237,17 @@ class Skeleton:
             setattr(self.model.get_submodule(module), parameter, nn.Parameter(value, requires_grad=False))
 
     @contextlib.contextmanager
-    def outside_filled(self, device: torch.device, batches: Sequence[Tensor]) -> Iterator[None]:
+    def outside_filled(self, device: torch.device, batches: Sequence[Tensor], towers: bool = False) -> Iterator[None]:
         """Within this context the decoder without its blocks (embeddings, rotary tables, norms) is in memory.
 
         Args:
             device: the device to load onto.
             batches: the token ids that the decoder will run on, which decide about the rows of the embedding.
+            towers: whether everything else outside the blocks is in memory too, to run the model on images.
         """
-        parts = [
-            (name, module)
-            for name, module in self.model.named_modules()
-            if (_below(name, self.decoder_name) or not self.decoder_name)
-            and not any(_below(f"{name}.", block) for block in self.blocks)
-        ]
-        keys, table = self.keys_outside(), self.table()
+        parts = [(name, module) for name, module in self.model.named_modules() if self._is_outside(name, towers)]
+        # Models replace the tokens of images by others before they look them up, so they need the whole embedding.
+        keys, table = self.keys_outside(towers), None if towers else self.table()
         with contextlib.ExitStack() as stack:
             for _, module in parts:
                 stack.callback(module.to_empty, device="meta", recurse=False)
@@ -277,7 +273,7 @@ class Skeleton:
         Raises:
             ValueError: the checkpoint had no weight for a parameter.
         """
-        for module in part.modules() if recurse else [part]:
+        for path, module in part.named_modules() if recurse else [("", part)]:
             empty = [key for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
             for key in empty:
                 setattr(module, key, torch.empty_like(getattr(module, key), device=device))
@@ -286,12 +282,20 @@ class Skeleton:
                     # Transformers does not initialise parameters with this mark.
                     setattr(value, "_is_hf_initialized", True)  # noqa: B010
                 with torch.no_grad():  # Transformers after 5.23 no longer does this itself
-                    self.model._init_weights(module)
+                    self._model_around(f"{name}.{path}")._init_weights(module)
         missing = [key for key, value in part.named_parameters(recurse=recurse) if value.is_meta]
         if missing:
             raise ValueError(
                 f"the checkpoint has no weight for {name}.{missing[0]} ({len(missing)} are missing in all)"
             )
+
+    def _model_around(self, name: str) -> PreTrainedModel:
+        """The innermost model that a module is of: a tower initialises its own buffers, as Transformers lets it."""
+        around: PreTrainedModel = self.model
+        for path, module in self.model.named_modules():
+            if isinstance(module, PreTrainedModel) and _below(f"{name}.", path):
+                around = module
+        return around
 
 
 def _oriented(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
@@ -328,58 +332,6 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """The model that config.json describes.
-
-    Raises:
-        ValueError: no model can be built from the file, or only one far larger than the checkpoint.
-    """
-    refuse_endless(checkpoint.config, len(checkpoint.tensors))
-    try:
-        with _few_modules(_MODULES + _MODULES_A_TENSOR * len(checkpoint.tensors)):
-            return _built(checkpoint.folder, dtype, trust_remote_code)
-    except (MemoryError, OSError, ImportError):
-        raise
-    except Exception as error:  # model classes raise any error for a configuration that they cannot handle
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"no model can be built from {checkpoint.folder / 'config.json'}: {said}") from error
-
-
-@contextlib.contextmanager
-def _few_modules(limit: int) -> Iterator[None]:
-    """Within this context no more than ``limit`` modules can be built, which take time and memory on meta too.
-
-    Raises:
-        ValueError: there are more.
-    """
-    count = itertools.count(1)
-
-    def check(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if next(count) > limit:
-            raise ValueError(f"it would have more than {limit} modules ({name} of {type(parent).__name__}, ...)")
-
-    handle = register_module_module_registration_hook(check)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _built(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    import transformers
-
-    config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    names = config.architectures or []
-    cls: Any = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-    with torch.device("meta"):
-        model: PreTrainedModel
-        if cls is not None:
-            model = cls._from_config(config, dtype=dtype)
-        else:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        return model
-
-
 def _decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """The name and the module of what turns tokens into hidden states by a list of blocks."""
     # What encoders call their decoder may be the last layer of a head.
@@ -407,8 +359,8 @@ def find_blocks(decoder: nn.Module, prefix: str = "") -> list[str]:
     _, name, blocks = max(_lists(decoder), key=lambda entry: entry[0], default=(0, "", nn.ModuleList()))
     if not blocks:
         raise ValueError(
-            f"{type(decoder).__name__} has no list of decoder blocks (an nn.ModuleList with weights); fp4 quantizes "
-            "decoder models"
+            f"{type(decoder).__name__} has no list of blocks (an nn.ModuleList with weights), and fp4 quantizes models "
+            "made of blocks"
         )
     start = f"{prefix}.{name}" if prefix else name
     return [f"{start}.{index}" for index in range(len(blocks))]

@@ -17,7 +17,7 @@ from torch import Tensor
 from fp4.checkpoint import Codec, StoredLinear
 from fp4.checkpoint.io.headers import DTYPES, load
 from fp4.checkpoint.io.publish import Staging
-from fp4.checkpoint.io.shards import ShardWriter, Spec
+from fp4.checkpoint.io.shards import ShardWriter, Spec, spec_of
 from fp4.errors import NotQuantizable
 from fp4.numerics.formats import QuantizedTensor
 from fp4.pipeline.expert_layers import ExpertReader
@@ -28,6 +28,9 @@ from fp4.pipeline.storage import StoredTensors, Written, planned_specs, rotation
 from fp4.progress import Report
 from fp4.quality.layer_statistics import LayerStatistics, layer_statistics
 from fp4.rounding import global_scale_of, round_to_nearest
+
+#: The note and the file of the layers outside the blocks, where the blocks are calibrated.
+OUTSIDE, OUTSIDE_FILE = "outside.json", "outside.safetensors"
 
 # A rotated weight is float32, so each thread holds only this many elements of it at a time.
 _TILE_ELEMENTS = 1 << 22
@@ -241,6 +244,43 @@ def stored_weight(skeleton: Skeleton, layer: PlannedLayer) -> Tensor:
     weight: Tensor = module.get_parameter("weight").data
     module.to_empty(device="meta")
     return weight
+
+
+def round_outside(skeleton: Skeleton, plan: LayerPlan, codec: Codec, staging: Staging) -> list[dict[str, object]]:
+    """Round the layers outside the blocks, which no calibration reaches, into the file ``OUTSIDE_FILE``.
+
+    Args:
+        skeleton: the model without weights.
+        plan: what becomes of each layer.
+        codec: writes the checkpoint format.
+        staging: folder of unfinished work.
+
+    Returns:
+        the report's entries of these layers.
+    """
+    if (note := staging.read(OUTSIDE)) is not None:
+        found: list[dict[str, object]] = note["layers"]
+        return found
+    layers = {name: layer for name, layer in plan.layers.items() if layer.block is None}
+    shared: dict[str, Tensor | None] = {}
+    for group in plan.groups:
+        if group[0] in layers:
+            weights = (stored_weight(skeleton, layers[name]) for name in group)
+            shared |= dict.fromkeys(group, shared_global_scale(weights, layers[group[0]]))
+    stored, tensors, rows = StoredTensors(codec), dict[str, Tensor](), []
+    for name, layer in layers.items():
+        started = time.perf_counter()
+        weight = stored_weight(skeleton, layer)
+        quantized = quantize_weight(weight, layer, shared.get(name))
+        tensors |= stored.of(layer, StoredLinear(quantized, None, rotation_of(layer)))
+        statistics = sampled_statistics(weight, quantized, rotation_of(layer))
+        rows.append(layer_row(layer, statistics, layer.scheme.weight_rule, None, time.perf_counter() - started))
+    specs = {key: spec_of(tensor) for key, tensor in tensors.items()}
+    with ShardWriter(staging.folder / OUTSIDE_FILE, specs, {"format": "pt"}) as writer:
+        for key, tensor in tensors.items():
+            writer.write(key, tensor)
+    staging.note(OUTSIDE, {"layers": rows})
+    return rows
 
 
 def shard_parts(skeleton: Skeleton, plan: LayerPlan) -> dict[str, str]:
