@@ -30,6 +30,7 @@ class DequantizedTensor(ComputedTensor):
         codec: reads the checkpoint's format.
         layer: the layer's name.
         scheme: how it is quantized.
+        linear: the layer with its codes on the meta device, whose global scale, rotation and factors have been read.
         stored: where its tensors lie, by suffix.
         is_transposed: whether the model has the matrices of a stack transposed, ``[E, K, N]``.
     """
@@ -37,6 +38,7 @@ class DequantizedTensor(ComputedTensor):
     codec: Codec
     layer: str
     scheme: LayerScheme
+    linear: StoredLinear
     stored: Mapping[str, TensorInfo]
     is_transposed: bool
 
@@ -68,7 +70,7 @@ class DequantizedTensor(ComputedTensor):
         ).file
         made = cls(file, DTYPE_NAMES[codec.dtype], shape, 0, size)
         made.codec, made.layer, made.scheme, made.stored = codec, layer, scheme, stored
-        made.is_transposed = is_transposed
+        made.linear, made.is_transposed = linear, is_transposed
         return made
 
     def transposed(self) -> DequantizedTensor:

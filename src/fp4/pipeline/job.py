@@ -271,11 +271,14 @@ class Job:
             files = write_companions(
                 self.skeleton.checkpoint, staging.folder, shards, type(writer), quantization, made_anew
             )
+            source = describe(self.skeleton.checkpoint)
+            if source is not None:
+                source["inexact_blocks"] = sum(int(str(row.get("inexact_blocks", 0))) for row in rows)
             report = build_report(
                 self.request
                 | {"data": data, "architectures": self.skeleton.model.config.architectures}
                 | {"base_model": self.model if is_hub_id(self.model) else None}
-                | {"source_quantization": describe(self.skeleton.checkpoint)},
+                | {"source_quantization": source},
                 rows,
                 kept_rows(self.skeleton, self.plan),
                 command=command,
