@@ -47,7 +47,7 @@ class FPQuantConfig(QuantizationConfigMixin):
 
     Args:
         forward_dtype: ``"nvfp4"`` (blocks of 16, E4M3 scales), ``"mxfp4"`` (blocks of 32, power-of-two scales) or
-            ``"fp8"`` (E4M3 with one scale a row; no rotation, no scale rules).
+            ``"fp8"`` (E4M3 with one scale a row), ``"fp8_block"`` (one for 128 x 128) or ``"mxfp8"`` (blocks of 32).
         forward_method: FP-Quant's choice of scale, ``"abs_max"`` or, for MXFP4, ``"quest"``.
         backward_dtype: FP-Quant's precision of gradients in quantization-aware training. fp4 trains with ``"bf16"``
             (gradients in the model's dtype); ``"mxfp8"`` and ``"mxfp4"`` are accepted for inference, which has no

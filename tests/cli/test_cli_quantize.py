@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantized_sources import store
 from safetensors.torch import load_file, save_file
 from small_models import save_small, save_text
 from typer.testing import CliRunner
@@ -133,6 +134,16 @@ def test_every_command_says_the_same_bits(model: Path, tmp_path: Path) -> None:
     run("quantize", model, out, *options)
     assert "4.26 bits per quantized weight" in run("inspect", out)  # and the global scales of so small layers
     assert "| 21 | nvfp4a8 | 4.25 |" in (out / "README.md").read_text()
+
+
+def test_it_says_what_a_quantized_source_was(model: Path, tmp_path: Path) -> None:
+    for source, expected in (
+        ("fp8-block", "quantized already (fp8: weights 21 in fp8_block)"),
+        ("compressed-tensors-mxfp4", "weights 21 in mxfp4a16); 21 of 21 layers keep its values exactly"),
+    ):
+        folder, _ = store(model, tmp_path / source, source)
+        options = ["--scheme", "nvfp4a16", "--method", "rtn"]
+        assert expected in " ".join(run("quantize", folder, tmp_path / source / "out", *options).split())
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fp4 import backends
 from fp4.checkpoint.formats import codec_for
@@ -15,6 +16,7 @@ from fp4.checkpoint.io.headers import DTYPES, Checkpoint, ComputedTensor, Tensor
 from fp4.checkpoint.io.shards import DTYPE_NAMES
 from fp4.checkpoint.kv_cache import cache_tensors
 from fp4.checkpoint.layers import other_quantized, packed_layers, peek
+from fp4.nn.expert_layout import layout_of
 from fp4.numerics.formats import QuantizedTensor
 from fp4.numerics.rotation import rotate
 from fp4.numerics.tensors import row_tiles
@@ -30,6 +32,7 @@ class DequantizedTensor(ComputedTensor):
         codec: reads the checkpoint's format.
         layer: the layer's name.
         scheme: how it is quantized.
+        linear: the layer with its codes on the meta device, whose global scale, rotation and factors have been read.
         stored: where its tensors lie, by suffix.
         is_transposed: whether the model has the matrices of a stack transposed, ``[E, K, N]``.
     """
@@ -37,6 +40,7 @@ class DequantizedTensor(ComputedTensor):
     codec: Codec
     layer: str
     scheme: LayerScheme
+    linear: StoredLinear
     stored: Mapping[str, TensorInfo]
     is_transposed: bool
 
@@ -68,7 +72,7 @@ class DequantizedTensor(ComputedTensor):
         ).file
         made = cls(file, DTYPE_NAMES[codec.dtype], shape, 0, size)
         made.codec, made.layer, made.scheme, made.stored = codec, layer, scheme, stored
-        made.is_transposed = is_transposed
+        made.linear, made.is_transposed = linear, is_transposed
         return made
 
     def transposed(self) -> DequantizedTensor:
@@ -167,6 +171,27 @@ def dense_view(checkpoint: Checkpoint) -> Checkpoint:
     return Checkpoint(
         checkpoint.folder, _unquantized(checkpoint.config), checkpoint.shards, in_order, checkpoint.metadata
     )
+
+
+def oriented(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    """The view with stacks of experts as the parameters of a model are: those of gpt-oss are transposed.
+
+    Args:
+        checkpoint: a view, or any checkpoint, which comes back as it is.
+        model: the model, with its own modules of experts.
+    """
+    transposed = set()
+    for name, module in model.named_modules():
+        layout = layout_of(module) if "Experts" in type(module).__name__ else None
+        if layout is not None and layout.is_transposed:
+            transposed |= {f"{name}.{projection}" for projection in layout.projections}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    transposed |= {name.removeprefix(prefix) for name in transposed}
+    tensors = {
+        key: info.transposed() if isinstance(info, DequantizedTensor) and key in transposed else info
+        for key, info in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=tensors)
 
 
 def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:

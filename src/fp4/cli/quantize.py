@@ -213,6 +213,8 @@ def quantize(
         f"{report['peak_memory_bytes'] / 1e9:.2f} GB: {out} ({report['format']})",
         highlight=False,
     )
+    if report["source_quantization"] is not None:
+        console.print(f"note: {_of_source(report)}", highlight=False)
     for warning in (report["data"] or {}).get("warnings", []):
         console.print(f"note: {warning}", highlight=False)
     if by_error:
@@ -225,6 +227,16 @@ def _counted(layers: Sequence[Mapping[str, Any]]) -> str:
     counts = Counter(str(layer["scheme"]) for layer in layers).most_common()
     words = [f"{count} layers to {scheme}" for scheme, count in counts[:1]]
     return ", ".join(words + [f"{count} to {scheme}" for scheme, count in counts[1:]])
+
+
+def _of_source(report: Mapping[str, Any]) -> str:
+    """What the source was quantized to, and what became of its codes."""
+    source, layers = report["source_quantization"], report["layers"]
+    stored = ", ".join(f"{count} in {scheme}" for scheme, count in source["layers"].items())
+    exact = sum(layer["scale_rule"] == "exact" for layer in layers)
+    lost = f", {source['inexact_blocks']} blocks of others could not" if source["inexact_blocks"] else ""
+    kept = f"; {exact} of {len(layers)} layers keep its values exactly{lost}" if exact or lost else ""
+    return f"the source was quantized already ({source['format']}: weights {stored}){kept}"
 
 
 def _recorded(context: typer.Context) -> str:

@@ -31,6 +31,7 @@ from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.report import layer_row
 from fp4.pipeline.samples import Batch, batches_of, stored_samples
 from fp4.pipeline.skeleton import Skeleton
+from fp4.pipeline.source_codes import SourceCodes
 from fp4.pipeline.storage import StoredTensors, Written, rotation_of, scheme_in_file
 from fp4.pipeline.stream import OUTSIDE, OUTSIDE_FILE, quantize_weight, round_outside, sampled_statistics
 from fp4.progress import Report
@@ -73,6 +74,7 @@ class BlockCalibration:
         self.skeleton, self.plan, self.codec, self.staging = skeleton, plan, codec, staging
         self.method, self.options, self.memory, self.seed, self.progress = method, options, memory, seed, progress
         self.experts = experts
+        self.sources = SourceCodes(skeleton, plan, codec)
         self.device = memory.device
         self.needs_originals = method.needs_originals(options)
         self.batches: list[Batch] = []
@@ -226,6 +228,7 @@ class BlockCalibration:
                 for short, result in results.items()
                 if solved and result.rule != self.method.name and block.layers[short].format.feeds_errors
             ]
+            transfers = self.sources.put_into(block, planned, results)
             notes = dict.fromkeys(missed, _UNSEEN) | dict.fromkeys(_fill_input_scales(block, results), _UNSEEN_INPUT)
             return_freed_pages()
             errors = self._output_errors(block, results)
@@ -239,6 +242,7 @@ class BlockCalibration:
                 result = results[short]
                 statistics = sampled_statistics(block.linear(short).weight.data, result.weight, result.rotation)
                 row = layer_row(layer, statistics, result.rule, errors.get(short), seconds)
+                row |= transfers[short].row() if short in transfers else {}
                 rows.append(row | ({"note": notes[short]} if short in notes else {}))
         note = {
             "file": self._write(number, module, planned, results),

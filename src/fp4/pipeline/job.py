@@ -251,11 +251,14 @@ class Job:
         quantization = codec.configuration(written.schemes | stacks, kept, {})
         made_anew = (REPORT, EVALUATION, CARD)
         files = write_companions(checkpoint, staging.folder, written.shards, codec, quantization, made_anew)
+        source = describe(self.skeleton.checkpoint)
+        if source is not None:
+            source["inexact_blocks"] = sum(int(str(row.get("inexact_blocks", 0))) for row in written.rows)
         report = build_report(
             self.decisive
             | {"data": written.data, "architectures": self.skeleton.model.config.architectures}
             | {"base_model": self.model if is_hub_id(self.model) else None}
-            | {"source_quantization": describe(self.skeleton.checkpoint)},
+            | {"source_quantization": source},
             written.rows,
             kept_rows(self.skeleton, self.plan),
             command=self.request.command or self.request.as_call(),

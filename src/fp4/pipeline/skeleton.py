@@ -7,11 +7,9 @@ checkpoint loads here exactly as ``from_pretrained`` loads it, only one part at 
 from __future__ import annotations
 
 import contextlib
-import errno
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,25 +24,11 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from fp4.checkpoint.dense_view import DequantizedTensor
-from fp4.checkpoint.io.headers import Checkpoint, TensorInfo, load
+from fp4.checkpoint.dense_view import oriented
+from fp4.checkpoint.io.headers import Checkpoint, LazyTensor, load
 from fp4.host_memory import tells_out_of_memory
-from fp4.nn.expert_layout import layout_of
 from fp4.pipeline.build_model import build_model
 from fp4.pipeline.token_embeddings import reads_rows, rows_filled
-
-
-class _Lazy:
-    """A stored tensor that is read when Transformers indexes it, like a slice of safetensors."""
-
-    def __init__(self, info: TensorInfo) -> None:
-        self.info = info
-
-    def __getitem__(self, index: Any) -> Tensor:
-        try:
-            return load(self.info)[index]
-        except OSError as error:
-            raise OSError(error.errno or errno.EIO, f"{self.info.file} could not be read: {error}") from error
 
 
 @dataclass
@@ -77,7 +61,7 @@ class Skeleton:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
         self.dtype = dtype
         self.model = build_model(checkpoint, dtype, trust_remote_code)
-        self.checkpoint = _oriented(checkpoint, self.model)
+        self.checkpoint = oriented(checkpoint, self.model)
         self.decoder_name, self.decoder = _decoder(self.model)
         self.blocks = self._encoder_blocks() + find_blocks(self.decoder, self.decoder_name)
         self.conversions = get_model_conversion_mapping(self.model)
@@ -187,7 +171,7 @@ class Skeleton:
             OSError: a file cannot be read.
             MemoryError: memory was too small for a conversion.
         """
-        state = {key: _Lazy(self.checkpoint.tensors[key]) for key in keys}
+        state = {key: LazyTensor(self.checkpoint.tensors[key]) for key in keys}
         options = LoadStateDictConfig(
             device_map={"": device},
             dtype=self.dtype,
@@ -296,24 +280,6 @@ class Skeleton:
             if isinstance(module, PreTrainedModel) and _below(f"{name}.", path):
                 around = module
         return around
-
-
-def _oriented(checkpoint: Checkpoint, model: PreTrainedModel) -> Checkpoint:
-    """The checkpoint with dequantized stacks of experts as the model has them: gpt-oss' parameters are transposed."""
-    layouts = {name: layout_of(module) for name, module in model.named_modules() if "xpert" in type(module).__name__}
-    stacks = {
-        f"{name}.{key}"
-        for name, layout in layouts.items()
-        if layout and layout.is_transposed
-        for key in layout.projections
-    }
-    prefix = f"{model.base_model_prefix}."
-    known = stacks | {name.removeprefix(prefix) for name in stacks}
-    tensors = {
-        key: info.transposed() if isinstance(info, DequantizedTensor) and key in known else info
-        for key, info in checkpoint.tensors.items()
-    }
-    return replace(checkpoint, tensors=tensors)
 
 
 def _below(name: str, module: str) -> bool:

@@ -24,6 +24,7 @@ from fp4.pipeline.expert_layers import ExpertReader
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.report import layer_row
 from fp4.pipeline.skeleton import Skeleton
+from fp4.pipeline.source_codes import SourceCodes
 from fp4.pipeline.storage import StoredTensors, Written, planned_specs, rotation_of, scheme_in_file
 from fp4.progress import Report
 from fp4.quality.layer_statistics import LayerStatistics, layer_statistics
@@ -99,6 +100,7 @@ class StreamedRounding:
         self.skeleton, self.plan, self.codec, self.staging, self.progress = skeleton, plan, codec, staging, progress
         self.tensors = skeleton.checkpoint.tensors
         self.experts = ExpertReader(skeleton)
+        self.sources = SourceCodes(skeleton, plan, codec)
         self.limit = _ByteLimit(2 * max(info.nbytes for info in self.tensors.values()))
         self.homes = _homes(skeleton, plan)
         self.done = 0
@@ -215,7 +217,10 @@ class StreamedRounding:
                 started = time.perf_counter()
                 weight = weights.pop(layer.name) if fits else self._weight(layer)
                 try:
-                    quantized = quantize_weight(weight, layer, shared)
+                    transfer = self.sources.transfer(layer, weight)
+                    quantized = transfer.weight if transfer else None
+                    if quantized is None:
+                        quantized = quantize_weight(weight, layer, shared)
                 except NotQuantizable:
                     raise
                 except ValueError as error:
@@ -224,7 +229,8 @@ class StreamedRounding:
                     file.write(name, tensor)
                 statistics = sampled_statistics(weight, quantized, rotation_of(layer))
                 taken = time.perf_counter() - started
-                rows.append(layer_row(layer, statistics, layer.scheme.weight_rule, None, taken))
+                row = layer_row(layer, statistics, layer.scheme.weight_rule, None, taken)
+                rows.append(row | (transfer.row() if transfer else {}))
                 self._advance(self._nbytes(layer))
         return rows
 

@@ -39,11 +39,21 @@ class FineGrainedFP8Codec(Codec):
     codes = (".weight", "")
     markers: Mapping[str, tuple[str, ...]] = {".weight": (CODES,), "": (CODES,)}
     names_kept_layers = False
+    _weights_alone = False
+
+    @classmethod
+    def for_weights(cls, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> FineGrainedFP8Codec:
+        """A codec that reads checkpoints with static scales of activations as well."""
+        codec = cls(config, dtype)
+        codec._weights_alone = True
+        return codec
 
     def scheme(self, layer: str) -> LayerScheme | None:
         for kept in fields.names(self.config, "modules_to_not_convert"):
             if layer == kept or layer.endswith(f".{kept}") or layer.startswith(f"{kept}."):
                 return None
+        if self.config.get("activation_scheme") == "static" and not self._weights_alone:
+            raise ValueError("its activations have static scales; fp4 quantizes FP8 activations by token or block")
         size = self.config.get("weight_block_size")
         blocks = tuple(size) if isinstance(size, (list, tuple)) else size
         if blocks not in _FORMATS:

@@ -6,6 +6,7 @@ a size is believed only when the file is that long.
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 from collections.abc import Mapping
@@ -181,6 +182,27 @@ def load(info: TensorInfo) -> Tensor:
     with info.file.open("rb", buffering=0) as file:
         fill(memoryview(buffer), file, info.start)
     return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(info.shape)
+
+
+class LazyTensor:
+    """A stored tensor that is read when it is indexed, like a slice of safetensors."""
+
+    def __init__(self, info: TensorInfo) -> None:
+        self.info = info
+
+    def __getitem__(self, index: Any) -> Tensor:
+        try:
+            return load(self.info)[index]
+        except OSError as error:
+            raise OSError(error.errno or errno.EIO, f"{self.info.file} could not be read: {error}") from error
+
+    def get_shape(self) -> list[int]:
+        """The tensor's shape."""
+        return list(self.info.shape)
+
+    def get_dtype(self) -> str:
+        """The tensor's dtype, as safetensors spells it."""
+        return self.info.dtype
 
 
 def _memory(nbytes: int) -> bytearray | mmap.mmap:

@@ -24,6 +24,7 @@ from fp4.checkpoint.io.headers import TensorInfo, load
 from fp4.checkpoint.kv_cache import cache_tensors
 from fp4.checkpoint.layers import packed_layers
 from fp4.config import FPQuantConfig
+from fp4.integrations.transformers import quantized_source
 from fp4.integrations.transformers.prequantized_config import CheckpointConfig
 from fp4.integrations.transformers.quantizer import FPQuantHfQuantizer
 from fp4.nn import FP4Linear
@@ -186,6 +187,7 @@ def register() -> None:
     """Register fp4's quantizers with Transformers, unless FP4_TAKE_OVER=0 is set in the environment. Idempotent."""
     if is_switched_off():
         return
+    quantized_source.install()
     quantizers, configs = auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     for config in (FPQuantConfig, CheckpointConfig):
         if config not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:

@@ -35,6 +35,7 @@ from fp4.integrations.transformers.model_state import Packing
 from fp4.integrations.transformers.new_layers import initialize, may_lack_layers
 from fp4.integrations.transformers.parameter_count import count_unpacked
 from fp4.integrations.transformers.prequantized_config import CheckpointConfig
+from fp4.integrations.transformers.quantized_source import tensors_of_source
 from fp4.integrations.transformers.resize_embeddings import resize_with_dense_head
 from fp4.integrations.transformers.saving import save_atomically
 from fp4.integrations.transformers.weight_files import read_headers, require_inside
@@ -61,6 +62,9 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
     """
 
     requires_calibration = False
+    #: The ``quantization_config`` of a checkpoint that is quantized anew, and its tensors with dense weights.
+    source_quantization: Mapping[str, Any] | None = None
+    source_tensors: Mapping[str, Any] | None = None
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         if not isinstance(quantization_config, FPQuantConfig):
@@ -95,6 +99,8 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
     ) -> None:
         files = [Path(file) for file in checkpoint_files or []]
         require_inside(files, Path(str(model.config.name_or_path)))
+        if self.source_quantization is not None:
+            self.source_tensors = tensors_of_source(model, files, self.source_quantization)
         self._prepare(model, read_headers(files) if self.pre_quantized else {})
 
     def _prepare(self, model: PreTrainedModel, stored: Mapping[str, TensorInfo]) -> None:
