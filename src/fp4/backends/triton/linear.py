@@ -267,6 +267,25 @@ def scaled_product(
     return _summed(into, out)
 
 
+def decoded_in_tiles(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    format: str,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    out_features: int,
+    rotation: Tensor | None,
+) -> Tensor:
+    """x ``[T, K]``, contiguous, rotated and multiplied by a weight that each tile of rows decodes: ``[T, N]``."""
+    parts = _parts(x.dtype, layout.IS_MX[format])
+    tiling = tiling_for(_rows_a_matrix(x.shape[0], weight, offsets is not None), parts, x.device)
+    x = rotate(x, rotation, shuffles(x.device, tiling))
+    dtype = x.dtype
+    return _product(x, weight, weight_scale, global_scale, format, bias, offsets, out_features, None, dtype, tiling)
+
+
 def _weight_only(
     x: Tensor,
     weight: Tensor,
@@ -279,14 +298,11 @@ def _weight_only(
     rotation: Tensor | None,
 ) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
+    arguments = (weight, weight_scale, global_scale, format, bias)
     if offsets is None and decodes_once(flat):
-        flat = rotate(flat, rotation)
-        out = multiply_dense(flat, weight, weight_scale, global_scale, format, bias, out_features)
-        return out.view(*x.shape[:-1], out_features)
-    parts = _parts(x.dtype, layout.IS_MX[format])
-    tiling = tiling_for(_rows_a_matrix(flat.shape[0], weight, offsets is not None), parts, x.device)
-    flat = rotate(flat, rotation, shuffles(x.device, tiling))
-    out = _product(flat, weight, weight_scale, global_scale, format, bias, offsets, out_features, None, x.dtype, tiling)
+        out = multiply_dense(rotate(flat, rotation), *arguments, out_features)
+    else:
+        out = decoded_in_tiles(flat, *arguments, offsets, out_features, rotation)
     return out.view(*x.shape[:-1], out_features)
 
 
