@@ -29,7 +29,7 @@ from fp4.numerics.tensors import INPUT_DTYPES
 
 _LIBRARY = torch.library.Library("fp4", "DEF")
 
-BACKENDS = ("reference", "cpu", "triton", "cutlass", "scaled_mm")
+BACKENDS = ("reference", "cpu", "triton", "cutlass", "scaled_mm", "qutlass", "flashinfer")
 
 #: The shape and dtype of a result.
 Like = tuple[Sequence[int], torch.dtype]
