@@ -177,6 +177,33 @@ def measure_quantization(
     return [{"name": name, "seconds": seconds[name], "bytes": sizes[name]} for name in contenders]
 
 
+def crossover(
+    layer: Layer, device: torch.device, time: Timer, rows: Iterable[int] = (256, 512, 1024, 1536, 2048, 4096)
+) -> list[list[str]]:
+    """By M, microseconds of decoding NVFP4 in every tile of rows and of decoding it once, and which is faster.
+
+    ``DENSE_FROM`` in backends/triton/linear.py holds the least M from which the second is.
+    """
+    from fp4.backends.triton.dense import multiply_dense
+    from fp4.backends.triton.linear import decoded_in_tiles
+
+    weight = FORMATS["nvfp4"].quantize(torch.randn(layer.n, layer.k, device=device).bfloat16())
+    codes, scales = backends.named("triton").pack(weight.codes, weight.scales, weight.format)
+    arguments = (codes, scales, weight.global_scale, "nvfp4", None)
+    lines = []
+    for m in rows:
+        x = torch.randn(m, layer.k, device=device).bfloat16()
+        seconds = time(
+            {
+                "in tiles": Contender(lambda i, x=x: decoded_in_tiles(x, *arguments, None, layer.n, None)),
+                "once": Contender(lambda i, x=x: multiply_dense(x, *arguments, layer.n)),
+            }
+        )
+        cells = [f"{seconds[name] * 1e6:.1f}" for name in seconds]
+        lines.append([f"{layer.name} {layer.n} x {layer.k}", str(m), *cells, min(seconds, key=seconds.__getitem__)])
+    return lines
+
+
 def fp4_name(case: dict[str, Any], fmt: str) -> str:
     """The contender that is this package's w4a16 in ``fmt``."""
     return next(name for name in case["bytes"] if name.startswith(f"{fmt} w4a16 "))
@@ -306,12 +333,17 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9, help="turns of each contender; medians are shown")
     parser.add_argument("--emulated", action="store_true", help="time FP4 activations also where they are emulated")
     parser.add_argument("--save", metavar="NAME", help="name of the results; by default it tells the GPU")
+    parser.add_argument("--crossover", action="store_true", help="find from how many rows to decode a weight once")
     options = parser.parse_args()
     device = require_gpu()
 
     def time(contenders: Mapping[str, Contender]) -> dict[str, float]:
         return graph_seconds(contenders, options.repetitions)
 
+    if options.crossover:
+        lines = [line for layer in MODELS[options.models[0]] for line in crossover(layer, device, time)]
+        print(table(["layer", "M", "in tiles, us", "once, us", "faster"], lines))
+        return
     best = limits(device, options.repetitions)
     results: dict[str, list[dict[str, Any]]] = {}
     with torch.inference_mode():

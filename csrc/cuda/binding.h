@@ -31,6 +31,12 @@ inline bool is_beside(const Tensor& tensor, const Tensor& x) {
   return tensor.is_cuda() && tensor.get_device_index() == x.get_device_index();
 }
 
+// The tensor memory accelerator reads from addresses that are multiples of this.
+constexpr uintptr_t kTmaAlignment = 16;
+inline bool is_aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kTmaAlignment == 0;
+}
+
 // A global scale: float64 on the GPU of x with one of `counts` elements. Returns its data.
 const double* global_scale_data(const Tensor& scale, const Tensor& x, std::initializer_list<int64_t> counts);
 

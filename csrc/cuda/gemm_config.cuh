@@ -30,6 +30,11 @@ using ScaleAndBias = cutlass::epilogue::fusion::Sm90EVT<
     cutlass::epilogue::fusion::Sm90AccFetch,
     cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, float, float, cute::Stride<cute::_0, cute::_1, int64_t>>>;
 
+// Bytes of shared memory that a CTA can have: 227 KiB on compute capability 10.x, 99 KiB on 12.x. More would compile, and
+// fail when it is launched.
+template <class ArchTag>
+constexpr int kSharedMemory = cute::is_same_v<ArchTag, cutlass::arch::Sm100> ? 227 << 10 : 99 << 10;
+
 // How the epilogue stores a tile; this leaves it to CUTLASS.
 struct AutoEpilogue {
   using Tile = cutlass::epilogue::collective::EpilogueTileAuto;
@@ -63,6 +68,7 @@ struct GemmConfig {
   using Kernel =
       cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue, Scheduler>;
   using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+  static_assert(Kernel::SharedStorageSize <= kSharedMemory<ArchTag>, "the tile needs more shared memory than a CTA has");
 
   static constexpr bool kSplitsK = cute::is_same_v<Scheduler, cutlass::gemm::StreamKScheduler>;
 

@@ -30,6 +30,7 @@ struct GroupedConfig {
       MainloopSchedule>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<ProblemShape, Mainloop, Epilogue>;
   using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+  static_assert(Kernel::SharedStorageSize <= kSharedMemory<ArchTag>, "the tile needs more shared memory than a CTA has");
 
   using Codes = typename Device::ElementA;
   using Scale = typename Mainloop::ElementSF;

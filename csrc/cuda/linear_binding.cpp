@@ -46,6 +46,10 @@ struct Call {
                     shape_text(weight), " and weight_scale ", shape_text(weight_scale), " are not the cutlass layout of ",
                     n, " x ", k, ": expected contiguous [", lead ? "experts, " : "", n, ", ", k / 2, "] and [",
                     lead ? "experts, " : "", padded_rows(n), ", ", padded_columns(columns), "] on the GPU of x");
+    // CUTLASS looks at shapes and strides alone. An address that the tensor memory accelerator cannot take is a fault of
+    // the GPU, after which the process can do nothing more.
+    STD_TORCH_CHECK(is_aligned(weight) && is_aligned(weight_scale), "weight or weight_scale does not begin at a multiple "
+                    "of ", kTmaAlignment, " bytes, from which alone FP4 matmuls can read; pass a copy of it");
     rule = rule_named(format, rule_name);
     if (!rotation.has_value()) return;
     group = rotation->size(0);

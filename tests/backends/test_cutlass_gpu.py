@@ -97,6 +97,16 @@ def test_linear(fmt: Format, dtype: torch.dtype, size: int, m: int, n: int, k: i
 
 
 @needs_matmul
+def test_a_weight_that_the_hardware_cannot_read_is_refused() -> None:
+    weight = to_gpu(formats.quantize(gaussian(64, 64), NVFP4))
+    codes, scales = BACKEND.pack(weight.codes, weight.scales, NVFP4)
+    shifted = torch.empty(codes.numel() + 1, dtype=torch.uint8, device=CUDA)[1:].view_as(codes).copy_(codes)
+    x = gaussian(3, 64, dtype=torch.bfloat16).to(CUDA)
+    with pytest.raises(RuntimeError, match="does not begin at a multiple of 16 bytes"):
+        BACKEND.linear_quantized(x, shifted, scales, weight.global_scale, NVFP4, None, 64, None, None, "abs_max")
+
+
+@needs_matmul
 @FORMAT
 @pytest.mark.parametrize("own_scales", [False, True], ids=["one scale", "a scale each"])
 def test_experts(fmt: Format, own_scales: bool) -> None:

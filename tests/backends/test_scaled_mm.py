@@ -240,7 +240,9 @@ def test_torch_comes_first_where_it_multiplies(
 
 
 def test_the_order_of_auto() -> None:
-    assert tuple(backends.BACKENDS) == ("scaled_mm", "cutlass", "cpu", "triton", "reference")
+    assert tuple(backends.BACKENDS) == (
+        "scaled_mm", "qutlass", "flashinfer", "cutlass", "cpu", "triton", "reference"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fp4.backends.triton.dense import decode_panels
 from fp4.backends.triton.largest_magnitude import _magnitudes, tile_of
-from fp4.backends.triton.linear import HOPPER_TILINGS, SCALED_TILINGS, SMALL_SCALED_TILINGS, TILINGS, Tiling
+from fp4.backends.triton.linear import (
+    HOPPER_TILINGS,
+    MMA_HOPPER_TILINGS,
+    SCALED_TILINGS,
+    SMALL_SCALED_TILINGS,
+    TILINGS,
+    Tiling,
+)
 from fp4.backends.triton.matmul import add_partial_sums, multiply
 from fp4.backends.triton.quantize import CANONICAL, INTERLEAVED, ROTATED, VALUES, _dequantize, _quantize
 from fp4.backends.triton.quantize_blocks import launch_of, quantize_blocks
@@ -25,6 +33,7 @@ from fp4.numerics.formats import MXFP4, NVFP4
 
 CONSTANTS = ("MX", "PARTS", "SHUFFLED", "UNIT_BY_ROW", "BE", "BM", "SLICES", "PANELS", "CHUNKS", "SPLIT")
 ALIGNED = ("N", "K", "chunks", "scale_stride", "width")
+ANY = Tiling(0, 0, 0, 0, 4, 3)  # the quantization kernels have four warps
 # Bytes of shared memory that a program can have.
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
@@ -82,6 +91,24 @@ def test_every_tiling_compiles_for_hopper(tiling: Tiling) -> None:
     assert "WARPGROUP.DEPBAR.LE gsb0, 0x0" not in loop
 
 
+@pytest.mark.parametrize(("dtype", "mx"), [("bf16", False), ("bf16", True), ("fp16", False)])
+@pytest.mark.parametrize("rows", [1, 1 << 30])
+def test_hopper_without_wgmma(rows: int, dtype: str, mx: bool) -> None:
+    """What older compilers get: no asynchronous product, whose registers their ptxas reuses too early."""
+    code = compile_multiply(90, dtype, mx, MMA_HOPPER_TILINGS[rows]).asm["sass"]
+    assert "HMMA.16816.F32" in code
+    assert "GMMA" not in code
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize("mx", [False, True], ids=["nvfp4", "mxfp4"])
+def test_decoding_compiles(capability: int, mx: bool) -> None:
+    types = dict.fromkeys(decode_panels.arg_names, "i32") | {"MX": "constexpr", "CHUNKS": "constexpr"}
+    types |= {"weight": "*u32", "weight_scale": "*u8", "unit": "*fp64", "out": "*bf16"}
+    code = compiled(decode_panels, capability, types, {"MX": mx, "CHUNKS": 4}, ANY).asm["sass"]
+    assert "STG.E.128" in code  # the eight values of a word at once
+
+
 @pytest.mark.parametrize(("dtype", "mx"), [("bf16", True), ("fp16", False), ("fp16", True), ("fp32", False)])
 @pytest.mark.parametrize("rows", [1, 64])
 def test_every_type_compiles(dtype: str, mx: bool, rows: int) -> None:
@@ -90,9 +117,6 @@ def test_every_type_compiles(dtype: str, mx: bool, rows: int) -> None:
 
 def test_experts_compile() -> None:
     assert "mma" in compile_multiply(90, "bf16", False, TILINGS[8], True).asm["ptx"]
-
-
-ANY = Tiling(0, 0, 0, 0, 4, 3)  # the quantization kernels have four warps
 
 
 def compile_quantize(capability: int, mx: bool, rule: str, mode: int, group: int, dynamic: bool) -> None:
@@ -178,6 +202,14 @@ def test_quantizing_blocks_takes_few_instructions(mx: bool, group: int, most: in
     assert fast_loop(result.asm["sass"]) / elements <= most
     if group:
         assert "HGMMA" in result.asm["sass"]
+
+
+def test_no_kernel_is_compiled_anew_for_a_number_of_rows() -> None:
+    """A kernel for a row, one for numbers that 16 divides and one for the rest would be three of each."""
+    kernels = {multiply: "rows", multiply_scaled: "rows", _quantize: "rows", quantize_blocks: "blocks"}
+    for kernel, name in (kernels | {_magnitudes: "rows", _dequantize: "rows"}).items():
+        (parameter,) = (p for p in kernel.params if p.name == name)
+        assert parameter.do_not_specialize, kernel
 
 
 def test_the_other_kernels_compile() -> None:

@@ -268,6 +268,82 @@ def test_every_code_and_scale(fmt: Format) -> None:
 
 
 @FORMAT
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_nan_scale_of_a_weight_is_never_hidden(fmt: Format, dtype: torch.dtype) -> None:
+    codes, scales, unit, _ = random_weight(fmt, 20, 64)
+    scales.view(torch.uint8)[3, 1] = fmt.scale_nan
+    result = run("linear", torch.ones(2, 64, dtype=dtype), *packed(QuantizedTensor(codes, scales, unit, fmt)), None, 20)
+    assert not bool(result[:, 3].isfinite().any())
+    assert bool(result[:, [i for i in range(20) if i != 3]].isfinite().all())
+
+
+@FORMAT
+@pytest.mark.parametrize(("n", "k"), [(16, 128), (37, 96), (20, 1056)])
+def test_a_weight_decoded_once_is_dequantized_to_the_bit(fmt: Format, n: int, k: int) -> None:
+    from fp4.backends.triton.dense import decode
+
+    weight = random_weight(fmt, n, k)
+    weight.scales.view(torch.uint8)[2, 1] = fmt.scale_nan
+    codes, scales, unit, name = (t.to(DEVICE) if isinstance(t, Tensor) else t for t in packed(weight))
+    for global_scale, dtype in ((unit, torch.bfloat16), (None, torch.float32)):
+        found = decode(codes, scales, global_scale, name, k, dtype).cpu()  # type: ignore[arg-type]
+        own = None if global_scale is None else weight.global_scale
+        expected = fmt.dequantize(weight.codes, weight.scales, own, dtype)
+        assert bool(found[2].isnan().any())
+        assert torch.equal(found[:n].isnan(), expected.isnan())
+        assert torch.equal(found[:n].nan_to_num(7.0), expected.nan_to_num(7.0))
+        assert not bool(found[n:].any())
+
+
+@FORMAT
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("panels", [1, 100])
+def test_many_rows_decode_the_weight_once(
+    fmt: Format, rotated: bool, panels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fp4.backends.triton import dense, linear
+
+    n, k = 37, 96
+    monkeypatch.setattr(linear, "DENSE_FROM_ELSEWHERE", 40)
+    monkeypatch.setattr(linear, "DENSE_FROM", {})
+    monkeypatch.setattr(linear, "DENSE_FROM_WITHOUT_WGMMA", 40)
+    monkeypatch.setattr(dense, "PANEL_ELEMENTS", panels * 16 * k)
+    decoded = []
+    right = dense.decode
+    monkeypatch.setattr(dense, "decode", lambda *a: decoded.append(right(*a)) or decoded[-1])
+    weight, bias = random_weight(fmt, n, k), torch.randn(n)
+    turn = rotation.hadamard(16).float() if rotated else None
+    for m, times in ((39, 0), (40, 3 if panels == 1 else 1)):
+        decoded.clear()
+        x = torch.randn(m, k).bfloat16()
+        result = run("linear", x, *packed(weight), bias.bfloat16(), n, turn)
+        assert len(decoded) == times
+        seen = x if turn is None else rotation.rotate(x, turn).bfloat16()
+        expected = seen.float() @ fmt.dequantize(*weight[:3], torch.bfloat16).float().T + bias.bfloat16().float()
+        torch.testing.assert_close(result.float(), expected, atol=0.05, rtol=2**-7)
+    assert not linear.decodes_once(torch.zeros(64, k))  # float32 keeps its exact products
+
+
+@pytest.mark.parametrize(("version", "wgmma"), [((3, 6), False), ((3, 8), False), ((3, 9), True), ((4, 0), True)])
+def test_hopper_multiplies_by_what_the_compiler_gets_right(
+    version: tuple[int, int], wgmma: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fp4.backends.triton import linear
+
+    device = torch.device("cuda")
+    monkeypatch.setattr(linear, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(linear, "_TRITON", version)
+    for rows in (1, 32, 33, 64, 512, 5000):
+        tiling = linear.tiling_for(rows, 1, device)
+        assert linear.shuffles(device, tiling) == (wgmma and rows > 32)
+        assert (tiling.SLICES == 1) == (wgmma and rows > 32)
+    assert (64 if wgmma else 32) == linear.tiling_for(5000, 2, device).BM
+    monkeypatch.setattr(linear, "_capability", lambda device: (8, 0))
+    assert not linear.uses_wgmma(device)
+    assert linear.tiling_for(5000, 1, device).SLICES == 1
+
+
+@FORMAT
 @DTYPE
 @pytest.mark.parametrize("group", [None, 16, 64, 8])
 def test_linear_quantized(fmt: Format, dtype: torch.dtype, group: int | None) -> None:

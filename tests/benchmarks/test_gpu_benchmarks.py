@@ -120,6 +120,22 @@ def test_fp4_activations_are_summed_over_the_block() -> None:
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
     reason="needs Triton's interpreter (make pytest-triton)",
 )
+def test_both_ways_to_decode_are_timed() -> None:
+    products = []
+
+    def time(contenders: Mapping[str, Contender]) -> dict[str, float]:
+        products.append([contender.operation(0) for contender in contenders.values()])
+        return {"in tiles": 2e-6, "once": 1e-6}
+
+    lines = gpu_linear.crossover(gpu_linear.Layer("q", 48, 64, 1), CPU, time, (3,))
+    assert lines == [["q 48 x 64", "3", "2.0", "1.0", "once"]]
+    torch.testing.assert_close(*products[0], atol=0.1, rtol=0.02)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs Triton's interpreter (make pytest-triton)",
+)
 def test_quantization_is_timed() -> None:
     cases = gpu_linear.measure_quantization(
         (2, 64), CPU, lambda c: {n: float(bool(o.operation(1))) for n, o in c.items()}, (16,)

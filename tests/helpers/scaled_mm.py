@@ -45,7 +45,7 @@ def unswizzled(scales: Tensor, rows: int, columns: int) -> Tensor:
     outer, inner = torch.arange(rows)[:, None], torch.arange(columns)[None, :]
     tile = outer // 128 * across + inner // 4
     at = tile * 512 + outer % 128 % 32 * 16 + outer % 128 // 32 * 4 + inner % 4
-    return scale_values(scales).flatten()[at]
+    return scale_values(scales.view(torch.uint8).flatten()[at].view(scales.dtype))  # padding may hold anything
 
 
 def operand(

@@ -14,6 +14,7 @@ from torch import Tensor
 from fp4.backends.base import Backend
 from fp4.backends.cpu import CpuBackend
 from fp4.backends.cutlass import CutlassBackend
+from fp4.backends.packages import package_backends
 from fp4.backends.reference import ReferenceBackend
 from fp4.backends.scaled_mm import ScaledMMBackend
 from fp4.backends.triton import TritonBackend
@@ -27,6 +28,7 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         ScaledMMBackend(),  # torch's products, wherever a probe finds that they multiply the format
+        *package_backends(),  # QuTLASS and FlashInfer, where a user has them
         CutlassBackend(),  # Blackwell: shapes and stacks of experts that torch refuses
         CpuBackend(),
         TritonBackend(),  # any GPU from compute capability 8.0: unquantized activations, and what the others refuse

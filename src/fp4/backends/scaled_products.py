@@ -8,7 +8,6 @@ is: :func:`support` multiplies two small matrices on the device and compares the
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,8 @@ from torch.nn import functional
 
 from fp4.backends.base import expert_of_rows
 from fp4.backends.block_scaled import TILE_ROWS, swizzle, unswizzle
-from fp4.numerics.formats import FP8, NVFP4, WEIGHT_FORMATS, Format, QuantizedTensor, dequantize
+from fp4.backends.probe import probe
+from fp4.numerics.formats import FP8, NVFP4, WEIGHT_FORMATS, Format, QuantizedTensor
 
 # Builds for CUDA take block scales swizzled; builds for ROCm and XPU take them in plain rows. That is a property of the
 # build rather than of a device, so that a weight that moves to another device keeps its layout.
@@ -184,25 +184,6 @@ def multiply_fp8_grouped(x: QuantizedTensor, weight: Tensor, weight_scale: Tenso
 
 # --- what a device multiplies ----------------------------------------------------------------------------------------
 
-_ROWS, _N, _K = 64, 160, 256  # of the probe; both operands need padding where scales are swizzled
-_OFFSETS = (0, 17, 17, 64)
-
-
-def _values(generator: torch.Generator, *shape: int) -> Tensor:
-    """Random numbers on the CPU whose blocks differ in size."""
-    tensor = torch.randn(shape, generator=generator, device="cpu")
-    exponents = torch.randint(-2, 3, (*shape[:-1], shape[-1] // 32), generator=generator, device="cpu")
-    values: Tensor = (tensor.unflatten(-1, (-1, 32)) * torch.exp2(exponents)[..., None]).flatten(-2)
-    return values
-
-
-def _to(tensor: QuantizedTensor, device: torch.device) -> QuantizedTensor:
-    return tensor._replace(
-        codes=tensor.codes.to(device),
-        scales=tensor.scales.to(device),
-        global_scale=None if tensor.global_scale is None else tensor.global_scale.to(device),
-    )
-
 
 def _product(x: QuantizedTensor, weight: QuantizedTensor, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Quantized rows times experts, or times the first of them if there are no offsets."""
@@ -219,25 +200,8 @@ def _product(x: QuantizedTensor, weight: QuantizedTensor, offsets: Tensor | None
 
 def _probe(fmt: Format, grouped: bool, device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why torch does not multiply ``fmt`` on ``device`` into results of ``dtype``, or None if it does."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    x = fmt.quantize(_values(generator, _ROWS, _K))
-    weight = fmt.quantize(_values(generator, len(_OFFSETS) - 1, _N, _K))
-    try:
-        offsets = torch.tensor(_OFFSETS, dtype=torch.int32, device=device) if grouped else None
-        found = _product(_to(x, device), _to(weight, device), offsets, dtype).cpu().double()
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        # What a build of torch or a GPU lacks shows as any of these.
-        name = "scaled_grouped_mm" if grouped else "scaled_mm"
-        return f"torch's {name} does not multiply {fmt.name} on {device}: {str(error).strip().splitlines()[0]}"
-    rows, matrices = dequantize(*x).double(), dequantize(*weight).double()
-    parts = list(itertools.pairwise(_OFFSETS)) if grouped else [(0, _ROWS)]
-    for expert, (start, end) in enumerate(parts):
-        expected = rows[start:end] @ matrices[expert].T
-        # The result's rounding, and that of float32 sums.
-        bound = expected.abs() / 128 + rows[start:end].abs() @ matrices[expert].abs().T / 4096
-        if not bool(((found[start:end] - expected).abs() <= bound).all()):
-            return f"torch's product of {fmt.name} on {device} is wrong; report the GPU and torch's version"
-    return None
+    name = "torch's scaled_grouped_mm" if grouped else "torch's scaled_mm"
+    return probe(name, fmt, grouped, device, lambda x, weight, offsets: _product(x, weight, offsets, dtype))
 
 
 @functools.cache

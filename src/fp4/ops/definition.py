@@ -11,7 +11,7 @@ from torch import Tensor
 
 _LIBRARY = torch.library.Library("fp4", "DEF")
 
-BACKENDS = ("reference", "cpu", "triton", "cutlass", "scaled_mm")
+BACKENDS = ("reference", "cpu", "triton", "cutlass", "scaled_mm", "qutlass", "flashinfer")
 
 #: The shape and dtype of a result.
 Like = tuple[Sequence[int], torch.dtype]

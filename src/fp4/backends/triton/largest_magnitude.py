@@ -65,7 +65,7 @@ def load_rotated(x, rotation, parts, row, column, rows, K, H: tl.constexpr):
         return tl.reshape(acc, (BR, BC))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _magnitudes(
     x, rotation, offsets, partial, rows, K, experts, H: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fp4.backends.base import expert_of_rows
 from fp4.backends.triton import layout
+from fp4.backends.triton.dense import multiply_dense
 from fp4.backends.triton.largest_magnitude import processors
 from fp4.backends.triton.matmul import add_partial_sums, multiply
 from fp4.backends.triton.quantize import INTERLEAVED, VALUES, quantize_activation, rotate
@@ -48,6 +49,18 @@ HOPPER_TILINGS = {most: tiling for most, tiling in TILINGS.items() if most <= 32
     512: Tiling(128, 1, 8, 1, 8, 3),
     1 << 30: Tiling(256, 1, 8, 1, 8, 3),
 }
+# The same for Triton before 3.9, whose wgmma can give wrong results where the left operand is in registers: its ptxas
+# reuses them too early (triton#11781), and groups of four warps do not wait for one another (triton#11047). Products
+# with a slice axis are made of mma.sync instead.
+MMA_HOPPER_TILINGS = {most: tiling for most, tiling in TILINGS.items() if most <= 32} | {
+    1 << 30: Tiling(64, 2, 4, 1, 8, 2)
+}
+# The rows from which weight-only products in bfloat16 decode the weight once and leave the rest to torch (dense.py), by
+# major compute capability. Derived from instruction counts, not measured: `benchmarks/gpu_linear.py --crossover` finds
+# them on a GPU.
+DENSE_FROM = {9: 1536}
+DENSE_FROM_ELSEWHERE = 2048
+DENSE_FROM_WITHOUT_WGMMA = 512  # mma.sync reaches about half of Hopper's speed
 # The configurations for FP4 activations on tensor cores that multiply FP4.
 SCALED_TILINGS: dict[int, Tiling] = {
     16: Tiling(16, 1, 8, 2, 4, 3),
@@ -61,6 +74,7 @@ SMALL_SCALED_TILINGS: dict[int, Tiling] = {
     32: Tiling(32, 1, 4, 2, 4, 3),
     1 << 30: Tiling(64, 1, 4, 2, 4, 3),
 }
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 # Activations split into bfloat16 terms leave no room for tiles of more rows than this.
 WIDE_ROWS = 64
 
@@ -68,6 +82,22 @@ WIDE_ROWS = 64
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return (0, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+
+
+def uses_wgmma(device: torch.device) -> bool:
+    """Whether products on ``device`` are made of Hopper's ``wgmma``, which this Triton must compile rightly."""
+    return _capability(device)[0] == 9 and _TRITON >= (3, 9)
+
+
+def decodes_once(x: Tensor) -> bool:
+    """Whether a weight-only product of x ``[T, K]`` decodes its weight once (dense.py)."""
+    if x.dtype != torch.bfloat16:
+        return False
+    major = _capability(x.device)[0]
+    least = DENSE_FROM.get(major, DENSE_FROM_ELSEWHERE)
+    if major == 9 and not uses_wgmma(x.device):
+        least = DENSE_FROM_WITHOUT_WGMMA
+    return x.shape[0] >= least
 
 
 def tiling_for(rows: int, parts: int, device: torch.device) -> Tiling:
@@ -79,8 +109,10 @@ def tiling_for(rows: int, parts: int, device: torch.device) -> Tiling:
         device: where the kernel runs.
     """
     if parts > 1:
-        rows = min(rows, WIDE_ROWS)
-    tilings = HOPPER_TILINGS if _capability(device)[0] == 9 else TILINGS
+        rows = min(rows, WIDE_ROWS if _capability(device)[0] != 9 or uses_wgmma(device) else WIDE_ROWS // 2)
+    tilings = TILINGS
+    if _capability(device)[0] == 9:
+        tilings = HOPPER_TILINGS if uses_wgmma(device) else MMA_HOPPER_TILINGS
     return next(tiling for most, tiling in tilings.items() if rows <= most)
 
 
@@ -91,7 +123,7 @@ def has_fp4_tensor_cores(device: torch.device) -> bool:
 
 def shuffles(device: torch.device, tiling: Tiling) -> bool:
     """Whether Hopper's ``wgmma`` multiplies tiles of this configuration, which needs x shuffled (layout.py)."""
-    return _capability(device)[0] == 9 and tiling.SLICES == 1
+    return uses_wgmma(device) and tiling.SLICES == 1
 
 
 def _split(programs: int, chunks: int, tiling: Tiling, device: torch.device) -> int:
@@ -235,6 +267,25 @@ def scaled_product(
     return _summed(into, out)
 
 
+def decoded_in_tiles(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor | None,
+    format: str,
+    bias: Tensor | None,
+    offsets: Tensor | None,
+    out_features: int,
+    rotation: Tensor | None,
+) -> Tensor:
+    """x ``[T, K]``, contiguous, rotated and multiplied by a weight that each tile of rows decodes: ``[T, N]``."""
+    parts = _parts(x.dtype, layout.IS_MX[format])
+    tiling = tiling_for(_rows_a_matrix(x.shape[0], weight, offsets is not None), parts, x.device)
+    x = rotate(x, rotation, shuffles(x.device, tiling))
+    dtype = x.dtype
+    return _product(x, weight, weight_scale, global_scale, format, bias, offsets, out_features, None, dtype, tiling)
+
+
 def _weight_only(
     x: Tensor,
     weight: Tensor,
@@ -247,10 +298,11 @@ def _weight_only(
     rotation: Tensor | None,
 ) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    parts = _parts(x.dtype, layout.IS_MX[format])
-    tiling = tiling_for(_rows_a_matrix(flat.shape[0], weight, offsets is not None), parts, x.device)
-    flat = rotate(flat, rotation, shuffles(x.device, tiling))
-    out = _product(flat, weight, weight_scale, global_scale, format, bias, offsets, out_features, None, x.dtype, tiling)
+    arguments = (weight, weight_scale, global_scale, format, bias)
+    if offsets is None and decodes_once(flat):
+        out = multiply_dense(rotate(flat, rotation), *arguments, out_features)
+    else:
+        out = decoded_in_tiles(flat, *arguments, offsets, out_features, rotation)
     return out.view(*x.shape[:-1], out_features)
 
 
@@ -362,10 +414,6 @@ def grouped_linear_quantized(
     """``ops.grouped_linear_quantized`` (W4A4); ``input_global_scale`` is one number or one an expert."""
     if input_global_scale is not None and input_global_scale.numel() > 1:
         input_global_scale = input_global_scale[expert_of_rows(x, offsets)]
-    elif input_global_scale is None and format_named(format).needs_global_scale:
-        # Rows that belong to no expert must not count in the largest magnitude.
-        row = torch.arange(x.shape[0], dtype=offsets.dtype, device=x.device)
-        x = x.masked_fill((row >= offsets[-1])[:, None], 0.0)
     return _quantized(
         x, weight, weight_scale, global_scale, format, bias, offsets, out_features, rotation, input_global_scale, rule
     )

@@ -71,15 +71,17 @@ def _decode(
     L: tl.constexpr = words.shape[0]
     C: tl.constexpr = scale_bytes.shape[1]
     if MX:
+        # Byte 255, a NaN, becomes an infinity, which no sum hides either.
         half = tl.where(scale_bytes == 0, 0x40, scale_bytes.to(tl.uint32) << 7)
         both = half | (half << 16)
     elif dtype == tl.float16:
-        # The bits of E4M3 in a float16 are its value times 2**-8.
-        both = scale_bytes.to(tl.uint32) * 0x00800080
+        # The bits of E4M3 in a float16 are its value times 2**-8, but for the NaN's.
+        both = tl.where(scale_bytes >= 0x7F, 0x7E007E00, scale_bytes.to(tl.uint32) * 0x00800080)
         both = _times_packed(both, tl.full(both.shape, 0x78007800, tl.uint32), dtype)  # 2**15
     else:
-        # The bits of E4M3 in a bfloat16 are its value times 2**-120. Factors of 2**127 and 2**111 make that 2**118.
-        both = scale_bytes.to(tl.uint32) * 0x00100010
+        # The bits of E4M3 in a bfloat16 are its value times 2**-120, but for the NaN's. Factors of 2**127 and 2**111
+        # make that 2**118.
+        both = tl.where(scale_bytes >= 0x7F, 0x7FC07FC0, scale_bytes.to(tl.uint32) * 0x00100010)
         both = _times_packed(both, tl.full(both.shape, 0x7F007F00, tl.uint32), dtype)
         both = _times_packed(both, tl.full(both.shape, 0x77007700, tl.uint32), dtype)
     # layout.py's order of words (half, g, t, c, r) and scales (g, t, half, c, r) -> rows (r, g), columns (half, c, t).
@@ -167,7 +169,8 @@ def finish(
     tl.store(at, narrow(total, out.dtype.element_ty), mask=here[None, :] & (n < N)[:, None])
 
 
-@triton.jit
+# Triton would compile the kernel anew for a row, for numbers of rows that 16 divides, and for the rest.
+@triton.jit(do_not_specialize=["rows"])
 def multiply(
     x, weight, weight_scale, unit, x_unit, bias, offsets, out,
     rows, N, K, chunks, scale_stride, experts,

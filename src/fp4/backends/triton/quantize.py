@@ -82,7 +82,7 @@ def _quantize_tile(
             tl.store(codes + at, tl.sum(eights, 2), mask=(row < rows)[:, None] & (word < K // 8)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_unit", "P"])
 def _quantize(
     x, rotation, unit, partial, taken_unit, codes, scales,
     rows, K, width, rows_per_unit, P,
@@ -121,7 +121,7 @@ def _quantize(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_unit"])
 def _dequantize(codes, scales, unit, out, rows, K, rows_per_unit, MX: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     across = tl.cdiv(K, BC)
     row = (tl.program_id(0) // across) * BR + tl.arange(0, BR)

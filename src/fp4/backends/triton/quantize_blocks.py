@@ -34,6 +34,7 @@ from fp4.backends.triton.largest_magnitude import largest, processors
 from fp4.numerics.formats import Format
 
 ROTATIONS = (16, 32, 64, 128)
+_GROUPS_WAIT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
 @triton.jit
@@ -199,7 +200,7 @@ def _quantize_tiles(
         tl.store(at, words, mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "P"])
 def quantize_blocks(
     x, rotation, unit, partial, taken_unit, codes, scales, blocks, P,
     MX: tl.constexpr, H: tl.constexpr, INTERLEAVE: tl.constexpr, FP8: tl.constexpr, LINES: tl.constexpr,
@@ -263,7 +264,8 @@ def takes(x: Tensor, fmt: Format, rotation: Tensor | None, global_scale: Tensor 
 def launch_of(fmt: Format, group: int) -> tuple[int, int, int]:
     """The columns of a line, the lines of a tile and the warps of a program, for rotations of ``group`` (0: none)."""
     columns = max(group, 4 * fmt.block_size) if group else fmt.block_size
-    warps = 8 if columns == 128 else 4
+    # Before Triton 3.9 two groups of four warps do not wait for one another's products on Hopper (triton#11047).
+    warps = 8 if columns == 128 and _GROUPS_WAIT else 4
     return columns, 16 * warps if group else 4096 // columns, warps
 
 

@@ -40,7 +40,7 @@ def _dot_scaled(codes, scales, x, x_scales, acc, MX: tl.constexpr):
             return tl.dot_scaled(codes, scales, "e2m1", tl.trans(x), x_scales, "e2m1", acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def multiply_scaled(
     x, x_scale, weight, weight_scale, unit, x_unit, bias, offsets, out,
     rows, N, K, chunks, scale_stride, experts,
