@@ -74,8 +74,8 @@ def quantize(
     rotation: Annotated[
         str,
         typer.Option(
-            help="Block rotation of weights and inputs: none, hadamard64, gsr64, ..., or auto: the best "
-            "measured for the format.",
+            help="Block rotation of weights and inputs: none, hadamard64, gsr64, ..., or auto: none, which engines "
+            "serve, but the best measured where --format fp_quant is asked for.",
             rich_help_panel=_HOW,
         ),
     ] = "auto",

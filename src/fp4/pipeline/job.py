@@ -41,7 +41,6 @@ from fp4.pipeline.samples import batches_of, read_samples
 from fp4.pipeline.side_files import (
     UNCALIBRATED,
     choose_format,
-    holds,
     rotation_of,
     scheme_in_file,
 )
@@ -131,9 +130,9 @@ class Job:
         if format in CODECS:
             plan = stored_as(plan, CODECS[format])
         nearest = not self.method.needs_data
-        self.plan = ruled(rotated(plan, rotation, nearest), rule)
-        if rotation == "auto" and format in CODECS and not holds(format, self.plan.layers.values()):
-            self.plan = ruled(rotated(plan, "none", nearest), rule)
+        # vLLM serves no rotated weights without kernels of their own, so they take a format that is for rotations.
+        unasked = rotation == "auto" and not (format in CODECS and CODECS[format].stores_rotations)
+        self.plan = ruled(rotated(plan, "none" if unasked else rotation, nearest), rule)
         self.rotation, self.rule = rotation, rule
         layers = list(self.plan.layers.values())
         self.format = choose_format(format, layers)
@@ -348,9 +347,9 @@ def quantize(
         method: a name of ``fp4.methods.METHODS``: rtn, gptq, autoround, best.
         data: what to calibrate on: a recipe (YAML), a file (txt, jsonl, parquet), a folder, a hub id; None for the
             text that comes with fp4 (:func:`fp4.calibration.data.load_samples`).
-        format: checkpoint format; by default compressed-tensors where it can hold the scheme, fp_quant for rotations.
+        format: checkpoint format; by default compressed-tensors, where it can hold the scheme and the rotation.
         rotation: block rotation of weights and inputs: ``"none"``, ``"hadamard64"``, ``"gsr64"``, ...; ``"auto"`` is
-            what measurement shows best (none for NVFP4, hadamard64 for MXFP4), none in a ``format`` without rotations.
+            none, which engines serve, but in ``format="fp_quant"`` what measurement shows best (hadamard64 for MXFP4).
         rule: how block scales of weights are chosen, in place of the scheme's own: ``"abs_max"`` is fastest.
         skip: patterns of layers to keep as they are.
         only: patterns of layers to quantize, where not all are; a layer that ``skip`` fits too is kept.

@@ -22,8 +22,6 @@ from fp4.scheme import SCHEMES
 def choose_format(asked: str | None, layers: Iterable[PlannedLayer]) -> str:
     """Name of the checkpoint format to write: ``asked``, else the first that holds all layers.
 
-    One that stores rotations comes first where a layer is rotated.
-
     Raises:
         ValueError: it cannot hold a layer's scheme.
     """
@@ -31,9 +29,8 @@ def choose_format(asked: str | None, layers: Iterable[PlannedLayer]) -> str:
     if asked is not None:
         _require_holds(codec_named(asked), layers)
         return asked
-    rotated = any(layer.scheme.rotation != "identity" for layer in layers)
     problems = []
-    for codec in sorted(CODECS.values(), key=lambda codec: rotated and not codec.stores_rotations):
+    for codec in CODECS.values():
         try:
             _require_holds(codec, layers)
         except ValueError as error:
@@ -42,15 +39,6 @@ def choose_format(asked: str | None, layers: Iterable[PlannedLayer]) -> str:
             return codec.name
     presets = ", ".join(sorted({layer.preset for layer in layers}))
     raise ValueError(f"no checkpoint format holds {presets} together ({'; '.join(problems)})")
-
-
-def holds(name: str, layers: Iterable[PlannedLayer]) -> bool:
-    """Whether the checkpoint format called ``name`` can hold every layer as planned."""
-    try:
-        _require_holds(CODECS[name], layers)
-    except ValueError:
-        return False
-    return True
 
 
 def _require_holds(codec: type[Codec], layers: Iterable[PlannedLayer]) -> None:
