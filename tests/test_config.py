@@ -316,3 +316,12 @@ def test_overridable_options_are_options() -> None:
 
 def test_nvfp4_is_the_default_format() -> None:
     assert scheme(FPQuantConfig()).format == NVFP4
+
+
+def test_formats_that_engines_serve_are_not_rotated_unless_that_is_asked_for() -> None:
+    def rotation(**options: str) -> str | None:
+        return FPQuantConfig("mxfp4", **options).transform_init
+
+    assert rotation() == rotation(checkpoint_format="fp_quant") == "hadamard"
+    assert rotation(checkpoint_format="compressed-tensors") == rotation(checkpoint_format="modelopt") == "identity"
+    assert rotation(checkpoint_format="compressed-tensors", transform_init="hadamard") == "hadamard"

@@ -57,8 +57,9 @@ class FPQuantConfig(QuantizationConfigMixin):
             (16 for NVFP4, 32 for MXFP4) where FP-Quant's behaviour is asked for, else the best measured.
         pseudoquantization: emulate W4A4 to the bit in pure torch; weights stay packed.
         transform_init: ``"hadamard"``, ``"identity"`` or ``"gsr"``. Default: the best measured for the format without
-            calibration data. Naming this, ``hadamard_group_size`` or ``"quest"`` asks for FP-Quant's behaviour, its
-            scales included (unless ``scale_rule`` says otherwise).
+            calibration data, but none in a ``checkpoint_format`` other than ``"fp_quant"``. Naming this,
+            ``hadamard_group_size`` or ``"quest"`` asks for FP-Quant's behaviour, its scales included (unless
+            ``scale_rule`` says otherwise).
         modules_to_not_convert: layers to keep, as patterns of :mod:`fp4.selection`: names, suffixes, globs or regular
             expressions. A list, even an empty one, replaces the heads that are kept by default: the output embedding
             and the heads of classifiers. Routers, gates of shared experts and matrices of fewer than 16 rows are kept
@@ -199,7 +200,8 @@ class FPQuantConfig(QuantizationConfigMixin):
         rotation, group_size = "identity", fmt.k_multiple
         weight_rule, activation_rule = preset.unrotated_rule, preset.scheme.activation_rule
         if weight_rule is None:
-            rotation, group_size = preset.rotation or (rotation, group_size)
+            if self.checkpoint_format == "fp_quant":  # no engine serves rotations of the others without CUDA kernels
+                rotation, group_size = preset.rotation or (rotation, group_size)
             weight_rule = preset.scheme.weight_rule
         if self.scale_rule in self._tools:
             rotation, group_size = "identity", fmt.k_multiple

@@ -64,15 +64,15 @@ class Request:
     format: str | None = field(
         default=None,
         metadata={
-            "help": "Checkpoint format. Default: compressed-tensors where it holds the scheme, fp_quant for rotations. "
+            "help": "Checkpoint format. Default: compressed-tensors, where it holds the scheme and the rotation. "
             "mxfp4, gpt-oss' own, holds experts alone."
         },
     )
     rotation: str = field(
         default="auto",
         metadata={
-            "help": "Block rotation of weights and inputs: none, hadamard64, gsr64, ..., or auto: the best measured "
-            "for the scheme, none in a format without rotations."
+            "help": "Block rotation of weights and inputs: none, hadamard64, gsr64, ..., or auto: none, which "
+            "engines serve, but the best measured where the format fp_quant is asked for."
         },
     )
     rule: str | None = field(

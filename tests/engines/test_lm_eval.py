@@ -1,4 +1,4 @@
-"""lm-eval's own ``hf`` model on quantized experts; on llm-compressor's FP8 ones it fails on ``weight_scale``."""
+"""lm-eval's own models on quantized checkpoints: ``hf``, which fails on llm-compressor's FP8 experts, and ``vllm``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import save_small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fp4
@@ -66,5 +67,20 @@ def test_the_hf_model_runs_on_quantized_experts(
 
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).dequantize()
     expected = results(HFLM(pretrained=twin, tokenizer=tokenizer), tasks)
+    for name, metric in (("fp4_choices", "acc,none"), ("fp4_text", "word_perplexity,none")):
+        assert found[name][metric] == pytest.approx(expected[name][metric], rel=1e-3)
+
+
+def test_the_vllm_model_agrees_with_the_hf_model(tasks: list[dict[str, object]], tmp_path: Path) -> None:
+    """On a weight-only checkpoint, whose numbers both runtimes share."""
+    pytest.importorskip("vllm", reason="vLLM is not installed; make vllm installs it")
+    source = save_small("llama", tmp_path / "dense", max_position_embeddings=512)
+    config = fp4.FPQuantConfig(scheme="nvfp4a16", checkpoint_format="compressed-tensors")
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "out")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "out")
+    arguments = {"pretrained": str(tmp_path / "out"), "dtype": "float32"}
+    engine = {"max_model_len": 512, "enforce_eager": True, "gpu_memory_utilization": 0.1}
+    found, expected = results("vllm", tasks, **arguments, **engine), results("hf", tasks, **arguments)
     for name, metric in (("fp4_choices", "acc,none"), ("fp4_text", "word_perplexity,none")):
         assert found[name][metric] == pytest.approx(expected[name][metric], rel=1e-3)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -267,3 +269,31 @@ def test_compiled(run: str, tmp_path_factory: pytest.TempPathFactory, monkeypatc
         save(make_llama(), root, scheme="nvfp4a16", checkpoint_format="compressed-tensors")
     assert any((root / "cache").rglob("model")) == (run == "from the cache")
     assert_same_model(root / "out", load(root / "out"), enforce_eager=False)
+
+
+TWO_RANKS = """
+import sys, torch, vllm
+if __name__ == "__main__":  # the other rank's process imports this file
+    folder, found, *token_ids = sys.argv[1:]
+    llm = vllm.LLM(folder, tensor_parallel_size=2, max_model_len=128, max_num_seqs=8, dtype="float32", seed=0,
+                   skip_tokenizer_init=True, enforce_eager=True)
+    sampling = vllm.SamplingParams(max_tokens=8, temperature=0, detokenize=False, ignore_eos=True)
+    (said,) = llm.generate([{"prompt_token_ids": [int(token) for token in token_ids]}], sampling, use_tqdm=False)
+    torch.save(list(said.outputs[0].token_ids), found)
+"""
+
+
+def test_two_ranks_share_out_linear_layers_and_experts(tmp_path: Path) -> None:
+    """vLLM's tensor parallelism on a CPU: every rank packs what vLLM has given it."""
+    folder = save(make_moe("qwen3_moe"), tmp_path, scheme="nvfp4a16", checkpoint_format="compressed-tensors")
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    token_ids = prompt(320)
+    command = [sys.executable, str(script), str(folder), str(tmp_path / "found.pt"), *map(str, token_ids)]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = load(folder)
+    model.generation_config.eos_token_id = None
+    reference = model.generate(torch.tensor([token_ids]), max_new_tokens=8, do_sample=False)[0, LENGTH:]
+    assert torch.load(tmp_path / "found.pt") == reference.tolist()

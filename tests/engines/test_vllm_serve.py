@@ -22,6 +22,8 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # as it is where nobody has changed it
+    "VLLM_LOGGING_LEVEL": "INFO",
     "HF_HUB_OFFLINE": "1",
 }
 QUESTION = [{"role": "user", "content": "Continue: The capital of France is"}]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fp4.checkpoint import CODECS
+from fp4.checkpoint import CODECS, holders
 from fp4.quality.model_card import model_card, refresh_model_card, write_model_card
 from fp4.scheme import SCHEMES
 
@@ -96,6 +96,13 @@ def test_card_names_the_engines_that_take_the_checkpoint(
     assert says_not not in card
     if len(schemes) == 1:  # the scheme that was asked for, where no layer is listed
         assert says in model_card({"format": fmt, "scheme": schemes[0]}, name="model")
+
+
+def test_the_default_of_every_scheme_is_served() -> None:
+    for scheme in SCHEMES:
+        served = holders(scheme)[0].served_by("vllm", [scheme])
+        assert served is not None
+        assert served.served == (scheme != "nvfp4a8"), "which nothing but TensorRT-LLM runs"
 
 
 def test_engines_are_asked_about_schemes_and_formats_that_exist() -> None:

@@ -46,7 +46,7 @@ def plan_storage(
     Args:
         plan: the plan by names and shapes alone.
         asked: name of the checkpoint format; None for the first that holds all layers.
-        rotation: as for :func:`.rotated`; ``"auto"`` is none where the format that is asked for has no rotations.
+        rotation: as for :func:`.rotated`; ``"auto"`` is none, but where a format that is for rotations is asked for.
         rule: as for :func:`.ruled`.
         nearest: whether weights are only rounded to nearest.
 
@@ -55,17 +55,15 @@ def plan_storage(
     """
     if asked in CODECS:
         plan = stored_as(plan, CODECS[asked])
-    chosen = ruled(rotated(plan, rotation, nearest), rule)
-    if rotation == "auto" and asked in CODECS and not _holds(asked, chosen.layers.values()):
-        chosen = ruled(rotated(plan, "none", nearest), rule)
+    # vLLM serves no rotated weights without kernels of their own, so they take a format that is for rotations.
+    unasked = rotation == "auto" and not (asked in CODECS and CODECS[asked].stores_rotations)
+    chosen = ruled(rotated(plan, "none" if unasked else rotation, nearest), rule)
     name = _choose_format(asked, chosen.layers.values())
     return stored_as(chosen, CODECS[name]), name
 
 
 def _choose_format(asked: str | None, layers: Iterable[PlannedLayer]) -> str:
     """Name of the checkpoint format to write: ``asked``, else the first that holds all layers.
-
-    One that stores rotations comes first where a layer is rotated.
 
     Raises:
         ValueError: it cannot hold a layer's scheme.
@@ -74,9 +72,8 @@ def _choose_format(asked: str | None, layers: Iterable[PlannedLayer]) -> str:
     if asked is not None:
         _require_holds(codec_named(asked), layers)
         return asked
-    rotated = any(layer.scheme.rotation != "identity" for layer in layers)
     problems = []
-    for codec in sorted(CODECS.values(), key=lambda codec: rotated and not codec.stores_rotations):
+    for codec in CODECS.values():
         try:
             _require_holds(codec, layers)
         except ValueError as error:
@@ -85,15 +82,6 @@ def _choose_format(asked: str | None, layers: Iterable[PlannedLayer]) -> str:
             return codec.name
     presets = ", ".join(sorted({layer.preset for layer in layers}))
     raise ValueError(f"no checkpoint format holds {presets} together ({'; '.join(problems)})")
-
-
-def _holds(name: str, layers: Iterable[PlannedLayer]) -> bool:
-    """Whether the checkpoint format called ``name`` can hold every layer as planned."""
-    try:
-        _require_holds(CODECS[name], layers)
-    except ValueError:
-        return False
-    return True
 
 
 def _require_holds(codec: type[Codec], layers: Iterable[PlannedLayer]) -> None:

