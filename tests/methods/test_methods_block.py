@@ -151,3 +151,12 @@ def test_options_do_not_change(method: str) -> None:
     options = METHODS[method].options()
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(options, dataclasses.fields(options)[0].name, 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weight_that_is_not_finite_is_named_before_it_is_rotated(method: str) -> None:
+    """A rotation would spread one value over a whole group."""
+    block = make_block(SCHEMES[3])
+    block.linear("up_proj").weight.data[5, 7] = float("inf")
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.up_proj\.weight holds 1 NaN or infinite"):
+        METHODS[method].run(block, METHODS[method].options())
