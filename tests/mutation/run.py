@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -117,27 +118,29 @@ def copy_package(folder: Path) -> Path:
 
 
 class Recorder:
-    """A plugin of pytest that notes how long each test takes, and which functions of one file it calls.
+    """A plugin of pytest that notes how long each test takes, and which functions of the package it calls.
 
     Attributes:
-        source: path of the file.
+        package: path of the package.
         seconds: of each test, by its id.
-        called: the first lines of the functions that each test calls. Processes that a test starts are not followed.
+        called: by file, the first lines of the functions that each test calls. Processes that a test starts are not
+            followed.
     """
 
-    def __init__(self, source: Path) -> None:
-        self.source = str(source)
+    def __init__(self, package: Path) -> None:
+        self.package = str(package)
         self.seconds: dict[str, float] = {}
-        self.called: dict[str, list[int]] = {}
+        self.called: dict[str, dict[str, list[int]]] = {}
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         """Run one test, with the fixtures that it is the first to ask for."""
-        lines: set[int] = set()
+        called: set[tuple[str, int]] = set()
 
         def trace(frame: FrameType, event: str, argument: object) -> None:
-            if frame.f_code.co_filename == self.source:
-                lines.add(frame.f_code.co_firstlineno)
+            code = frame.f_code
+            if code.co_filename.startswith(self.package):
+                called.add((code.co_filename, code.co_firstlineno))
 
         started = time.monotonic()
         threading.settrace(trace)
@@ -145,28 +148,31 @@ class Recorder:
         yield
         sys.settrace(None)
         threading.settrace(None)  # type: ignore[arg-type]
-        self.seconds[item.nodeid], self.called[item.nodeid] = time.monotonic() - started, sorted(lines)
+        self.seconds[item.nodeid] = time.monotonic() - started
+        for file, line in called:
+            self.called.setdefault(file, {}).setdefault(item.nodeid, []).append(line)
 
 
 class Notes(NamedTuple):
-    """What a run of all tests of a file has shown: what :class:`Recorder` notes, and the libraries in use."""
+    """What a run of tests has shown: what :class:`Recorder` notes, and the libraries in use."""
 
     seconds: dict[str, float]
-    called: dict[str, list[int]]
+    called: dict[str, dict[str, list[int]]]
     libraries: list[str]
 
-    def tests_of(self, line: int, code: str) -> list[str]:
+    def tests_of(self, file: Path, line: int, code: str) -> list[str]:
         """The tests that call the function around a line, or all where that is none: quick ones and files first."""
         around = [
             min(part.lineno for part in (node, *node.decorator_list))
             for node in ast.walk(ast.parse(code))
             if isinstance(node, ast.FunctionDef) and node.body[0].lineno <= line <= (node.end_lineno or 0)
         ]
-        chosen = [test for test, lines in self.called.items() if not around or max(around) in lines]
+        called = self.called.get(str(file), {})
+        chosen = [test for test in self.seconds if not around or max(around) in called.get(test, ())]
         files: dict[str, float] = {}
         for test in chosen:
-            file = test.partition("::")[0]
-            files[file] = files.get(file, 0) + self.seconds[test]
+            name = test.partition("::")[0]
+            files[name] = files.get(name, 0) + self.seconds[test]
         return sorted(chosen, key=lambda test: (files[test.partition("::")[0]], self.seconds[test]))
 
 
@@ -221,20 +227,27 @@ def passes(tests: list[str], folder: Path, limit: float, recorder: Recorder | No
     return status == 0
 
 
+@functools.cache
+def notes_of(tests: tuple[str, ...], package: Path) -> Notes:
+    """What a run of the tests without a fault shows, whose libraries are imported here."""
+    if not passes(list(tests), package.parent, 3600, Recorder(package)):
+        sys.exit(f"{' '.join(tests)} fail without a fault; mend them first")
+    notes = Notes(*json.loads((package.parent / "notes.json").read_text(encoding="utf-8")))
+    import_libraries(notes.libraries)
+    return notes
+
+
 def survivors_of(source: Path, mutants: list[Mutant], package: Path) -> list[Mutant]:
     """Those of ``mutants`` that the tests of ``source`` do not notice."""
-    target, folder = package / source.relative_to(PACKAGE), package.parent
-    if not passes(tests_for(source), folder, 3600, Recorder(target)):
-        sys.exit(f"{source}: its tests fail without a fault; mend them first")
-    notes = Notes(*json.loads((folder / "notes.json").read_text(encoding="utf-8")))
-    import_libraries(notes.libraries)
+    target, code = package / source.relative_to(PACKAGE), source.read_text(encoding="utf-8")
+    notes = notes_of(tuple(tests_for(source)), package)
     alive = []
     for number, mutant in enumerate(mutants, 1):
         print(f"\r{number} of {len(mutants)}", end="\r", file=sys.stderr, flush=True)
         target.write_text(mutant.code, encoding="utf-8")
-        tests = notes.tests_of(mutant.line, source.read_text(encoding="utf-8"))
+        tests = notes.tests_of(target, mutant.line, code)
         limit = 5 * sum(notes.seconds[test] for test in tests) + 30
-        if not tests or passes(tests, folder, limit):
+        if not tests or passes(tests, package.parent, limit):
             alive.append(mutant)
             print(f"  {mutant.line}: {mutant.was}\n   -> {mutant.now}", flush=True)
     shutil.copyfile(source, target)
