@@ -83,8 +83,8 @@ TESTS = {
     "methods/tiling.py": "test_methods_tiling test_methods_gptq test_methods_descent test_methods_experts",
     "nn": "test_experts test_gradient test_training test_copies test_quantizer test_experts_loading test_fp8_experts "
     "test_saving test_resizing",
-    "pipeline": "test_pipeline_parts test_pipeline_plan test_pipeline_report test_pipeline_reference test_pipeline_failures "
-    "test_pipeline_resume test_pipeline",
+    "pipeline": "test_pipeline_parts test_pipeline_plan test_pipeline_report test_pipeline_reference "
+    "test_pipeline_failures test_pipeline_resume test_pipeline",
     "pipeline/duration.py": "test_pipeline_duration",
     "pipeline/estimate.py": "test_pipeline_estimate",
     "pipeline/expert_layers.py": "test_experts_pipeline",
