@@ -89,6 +89,7 @@ TESTS = {
     "pipeline/estimate.py": "test_pipeline_estimate",
     "pipeline/expert_layers.py": "test_experts_pipeline",
     "pipeline/half_precision.py": "test_pipeline_half",
+    "pipeline/job.py": "test_progress test_pipeline_resume test_cli_quantize test_pipeline",
     "pipeline/memory_budget.py": "test_pipeline_estimate test_pipeline_failures",
     "rounding.py": "test_methods_rtn test_global_scales test_methods_block test_checkpoint_rtn",
 }
