@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from fp4.checkpoint import CODECS, LayerScheme
 from fp4.numerics.formats import FP8, MXFP4, NVFP4
 from fp4.numerics.rotation import hadamard
 from fp4.pipeline.plan import KeptLayer, LayerPlan, PlannedLayer, _groups, rotated, ruled, stored_as
-from fp4.pipeline.report import layer_row
+from fp4.pipeline.report import build_report, layer_row
 from fp4.pipeline.side_files import choose_format, empty_weight, holds, rotation_of, scheme_in_file
 from fp4.quality.layer_statistics import LayerStatistics
 from fp4.scheme import SCHEMES
@@ -187,3 +188,10 @@ def test_a_row_of_the_report() -> None:
     }
     turned = rotated(plan_of(layer("a", "mxfp4a16")), "hadamard32", False).layers["a"]
     assert layer_row(turned, statistics, "mse", None, 0)["rotation"] == "hadamard32"
+
+
+def test_the_whole_report() -> None:
+    found = build_report({"source": "x"}, [{"name": "a"}], ({"name": "b"},), seconds=2.5)
+    versions = found.pop("versions")
+    assert versions["torch"] == importlib.metadata.version("torch")
+    assert found == {"version": 1, "source": "x", "seconds": 2.5, "layers": [{"name": "a"}], "kept": [{"name": "b"}]}
