@@ -6,8 +6,9 @@
 The mutants are cosmic-ray's (its operators, as a library). Its own runner starts a process for every mutant, which here
 is ten seconds of importing torch and Transformers for a second of tests; mutmut changes no function that has a
 decorator, which here are those that run without gradients and all context managers. So this script imports what is slow
-once and forks for each mutant. Mutants are put into a copy of the package, beside its compiled modules, never into
-the working tree. A test that fails, an error at import and a run without end count as noticed.
+once and forks for each mutant, for the tests that call the function that was changed. Mutants are put into a copy of
+the package, beside its compiled modules, never into the working tree. A test that fails, an error at import and a run
+without end count as noticed.
 
 Survivors are written to ``survivors.yaml`` beside this file, where each keeps the reason that was given for it.
 """
@@ -15,19 +16,26 @@ Survivors are written to ``survivors.yaml`` beside this file, where each keeps t
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import functools
 import gc
 import importlib
+import json
 import os
 import random
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
+import pytest
 import yaml
 from operators import Mutant, mutants_of
 
@@ -72,16 +80,18 @@ TESTS = {
     "methods/layerwise.py": "test_layer_order test_methods_block test_methods_experts test_methods_autoround",
     "methods/rtn.py": "test_methods_rtn test_global_scales test_methods_block",
     "methods/scale_search.py": "test_methods_gptq test_methods_descent test_methods_autoround",
-    "methods/tiling.py": "test_methods_gptq test_methods_descent test_methods_experts",
+    "methods/tiling.py": "test_methods_tiling test_methods_gptq test_methods_descent test_methods_experts",
     "nn": "test_experts test_gradient test_training test_copies test_quantizer test_experts_loading test_fp8_experts "
     "test_saving test_resizing",
-    "pipeline": "test_pipeline_parts test_pipeline_report test_pipeline_reference test_pipeline_failures "
-    "test_pipeline_resume test_pipeline",
+    "pipeline": "test_pipeline_parts test_pipeline_plan test_pipeline_report test_pipeline_reference "
+    "test_pipeline_failures test_pipeline_resume test_pipeline",
     "pipeline/duration.py": "test_pipeline_duration",
     "pipeline/estimate.py": "test_pipeline_estimate",
     "pipeline/expert_layers.py": "test_experts_pipeline",
     "pipeline/half_precision.py": "test_pipeline_half",
+    "pipeline/job.py": "test_progress test_pipeline_resume test_cli_quantize test_pipeline",
     "pipeline/memory_budget.py": "test_pipeline_estimate test_pipeline_failures",
+    "pipeline/side_files.py": "test_pipeline_plan test_experts_pipeline test_pipeline_reference",
     "rounding.py": "test_methods_rtn test_global_scales test_methods_block test_checkpoint_rtn",
 }
 
@@ -109,12 +119,71 @@ def copy_package(folder: Path) -> Path:
     return target
 
 
-def import_as_in(imported: Path) -> None:
+class Recorder:
+    """A plugin of pytest that notes how long each test takes, and which functions of the package it calls.
+
+    Attributes:
+        package: path of the package.
+        seconds: of each test, by its id.
+        called: by file, the first lines of the functions that each test calls. Processes that a test starts are not
+            followed.
+    """
+
+    def __init__(self, package: Path) -> None:
+        self.package = str(package)
+        self.seconds: dict[str, float] = {}
+        self.called: dict[str, dict[str, list[int]]] = {}
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """Run one test, with the fixtures that it is the first to ask for."""
+        called: set[tuple[str, int]] = set()
+
+        def trace(frame: FrameType, event: str, argument: object) -> None:
+            code = frame.f_code
+            if code.co_filename.startswith(self.package):
+                called.add((code.co_filename, code.co_firstlineno))
+
+        started = time.monotonic()
+        threading.settrace(trace)
+        sys.settrace(trace)
+        yield
+        sys.settrace(None)
+        threading.settrace(None)  # type: ignore[arg-type]
+        self.seconds[item.nodeid] = time.monotonic() - started
+        for file, line in called:
+            self.called.setdefault(file, {}).setdefault(item.nodeid, []).append(line)
+
+
+class Notes(NamedTuple):
+    """What a run of tests has shown: what :class:`Recorder` notes, and the libraries in use."""
+
+    seconds: dict[str, float]
+    called: dict[str, dict[str, list[int]]]
+    libraries: list[str]
+
+    def tests_of(self, file: Path, line: int, code: str) -> list[str]:
+        """The tests that call the function around a line, or all where that is none: quick ones and files first."""
+        around = [
+            min(part.lineno for part in (node, *node.decorator_list))
+            for node in ast.walk(ast.parse(code))
+            if isinstance(node, ast.FunctionDef) and node.body[0].lineno <= line <= (node.end_lineno or 0)
+        ]
+        called = self.called.get(str(file), {})
+        chosen = [test for test in self.seconds if not around or max(around) in called.get(test, ())]
+        files: dict[str, float] = {}
+        for test in chosen:
+            name = test.partition("::")[0]
+            files[name] = files.get(name, 0) + self.seconds[test]
+        return sorted(chosen, key=lambda test: (files[test.partition("::")[0]], self.seconds[test]))
+
+
+def import_libraries(names: list[str]) -> None:
     """Imports the libraries that a run of tests has noted, so that the forks that follow need not.
 
     fp4 is not among them: each fork has its own, and its operators can be registered once in a process.
     """
-    for name in imported.read_text(encoding="utf-8").split():
+    for name in names:
         with contextlib.suppress(Exception):  # such as parts of a library that are imported in one order alone
             importlib.import_module(name)
     gc.freeze()  # so that collections in the forks do not visit these modules, and copy their memory
@@ -127,10 +196,10 @@ def _libraries() -> list[str]:
     ]
 
 
-def passes(tests: list[str], folder: Path, limit: float, note: Path | None = None) -> bool:
+def passes(tests: list[str], folder: Path, limit: float, recorder: Recorder | None = None) -> bool:
     """Whether the tests pass on the package in ``folder`` within ``limit`` seconds, in a fork of this process.
 
-    ``note`` is where the names of the libraries that they import are left.
+    What ``recorder`` notes is left in a file of ``folder``.
     """
     child = os.fork()
     if child == 0:
@@ -142,11 +211,11 @@ def passes(tests: list[str], folder: Path, limit: float, note: Path | None = Non
         sys.path.insert(0, str(folder))
         sys.dont_write_bytecode = True
         os.chdir(ROOT)
-        import pytest
-
-        status = int(pytest.main(["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]))
-        if note is not None:
-            note.write_text(" ".join(_libraries()), encoding="utf-8")
+        options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+        status = int(pytest.main([*options, *tests], plugins=[recorder] if recorder else []))
+        if recorder is not None:
+            notes = Notes(recorder.seconds, recorder.called, _libraries())
+            (folder / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
         os._exit(status)
     ends = time.monotonic() + limit
     status = None
@@ -160,21 +229,27 @@ def passes(tests: list[str], folder: Path, limit: float, note: Path | None = Non
     return status == 0
 
 
+@functools.cache
+def notes_of(tests: tuple[str, ...], package: Path) -> Notes:
+    """What a run of the tests without a fault shows, whose libraries are imported here."""
+    if not passes(list(tests), package.parent, 3600, Recorder(package)):
+        sys.exit(f"{' '.join(tests)} fail without a fault; mend them first")
+    notes = Notes(*json.loads((package.parent / "notes.json").read_text(encoding="utf-8")))
+    import_libraries(notes.libraries)
+    return notes
+
+
 def survivors_of(source: Path, mutants: list[Mutant], package: Path) -> list[Mutant]:
     """Those of ``mutants`` that the tests of ``source`` do not notice."""
-    target, tests = package / source.relative_to(PACKAGE), tests_for(source)
-    imported = package.parent / "imported"
-    if not passes(tests, package.parent, 3600, imported):
-        sys.exit(f"{source}: its tests fail without a fault; mend them first")
-    import_as_in(imported)
-    started = time.monotonic()
-    passes(tests, package.parent, 3600)  # once more, because imports took most of the first time
-    limit = 5 * (time.monotonic() - started) + 20
+    target, code = package / source.relative_to(PACKAGE), source.read_text(encoding="utf-8")
+    notes = notes_of(tuple(tests_for(source)), package)
     alive = []
     for number, mutant in enumerate(mutants, 1):
         print(f"\r{number} of {len(mutants)}", end="\r", file=sys.stderr, flush=True)
         target.write_text(mutant.code, encoding="utf-8")
-        if passes(tests, package.parent, limit):
+        tests = notes.tests_of(target, mutant.line, code)
+        limit = 5 * sum(notes.seconds[test] for test in tests) + 30
+        if not tests or passes(tests, package.parent, limit):
             alive.append(mutant)
             print(f"  {mutant.line}: {mutant.was}\n   -> {mutant.now}", flush=True)
     shutil.copyfile(source, target)

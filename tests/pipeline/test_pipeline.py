@@ -50,6 +50,7 @@ def test_calibrated_checkpoint_loads_and_computes_what_it_should(architecture: s
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     quantized = [name for name, module in packed.named_modules() if isinstance(module, FP4Linear)]
     assert sorted(quantized) == sorted(row["name"] for row in report["layers"])
+    assert not any("note" in row for row in report["layers"])  # every layer was reached
     naive.fill_linears(dense, tensors_of(tmp_path / "out"), quantized)
     ids = torch.arange(3, 35)[None]
     with torch.no_grad():

@@ -131,6 +131,10 @@ def test_arguments_are_the_same_by_value() -> None:
         (1, True),
         (None, 0),
         (object(), "x"),
+        ([1], 1),
+        ([], {}),
+        ({"a": 1}, [1]),
+        (one, [one]),
     ]
     for a, b in alike:
         assert same(a, b)
