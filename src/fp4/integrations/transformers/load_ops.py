@@ -88,6 +88,7 @@ class RoundToNearest(LoadOp):
         module, _ = get_module_from_name(model, name)
         if isinstance(module, FP4Experts):
             return self._round_experts(module, name, weight)
+        weight = module.replaces.rows(weight)
         layer = name.rpartition(".")[0]
         group = self.hf_quantizer.sharing.get(layer)
         if group is None:

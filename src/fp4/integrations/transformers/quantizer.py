@@ -39,6 +39,7 @@ from fp4.integrations.transformers.prequantized_config import CheckpointConfig
 from fp4.integrations.transformers.resize_embeddings import resize_with_dense_head
 from fp4.integrations.transformers.saving import save_atomically
 from fp4.integrations.transformers.weight_files import read_headers, require_inside
+from fp4.linear_like import linear_like
 from fp4.nn import FP4Experts, FP4Linear, PackedWeight, swap_experts, swap_linears
 from fp4.nn.expert_layout import ExpertsLayout
 from fp4.nn.swap import NOT_ASKED
@@ -117,12 +118,19 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
                 reasons[name] = reason
             return reason is not None
 
+        columns = {name: form.in_features for name, module in model.named_modules() if (form := linear_like(module))}
+
         def choose(name: str) -> tuple[Scheme, str] | None:
-            return None if kept(name) else config.scheme_for(name)
+            if kept(name):
+                return None
+            if name in columns and not self.pre_quantized:
+                config.fit_rotation(name, columns[name])
+            return config.scheme_for(name)
 
         def choose_experts(name: str, layout: ExpertsLayout) -> dict[str, tuple[Scheme, str]] | None:
             if kept(name):
                 return None
+            columns.update({f"{name}.{key}": shape[1] for key, shape in layout.projections.items()})
             self.expert_names[name] = names_on_disk(name, layout, conversions)
             self.stack_names[name] = stacks_on_disk(name, layout, conversions)
             return self.schemes_of_experts(name, layout, choose)
@@ -404,7 +412,8 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
     def make_dense(self, model: PreTrainedModel, names: list[str]) -> None:
         """Replace layers by dense, trainable ones, and list them as unquantized."""
         for name in names:
-            model.set_submodule(name, self._dense(model.get_submodule(name), model.dtype).requires_grad_())
+            layer: Any = model.get_submodule(name)
+            model.set_submodule(name, layer.dense(model.dtype, self.codec.values).requires_grad_())
         self._keep(model, names)
         self._equip(model)
 
@@ -452,14 +461,8 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             model.set_submodule(name, experts.dequantize(dtype, self.codec.values))
         for name, module in list(model.named_modules()):
             if isinstance(module, FP4Linear):
-                model.set_submodule(name, self._dense(module, dtype))
+                model.set_submodule(name, module.dense(dtype, self.codec.values))
         return model
-
-    def _dense(self, module: FP4Linear, dtype: torch.dtype) -> nn.Linear:
-        dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(module.dequantize(dtype, self.codec.values), requires_grad=False)
-        dense.bias = module.bias  # type: ignore[assignment]
-        return dense
 
     @property
     def is_trainable(self) -> bool:
