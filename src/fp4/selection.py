@@ -222,6 +222,13 @@ def tied_layers(model: PreTrainedModel) -> set[str]:
     return {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
 
 
+def shared_layers(model: PreTrainedModel) -> set[str]:
+    """The names of all layers that share their weight with another layer that is no embedding, as Zamba's blocks do."""
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    pairs = [pair for pair in model.all_tied_weights_keys.items() if embeddings.isdisjoint(pair)]
+    return {key.removesuffix(".weight") for pair in pairs for key in pair}
+
+
 @dataclass
 class DenseLayers:
     """The layers of a model that stay dense unless the user says otherwise, with the reasons.

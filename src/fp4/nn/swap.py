@@ -123,11 +123,12 @@ def swap_experts(
     """
     report = SwapReport()
     for name, module in list(model.named_modules()):
-        if not any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
+        if not any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False)):
             continue
         layout = layout_of(module)
         if layout is None:
-            if "Experts" in type(module).__name__:
+            # DBRX's experts are the rows of matrices.
+            if "Expert" in type(module).__name__:
                 report.kept[name] = f"{type(module).__name__} lays out or runs its experts in a way fp4 does not know"
             continue
         schemes = choose(name, layout)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
@@ -27,6 +27,7 @@ from fp4.integrations.transformers.coverage import coverage_of
 from fp4.integrations.transformers.load_ops import (
     ReadLayer,
     RoundToNearest,
+    changes_layers,
     dtypes_of,
     reads_layers,
     restore_dtypes,
@@ -46,11 +47,13 @@ from fp4.nn.swap import NOT_ASKED
 from fp4.numerics.formats import QuantizedTensor
 from fp4.scheme import Scheme
 from fp4.selection import (
+    TIED,
     DenseLayers,
     as_transformers_reads,
     fits,
     fits_in_transformers,
     idle_patterns,
+    shared_layers,
     spelled_out,
     tied_layers,
 )
@@ -141,6 +144,8 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         report = swap_linears(model, choose, master_weights=config.store_master_weights)
         report.update(swap_experts(model, choose_experts, master_weights=config.store_master_weights))
         if not self.pre_quantized:
+            shared = sorted(name for name in shared_layers(model) if reasons.get(name) == TIED)
+            report.kept |= dict.fromkeys(shared, "its weight is shared with another layer, and packed ones are not")
             self._warn_of_idle_patterns(asked, model)
             config.modules_to_not_convert = as_transformers_reads(config.modules_to_not_convert or [], reasons, asked)
         self._base_model_prefix = model.base_model_prefix
@@ -350,7 +355,8 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         if self.pre_quantized and self.experts:
             reader = expert_stacking.ReadExperts(self)
             # First, because Transformers' converters of dense experts would match ModelOpt's packed `weight` as well.
-            conversions.insert(0, expert_stacking.ExpertsConverter(reader, self.experts, self._base_model_prefix))
+            prefix, renamings = self._base_model_prefix, [c for c in conversions if isinstance(c, WeightRenaming)]
+            conversions.insert(0, expert_stacking.ExpertsConverter(reader, self.experts, prefix, renamings))
         return conversions
 
     # --- after weights are loaded
@@ -388,8 +394,10 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             hook: Any = getattr(module, "_hf_hook", None)
             module.settle(torch.device(hook.execution_device) if getattr(hook, "offload", False) else None)
         # Loading operations cannot be reversed for saving; `get_state_dict_and_metadata` writes packed layers.
-        conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [c for c in conversions if not reads_layers(c)]
+        own = [c for c in getattr(model, "_weight_conversions", None) or [] if not reads_layers(c)]
+        linears = [name for name, module in layers if isinstance(module, FP4Linear)]
+        model._weight_conversions = [c for c in own if not changes_layers(c, linears)]
+        self._conversions_when_dense = own
         self._equip(model)
         return model
 
@@ -461,6 +469,7 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             model.set_submodule(name, experts.dequantize(dtype, self.codec.values))
         for name, module in list(model.named_modules()):
             if isinstance(module, FP4Linear):
+                model._weight_conversions = self._conversions_when_dense
                 model.set_submodule(name, module.dense(dtype, self.codec.values))
         return model
 
