@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
@@ -54,7 +55,8 @@ class FPQuantConfig(QuantizationConfigMixin):
             gradients.
         store_master_weights: keep the unquantized weight and quantize it in every forward, for training.
         hadamard_group_size: columns rotated together, a power of two of at least one block. Default: one block
-            (16 for NVFP4, 32 for MXFP4) where FP-Quant's behaviour is asked for, else the best measured.
+            (16 for NVFP4, 32 for MXFP4) where FP-Quant's behaviour is asked for, else the best measured, or for layers
+            of which that does not divide the columns the largest size that does, as an override.
         pseudoquantization: emulate W4A4 to the bit in pure torch; weights stay packed.
         transform_init: ``"hadamard"``, ``"identity"`` or ``"gsr"``. Default: the best measured for the format without
             calibration data, but none in a ``checkpoint_format`` other than ``"fp_quant"``. Naming this,
@@ -129,6 +131,7 @@ class FPQuantConfig(QuantizationConfigMixin):
         self.backward_dtype = backward_dtype
         self.store_master_weights = store_master_weights
         self.hadamard_group_size = hadamard_group_size
+        self._group_is_default = hadamard_group_size is None
         self.pseudoquantization = pseudoquantization
         self.transform_init = transform_init
         self.modules_to_not_convert = modules_to_not_convert
@@ -326,6 +329,10 @@ class FPQuantConfig(QuantizationConfigMixin):
         """Whether the checkpoint stores the global scales of activations."""
         return self.activation_scaling == "static"
 
+    def to_dict(self) -> dict[str, Any]:
+        """All options by name, as config.json stores them."""
+        return {name: value for name, value in super().to_dict().items() if name != "_group_is_default"}
+
     def get_loading_attributes(self) -> dict[str, Any]:
         """The options that a user may change when loading a checkpoint, where they differ from the default."""
         chosen = {"activation_dtype": self.activation_dtype, "backend": self.backend}
@@ -366,7 +373,29 @@ class FPQuantConfig(QuantizationConfigMixin):
             own |= {"scale_rule": "fp_quant", "transform_init": self.transform_init}
         elif fmt in TOOL_RULES.get(str(self.scale_rule), ()):
             own["scale_rule"] = self.scale_rule
-        return FPQuantConfig(**(own | options))
+        overridden = FPQuantConfig(**(own | options))
+        if "hadamard_group_size" in own and "hadamard_group_size" not in options:
+            overridden._group_is_default = self._group_is_default
+        return overridden
+
+    def fit_rotation(self, name: str, columns: int) -> None:
+        """Rotate a layer in the largest groups that divide its columns, by an override for it, where they do not yet.
+
+        A size that the user chose is kept.
+
+        Args:
+            name: the layer's full name.
+            columns: K of the layer.
+        """
+        override = first_fit(name, self.overrides)
+        options = {} if override is None else override[1]
+        if options is None:
+            return
+        chosen = self if override is None else self._overridden(options)
+        size, smallest = int(chosen.hadamard_group_size or 1), chosen._format.k_multiple
+        fitting = math.gcd(size, columns)
+        if chosen._group_is_default and chosen.transform_init != "identity" and smallest <= fitting < size:
+            self.overrides.insert(0, [name, {**options, "hadamard_group_size": fitting}])
 
     def scheme_for(self, name: str) -> tuple[Scheme, str] | None:
         """The scheme and the preferred backend of a layer.

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from fp4.linear_like import linear_like
 from fp4.scheme import SCHEMES
 from fp4.spelling import hint
 
@@ -221,6 +222,13 @@ def tied_layers(model: PreTrainedModel) -> set[str]:
     return {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
 
 
+def shared_layers(model: PreTrainedModel) -> set[str]:
+    """The names of all layers that share their weight with another layer that is no embedding, as Zamba's blocks do."""
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    pairs = [pair for pair in model.all_tied_weights_keys.items() if embeddings.isdisjoint(pair)]
+    return {key.removesuffix(".weight") for pair in pairs for key in pair}
+
+
 @dataclass
 class DenseLayers:
     """The layers of a model that stay dense unless the user says otherwise, with the reasons.
@@ -230,7 +238,8 @@ class DenseLayers:
         tied: names of the layers that share their weight with another layer.
         heads: the output embedding and the heads, with reasons; an explicit ``modules_to_not_convert`` replaces these.
         others: routers, gates and small matrices, with reasons.
-        no_linears: modules with a weight matrix that are neither ``nn.Linear`` nor embeddings, with reasons.
+        no_linears: modules with a weight matrix that neither compute what ``nn.Linear`` does nor are embeddings, with
+            reasons.
     """
 
     model: PreTrainedModel
@@ -249,12 +258,13 @@ class DenseLayers:
         self._modules_in_float32 = list(model._keep_in_fp32_modules or [])
         self._parameters_in_float32 = float32_parameters(model, torch.bfloat16)
         for name, module in _matrices(model):
-            if not isinstance(module, nn.Linear):
-                self.no_linears[name] = routers.get(name, f"{type(module).__name__} is no nn.Linear")
+            form = linear_like(module)
+            if form is None and not isinstance(module, nn.Linear):
+                self.no_linears[name] = routers.get(name, f"{type(module).__name__} computes no nn.Linear")
             elif name in routers:
                 self.others[name] = routers[name]
-            elif module.out_features < FEWEST_ROWS:
-                self.others[name] = f"its rows, {module.out_features}, are fewer than {FEWEST_ROWS}"
+            elif form is not None and form.out_features < FEWEST_ROWS:
+                self.others[name] = f"its rows, {form.out_features}, are fewer than {FEWEST_ROWS}"
 
     def reason(self, name: str, asked: bool = False, heads: bool = True) -> str | None:
         """The reason why a layer stays dense; None if it is to be quantized.

@@ -1,305 +1,203 @@
-"""Small random models of classes that are no plain decoders: with towers, encoders, shared blocks, unusual experts."""
+"""What is checked of a quantized model of any class of Transformers' auto mappings, and the table of docs/models.md.
+
+``PYTHONPATH=src python tests/helpers/model_classes.py docs/models.md`` writes the table anew.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import datetime
+import platform
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers as hf
-from small_models import tokenizer
-from torch import Tensor
+import transformers
+from tiny_models import class_named, inputs_of, tensors_in, tiny_config
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-_TEXT: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_VISION: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 4,
-}
-_QWEN_VISION: dict[str, Any] = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_heads": 2,
-    "patch_size": 4,
-    "out_hidden_size": 64,
-    "spatial_merge_size": 2,
-}
-_QWEN_TOKENS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
-_MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3]}
-_BERT: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "initializer_range": 0.1,
-}
-_BOTH: dict[str, Any] = {
-    "vocab_size": 320,
-    "d_model": 64,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 128,
-    "decoder_ffn_dim": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 1,
-    "init_std": 0.1,
-}
+from fp4 import FPQuantConfig
+from fp4.nn import FP4Experts, PackedWeight
+
+SCHEMES = ("nvfp4", "mxfp4")
+# Modules whose matrices are looked up or added instead of multiplied with, and convolutions.
+_NO_PRODUCT = (nn.Embedding, nn.modules.conv._ConvNd, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
-# --- towers before a text decoder
+@dataclass
+class Result:
+    """What became of a class in one scheme.
+
+    Attributes:
+        share: fraction of the parameters outside of embeddings that is quantized.
+        kept: number of the layers that are dense, by the reason.
+    """
+
+    share: float
+    kept: Counter[str]
 
 
-def _llava() -> Any:
-    config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**_VISION), text_config=hf.LlamaConfig(**_TEXT), image_token_index=3
-    )
-    return hf.LlavaForConditionalGeneration(config)
+class NotComparable(Exception):  # noqa: N818  (no error: the reason to skip a class)
+    """Why the outputs of a class cannot be compared."""
 
 
-def _qwen2_5_vl() -> Any:
-    vision = {**_QWEN_VISION, "fullatt_block_indexes": [1], "window_size": 16}
-    config = hf.Qwen2_5_VLConfig(text_config={**_TEXT, "rope_parameters": _MROPE}, vision_config=vision, **_QWEN_TOKENS)
-    return hf.Qwen2_5_VLForConditionalGeneration(config)
+def check_class(name: str, scheme: str, folder: Path) -> Result:
+    """Quantize a tiny model of a class on the fly, and check what others see of it.
 
-
-def _qwen3_vl() -> Any:
-    """The text decoder adds features of the tower between its first blocks."""
-    vision = {**_QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
-    text = {**_TEXT, "head_dim": 16, "rope_parameters": _MROPE}
-    return hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(text_config=text, vision_config=vision, **_QWEN_TOKENS))
-
-
-def _gemma3() -> Any:
-    text = {**_TEXT, "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-    config = hf.Gemma3Config(
-        text_config=text,
-        vision_config=_VISION,
-        mm_tokens_per_image=4,
-        image_token_index=3,
-        boi_token_index=4,
-        eoi_token_index=5,
-    )
-    return hf.Gemma3ForConditionalGeneration(config)
-
-
-def _smolvlm() -> Any:
-    config = hf.SmolVLMConfig(
-        text_config=hf.LlamaConfig(**_TEXT), vision_config=_VISION, image_token_id=3, scale_factor=2, pad_token_id=0
-    )
-    return hf.SmolVLMForConditionalGeneration(config)
-
-
-def _qwen2_audio() -> Any:
-    audio = {
-        "num_mel_bins": 16,
-        "encoder_layers": 2,
-        "encoder_attention_heads": 2,
-        "encoder_ffn_dim": 64,
-        "d_model": 32,
-        "max_source_positions": 30,
-    }
-    config = hf.Qwen2AudioConfig(audio_config=audio, text_config=hf.Qwen2Config(**_TEXT), audio_token_index=3)
-    return hf.Qwen2AudioForConditionalGeneration(config)
-
-
-def _voxtral() -> Any:
-    audio = {
-        "num_mel_bins": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "hidden_size": 32,
-        "max_source_positions": 32,
-        "head_dim": 16,
-    }
-    config = hf.VoxtralConfig(audio_config=audio, text_config=hf.LlamaConfig(**_TEXT), audio_token_id=3)
-    return hf.VoxtralForConditionalGeneration(config)
-
-
-#: Models with a tower, by family, and a part of the name of all that is not the text decoder.
-TOWERS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
-    "llava": (_llava, ("vision_tower", "projector")),
-    "qwen2_5_vl": (_qwen2_5_vl, ("visual",)),
-    "qwen3_vl": (_qwen3_vl, ("visual",)),
-    "gemma3": (_gemma3, ("vision_tower", "projector")),
-    "smolvlm": (_smolvlm, ("vision_model", "connector")),
-    "qwen2_audio": (_qwen2_audio, ("audio_tower", "projector")),
-    "voxtral": (_voxtral, ("audio_tower", "projector")),
-}
-
-
-# --- encoders, and encoders with decoders
-
-
-def _bert() -> Any:
-    return hf.BertForMaskedLM(hf.BertConfig(**_BERT))
-
-
-def _modernbert() -> Any:
-    """What it calls its decoder is the last layer of its head."""
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-    return hf.ModernBertForMaskedLM(hf.ModernBertConfig(**_BERT, **special))
-
-
-def _t5() -> Any:
-    config = hf.T5Config(
-        vocab_size=320, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0
-    )
-    return hf.T5ForConditionalGeneration(config)
-
-
-def _whisper() -> Any:
-    lengths = {"num_mel_bins": 16, "max_source_positions": 32, "max_target_positions": 64}
-    config = hf.WhisperConfig(**_BOTH, **lengths, begin_suppress_tokens=None, suppress_tokens=None)
-    return hf.WhisperForConditionalGeneration(config)
-
-
-def _bart() -> Any:
-    return hf.BartForConditionalGeneration(hf.BartConfig(**_BOTH))
-
-
-def vit() -> Any:
-    return hf.ViTForImageClassification(hf.ViTConfig(**{**_VISION, "hidden_size": 64}))
-
-
-ENCODERS: dict[str, Callable[[], Any]] = {"bert": _bert, "modernbert": _modernbert}
-#: Models with an encoder and a decoder, by family, and the number of Linear layers in both stacks.
-BOTH: dict[str, tuple[Callable[[], Any], int]] = {"t5": (_t5, 28), "whisper": (_whisper, 32), "bart": (_bart, 32)}
-
-
-# --- experts that fp4 cannot run, and blocks that share weights
-
-
-def _jetmoe() -> Any:
-    text = {key: value for key, value in _TEXT.items() if key != "num_attention_heads"}
-    return hf.JetMoeForCausalLM(hf.JetMoeConfig(**text, kv_channels=16, num_local_experts=4, num_experts_per_tok=2))
-
-
-def _dbrx() -> Any:
-    config = hf.DbrxConfig(
-        d_model=64,
-        n_heads=4,
-        n_layers=2,
-        max_seq_len=256,
-        vocab_size=320,
-        ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
-        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-    )
-    return hf.DbrxForCausalLM(config)
-
-
-def _longcat_flash() -> Any:
-    config = hf.LongcatFlashConfig(
-        vocab_size=320,
-        hidden_size=64,
-        ffn_hidden_size=128,
-        num_layers=2,
-        num_attention_heads=4,
-        q_lora_rank=32,
-        kv_lora_rank=32,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=16,
-        v_head_dim=16,
-        head_dim=16,
-        expert_ffn_hidden_size=32,
-        n_routed_experts=4,
-        zero_expert_num=2,
-        moe_topk=2,
-        max_position_embeddings=256,
-        pad_token_id=0,
-    )
-    return hf.LongcatFlashForCausalLM(config)
-
-
-def _zamba() -> Any:
-    """One attention block, run after several mamba blocks."""
-    config = hf.ZambaConfig(
-        **{**_TEXT, "num_hidden_layers": 5},
-        layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"],
-        attention_hidden_size=128,
-        attention_head_dim=32,
-        mamba_d_state=8,
-        mamba_expand=2,
-        mamba_dt_rank=8,
-        n_mamba_heads=2,
-    )
-    return hf.ZambaForCausalLM(config)
-
-
-def _zamba2() -> Any:
-    """Two attention blocks, which take turns."""
-    config = hf.Zamba2Config(
-        **{**_TEXT, "num_hidden_layers": 5},
-        layers_block_type=["mamba", "hybrid", "hybrid", "hybrid", "hybrid"],
-        num_mem_blocks=2,
-        attention_hidden_size=128,
-        attention_head_dim=32,
-        mamba_d_state=16,
-        mamba_headdim=16,
-        n_mamba_heads=8,
-        mamba_ngroups=1,
-        chunk_size=16,
-        use_mem_rope=True,
-        adapter_rank=16,
-    )
-    return hf.Zamba2ForCausalLM(config)
-
-
-#: Models of which a part cannot be quantized, by family, and the reason that is told.
-PARTLY: dict[str, tuple[Callable[[], Any], str]] = {
-    "jetmoe": (_jetmoe, "JetMoeParallelExperts lays out or runs its experts in a way fp4 does not know"),
-    "dbrx": (_dbrx, "DbrxExpertGLU lays out or runs its experts in a way fp4 does not know"),
-    "longcat_flash": (_longcat_flash, "LongcatFlashExperts lays out or runs its experts in a way fp4 does not know"),
-    "zamba": (_zamba, "tied to another weight"),
-    "zamba2": (_zamba2, "tied to another weight"),
-}
-
-
-def save_model(make: Callable[[], Any], folder: Path) -> Any:
-    """Write the checkpoint of a model in bfloat16, and a tokenizer, into ``folder``; returns the model in float32."""
+    Raises:
+        NotComparable: the outputs of the class are random.
+        AssertionError: a check fails.
+    """
+    model_class = class_named(name)
+    if model_class is None:
+        raise NotComparable(f"Transformers {transformers.__version__} has no {name}")
     torch.manual_seed(0)
-    model = make()
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    # Loaded, because .to() rounds rotary tables too.
-    return type(model).from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def logits(model: Any) -> Tensor:
-    """The logits of a model for some text, or some noise where it reads no text."""
-    ids = torch.arange(10, 26)[None]
-    noise = torch.Generator().manual_seed(0)
-    read: dict[str, Any] = {"input_ids": ids}
-    if model.main_input_name == "input_features":
-        read = {"input_features": torch.randn(1, 16, 64, generator=noise)}
-    if model.main_input_name == "pixel_values":
-        read = {"pixel_values": torch.randn(1, 3, 16, 16, generator=noise)}
-    if model.config.is_encoder_decoder:
-        read["decoder_input_ids"] = ids
+    dense: Any = model_class(tiny_config(model_class)).eval()
     with torch.no_grad():
-        found: Tensor = model(**read).logits
-    return found.float()
+        for parameter in dense.parameters():  # Many are initialized with zeros, which would hide what is wrong.
+            if parameter.is_floating_point() and not bool(parameter.any()):
+                parameter.normal_(0, 0.02)
+    inputs = inputs_of(dense)
+    if not same(outputs_of(dense, inputs), outputs_of(dense, inputs)):
+        raise NotComparable("its forward pass is random")
+    dense.save_pretrained(folder / "dense")
+    options: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float32}
+    config = FPQuantConfig(scheme=scheme)
+    model: Any = model_class.from_pretrained(folder / "dense", quantization_config=config, **options)
+    assert_named(dense, model)
+    assert_looks_dense(dense, model)
+    expected = outputs_of(model, inputs)
+    model.save_pretrained(folder / "packed")
+    again: Any = model_class.from_pretrained(folder / "packed", **options)
+    assert_looks_dense(dense, again)
+    assert_same_state(model, again)
+    report, bound = model.hf_quantizer.report, accumulation_error(model)
+    # To the bit they need not be the same: how sums are ordered depends on where tensors lie in memory.
+    for found, wanted in zip(outputs_of(again, inputs), expected, strict=True):
+        assert error_of(found, wanted) <= bound
+    model.dequantize()
+    assert not any(isinstance(module, (PackedWeight, FP4Experts)) for module in model.modules())
+    for found, wanted in zip(expected, outputs_of(model, inputs), strict=True):
+        assert error_of(found, wanted) <= bound, (error_of(found, wanted), bound)
+    return Result(report.share_of_blocks, Counter(_short(reason) for reason in report.reasons.values()))
+
+
+def outputs_of(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    """The floating-point tensors that a model returns, in their order; random numbers start from the same seed."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return [tensor.clone() for tensor in tensors_in(model.eval()(**inputs))]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Whether the outputs of two models are the same to the bit."""
+    return len(a) == len(b) and all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
+
+
+def error_of(found: Tensor, wanted: Tensor) -> float:
+    """The relative error in the Frobenius norm, of finite values."""
+    finite = wanted.isfinite()
+    assert torch.equal(finite, found.isfinite())
+    found, wanted = found[finite].double(), wanted[finite].double()
+    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
+def accumulation_error(model: nn.Module) -> float:
+    """A bound of the relative error that another order of summation gives: K · 2^-24 for each packed product.
+
+    Both sides round, and a rotation adds a product with its matrix, which makes four times that.
+    """
+    columns = [module.in_features for module in model.modules() if isinstance(module, PackedWeight)]
+    return 4 * sum(columns) * 2.0**-24 + 2.0**-20
+
+
+def assert_looks_dense(dense: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Dtype, dtypes of parameters and number of parameters are those of the dense model."""
+    assert model.dtype == dense.dtype
+    assert model.num_parameters() == dense.num_parameters()
+    wanted = {name: parameter.dtype for name, parameter in dense.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2].startswith("packed_"):
+            assert parameter.dtype == torch.uint8, name
+        else:
+            assert parameter.dtype == wanted[name], name
+
+
+def assert_same_state(model: nn.Module, again: nn.Module) -> None:
+    """All parameters, buffers and rotations are the same to the bit."""
+    for kind in ("named_parameters", "named_buffers"):
+        found, wanted = dict(getattr(again, kind)()), dict(getattr(model, kind)())
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert torch.equal(found[name].nan_to_num(), tensor.nan_to_num()), name
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight):
+            assert again.get_submodule(name).rotation is module.rotation, name
+
+
+def assert_named(dense: nn.Module, model: PreTrainedModel) -> None:
+    """Every layer and every stack of matrices is packed, or has a reason why it is not."""
+    reasons = model.hf_quantizer.report.reasons
+    for name, module in dense.named_modules():
+        if isinstance(module, _NO_PRODUCT):
+            continue
+        own = {key: parameter for key, parameter in module.named_parameters(recurse=False) if parameter.ndim in (2, 3)}
+        is_layer = "weight" in own or "Expert" in type(module).__name__
+        if own and is_layer and not isinstance(model.get_submodule(name), (PackedWeight, FP4Experts)):
+            assert name in reasons, f"{name} ({type(module).__name__}) is dense, and nothing says why"
+
+
+def _short(reason: str) -> str:
+    return reason.partition(" (")[0]
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def _row(name: str) -> str:
+    cells: list[str] = []
+    kept: Counter[str] = Counter()
+    for scheme in SCHEMES:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                result = check_class(name, scheme, Path(folder))
+            except NotComparable as reason:
+                return f"| {name} | | | not tried: {reason} |"
+        cells.append(f"{result.share:.0%}")
+        kept |= result.kept
+    unusual = [f"{reason} ({count})" for reason, count in sorted(kept.items()) if not _is_usual(reason)]
+    return f"| {name} | {' | '.join(cells)} | {'; '.join(unusual)} |"
+
+
+def _is_usual(reason: str) -> bool:
+    return reason in ("output embedding", "classification or regression head", "router", "tied to another weight")
+
+
+def write_table(path: Path) -> None:
+    """Check all classes and write the page with the table."""
+    from classes_tried import CLASSES
+
+    rows = [_row(name) for name in CLASSES]
+    versions = f"Transformers {transformers.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    page = f"""# Models
+
+`tests/integrations/transformers/test_model_classes.py` tries {len(CLASSES)} classes of Transformers' auto mappings, with tiny random
+weights: quantized on the fly in NVFP4 and MXFP4, every layer is packed or named with a reason, the outputs are those of the
+dequantized model but for the order of summation, saving and loading changes no bit, and dtype and number of parameters are the
+dense model's. The columns give the share of the parameters outside of embeddings that is quantized in such a tiny model; in the
+model's own size it is larger. The last one counts what stays dense beside output embeddings, heads, routers and tied weights.
+
+Written by `tests/helpers/model_classes.py` with {versions}, {datetime.date.today().isoformat()}.
+
+| class | NVFP4 | MXFP4 | what stays dense |
+|---|---|---|---|
+"""
+    path.write_text(page + "\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    write_table(Path(sys.argv[1]))

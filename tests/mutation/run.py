@@ -91,7 +91,7 @@ TESTS = {
     "pipeline/half_precision.py": "test_pipeline_half",
     "pipeline/job.py": "test_progress test_pipeline_resume test_cli_quantize test_pipeline",
     "pipeline/memory_budget.py": "test_pipeline_estimate test_pipeline_failures",
-    "pipeline/side_files.py": "test_pipeline_plan test_experts_pipeline test_pipeline_reference",
+    "pipeline/storage.py": "test_pipeline_plan test_experts_pipeline test_pipeline_reference",
     "rounding.py": "test_methods_rtn test_global_scales test_methods_block test_checkpoint_rtn",
 }
 

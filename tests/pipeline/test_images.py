@@ -11,8 +11,8 @@ import numpy
 import pytest
 import torch
 import transformers
-from model_classes import TOWERS, save_model
 from small_models import TEXT, tokenizer
+from special_models import TOWERS, save_model
 from torch import Tensor
 
 import fp4

@@ -11,11 +11,11 @@ import pytest
 import torch
 import transformers
 from comparing import assert_same_tensors, packed
-from model_classes import BOTH, ENCODERS, PARTLY, TOWERS, logits, save_model, vit
 from moe import make_moe
 from safetensors.torch import load_file, save_file
 from shards import tensors_of
 from small_models import save_text, tokenizer
+from special_models import BOTH, ENCODERS, PARTLY, TOWERS, logits, save_model, vit
 
 import fp4
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fp4.linear_like import LinearLike, linear_like
 from fp4.nn.autograd import as_autocast, needs_gradient, packed_matmul
-from fp4.nn.packed_weight import PackedWeight
+from fp4.nn.packed_weight import PackedWeight, Values
 from fp4.scheme import Scheme
 
 
@@ -25,6 +26,7 @@ class FP4Linear(PackedWeight, nn.Linear):
         backend: ``"auto"`` or the name of a backend.
         dtype: dtype of the model.
         device: device of all parameters.
+        replaces: the dense layer that it stands for, as :meth:`dense` makes it again; None for ``nn.Linear``.
     """
 
     bias: nn.Parameter | None  # type: ignore[assignment]
@@ -40,26 +42,32 @@ class FP4Linear(PackedWeight, nn.Linear):
         backend: str = "auto",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        replaces: LinearLike | None = None,
     ) -> None:
         super().__init__(in_features, out_features, scheme, backend, dtype, device)
+        self.replaces = replaces or LinearLike.plain(in_features, out_features)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, scheme: Scheme, backend: str = "auto", name: str = "weight") -> FP4Linear:
+    def from_linear(cls, linear: nn.Module, scheme: Scheme, backend: str = "auto", name: str = "weight") -> FP4Linear:
         """Packed layer with the weight of ``linear``, rounded to nearest.
 
         Args:
-            linear: the dense layer; its bias becomes that of the new layer.
+            linear: the dense layer, an ``nn.Linear`` or another that computes the same (:func:`.linear_like`); its bias
+                becomes that of the new layer.
             scheme: formats, rules and rotation.
             backend: ``"auto"`` or the name of a backend.
             name: name of the weight, for error messages.
 
         Raises:
-            ValueError: the weight holds NaN or infinity.
+            ValueError: the layer computes something else, or its weight holds NaN or infinity.
         """
-        weight = linear.weight.detach()
-        module = cls(linear.in_features, linear.out_features, False, scheme, backend, weight.dtype, "meta")
-        module.bias = linear.bias
+        form = linear_like(linear)
+        if form is None:
+            raise ValueError(f"{type(linear).__name__} computes something else than nn.Linear; keep it dense")
+        weight = form.rows(linear.get_parameter("weight").detach())
+        module = cls(form.in_features, form.out_features, False, scheme, backend, weight.dtype, "meta", form)
+        module.bias = linear._parameters.get("bias")
         rounded = module.round(weight, name)
         module.hold(rounded, module.fixed_input_scale(rounded))
         module.settle()
@@ -104,9 +112,17 @@ class FP4Linear(PackedWeight, nn.Linear):
         Args:
             dtype: dtype of the tensor that the checkpoint calls ``weight``.
         """
-        self.weight = nn.Parameter(
-            torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta"), requires_grad=False
-        )
+        rows = torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+        self.weight = nn.Parameter(self.replaces.rows(rows), requires_grad=False)
+
+    def dense(self, dtype: torch.dtype, values: Values | None = None) -> nn.Module:
+        """The dense layer that this one stands for, of its class, with the weight that this one multiplies with.
+
+        Args:
+            dtype: dtype of the weight.
+            values: see :meth:`dequantize`.
+        """
+        return self.replaces.dense(self.dequantize(dtype, values), self.bias)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of this module."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from fp4.linear_like import LinearLike, linear_like
 from fp4.nn.expert_layout import ExpertsLayout, layout_of
 from fp4.nn.experts import FP4Experts
 from fp4.nn.linear import FP4Linear
@@ -46,16 +47,16 @@ class SwapReport:
 NOT_ASKED = "kept by configuration"
 
 
-def _obstacle(linear: nn.Linear, scheme: Scheme) -> str | None:
-    """Reason why a Linear layer cannot be quantized by ``scheme``, or None."""
-    if type(linear) is not nn.Linear:
-        return f"{type(linear).__name__} may compute something else than nn.Linear"
-    if linear.in_features % scheme.k_multiple:
-        unit = "the rotation group" if scheme.rotation != "identity" else "the block"
-        return (
-            f"in_features {linear.in_features} is not a multiple of {scheme.k_multiple}, the size of {unit} "
-            f"({scheme.format.name})"
-        )
+def _obstacle(form: LinearLike, scheme: Scheme, master_weights: bool) -> str | None:
+    """Reason why a layer that computes what Linear does cannot be quantized by ``scheme``, or None."""
+    if master_weights and form.is_transposed:
+        return f"{form.replaced.__name__} holds its weight transposed, which has no form for training"
+    for multiple, unit in ((scheme.format.k_multiple, "block"), (scheme.k_multiple, "rotation group")):
+        if form.in_features % multiple:
+            return (
+                f"in_features {form.in_features} is not a multiple of {multiple}, the size of the {unit} "
+                f"({scheme.format.name})"
+            )
     return None
 
 
@@ -63,6 +64,8 @@ def swap_linears(
     model: nn.Module, choose: Callable[[str], tuple[Scheme, str] | None], master_weights: bool = False
 ) -> SwapReport:
     """Replace every Linear layer that ``choose`` selects by an empty :class:`FP4Linear`.
+
+    Layers of other classes that compute the same are replaced too (:func:`.linear_like`).
 
     Args:
         model: changed in place; a new layer has the device (usually meta) and bias dtype of the one it replaces.
@@ -74,24 +77,28 @@ def swap_linears(
     """
     report = SwapReport()
     for name, module in list(model.named_modules()):
-        if type(module).__name__ == "Conv1D" and choose(name) is not None:
-            report.kept[name] = "Conv1D (GPT-2's) holds its weight transposed; fp4 quantizes nn.Linear"
-        if not isinstance(module, nn.Linear):
+        form = linear_like(module)
+        if form is None and not isinstance(module, nn.Linear):
             continue
         choice = choose(name)
         if choice is None:
             report.kept[name] = NOT_ASKED
             continue
         scheme, backend = choice
-        obstacle = _obstacle(module, scheme)
+        if form is None:
+            report.kept[name] = f"{type(module).__name__} computes something else than nn.Linear"
+            continue
+        obstacle = _obstacle(form, scheme, master_weights)
         if obstacle is not None:
             report.kept[name] = obstacle
             continue
-        shape = (module.in_features, module.out_features, module.bias is not None, scheme)
-        dtype, device = module.weight.dtype, module.weight.device
-        replacement: nn.Module = (
-            FP4MasterLinear(*shape, dtype, device) if master_weights else FP4Linear(*shape, backend, dtype, device)
-        )
+        weight = module.get_parameter("weight")
+        shape = (form.in_features, form.out_features, module._parameters.get("bias") is not None, scheme)
+        replacement: nn.Module
+        if master_weights:
+            replacement = FP4MasterLinear(*shape, weight.dtype, weight.device)
+        else:
+            replacement = FP4Linear(*shape, backend, weight.dtype, weight.device, form)
         replacement.train(module.training)
         model.set_submodule(name, replacement)
         report.quantized.append(name)
@@ -116,11 +123,12 @@ def swap_experts(
     """
     report = SwapReport()
     for name, module in list(model.named_modules()):
-        if not any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
+        if not any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False)):
             continue
         layout = layout_of(module)
         if layout is None:
-            if "Experts" in type(module).__name__:
+            # DBRX's experts are the rows of matrices.
+            if "Expert" in type(module).__name__:
                 report.kept[name] = f"{type(module).__name__} lays out or runs its experts in a way fp4 does not know"
             continue
         schemes = choose(name, layout)

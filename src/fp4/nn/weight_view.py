@@ -28,6 +28,8 @@ class WeightView(Tensor):
     _layer: PackedWeight
     #: Makes ``isinstance(view, nn.Parameter)`` true, which libraries ask before they use a weight.
     _is_param = True
+    #: Keeps a model's ``_init_weights`` from writing random values, as some do to the weights of child modules.
+    _is_hf_initialized = True
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod

@@ -58,11 +58,11 @@ def plan_storage(
     # vLLM serves no rotated weights without kernels of their own, so they take a format that is for rotations.
     unasked = rotation == "auto" and not (asked in CODECS and CODECS[asked].stores_rotations)
     chosen = ruled(rotated(plan, "none" if unasked else rotation, nearest), rule)
-    name = _choose_format(asked, chosen.layers.values())
+    name = choose_format(asked, chosen.layers.values())
     return stored_as(chosen, CODECS[name]), name
 
 
-def _choose_format(asked: str | None, layers: Iterable[PlannedLayer]) -> str:
+def choose_format(asked: str | None, layers: Iterable[PlannedLayer]) -> str:
     """Name of the checkpoint format to write: ``asked``, else the first that holds all layers.
 
     Raises:

@@ -6,7 +6,7 @@ import copy
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -198,13 +198,21 @@ class ExpertsConverter(WeightConverter):
         reader: the operation that receives the collected tensors.
         modules: the experts modules by name.
         prefix: prefix of the base model, which names in a checkpoint may have or lack.
+        renamings: Transformers' renamings of the model family, which precede this converter.
     """
 
-    __slots__ = ("modules", "reader", "stacks", "tail")
+    __slots__ = ("modules", "reader", "renamings", "stacks", "tail")
 
-    def __init__(self, reader: ReadExperts, modules: Mapping[str, FP4Experts], prefix: str) -> None:
+    def __init__(
+        self,
+        reader: ReadExperts,
+        modules: Mapping[str, FP4Experts],
+        prefix: str,
+        renamings: Sequence[WeightRenaming] = (),
+    ) -> None:
         super().__init__(["experts.*.packed"], "experts.packed", [reader])
         self.reader = reader
+        self.renamings = renamings
         #: For each experts module, the projection by the name of a matrix or stack.
         self.modules: dict[str, dict[str, str]] = {}
         for module, experts in modules.items():
@@ -247,11 +255,14 @@ class ExpertsConverter(WeightConverter):
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
         """Collect a stored tensor under the key (number of the expert or None, name of the matrix, suffix)."""
-        match = self.tail.search(source_key)
+        match, renamed = self.tail.search(source_key), source_key
+        for renaming in self.renamings if match is None and source_key not in self.stacks else ():
+            renamed, _ = renaming.rename_source_key(renamed)
+        match = match or self.tail.search(renamed)
         if match is not None:
             key = (None if match[1] is None else int(match[1]), match[2], match[3])
         else:
-            projection, suffix = self.stacks[source_key]
+            projection, suffix = self.stacks.get(source_key) or self.stacks[renamed]
             key = (None, projection.rpartition(".")[2], suffix)
         self.collected_tensors[key].append(future)
         self.layer_targets[target_key].add(source_key)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from fp4.errors import NotQuantizable
@@ -90,12 +91,22 @@ class RoundToNearest(LoadOp):
     """
 
     def load(self, found: dict[Any, Any], model: nn.Module | None, target: str) -> dict[str, Tensor]:
-        """Parameters of the rounded layer, of its whole group of shared scales, or none while the group waits."""
-        ((name, value),) = found.items()
-        weight = value[0] if isinstance(value, list) else value
-        module, _ = get_module_from_name(model, name)
-        if isinstance(module, FP4Experts):
+        """Parameters of the rounded layer, of its whole group of shared scales, or none while the group waits.
+
+        There are several layers where the checkpoint stores them as one matrix, as many do with q, k and v.
+        """
+        loaded: dict[str, Tensor] = {}
+        for name, value in found.items():
+            loaded |= self._load(name, value[0] if isinstance(value, list) else value, model)
+        return loaded
+
+    def _load(self, name: str, weight: Tensor, model: nn.Module | None) -> dict[str, Tensor]:
+        module, parameter = get_module_from_name(model, name)
+        if isinstance(module, FP4Experts) and parameter in module.layout.projections:
             return self._round_experts(module, name, weight)
+        if not isinstance(module, FP4Linear) or parameter != "weight":
+            return {name: weight}
+        weight = module.replaces.rows(weight)
         layer = name.rpartition(".")[0]
         group = self.hf_quantizer.sharing.get(layer)
         if group is None:
@@ -214,3 +225,19 @@ def restore_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
 def reads_layers(conversion: Any) -> bool:
     """Whether a weight converter contains a :class:`LoadOp`, which can only load and not save."""
     return any(isinstance(op, LoadOp) for op in getattr(conversion, "operations", ()))
+
+
+def changes_layers(conversion: Any, layers: Sequence[str]) -> bool:
+    """Whether a weight converter would join or permute the tensors of packed Linear layers when the model is saved.
+
+    Families whose checkpoints store q, k and v as one matrix, or in another order of rows, have such converters. Packed
+    tensors are no such matrices. They are saved under the model's own names, which Transformers reads as well.
+
+    Args:
+        conversion: an entry of the model's weight conversions.
+        layers: names of the packed layers.
+    """
+    if not isinstance(conversion, WeightConverter):
+        return False
+    targets = [re.compile(re.sub(r"\\\d", ".+", pattern)) for pattern in conversion.target_patterns]
+    return any(target.search(f"{layer}.weight") for target in targets for layer in layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -46,6 +47,8 @@ class Packing:
         self.stacked: set[str] = set()
         #: Experts module by name of each packed matrix or stack of experts in the checkpoint.
         self.packed_experts: dict[str, str] = {}
+        #: Transformers' weight conversions of the model, for saving once it is dequantized.
+        self._conversions_when_dense: list[Any] = []
         #: Numbers of quantized parameters, and why the other layers are unquantized.
         self.report: Coverage | None = None
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from fp4.nn import FP4Linear
 
@@ -34,8 +33,8 @@ def initialize(model: PreTrainedModel, names: Iterable[str]) -> None:
     for name in names:
         packed = model.get_submodule(name)
         assert isinstance(packed, FP4Linear)
-        bias, device = packed.bias is not None, packed.weight.device
-        dense = nn.Linear(packed.in_features, packed.out_features, bias, dtype=model.dtype, device=device)
+        empty = torch.empty(packed.out_features, packed.in_features, dtype=model.dtype, device=packed.weight.device)
+        dense = packed.replaces.dense(empty, packed.bias).requires_grad_()
         with torch.no_grad():  # `_init_weights` does so itself only in Transformers up to 5.23
             model._init_weights(dense)
         model.set_submodule(name, dense)

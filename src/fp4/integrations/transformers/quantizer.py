@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
@@ -26,6 +26,7 @@ from fp4.integrations.transformers.kept_layers import as_asked, as_stored, warn_
 from fp4.integrations.transformers.load_ops import (
     ReadLayer,
     RoundToNearest,
+    changes_layers,
     dtypes_of,
     reads_layers,
     restore_dtypes,
@@ -39,13 +40,16 @@ from fp4.integrations.transformers.quantized_source import tensors_of_source
 from fp4.integrations.transformers.resize_embeddings import resize_with_dense_head
 from fp4.integrations.transformers.saving import save_atomically
 from fp4.integrations.transformers.weight_files import read_headers, require_inside
+from fp4.linear_like import linear_like
 from fp4.nn import FP4Experts, FP4Linear, PackedWeight, swap_experts, swap_linears
 from fp4.nn.expert_layout import ExpertsLayout
 from fp4.nn.swap import NOT_ASKED
 from fp4.scheme import Scheme
 from fp4.selection import (
+    TIED,
     DenseLayers,
     as_transformers_reads,
+    shared_layers,
 )
 
 if TYPE_CHECKING:
@@ -116,12 +120,19 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
                 reasons[name] = reason
             return reason is not None
 
+        columns = {name: form.in_features for name, module in model.named_modules() if (form := linear_like(module))}
+
         def choose(name: str) -> tuple[Scheme, str] | None:
-            return None if kept(name) else config.scheme_for(name)
+            if kept(name):
+                return None
+            if name in columns and not self.pre_quantized:
+                config.fit_rotation(name, columns[name])
+            return config.scheme_for(name)
 
         def choose_experts(name: str, layout: ExpertsLayout) -> dict[str, tuple[Scheme, str]] | None:
             if kept(name):
                 return None
+            columns.update({f"{name}.{key}": shape[1] for key, shape in layout.projections.items()})
             self.expert_names[name] = names_on_disk(name, layout, conversions)
             self.stack_names[name] = stacks_on_disk(name, layout, conversions)
             return self.schemes_of_experts(name, layout, choose)
@@ -132,6 +143,8 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         report = swap_linears(model, choose, master_weights=config.store_master_weights)
         report.update(swap_experts(model, choose_experts, master_weights=config.store_master_weights))
         if not self.pre_quantized:
+            shared = sorted(name for name in shared_layers(model) if reasons.get(name) == TIED)
+            report.kept |= dict.fromkeys(shared, "its weight is shared with another layer, and packed ones are not")
             warn_of_idle_patterns(config, asked, model)
             config.modules_to_not_convert = as_transformers_reads(config.modules_to_not_convert or [], reasons, asked)
         self._base_model_prefix = model.base_model_prefix
@@ -215,7 +228,8 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         if self.pre_quantized and self.experts:
             reader = expert_stacking.ReadExperts(self)
             # First, because Transformers' converters of dense experts would match ModelOpt's packed `weight` as well.
-            conversions.insert(0, expert_stacking.ExpertsConverter(reader, self.experts, self._base_model_prefix))
+            prefix, renamings = self._base_model_prefix, [c for c in conversions if isinstance(c, WeightRenaming)]
+            conversions.insert(0, expert_stacking.ExpertsConverter(reader, self.experts, prefix, renamings))
         return conversions
 
     # --- after weights are loaded
@@ -253,8 +267,10 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             hook: Any = getattr(module, "_hf_hook", None)
             module.settle(torch.device(hook.execution_device) if getattr(hook, "offload", False) else None)
         # Loading operations cannot be reversed for saving; `get_state_dict_and_metadata` writes packed layers.
-        conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [c for c in conversions if not reads_layers(c)]
+        own = [c for c in getattr(model, "_weight_conversions", None) or [] if not reads_layers(c)]
+        linears = [name for name, module in layers if isinstance(module, FP4Linear)]
+        model._weight_conversions = [c for c in own if not changes_layers(c, linears)]
+        self._conversions_when_dense = own
         self._equip(model)
         return model
 
@@ -277,7 +293,8 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
     def make_dense(self, model: PreTrainedModel, names: list[str]) -> None:
         """Replace layers by dense, trainable ones, and list them as unquantized."""
         for name in names:
-            model.set_submodule(name, self._dense(model.get_submodule(name), model.dtype).requires_grad_())
+            layer: Any = model.get_submodule(name)
+            model.set_submodule(name, layer.dense(model.dtype, self.codec.values).requires_grad_())
         self._keep(model, names)
         self._equip(model)
 
@@ -327,14 +344,9 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
             model.set_submodule(name, experts.dequantize(dtype, self.codec.values))
         for name, module in list(model.named_modules()):
             if isinstance(module, FP4Linear):
-                model.set_submodule(name, self._dense(module, dtype))
+                model._weight_conversions = self._conversions_when_dense
+                model.set_submodule(name, module.dense(dtype, self.codec.values))
         return model
-
-    def _dense(self, module: FP4Linear, dtype: torch.dtype) -> nn.Linear:
-        dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(module.dequantize(dtype, self.codec.values), requires_grad=False)
-        dense.bias = module.bias  # type: ignore[assignment]
-        return dense
 
     @property
     def is_trainable(self) -> bool:

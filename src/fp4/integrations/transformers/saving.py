@@ -57,7 +57,8 @@ class _AtomicSaving:
             kwargs.setdefault("repo_id", target.name)
         with moving_into(target, functools.partial(_stale, target, kwargs.get("variant"))) as staging:
             type(self.model).save_pretrained(self.model, staging, *args, **kwargs)
-            for name, content in self.side_files.items():
+            # A model that was dequantized since is saved without them: they would say that its weights are packed.
+            for name, content in self.side_files.items() if hasattr(self.model, "hf_quantizer") else ():
                 write_json(staging / name, content)
 
 
