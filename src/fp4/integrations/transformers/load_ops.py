@@ -14,6 +14,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from fp4.errors import NotQuantizable
 from fp4.integrations.transformers.model_state import Packing
 from fp4.nn import FP4Experts, FP4Linear, PackedWeight
+from fp4.nn.expert_weight import packed_name
 from fp4.numerics.rotation import share
 from fp4.rounding import global_scale_of
 from fp4.selection import float32_parameters
@@ -105,7 +106,8 @@ class RoundToNearest(LoadOp):
         self.hf_quantizer.missing.discard(name)
         try:
             packed = experts.place(projection)
-            return self.arrive(packed, name, packed.round(experts.dense_rows(weight), name))
+            parameters = packed.round(experts.dense_rows(weight), name)
+            return self.arrive(packed, f"{name.rpartition('.')[0]}.{packed_name(projection)}", parameters)
         except ValueError as error:
             self.hf_quantizer.problems[name] = _with_remedy(error, name.rpartition(".")[0])
             return {}
