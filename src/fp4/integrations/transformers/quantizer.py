@@ -402,9 +402,15 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         self._keep(model, new)
 
     def make_dense(self, model: PreTrainedModel, names: list[str]) -> None:
-        """Replace layers by dense, trainable ones, and list them as unquantized."""
+        """Replace layers and experts modules by dense, trainable ones, and list them as unquantized."""
         for name in names:
-            model.set_submodule(name, self._dense(model.get_submodule(name), model.dtype).requires_grad_())
+            experts = self.experts.pop(name, None)
+            dense = (
+                self._dense(model.get_submodule(name), model.dtype)
+                if experts is None
+                else experts.dequantize(model.dtype, self.codec.values)
+            )
+            model.set_submodule(name, dense.requires_grad_())
         self._keep(model, names)
         self._equip(model)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fp4.checkpoint.io.publish import moving_into, write_json
-from fp4.nn import FP4Linear
+from fp4.nn import FP4Experts, FP4Linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,8 +23,8 @@ logger = logging.getLogger("fp4")
 
 
 def _is_edited(module: nn.Module) -> bool:
-    """Whether a module is a quantized layer whose weight was edited or assigned, as merging an adapter does."""
-    return isinstance(module, FP4Linear) and not module.is_packed
+    """Whether a module has quantized weights of which one was edited or assigned, as merging an adapter does."""
+    return isinstance(module, FP4Linear | FP4Experts) and not module.is_packed
 
 
 def save_atomically(model: PreTrainedModel, side_files: Mapping[str, Any] | None = None) -> None:
