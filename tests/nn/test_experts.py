@@ -310,7 +310,8 @@ def test_low_rank_updates_are_added_without_dense_weights(
     torch.manual_seed(1)
     updates: dict[str, list[LowRank]] = {}
     for name, (rows, columns) in packed.layout.projections.items():
-        left, right = torch.randn(EXPERTS, rows, rank) / 8, torch.randn(EXPERTS, rank, columns) / 8
+        # PEFT's are strided as they come out of one matrix for all experts.
+        left, right = torch.randn(rows, rank, EXPERTS).permute(2, 0, 1) / 8, torch.randn(EXPERTS, rank, columns) / 8
         updates[name] = [LowRank(left.to(dtype).requires_grad_(), right.to(dtype).requires_grad_(), 0.5)]
     hidden, index, weights = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in routing(11, 2))
     with monkeypatch.context() as patch:

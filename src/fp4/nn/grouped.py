@@ -22,11 +22,11 @@ def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         ``[T, N]`` in the dtype of x.
     """
     rows = weight.shape[1]
-    # torch's kernels want rows of a multiple of 16 bytes, in the gradients as well; zeros add nothing.
+    # torch's kernels want contiguous rows of a multiple of 16 bytes, in the gradients as well; zeros add nothing.
     multiple = 16 // x.element_size()
     columns_short, rows_short = -x.shape[1] % multiple, -rows % multiple
-    x = nn.functional.pad(x, (0, columns_short))
-    weight = nn.functional.pad(weight, (0, columns_short, 0, rows_short))
+    x = nn.functional.pad(x, (0, columns_short)).contiguous()
+    weight = nn.functional.pad(weight, (0, columns_short, 0, rows_short)).contiguous()
     return nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets[1:])[:, :rows]
 
 
