@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,3 +298,16 @@ def test_dense_experts_are_parameters_of_no_adapted_model(fresh: Callable[[str],
     for experts in experts_of(adapted):
         assert {parameter.dtype for parameter in experts.parameters()} == {torch.uint8}
         assert not experts.state_dict().keys() & experts.layout.projections.keys()
+
+
+def test_peft_may_be_imported_after_fp4() -> None:
+    program = "import fp4; from peft.tuners.lora.model import LoraModel; assert LoraModel.inject_adapter._fp4"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_adapters_of_models_without_experts_are_left_to_peft() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    config = LoraConfig(target_modules=["0"], target_parameters=["0.weight"])
+    with pytest.raises(ValueError, match=r"Trying to wrap an `nn\.Parameter`"):  # PEFT's own words
+        get_peft_model(model, config)
+    assert config._custom_modules is None
