@@ -27,11 +27,17 @@ __all__ = [
     "QuantizedTensor",
     "dequantize",
     "quantize",
+    "requantize",
 ]
 
 if TYPE_CHECKING:
     from fp4.config import FPQuantConfig
-    from fp4.integrations.transformers import CheckpointConfig, CheckpointHfQuantizer, FPQuantHfQuantizer
+    from fp4.integrations.transformers import (
+        CheckpointConfig,
+        CheckpointHfQuantizer,
+        FPQuantHfQuantizer,
+        requantize,
+    )
     from fp4.nn import FP4Experts, FP4Linear
     from fp4.numerics.formats import MXFP4, NVFP4, Format, QuantizedTensor, dequantize
     from fp4.pipeline import quantize
@@ -41,7 +47,12 @@ else:
         "fp4.numerics.formats": ("MXFP4", "NVFP4", "Format", "QuantizedTensor", "dequantize"),
         "fp4.nn": ("FP4Experts", "FP4Linear"),
         "fp4.pipeline": ("quantize",),
-        "fp4.integrations.transformers": ("CheckpointConfig", "CheckpointHfQuantizer", "FPQuantHfQuantizer"),
+        "fp4.integrations.transformers": (
+            "CheckpointConfig",
+            "CheckpointHfQuantizer",
+            "FPQuantHfQuantizer",
+            "requantize",
+        ),
     }
     _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

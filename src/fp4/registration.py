@@ -1,4 +1,4 @@
-"""Registration with Transformers when that is imported, so that ``import fp4`` need not import it.
+"""Registration with Transformers and PEFT when they are imported, so that ``import fp4`` need not import them.
 
 If Transformers has been imported already, the quantizers are registered at once. Otherwise an import hook registers
 them as soon as Transformers' own registry of quantizers has been imported.
@@ -32,6 +32,7 @@ def when_transformers_is_imported() -> None:
     hooks: dict[str, Callable[[Any], None]] = {
         "transformers.configuration_utils": _read_older_modelopt,
         "transformers.quantizers.auto": _register_quantizers,
+        "peft.tuners.lora.model": _show_experts,
     }
     later = {}
     for name, hook in hooks.items():
@@ -89,6 +90,29 @@ def _register_quantizers(auto: Any) -> None:
     # Importing this package registers the quantizers. If the package itself triggered this hook, by importing the
     # module of Transformers, its import is still under way and it registers them at its end.
     importlib.import_module("fp4.integrations.transformers")
+
+
+def _show_experts(lora_model: Any) -> None:
+    """Let LoRA find the weights of packed experts. Idempotent.
+
+    PEFT looks for ``target_parameters`` among the parameters of a model, skips those that it does not find, and has no
+    hook to tell it of more.
+    """
+    stock: Any = lora_model.LoraModel.inject_adapter
+    if getattr(stock, "_fp4", False):
+        return
+
+    @functools.wraps(stock)
+    def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        if "fp4.nn" not in sys.modules:
+            return stock(self, model, adapter_name, *args, **kwargs)
+        peft = importlib.import_module("fp4.integrations.peft")
+        with peft.experts_shown(model, self.peft_config[adapter_name]):
+            return stock(self, model, adapter_name, *args, **kwargs)
+
+    wrapped: Any = inject_adapter
+    wrapped._fp4 = True
+    lora_model.LoraModel.inject_adapter = wrapped
 
 
 def _read_older_modelopt(configuration_utils: Any) -> None:

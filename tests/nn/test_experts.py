@@ -13,6 +13,8 @@ from transformers.integrations.moe import use_experts_implementation
 
 from fp4.nn import FP4Experts, FP4GroupedLinear
 from fp4.nn.expert_layout import layout_of
+from fp4.nn.grouped import LowRank
+from fp4.nn.rank_share import Split
 from fp4.numerics.formats import MXFP4, NVFP4
 from fp4.scheme import Scheme
 
@@ -180,8 +182,8 @@ def test_static_input_scales_are_those_of_each_expert() -> None:
 def test_state_dict_keeps_the_canonical_form_through_moves() -> None:
     packed = pack(make_experts(), WEIGHT_ONLY["nvfp4"])
     state = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
-    assert state["gate_up_proj.packed_codes"].shape == (EXPERTS, 2 * INTERMEDIATE, HIDDEN // 2)
-    assert state["gate_up_proj.packed_global_scale"].view(torch.float64).shape == (EXPERTS, 1)
+    assert state["packed_gate_up.packed_codes"].shape == (EXPERTS, 2 * INTERMEDIATE, HIDDEN // 2)
+    assert state["packed_gate_up.packed_global_scale"].view(torch.float64).shape == (EXPERTS, 1)
     other = pack(make_experts(), WEIGHT_ONLY["nvfp4"])
     other.load_state_dict(state)
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in state.items())
@@ -208,3 +210,140 @@ def test_what_is_no_experts_module_is_refused() -> None:
     assert layout_of(nn.Linear(4, 4)) is None
     with pytest.raises(ValueError, match="Linear is no experts module"):
         FP4Experts(nn.Linear(4, 4), {})
+
+
+def weight_names(packed: FP4Experts) -> tuple[str, str]:
+    first, last = packed.layout.projections
+    return first, last
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_others_see_the_weights_of_the_family(layout: str) -> None:
+    known = inspect.signature(use_experts_implementation).parameters
+    if not LAYOUTS[layout].keys() <= known.keys():
+        pytest.skip("this release of Transformers has no such experts")
+    packed = pack(make_experts(**LAYOUTS[layout]).bfloat16(), WEIGHT_ONLY["nvfp4"])
+    dense = packed.dequantize(torch.bfloat16)
+    for name in weight_names(packed):
+        seen, expected = getattr(packed, name), getattr(dense, name)
+        assert isinstance(seen, nn.Parameter)
+        assert (seen.shape, seen.dtype, seen.device) == (expected.shape, torch.bfloat16, expected.device)
+        assert torch.equal(seen[2], expected[2])
+        assert packed.is_packed
+    assert not hasattr(packed, "no_such_weight")
+    floating = {name for name, parameter in packed.named_parameters() if parameter.is_floating_point()}
+    assert floating == {name for name, _ in dense.named_parameters() if "bias" in name or "norm" in name}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_written_weights_become_dense_and_can_be_requantized(layout: str) -> None:
+    known = inspect.signature(use_experts_implementation).parameters
+    if not LAYOUTS[layout].keys() <= known.keys():
+        pytest.skip("this release of Transformers has no such experts")
+    packed = pack(make_experts(**LAYOUTS[layout]), WEIGHT_ONLY["nvfp4"])
+    dense, inputs = packed.dequantize(), routing(17, 2)
+    first, last = weight_names(packed)
+    getattr(packed, last).data += 0.125
+    getattr(dense, last).data += 0.125
+    torch.testing.assert_close(packed(*inputs), dense(*inputs), rtol=1e-4, atol=1e-4)
+    # Once dense, a weight is written to in every way that a parameter is.
+    getattr(packed, last).data = getattr(packed, last).data * 2
+    getattr(packed, last).data[1] = 0
+    getattr(dense, last).data.mul_(2)[1] = 0
+    setattr(packed, first, nn.Parameter(-getattr(dense, first)))
+    getattr(dense, first).data.neg_()
+    assert not packed.is_packed
+    torch.testing.assert_close(packed(*inputs), dense(*inputs), rtol=1e-4, atol=1e-4)
+    packed.requantize()
+    assert packed.is_packed
+    again = pack(dense, WEIGHT_ONLY["nvfp4"])
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in packed.state_dict().items())
+
+
+def test_gate_and_up_projection_with_scales_of_their_own_are_seen_as_one_weight() -> None:
+    whole = pack(make_experts(is_concatenated=False), WEIGHT_ONLY["nvfp4"])
+    apart = FP4Experts(make_experts(is_concatenated=False), whole.schemes)
+    rows = apart.layout.split(whole.rows("gate_up_proj"), "gate_up_proj")
+    for module, part in zip(apart.place_parts(), (rows[0], 3 * rows[1]), strict=True):
+        module.hold(module.round(part, "part"))
+    down = apart.place("down_proj")
+    down.hold(whole.packed_down.canonical())
+    apart.settle()
+    assert set(apart.packed()) == {"gate_proj", "up_proj", "down_proj"}
+    dense, inputs = apart.dequantize(), routing(9, 2)
+    assert torch.equal(apart.gate_up_proj, dense.gate_up_proj)
+    torch.testing.assert_close(apart(*inputs), dense(*inputs), rtol=1e-4, atol=1e-4)
+    apart.gate_up_proj.data += 1
+    dense.gate_up_proj.data += 1
+    assert set(apart.packed()) == {"gate_up_proj", "down_proj"}
+    torch.testing.assert_close(apart(*inputs), dense(*inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_state_dicts_of_earlier_versions_are_read() -> None:
+    packed, other = pack(make_experts(), WEIGHT_ONLY["nvfp4"]), pack(make_experts(), WEIGHT_ONLY["nvfp4"])
+    other.packed_down.packed_codes.data.zero_()
+    names = {"packed_gate_up": "gate_up_proj", "packed_down": "down_proj"}
+    before = {
+        f"{names[module]}.{key}": value
+        for module, _, key, value in ((*name.partition("."), value) for name, value in packed.state_dict().items())
+        if module in names
+    }
+    missing, unexpected = other.load_state_dict(before, strict=False)
+    assert (missing, unexpected) == (["post_expert_norm.weight"], [])
+    assert torch.equal(other.down_proj, packed.down_proj)
+
+
+def test_edits_of_a_share_of_the_experts_are_refused() -> None:
+    packed = pack(make_experts(), WEIGHT_ONLY["nvfp4"])
+    packed.packed_down.split = Split("experts", 0, 2)
+    with pytest.raises(ValueError, match="holds only a share"):
+        packed.down_proj.data += 1
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_updates_are_added_without_dense_weights(
+    rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = pack(make_experts(has_bias=True).to(dtype), WEIGHT_ONLY["nvfp4"])
+    dense = packed.dequantize()
+    torch.manual_seed(1)
+    updates: dict[str, list[LowRank]] = {}
+    for name, (rows, columns) in packed.layout.projections.items():
+        # PEFT's are strided as they come out of one matrix for all experts.
+        left, right = torch.randn(rows, rank, EXPERTS).permute(2, 0, 1) / 8, torch.randn(EXPERTS, rank, columns) / 8
+        updates[name] = [LowRank(left.to(dtype).requires_grad_(), right.to(dtype).requires_grad_(), 0.5)]
+    hidden, index, weights = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in routing(11, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(FP4GroupedLinear, "dequantize", lambda *_: pytest.fail("a stack was dequantized"))
+        found = packed(hidden.requires_grad_(), index, weights, updates)
+        found.float().square().sum().backward()
+    gradients = [hidden.grad, *(factor.grad for (update,) in updates.values() for factor in update[:2])]
+    exact = [(update.left.detach().float(), update.right.detach().float()) for (update,) in updates.values()]
+    leaves = [hidden.detach().float(), *(factor for pair in exact for factor in pair)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    # Written with functional_call, because the dense module's parameters are leaves.
+    merged = {
+        name: getattr(dense, name) + 0.5 * left @ right for name, (left, right) in zip(updates, exact, strict=True)
+    }
+    expected = torch.func.functional_call(dense, merged, (leaves[0], index, weights.float()))
+    expected.square().sum().backward()
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.4}
+    torch.testing.assert_close(found.float(), expected, **tolerance)
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        assert gradient is not None
+        torch.testing.assert_close(gradient.float() / leaf.grad.norm(), leaf.grad / leaf.grad.norm(), rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_updates_compile_without_graph_breaks(dtype: torch.dtype) -> None:
+    packed = pack(make_experts().to(dtype), WEIGHT_ONLY["nvfp4"])
+    factors = torch.randn(EXPERTS, HIDDEN, 4, dtype=dtype) / 8, torch.randn(EXPERTS, 4, INTERMEDIATE, dtype=dtype) / 8
+    updates = {"down_proj": [LowRank(*factors, 0.5)]}
+    compiled = torch.compile(packed, backend="eager", fullgraph=True)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for tokens in (16, 5):
+        hidden, index, weights = routing(tokens, 2)
+        inputs = hidden.to(dtype), index, weights.to(dtype), updates
+        torch.testing.assert_close(compiled(*inputs), packed(*inputs), rtol=tolerance, atol=tolerance)

@@ -42,7 +42,9 @@ def test_clipped_values_get_no_gradient() -> None:
 def test_master_layer_computes_what_the_packed_layer_computes(rotation: str, activations: str) -> None:
     scheme = Scheme(MXFP4, "abs_max", activations, "abs_max", rotation, 32)  # type: ignore[arg-type]
     master = FP4MasterLinear(64, 48, True, scheme, torch.float32)
-    packed = FP4Linear.from_linear(master, scheme, backend="reference")
+    dense = torch.nn.Linear(64, 48)
+    dense.load_state_dict(master.state_dict())
+    packed = FP4Linear.from_linear(dense, scheme, backend="reference")
     x = torch.randn(2, 5, 64)
     torch.testing.assert_close(master(x), packed(x), rtol=1e-5, atol=1e-5)
 

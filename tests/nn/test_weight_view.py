@@ -163,11 +163,39 @@ def test_a_state_dict_of_an_earlier_version_loads() -> None:
     assert torch.equal(other.dequantize(), packed.dequantize())
 
 
-def test_views_of_experts_cannot_be_written_to() -> None:
-    from fp4.nn import FP4GroupedLinear
+def test_the_view_that_was_written_to_may_be_assigned_to_the_dense_weight() -> None:
+    """``weight += delta`` names the view again, and some adapters assign the result."""
+    packed = layer()
+    expected = packed.dequantize(torch.bfloat16) + 1
+    weight = packed.weight.data
+    weight += 1
+    packed.weight.data = weight
+    assert torch.equal(packed.weight, expected)
+    assert torch.equal(
+        packed(torch.ones(1, 128).bfloat16()),
+        nn.functional.linear(torch.ones(1, 128).bfloat16(), expected, packed.bias),
+    )
 
-    experts = FP4GroupedLinear(2, 64, 16, Scheme(NVFP4, activations="model"))
-    assert isinstance(experts.weight, WeightView)
-    assert experts.weight.shape == (2, 16, 64)
-    with pytest.raises(RuntimeError, match=r"packed weight of a FP4GroupedLinear was written to.*dequantize"):
-        experts.weight.zero_()
+
+def test_an_edited_weight_is_requantized() -> None:
+    packed, other = layer(), layer()
+    packed.requantize()
+    assert torch.equal(packed.dequantize(), other.dequantize())
+    packed.weight.mul_(2)
+    packed.requantize()
+    assert packed.is_packed
+    assert isinstance(packed.weight, WeightView)
+    torch.testing.assert_close(packed.dequantize(), 2 * other.dequantize(), rtol=0.1, atol=0.02)
+    packed.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"up_proj\.weight.*NaN"):
+        packed.requantize("up_proj.weight")
+
+
+def test_requantizing_keeps_the_calibrated_scale_of_activations() -> None:
+    packed = layer()
+    packed.hold(packed.canonical(), torch.tensor(0.25, dtype=torch.float64))
+    packed.weight.mul_(2)
+    assert packed.input_global_scale is None
+    packed.requantize()
+    assert packed.input_global_scale is not None
+    assert packed.input_global_scale.item() == 0.25

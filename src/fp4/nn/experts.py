@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fp4.backends.base import expert_of_rows
 from fp4.nn.autograd import as_autocast, needs_gradient, packed_matmul
-from fp4.nn.expert_layout import GATE_UP, ExpertsLayout, layout_of
+from fp4.nn.expert_layout import DOWN, GATE_UP, UP, ExpertsLayout, layout_of
+from fp4.nn.expert_weight import ExpertsWeight, packed_name
+from fp4.nn.grouped import LowRank, grouped_product
 from fp4.nn.packed_weight import PackedWeight, Values
 from fp4.nn.rank_share import Split
+from fp4.nn.weight_view import WeightView
 from fp4.numerics.formats import QuantizedTensor
 from fp4.scheme import Scheme
 
@@ -85,11 +90,27 @@ class FP4GroupedLinear(PackedWeight):
             ``[T, N]`` in the dtype of x.
         """
         x = as_autocast(x)
+        if not self.is_packed:
+            out = grouped_product(x, self.weight.to(x.dtype), offsets)
+            return out if bias is None else out + bias.to(x.dtype)[expert_of_rows(x, offsets)]
         if not needs_gradient(x, bias):
             return self._multiply(offsets, x, bias)
         weight = (self.codes, self.scales, self.global_scale, self.scheme.format)
         run = functools.partial(self._multiply, offsets)
         return packed_matmul(x, bias, run, self.backend, weight, self.rotation, offsets)
+
+    def become_dense(self, weight: Tensor) -> None:
+        """Take a dense weight ``[E, N, K]`` in place of the packed one, because somebody has edited its values.
+
+        Raises:
+            ValueError: this process holds only a share of the weight.
+        """
+        if self.split is not None:
+            raise ValueError(
+                "the weight of experts was written to, but this process holds only a share of them; "
+                "load the model in one process to edit it"
+            )
+        super().become_dense(weight)
 
     def _multiply(self, offsets: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         scheme, rows = self.scheme, (offsets, self.shape[-2])
@@ -105,6 +126,10 @@ class FP4GroupedLinear(PackedWeight):
         return f"num_experts={self.num_experts}, {super().extra_repr()}"
 
 
+#: Low-rank updates of each projection, by its name.
+Updates = Mapping[str, Sequence[LowRank]]
+
+
 class ExpertMatrices(NamedTuple):
     """One matrix of every expert, canonical ``[E, N, ...]``, and the projection that holds it."""
 
@@ -115,10 +140,12 @@ class ExpertMatrices(NamedTuple):
 class FP4Experts(nn.Module):
     """An experts module with packed weights, which replaces that of any model family and routes as Transformers does.
 
-    ``gate_up_proj`` (or ``up_proj`` without a gate) and ``down_proj`` are :class:`FP4GroupedLinear`. If gate and up
-    projection have different global scales, two modules ``gate_proj`` and ``up_proj`` take the place of
-    ``gate_up_proj``. Biases, the activation function, a norm after the experts and all attributes that the family's
-    own ``_apply_gate`` reads are taken over from the replaced module.
+    Others see ``gate_up_proj`` (or ``up_proj`` without a gate) and ``down_proj`` as in the replaced module: dense
+    weights in the family's layout and the dtype of the model, computed whenever they are used (:class:`.WeightView`).
+    What is held are modules ``packed_gate_up`` (or ``packed_up``) and ``packed_down``, :class:`FP4GroupedLinear`. If
+    gate and up projection have different global scales, two modules ``packed_gate`` and ``packed_up`` take the place
+    of ``packed_gate_up``. Biases, the activation function, a norm after the experts and all attributes that the
+    family's own ``_apply_gate`` reads are taken over from the replaced module.
 
     Until :meth:`place` is called, the projections are still the dense parameters of the replaced module, because
     Transformers reads a checkpoint into parameters by these names.
@@ -133,7 +160,8 @@ class FP4Experts(nn.Module):
 
     act_fn: Callable[[Tensor], Tensor]
     post_expert_norm: nn.Module
-    down_proj: FP4GroupedLinear
+    layout: ExpertsLayout
+    packed_down: FP4GroupedLinear
 
     def __init__(self, experts: nn.Module, schemes: dict[str, tuple[Scheme, str]]) -> None:
         super().__init__()
@@ -148,7 +176,7 @@ class FP4Experts(nn.Module):
             self.register_parameter(name, parameter)
         for name, buffer in experts.named_buffers(recurse=False):
             self.register_buffer(name, buffer, name not in experts._non_persistent_buffers_set)
-        self.layout: ExpertsLayout = layout
+        self.layout = layout
         self.schemes = schemes
         #: The share of each projection that this process holds, by name; empty if it holds all of them.
         self.splits: dict[str, Split] = {}
@@ -213,12 +241,65 @@ class FP4Experts(nn.Module):
         if packed.split is not None:
             whole = (self.layout.num_experts, rows, columns)
             packed.split.shape(whole, scheme.k_multiple, name, scheme.format.block_rows)  # raises
-        self.add_module(name, packed)
+        self.add_module(packed_name(name), packed)
         return packed
 
     def packed(self) -> dict[str, FP4GroupedLinear]:
-        """Packed projections by name."""
-        return {name: child for name, child in self.named_children() if isinstance(child, FP4GroupedLinear)}
+        """The modules that hold the weights, by the names of their projections or parts of one."""
+        names = [(projection, *self.layout.parts(projection)) for projection in self.layout.projections]
+        found = {name: self._modules.get(packed_name(name)) for name in itertools.chain(*names)}
+        return {name: child for name, child in found.items() if isinstance(child, FP4GroupedLinear)}
+
+    def modules_of(self, projection: str) -> list[FP4GroupedLinear]:
+        """The modules that hold a projection: two if gate and up projection are apart, none while it is waited for."""
+        packed = self.packed()
+        names = (projection,) if projection in packed else self.layout.parts(projection)
+        return [packed[name] for name in names if name in packed]
+
+    def rows(self, projection: str, dtype: torch.dtype = torch.float32, values: Values | None = None) -> Tensor:
+        """Dense weight ``[E, N, K]`` of a projection; see :meth:`PackedWeight.dequantize`."""
+        parts = [part.dequantize(dtype, values) for part in self.modules_of(projection)]
+        return parts[0] if len(parts) == 1 else self.layout.join_rows(*parts)
+
+    def join_parts(self, projection: str) -> FP4GroupedLinear:
+        """The module that holds a projection; an empty one in place of two that hold gate and up projection apart."""
+        parts = self.modules_of(projection)
+        if len(parts) == 1:
+            return parts[0]
+        for part in self.layout.parts(projection):
+            delattr(self, packed_name(part))
+        whole = self._place(projection, parts[0].dtype)
+        whole.rotation = parts[0].rotation
+        return whole
+
+    def requantize(self, name: str = "experts") -> None:
+        """Round projections that somebody has edited, as :meth:`PackedWeight.requantize` does."""
+        for projection, packed in self.packed().items():
+            packed.requantize(f"{name}.{projection}")
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether all weights are packed, which they are not once somebody has edited one."""
+        return all(packed.is_packed for packed in self.packed().values())
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; one called as a packed projection takes the place of the packed weight."""
+        is_projection = "layout" in self.__dict__ and name in self.layout.projections
+        if param is not None and is_projection and self.modules_of(name):
+            ExpertsWeight(self, name).become_dense(param)
+        else:
+            super().register_parameter(name, param)
+
+    def __getattr__(self, name: str) -> Any:
+        layout: ExpertsLayout | None = self.__dict__.get("layout")
+        if layout is None or name not in layout.projections or name in self._parameters or not self.modules_of(name):
+            return super().__getattr__(name)
+        projection = ExpertsWeight(self, name)
+        if torch.compiler.is_compiling():
+            return projection.dequantize(projection.dtype)
+        dense = projection.weight
+        # A parameter may be assigned new `data`; a transposed view of one would lose it.
+        return dense if isinstance(dense, nn.Parameter) else WeightView(projection)
 
     def matrices(self, projection: str | None = None) -> dict[str, ExpertMatrices]:
         """Stacked matrices of all experts, by the names of ``layout.parts``.
@@ -250,20 +331,16 @@ class FP4Experts(nn.Module):
         """
         dense: nn.Module = nn.Module.__new__(self.replaced)
         nn.Module.__init__(dense)
-        packed = self.packed()
+        packed = set(self.packed().values())
         own = {*nn.Module().__dict__, "layout", "schemes", "splits", "replaced"}
         dense.__dict__.update({key: value for key, value in self.__dict__.items() if key not in own})
         for name, child in self.named_children():
-            if name not in packed:
+            if child not in packed:
                 dense.add_module(name, child)
         for name, buffer in self.named_buffers(recurse=False):
             dense.register_buffer(name, buffer, name not in self._non_persistent_buffers_set)
         for name in self.layout.projections:
-            if name in packed:
-                rows = packed[name].dequantize(dtype, values)
-            else:
-                parts = self.layout.parts(name)
-                rows = self.layout.join_rows(*(packed[part].dequantize(dtype, values) for part in parts))
+            rows = self.rows(name, dtype, values)
             dense.register_parameter(name, nn.Parameter(self.dense_rows(rows).contiguous(), requires_grad=False))
         for name, parameter in self.named_parameters(recurse=False):
             dense.register_parameter(name, parameter)
@@ -279,6 +356,14 @@ class FP4Experts(nn.Module):
         gate, up = gate_up.chunk(2, dim=-1)
         return up * self.act_fn(gate)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Versions before 0.2 called the modules as the projections are called.
+        for name in self.packed():
+            before = f"{prefix}{name}."
+            for key in [key for key in state_dict if key.startswith(before)]:
+                state_dict[f"{prefix}{packed_name(name)}.{key.removeprefix(before)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _bias(self, part: str) -> Tensor | None:
         """Bias ``[E, N]`` of a projection or of one of its parts."""
         if not self.layout.has_bias:
@@ -288,23 +373,28 @@ class FP4Experts(nn.Module):
             return self._parameters[name]
         return self.layout.split(self._parameters[f"{GATE_UP}_bias"], GATE_UP)[part == "up_proj"]  # type: ignore[arg-type]
 
-    def _multiply(self, projection: str, x: Tensor, offsets: Tensor) -> Tensor:
-        out: Tensor = self.get_submodule(projection)(x, offsets, self._bias(projection))
+    def _multiply(self, projection: str, x: Tensor, offsets: Tensor, updates: Updates | None) -> Tensor:
+        names = (projection,) if packed_name(projection) in self._modules else self.layout.parts(projection)
+        parts = [self.get_submodule(packed_name(name))(x, offsets, self._bias(name)) for name in names]
+        out: Tensor = parts[0] if len(parts) == 1 else self.layout.join(*parts)
+        for update in (updates or {}).get(projection, ()):
+            out = out + update.product(as_autocast(x), offsets)
         return out
 
-    def _run(self, x: Tensor, offsets: Tensor) -> Tensor:
+    def _run(self, x: Tensor, offsets: Tensor, updates: Updates | None) -> Tensor:
         """Outputs ``[T, outputs]`` of the experts for x ``[T, hidden]``, both sorted by expert."""
-        if not self.layout.has_gate:
-            inner = self.act_fn(self._multiply("up_proj", x, offsets))
-        elif GATE_UP in self._modules:
-            inner = self._apply_gate(self._multiply(GATE_UP, x, offsets))
+        if self.layout.has_gate:
+            inner = self._apply_gate(self._multiply(GATE_UP, x, offsets, updates))
         else:
-            gate, up = (self._multiply(part, x, offsets) for part in self.layout.parts(GATE_UP))
-            inner = self._apply_gate(self.layout.join(gate, up))
-        return self._multiply("down_proj", inner, offsets)
+            inner = self.act_fn(self._multiply(UP, x, offsets, updates))
+        return self._multiply(DOWN, inner, offsets, updates)
 
     def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+        updates: Updates | None = None,
     ) -> Tensor:
         """Weighted sum of the outputs of each token's experts.
 
@@ -316,22 +406,24 @@ class FP4Experts(nn.Module):
                 another rank, which adds nothing here.
             top_k_weights: ``[T, k]``. This and ``top_k_index`` are None for a batched layout, whose rows are already
                 sorted by expert.
+            updates: what adapters add to each projection, by its name, as ``[E, N, K]`` matrices in the layout of
+                :class:`FP4GroupedLinear`; they get gradients.
 
         Returns:
             ``[T, outputs]`` in the dtype of ``hidden_states``.
         """
-        num_experts = self.down_proj.num_experts
+        num_experts = self.packed_down.num_experts
         steps = torch.arange(num_experts + 1, device=hidden_states.device, dtype=torch.int64)
         if top_k_index is None or top_k_weights is None:
             rows = hidden_states.view(-1, self.layout.hidden)
-            return self._run(rows, (steps * (rows.shape[0] // num_experts)).to(torch.int32))
+            return self._run(rows, (steps * (rows.shape[0] // num_experts)).to(torch.int32), updates)
 
         tokens, top_k = top_k_index.shape
         experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
         # Rows for experts of other ranks have the largest indices and so sort last, past offsets[E]. The product leaves
         # them undefined; masked_fill below zeroes them.
         offsets = torch.searchsorted(experts, steps).to(torch.int32)
-        out = self._run(hidden_states[order // top_k], offsets)
+        out = self._run(hidden_states[order // top_k], offsets, updates)
         if getattr(self, "has_post_expert_norm", False):
             out = self.post_expert_norm(out)
         weighted = out * top_k_weights.reshape(-1)[order][:, None]

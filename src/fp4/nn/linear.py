@@ -100,10 +100,6 @@ class FP4Linear(PackedWeight, nn.Linear):
             x, *weight, self.input_global_scale, scheme.activation_rule, scheme.input_format
         )
 
-    def become_dense(self, weight: Tensor) -> None:
-        """Take a dense weight ``[N, K]`` in place of the packed one, because somebody has edited its values."""
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
-
     def wait_for_weight(self, dtype: torch.dtype) -> None:
         """Hold an empty ``weight`` on the meta device until the weight has been read.
 

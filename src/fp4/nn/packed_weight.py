@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fp4 import backends
 from fp4.nn.rank_share import Split
-from fp4.nn.weight_view import WeightView
+from fp4.nn.weight_view import EditedWeight, WeightView
 from fp4.numerics.formats import QuantizedTensor
 from fp4.numerics.rotation import rotate, rotation_for, share
 from fp4.rounding import round_to_nearest
@@ -60,6 +60,8 @@ class PackedWeight(nn.Module):
     packed_input_global_scale: nn.Parameter | None
     #: The share of the weight that this process holds, where several hold it together; None for all of it.
     split: Split | None = None
+    #: The global scale of activations that this layer had before its weight became dense.
+    _calibrated: Tensor | None = None
     #: Tells Transformers' tensor parallelism to leave plain tensors in this module instead of DTensors.
     _hf_quantized_needs_local_tp = True
 
@@ -101,6 +103,12 @@ class PackedWeight(nn.Module):
         if self.split is None:
             return whole
         return self.split.shape(whole, self.scheme.k_multiple, "weight", self.scheme.format.block_rows)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters that hold the weight."""
+        held = self._parameters["packed_codes" if self.is_packed else "weight"]
+        return held.device  # type: ignore[union-attr]
 
     # --- what is held
 
@@ -163,21 +171,37 @@ class PackedWeight(nn.Module):
             super().register_parameter(name, param)
             return
         if isinstance(param, WeightView):
-            param = nn.Parameter(param.dense(), requires_grad=False)
+            param = EditedWeight(param.dense(), requires_grad=False)
+        self._calibrated = self.input_global_scale
         for key in _HELD:
             setattr(self, f"packed_{key}", None)
         self._parameters["weight"] = param
 
     def become_dense(self, weight: Tensor) -> None:
-        """Take a dense weight ``[..., N, K]`` in place of the packed one, because somebody has edited its values.
+        """Take a dense weight ``[..., N, K]`` in place of the packed one, because somebody has edited its values."""
+        self.register_parameter("weight", EditedWeight(weight.detach(), requires_grad=False))
+
+    def requantize(self, name: str = "weight", global_scale: Tensor | None = None) -> None:
+        """Round a weight that somebody has edited or assigned to nearest, in the scheme of this layer.
+
+        Nothing happens if the weight is packed. A calibrated scale of activations is kept.
+
+        Args:
+            name: name of the weight, for error messages.
+            global_scale: float64 ``[...]`` to use instead of the scale computed from the weight.
 
         Raises:
-            RuntimeError: this layer multiplies with packed weights alone.
+            ValueError: the weight holds NaN or infinity, or this process holds only a share of it.
         """
-        raise RuntimeError(
-            f"the packed weight of a {type(self).__name__} was written to, but it cannot become dense; "
-            "call model.dequantize() first"
-        )
+        if self.is_packed:
+            return
+        if self.split is not None:
+            raise ValueError(f"this process holds only a share of {name}; requantize it where all of it is loaded")
+        rounded = self.round(self.weight.detach(), name, global_scale)
+        calibrated = None if self._calibrated is None else self._calibrated.to(rounded.codes.device)
+        fixed = self.fixed_input_scale(rounded)
+        self.hold(rounded, calibrated if fixed is None else fixed)
+        self.settle()
 
     def parameters_of(self, weight: QuantizedTensor, input_global_scale: Tensor | None = None) -> dict[str, Tensor]:
         """Bytes of the parameters that hold a weight, or the share of it that this process holds, by name.

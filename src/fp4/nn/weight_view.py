@@ -3,14 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-if TYPE_CHECKING:
-    from fp4.nn.packed_weight import PackedWeight
+
+class Packed(Protocol):
+    """What has a weight that is packed until somebody writes to it: a layer, or one projection of an experts module."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the dense weight."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of what holds the weight."""
+
+    @property
+    def weight(self) -> Tensor:
+        """A view while the weight is packed, else the dense weight."""
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Values of the weight."""
+
+    def become_dense(self, weight: Tensor) -> None:
+        """Take a dense weight in place of the packed one."""
+
+
+class EditedWeight(nn.Parameter):
+    """The dense weight of a layer whose packed weight somebody has written to.
+
+    Its ``data`` may be assigned the :class:`WeightView` that the layer had before: what was written to that view has
+    reached this weight already.
+    """
+
+    @property
+    def data(self) -> Tensor:
+        """The values."""
+        values: Tensor = Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return values
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        Tensor.data.__set__(self, value.dense() if isinstance(value, WeightView) else value)  # type: ignore[attr-defined]
 
 
 class WeightView(Tensor):
@@ -22,10 +63,10 @@ class WeightView(Tensor):
     to a slice that was taken before does not reach the layer.
 
     Args:
-        layer: the packed layer.
+        layer: what holds the packed weight.
     """
 
-    _layer: PackedWeight
+    _layer: Packed
     #: Makes ``isinstance(view, nn.Parameter)`` true, which libraries ask before they use a weight.
     _is_param = True
     #: Keeps a model's ``_init_weights`` from writing random values, as some do to the weights of child modules.
@@ -33,9 +74,9 @@ class WeightView(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, layer: PackedWeight) -> WeightView:  # noqa: D102  (the class describes it)
+    def __new__(cls, layer: Packed) -> WeightView:  # noqa: D102  (the class describes it)
         view: WeightView = Tensor._make_wrapper_subclass(
-            cls, layer.shape, dtype=layer.dtype, device=layer.codes.device, requires_grad=False
+            cls, layer.shape, dtype=layer.dtype, device=layer.device, requires_grad=False
         )
         view._layer = layer
         return view

@@ -129,7 +129,7 @@ def test_saved_and_loaded_is_the_same_model(
 ) -> None:
     model = load_model(granite, scheme=scheme, overrides=overrides, checkpoint_format=checkpoint_format)
     formats = formats_of(model)
-    experts = "model.layers.0.block_sparse_moe.experts.down_proj"
+    experts = "model.layers.0.block_sparse_moe.experts.packed_down"
     assert formats[experts] == SCHEMES[scheme].scheme.format.name
     assert (formats["model.layers.0.mamba.in_proj"] == formats[experts]) == (not overrides)
     model.save_pretrained(tmp_path / "out")

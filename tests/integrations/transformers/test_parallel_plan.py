@@ -30,16 +30,27 @@ def test_every_tensor_of_a_packed_weight_is_in_both_plans(family: str, tmp_path:
     packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
     experts = {name for name in packed if isinstance(model.get_submodule(name.rpartition(".")[0]), FP4Experts)}
     for name in experts:
-        own = {"gate_up_proj": "fp4_rows_of_two", "down_proj": "fp4_columns"}[name.rpartition(".")[2]]
-        for key, parameter in packed[name].named_parameters():
-            assert style(f"{name}.{key}", model.tp_plan) == own
-            assert style(f"{name}.{key}", model.ep_plan) == "fp4_experts"
+        module, _, own_name = name.rpartition(".")
+        projection, own = {
+            "packed_gate_up": ("gate_up_proj", "fp4_rows_of_two"),
+            "packed_down": ("down_proj", "fp4_columns"),
+        }[own_name]
+        # While the model is loaded, the projection is still a parameter.
+        assert style(f"{module}.{projection}", model.tp_plan) == own
+        assert style(f"{module}.{projection}", model.ep_plan) == "fp4_experts"
+        for parameter in packed[name].parameters():
             assert parameter.shape[0] == 8  # which is what expert parallelism shares out
     for name in packed.keys() - experts:
         assert style(f"{name}.weight", model.tp_plan) == ("fp4_columns" if name.endswith("o_proj") else "fp4_rows")
     # Nothing is named that the model does not have while it is loaded: Transformers would warn of it.
     names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
     names |= {f"{name}.weight" for name in packed.keys() - experts}
+    names |= {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, FP4Experts)
+        for part in module.layout.projections
+    }
     generic = {parallel_utils.replace_layer_number_by_wildcard(name) for name in names}
     dense = type(model)._from_config(model.config).tp_plan
     assert {name for name in model.tp_plan if name not in generic} <= dense.keys()

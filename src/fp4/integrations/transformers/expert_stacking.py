@@ -22,6 +22,7 @@ from fp4.integrations.transformers.load_ops import LoadOp
 from fp4.integrations.transformers.model_state import Packing
 from fp4.nn import FP4Experts, FP4GroupedLinear
 from fp4.nn.expert_layout import GATE_UP
+from fp4.nn.expert_weight import packed_name
 from fp4.numerics.formats import QuantizedTensor
 from fp4.numerics.rotation import share
 
@@ -86,7 +87,7 @@ class ReadExperts(LoadOp):
             packed.rotation = stored.rotation
             static = quantizer.quantization_config.uses_static_scales
             scale = stored.input_global_scale if static else None
-            loaded |= self.arrive(packed, f"{layer}.{name}", stored.weight, scale)
+            loaded |= self.arrive(packed, f"{layer}.{packed_name(name)}", stored.weight, scale)
         return loaded
 
     def _parts(
@@ -284,9 +285,16 @@ def layers_of(quantizer: Packing, name: str) -> Iterator[tuple[str, FP4GroupedLi
 
 
 def write(quantizer: Packing, name: str) -> dict[str, Tensor]:
-    """Tensors to store for the packed projection ``name``: as stacks if they were loaded so, else expert by expert."""
-    module, _, child = name.rpartition(".")
+    """Tensors to store for one of the modules that hold experts: as stacks if they were loaded so, else one by one.
+
+    Args:
+        quantizer: the quantizer of the model.
+        name: full name of the module.
+    """
+    module, _, own_name = name.rpartition(".")
     experts, names = quantizer.experts[module], quantizer.expert_names[module]
+    child = next(projection for projection in experts.packed() if packed_name(projection) == own_name)
+    name = f"{module}.{child}"
     if quantizer.codec.stacks:
         packed = experts.packed()[child]
         whole = StoredLinear(packed.canonical(), packed.input_global_scale, packed.rotation)

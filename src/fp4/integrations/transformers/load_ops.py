@@ -15,6 +15,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from fp4.errors import NotQuantizable
 from fp4.integrations.transformers.model_state import Packing
 from fp4.nn import FP4Experts, FP4Linear, PackedWeight
+from fp4.nn.expert_weight import packed_name
 from fp4.numerics.formats import QuantizedTensor
 from fp4.numerics.rotation import share
 from fp4.rounding import global_scale_of
@@ -124,8 +125,10 @@ class RoundToNearest(LoadOp):
         self.hf_quantizer.missing.discard(name)
         try:
             packed = experts.place(projection)
-            rounded = packed.round(experts.dense_rows(weight), name)
-            return self.arrive(packed, name, rounded, packed.fixed_input_scale(rounded))
+            rounded, inside = packed.round(experts.dense_rows(weight), name), packed_name(projection)
+            return self.arrive(
+                packed, f"{name.rpartition('.')[0]}.{inside}", rounded, packed.fixed_input_scale(rounded)
+            )
         except ValueError as error:
             self.hf_quantizer.problems[name] = _with_remedy(error, name.rpartition(".")[0])
             return {}

@@ -291,10 +291,11 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
         self._keep(model, new)
 
     def make_dense(self, model: PreTrainedModel, names: list[str]) -> None:
-        """Replace layers by dense, trainable ones, and list them as unquantized."""
+        """Replace layers and experts modules by dense, trainable ones, and list them as unquantized."""
         for name in names:
-            layer: Any = model.get_submodule(name)
-            model.set_submodule(name, layer.dense(model.dtype, self.codec.values).requires_grad_())
+            layer: Any = self.experts.pop(name, None) or model.get_submodule(name)
+            dense = (layer.dequantize if isinstance(layer, FP4Experts) else layer.dense)(model.dtype, self.codec.values)
+            model.set_submodule(name, dense.requires_grad_())
         self._keep(model, names)
         self._equip(model)
 

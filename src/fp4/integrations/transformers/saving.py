@@ -11,20 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from fp4.checkpoint.io.publish import moving_into, write_json
-from fp4.nn import FP4Linear
+from fp4.integrations.transformers.edited_weights import is_edited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger("fp4")
-
-
-def _is_edited(module: nn.Module) -> bool:
-    """Whether a module is a quantized layer whose weight was edited or assigned, as merging an adapter does."""
-    return isinstance(module, FP4Linear) and not module.is_packed
 
 
 def save_atomically(model: PreTrainedModel, side_files: Mapping[str, Any] | None = None) -> None:
@@ -49,7 +42,7 @@ class _AtomicSaving:
 
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         target = Path(save_directory)
-        edited = [name for name, module in self.model.named_modules() if _is_edited(module)]
+        edited = [name for name, module in self.model.named_modules() if is_edited(module)]
         if edited:
             logger.info("saved unquantized, because their weights were edited: %s", ", ".join(edited))
             self.model.hf_quantizer.make_dense(self.model, edited)
