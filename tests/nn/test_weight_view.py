@@ -196,6 +196,7 @@ def test_requantizing_keeps_the_calibrated_scale_of_activations() -> None:
     packed = layer()
     packed.hold(packed.canonical(), torch.tensor(0.25, dtype=torch.float64))
     packed.weight.mul_(2)
+    packed.weight = nn.Parameter(packed.weight.detach() / 2, requires_grad=False)
     assert packed.input_global_scale is None
     packed.requantize()
     assert packed.input_global_scale is not None
