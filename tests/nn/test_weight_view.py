@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -195,7 +196,40 @@ def test_requantizing_keeps_the_calibrated_scale_of_activations() -> None:
     packed = layer()
     packed.hold(packed.canonical(), torch.tensor(0.25, dtype=torch.float64))
     packed.weight.mul_(2)
+    packed.weight = nn.Parameter(packed.weight.detach() / 2, requires_grad=False)
     assert packed.input_global_scale is None
     packed.requantize()
     assert packed.input_global_scale is not None
     assert packed.input_global_scale.item() == 0.25
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: weight[3].zero_(),
+        lambda weight: weight[2:7, 1].add_(1),
+        lambda weight: weight.T.mul_(2),
+        lambda weight: weight.data.reshape(-1).scatter_add_(0, torch.tensor([5, 700]), torch.ones(2)),
+        lambda weight: weight.view(-1)[10:20].fill_(3),
+        lambda weight: weight.t()[4].__setitem__(slice(2, 5), 1.5),
+    ],
+)
+def test_what_is_written_to_a_slice_reaches_the_layer(write: Callable[[Tensor], object]) -> None:
+    packed = layer(dtype=torch.float32)
+    expected, row, x = packed.dequantize(), packed.weight[3], torch.randn(2, 128)
+    assert torch.equal(row, expected[3])
+    assert packed.is_packed
+    write(expected)
+    write(packed.weight)
+    assert not packed.is_packed
+    assert torch.equal(packed.weight, expected)
+    assert torch.equal(row, expected[3])
+    assert torch.equal(packed(x), nn.functional.linear(x, expected, packed.bias))
+
+
+def test_slices_are_no_parameters() -> None:
+    weight = layer().weight
+    assert not isinstance(weight[3:], nn.Parameter)
+    assert not isinstance(weight.T, nn.Parameter)
+    assert weight.T.stride() == weight.dense().T.stride()
+    assert [part.shape for part in weight.chunk(2)] == [(24, 128)] * 2

@@ -172,7 +172,8 @@ class PackedWeight(nn.Module):
             return
         if isinstance(param, WeightView):
             param = EditedWeight(param.dense(), requires_grad=False)
-        self._calibrated = self.input_global_scale
+        if self.is_packed:
+            self._calibrated = self.input_global_scale
         for key in _HELD:
             setattr(self, f"packed_{key}", None)
         self._parameters["weight"] = param

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -58,9 +59,9 @@ class WeightView(Tensor):
     """The weight ``[..., N, K]`` of a packed layer, in the dtype of the model, without memory of its own.
 
     Shape, dtype and device are known at once. Any operation that reads values dequantizes them for that operation and
-    keeps nothing. An operation that writes to the view or to some of its elements, or an assignment to its ``data``,
-    gives the layer a dense weight with the new values in place of the packed one. Slices are copies: what is written
-    to a slice that was taken before does not reach the layer.
+    keeps nothing. An operation that writes to the view, to some of its elements or to a slice of it, or an assignment
+    to its ``data``, gives the layer a dense weight with the new values in place of the packed one. Only the parts that
+    one operation makes several of (``chunk``, ``unbind``) are copies.
 
     Args:
         layer: what holds the packed weight.
@@ -83,8 +84,17 @@ class WeightView(Tensor):
 
     def dense(self) -> Tensor:
         """The values, in a tensor of their own unless the layer holds a dense weight by now."""
-        weight = self._layer.weight
-        return self._layer.dequantize(self.dtype) if isinstance(weight, WeightView) else weight.detach()
+        return self._layer.dequantize(self.dtype) if self._is_packed else self._layer.weight.detach()
+
+    @property
+    def _is_packed(self) -> bool:
+        return isinstance(self._layer.weight, WeightView)
+
+    def _write(self) -> Tensor:
+        """The memory of the values, for writing; the layer becomes dense."""
+        if self._is_packed:
+            self._layer.become_dense(self.dense())
+        return self.dense()
 
     @property
     def data(self) -> Tensor:
@@ -106,15 +116,20 @@ class WeightView(Tensor):
         kwargs = dict(kwargs or {})
         written = _written(func, args, kwargs)
         for view in written:
-            view._layer.become_dense(view.dense())
+            view._write()
+        if (
+            func.is_view
+            and isinstance(args[0], WeightView)
+            and isinstance(func._schema.returns[0].type, torch.TensorType)
+        ):
+            return WeightSlice(args[0], functools.partial(_apply, func, args[1:], kwargs))
         result = func(*tree_map_only(WeightView, cls.dense, args), **tree_map_only(WeightView, cls.dense, kwargs))
         # An operation in place returns its first argument, which has the new values through its layer.
         return written[0] if written and not isinstance(result, tuple) else result
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Write some elements; the layer becomes dense."""
-        self._layer.become_dense(self.dense())
-        self._layer.weight.data[index] = value
+        self._write()[index] = value
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """What ``print`` shows: the values, as of a dense weight."""
@@ -133,6 +148,63 @@ class WeightView(Tensor):
     def tolist(self) -> Any:
         """The values in nested lists."""
         return self.dense().tolist()
+
+
+class WeightSlice(WeightView):
+    """Part of the weight of a packed layer, or its elements in another order.
+
+    It has the values in memory of its own until somebody writes to the weight or to the slice; then it is a view of the
+    dense weight, as a slice of any tensor is.
+
+    Args:
+        whole: the weight, or another slice of it.
+        select: the operation that takes the slice.
+    """
+
+    _whole: WeightView
+    _select: Callable[[Tensor], Tensor]
+    _cached: Tensor
+    _is_param = False
+
+    @staticmethod
+    def __new__(cls, whole: WeightView, select: Callable[[Tensor], Tensor]) -> WeightSlice:  # noqa: D102
+        values = select(whole.dense())
+        part: WeightSlice = Tensor._make_wrapper_subclass(
+            cls,
+            values.shape,
+            strides=values.stride(),
+            dtype=values.dtype,
+            device=values.device,
+            requires_grad=False,
+        )
+        part._whole, part._select, part._cached = whole, select, values
+        return part
+
+    def dense(self) -> Tensor:
+        """The values; they share the memory of the layer's weight once that is dense."""
+        return self._cached if self._is_packed else self._select(self._whole.dense())
+
+    @property
+    def _is_packed(self) -> bool:
+        return self._whole._is_packed
+
+    def _write(self) -> Tensor:
+        return self._select(self._whole._write())
+
+    @property
+    def data(self) -> Tensor:
+        """The slice itself; what is assigned is written to the weight."""
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value is not self:
+            self._write().copy_(value)
+
+
+def _apply(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], first: Tensor) -> Tensor:
+    result: Tensor = func(first, *args, **kwargs)
+    return result
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[WeightView]:

@@ -58,6 +58,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "hira": ("HiraConfig", {}),
     "gralora": ("GraloraConfig", {}),
     "psoft": ("PsoftConfig", {}),
+    "supertuning": ("SupertuningConfig", {}),
 }
 #: Methods whose adapters begin by splitting the base weight into a part that is trained and a rest.
 SPLIT_WEIGHTS = ("pissa", "olora")
