@@ -21,6 +21,7 @@ from fp4.checkpoint.convert import convert
 from fp4.checkpoint.dense_view import DequantizedTensor, dense_view
 from fp4.checkpoint.inspect import inspect
 from fp4.checkpoint.io.headers import Checkpoint, load
+from fp4.quality.report_data import gather
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,16 @@ def test_fp8_blocks_are_inspected_and_converted(llama: Path, tmp_path: Path) -> 
     static, _ = store(llama, tmp_path / "static", "fp8-tensor")
     with pytest.raises(ValueError, match="its activations have static scales"):
         convert(static, tmp_path / "other", "compressed-tensors")
+
+
+def test_the_report_compares_with_a_quantized_source(llama: Path, tmp_path: Path) -> None:
+    quantized, dense = store(llama, tmp_path, "fp8-block")
+    fp4.quantize(quantized, tmp_path / "out", "fp8_block", "rtn", progress=False)
+    for source, exact in ((quantized, True), (dense, True), (llama, False)):
+        found = gather(tmp_path / "out", source=source)
+        errors = [layer["weight_error"] for layer in found.layers]
+        assert len(errors) == 21
+        assert all((error < 2**-8) == exact for error in errors)  # the source's weights are rounded to bfloat16
 
 
 def test_experts_stored_one_by_one_in_fp8_blocks(tmp_path: Path) -> None:

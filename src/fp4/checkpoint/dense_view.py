@@ -21,8 +21,8 @@ from fp4.numerics.formats import QuantizedTensor
 from fp4.numerics.rotation import rotate
 from fp4.numerics.tensors import row_tiles
 
-# Weights are dequantized in tiles of rows with so many elements (16 MB of float32).
-_TILE_ELEMENTS = 1 << 22
+# Weights are dequantized in tiles of rows with so many elements (4 MB of float32).
+_TILE_ELEMENTS = 1 << 20
 
 
 class DequantizedTensor(ComputedTensor):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,15 @@ from fp4.checkpoint.dense_view import DequantizedTensor
 from fp4.checkpoint.formats.stored_scales import InexactScale
 from fp4.numerics.elements import E4M3_MAX
 from fp4.numerics.format import Format, QuantizedTensor
+from fp4.numerics.tensors import row_tiles
 from fp4.pipeline.plan import LayerPlan, PlannedLayer
 from fp4.pipeline.skeleton import Skeleton
 from fp4.pipeline.storage import scheme_in_file
 
 _EXACT_RULE = "mse"  # finds a scale under which a block is exact, if there is one within a binade of the usual scale
+
+_MAGNITUDES = 0x77  # the bits of a byte with two codes that are no signs
+_TILE_ELEMENTS = 1 << 20  # how many weights are dequantized at a time
 
 
 class Transfer(NamedTuple):
@@ -52,7 +57,8 @@ class SourceCodes:
     def __init__(self, skeleton: Skeleton, plan: LayerPlan, codec: Codec) -> None:
         self.tensors, self.plan, self.codec = skeleton.checkpoint.tensors, plan, codec
         self._group_of = {name: tuple(group) for group in plan.groups for name in group}
-        self._found: dict[tuple[str, ...], tuple[Tensor, dict[str, int]] | None] = {}
+        self._scales: dict[tuple[str, ...], Tensor | None] = {}
+        self._exact: dict[tuple[str, tuple[str, ...]], bool] = {}
 
     def transfer(self, layer: PlannedLayer, weight: Tensor) -> Transfer | None:
         """The layer's codes in its new format.
@@ -68,19 +74,18 @@ class SourceCodes:
             the transfer; None where the source has no such codes, or the weight was changed.
         """
         source = self._codes(layer)
-        if source is None:
+        if source is None or not _holds_values(source, weight):
             return None
-        values = _values(source)
-        if not torch.equal(values.to(weight.dtype), weight.cpu()):
-            return None
-        if source.format == layer.scheme.format:
+        fmt = layer.scheme.format
+        if source.format == fmt:
             return Transfer(source, 0) if self._stays(layer, source) else None
-        found = self._refined(self._group_of.get(layer.name, (layer.name,)))
-        if found is None:
+        names = self._group_of.get(layer.name, (layer.name,))
+        global_scale = self._global_scale(names)
+        if global_scale is None:
             return None
-        global_scale, inexact = found
-        exact = None if any(inexact.values()) else _refine(values, layer.scheme.format, global_scale)
-        return Transfer(exact, inexact[layer.name])
+        exact, inexact = _refined(source, fmt, global_scale)
+        others = inexact == 0 and all(self._is_exact(name, names, global_scale) for name in names if name != layer.name)
+        return Transfer(exact if others else None, inexact)
 
     def put_into(
         self, block: Block, planned: Mapping[str, PlannedLayer], results: dict[str, LayerResult]
@@ -151,40 +156,67 @@ class SourceCodes:
             return False
         return True
 
-    def _refined(self, names: tuple[str, ...]) -> tuple[Tensor, dict[str, int]] | None:
-        """The common global scale of layers, and how many blocks of each are inexact; None if not all can be tried."""
-        if names not in self._found:  # threads that ask for the same layers at once find the same twice
-            self._found[names] = self._refine_all([self.plan.layers[name] for name in names])
-        return self._found[names]
+    def _global_scale(self, names: tuple[str, ...]) -> Tensor | None:
+        """The global scale that makes the largest scale of the source one of the target; None if there is none for all.
 
-    def _refine_all(self, layers: list[PlannedLayer]) -> tuple[Tensor, dict[str, int]] | None:
+        Args:
+            names: all layers that share it.
+        """
+        if names not in self._scales:  # threads that ask for the same layers at once find the same twice
+            self._scales[names] = self._largest_scale([self.plan.layers[name] for name in names])
+        return self._scales[names]
+
+    def _largest_scale(self, layers: list[PlannedLayer]) -> Tensor | None:
         scheme, tops = layers[0].scheme, list[Tensor]()
         for layer in layers:
             source = self._codes(layer)
             if source is None or source.format == scheme.format or layer.scheme != scheme:
                 return None
-            empty = (_values(source) == 0).unflatten(-1, (-1, source.format.block_size)).all(dim=-1)
+            per_scale = source.codes.unflatten(-1, (source.scales.shape[-1], -1))
+            empty = (per_scale & _MAGNITUDES == 0).all(dim=-1)
             tops.append(torch.where(empty, 0.0, source.scales.float()).amax())
         # The largest power of two among the target's scales stands for the largest of the source.
         largest = E4M3_MAX / (scheme.format.element.largest if scheme.mixes_formats else 1.0)
         top = torch.stack(tops).amax().double()
-        unit = torch.where(top == 0, 1.0, top / 2.0 ** torch.tensor(largest).log2().floor().double())
-        inexact = {}
-        for layer in layers:
+        return torch.where(top == 0, 1.0, top / 2.0 ** math.floor(math.log2(largest)))
+
+    def _is_exact(self, name: str, names: tuple[str, ...], global_scale: Tensor) -> bool:
+        """Whether a layer is exact under the global scale of ``names``."""
+        if (name, names) not in self._exact:
+            layer = self.plan.layers[name]
             source = self._codes(layer)
             assert source is not None
-            values = _values(source)
-            wrong = _values(_refine(values, scheme.format, unit)) != values
-            inexact[layer.name] = int(wrong.unflatten(-1, (-1, scheme.format.block_size)).any(dim=-1).sum())
-        return unit, inexact
+            self._exact[name, names] = _refined(source, layer.scheme.format, global_scale)[1] == 0
+        return self._exact[name, names]
+
+
+def _tiles(weight: QuantizedTensor) -> Iterator[tuple[slice, QuantizedTensor]]:
+    fmt = weight.format
+    for rows in row_tiles(weight.codes.shape[0], fmt.columns(weight.codes), fmt.block_rows, _TILE_ELEMENTS):
+        yield rows, weight.rows(rows)
 
 
 def _values(weight: QuantizedTensor) -> Tensor:
     return backends.for_device(torch.device("cpu"), weight.format).dequantize(weight, torch.float32)
 
 
-def _refine(values: Tensor, fmt: Format, global_scale: Tensor) -> QuantizedTensor:
-    return backends.for_device(torch.device("cpu"), fmt).quantize(values, fmt, _EXACT_RULE, global_scale)
+def _holds_values(source: QuantizedTensor, weight: Tensor) -> bool:
+    """Whether a weight has the values of the source, rounded to its dtype."""
+    return all(torch.equal(_values(part).to(weight.dtype), weight[rows].cpu()) for rows, part in _tiles(source))
+
+
+def _refined(source: QuantizedTensor, fmt: Format, global_scale: Tensor) -> tuple[QuantizedTensor, int]:
+    """The source in a finer format, and how many of its blocks have other values there."""
+    backend = backends.for_device(torch.device("cpu"), fmt)
+    parts, inexact = list[QuantizedTensor](), 0
+    for _, part in _tiles(source):
+        values = _values(part)
+        refined = backend.quantize(values, fmt, _EXACT_RULE, global_scale)
+        wrong = (_values(refined) != values).unflatten(-1, (-1, fmt.block_size)).any(dim=-1)
+        inexact += int(wrong.sum())
+        parts.append(refined)
+    scales = torch.cat([part.scales.view(torch.uint8) for part in parts]).view(fmt.scale_dtype)
+    return QuantizedTensor(torch.cat([part.codes for part in parts]), scales, global_scale, fmt), inexact
 
 
 def _on(device: torch.device, weight: QuantizedTensor) -> QuantizedTensor:

@@ -352,9 +352,10 @@ def sampled_statistics(weight: Tensor, quantized: QuantizedTensor, rotation: Ten
     """
     codes, scales, _, fmt = quantized
     # Rows that share their scales are read together.
-    together = torch.arange(weight.shape[0]).split(fmt.block_rows)
     step = max(1, weight.numel() // max(_SAMPLED_ELEMENTS, fmt.block_rows * weight.shape[-1]))
-    rows = torch.cat(together[::step])
+    first = torch.arange(0, weight.shape[0], step * fmt.block_rows)
+    rows = (first[:, None] + torch.arange(fmt.block_rows)).flatten()
+    rows = rows[rows < weight.shape[0]]
     bits = scales.view(torch.uint8) if scales.element_size() == 1 else scales
     few = codes.view(torch.uint8) if codes.element_size() == 1 else codes
     some = quantized._replace(codes=few[rows].view(codes.dtype), scales=bits[::step].view(scales.dtype))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fp4.checkpoint import codec_for
+from fp4.checkpoint.dense_view import dense_view
 from fp4.checkpoint.inspect import inspect
 from fp4.checkpoint.io.headers import Checkpoint, TensorInfo, load, read_json
 from fp4.checkpoint.io.hub import local_folder
@@ -161,6 +162,8 @@ def _compare_weights(
     folder: Path, source: Path, layers: dict[str, dict[str, Any]], report: Report, progress: Progress | None
 ) -> None:
     checkpoint, dense = Checkpoint.open(folder), Checkpoint.open(source)
+    if dense.quantization_config() is not None:
+        dense = dense_view(dense)
     config = checkpoint.quantization_config()
     if config is None:
         raise ValueError(f"{folder} is not quantized: neither config.json nor hf_quant_config.json says how")
@@ -174,7 +177,7 @@ def _compare_weights(
             missing.append(name)
         else:
             stored = codec.read({suffix: load(info) for suffix, info in infos.items()}, scheme)
-            weight = _dense_weight(name, original, stored.weight.scales.shape[:-1])
+            weight = _dense_weight(name, original, stored.weight.codes.shape[:-1])
             try:
                 found = layer_statistics(weight, stored.weight, stored.rotation)
             except ValueError as error:

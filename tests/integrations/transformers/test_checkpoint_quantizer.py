@@ -238,6 +238,8 @@ GROUP = {"targets": ["Linear"], "weights": NVFP4, "input_activations": None}
 FP4_CONFIG = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "config_groups": {"a": GROUP}}
 INT4 = {"num_bits": 4, "type": "int", "group_size": 128}
 FP8_BLOCKS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+FP8_SMALL_BLOCKS = FP8_BLOCKS | {"block_structure": [64, 64]}
+BLOCK_TOKENS = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True}
 FP8_TENSOR = {"num_bits": 8, "type": "float", "strategy": "tensor"}
 FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": False}
 TOKENS = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
@@ -248,11 +250,12 @@ STATIC = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False
     "config",
     [
         FP4_CONFIG | {"config_groups": {"a": GROUP | {"weights": INT4}}},
-        FP4_CONFIG | {"config_groups": {"a": GROUP | {"weights": FP8_BLOCKS}}},
+        FP4_CONFIG | {"config_groups": {"a": GROUP | {"weights": FP8_SMALL_BLOCKS}}},
         FP4_CONFIG | {"config_groups": {"a": GROUP | {"weights": FP8_TENSOR}}},
         FP4_CONFIG | {"config_groups": {"a": GROUP | {"weights": FP8 | {"symmetric": False}}}},
         FP4_CONFIG | {"config_groups": {"a": GROUP | {"weights": FP8, "input_activations": STATIC}}},
-        FP4_CONFIG | {"config_groups": {"a": GROUP, "b": GROUP | {"weights": FP8_BLOCKS}}},
+        FP4_CONFIG | {"config_groups": {"a": GROUP | {"weights": FP8_BLOCKS, "input_activations": STATIC}}},
+        FP4_CONFIG | {"config_groups": {"a": GROUP, "b": GROUP | {"weights": FP8_SMALL_BLOCKS}}},
         FP4_CONFIG | {"quantization_status": "frozen"},
         FP4_CONFIG | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}},
         FP4_CONFIG | {"config_groups": {}},
@@ -269,6 +272,9 @@ def test_fp4_and_dynamic_fp8_are_taken_over() -> None:
     assert takes_over(FP4_CONFIG | {"config_groups": {"a": {"targets": ["Linear"], "weights": FP8}}})
     dynamic = GROUP | {"weights": FP8, "input_activations": TOKENS}
     assert takes_over(FP4_CONFIG | {"config_groups": {"a": dynamic}})
+    assert takes_over(
+        FP4_CONFIG | {"config_groups": {"a": GROUP | {"weights": FP8_BLOCKS, "input_activations": BLOCK_TOKENS}}}
+    )
     assert takes_over(FP4_CONFIG | {"config_groups": {"a": GROUP, "b": dynamic | {"targets": ["re:.*down_proj"]}}})
     assert takes_over({"quant_method": "auto-round", "bits": 4, "data_type": "nv_fp", "group_size": 16, "act_bits": 4})
     config = auto.AutoQuantizationConfig.from_dict(FP4_CONFIG)
