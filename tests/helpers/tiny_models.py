@@ -11,7 +11,6 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY, TOKENS = 320, 12
 
@@ -29,11 +28,18 @@ _AT_MOST: tuple[tuple[str, int], ...] = (
     (r".*(_|^)(head_dim|head_size|d_kv|d_head|kv_channels|dim_head|dim_key|rope_head_dim|nope_head_dim)", 16),
     (r"rotary_dim|.*rotary_ndims", 8),
     (r".*(kv|q|o)_lora_rank|lora_rank|.*low_rank.*", 32),
-    (r"(.*_)?(intermediate_(size|dim)|ffn_(hidden_)?(dim|size)|d_ff|mlp_dim|n_inner|inner_dim|dim_feedforward|dff)", 128),
+    (
+        r"(.*_)?(intermediate_(size|dim)|ffn_(hidden_)?(dim|size)|d_ff|mlp_dim|n_inner|inner_dim|dim_feedforward|dff)",
+        128,
+    ),
     (r"(.*_)?(hidden_(size|dim)|d_model|n_embd|embed(ding)?_(dim|size)|embd_dim|emb_dim|model_dim|hidden)", 64),
-    (r"dim|.*proj(ection)?_(dim|size)|.*_output_dim|output_dim|out_hidden_size|(true|attention)_hidden_size|intra_bottleneck_size", 64),
+    (
+        r"dim|.*proj(ection)?_(dim|size)|.*_output_dim|output_dim|out_hidden_size|(true|attention)_hidden_size|intra_bottleneck_size",
+        64,
+    ),
     (r"dim_model|lru_width|width|vision_output_dim|text_width|token_dim|state_dim|feature_dim", 64),
-    (r"(.*_)?vocab(ulary)?_size(_\w+)?|.*_vocab_size|codebook_size|audio_vocab_size", VOCABULARY),
+    (r"(.*_)?vocab(ulary)?_size(_\w+)?|encoder_hash_byte_group_vocab", VOCABULARY),
+    (r".*codebook_size", 256),
     (r".*(num|n)_(local_|routed_|real_)?experts|.*num_experts|moe_num_experts|n_routed_experts|zero_expert_num", 4),
     (r".*(num_experts_per_tok(en)?|moe_top_?k|experts_top_k|top_k_experts|num_experts_per_token)", 2),
     (r"n_groups?|topk_group|.*shared_experts", 1),
@@ -47,8 +53,11 @@ _AT_MOST: tuple[tuple[str, int], ...] = (
 )
 # What follows from other values, or names layers that a shorter model has not.
 _LEFT_OUT = ("out_features", "out_indices", "stage_names", "_out_features", "_out_indices")
+_WHERE_NONE = {"head_dim": 16, "prediction_length": 8}
 _HYBRID = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}
-_SECTIONS = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}}
+_SECTIONS = {
+    "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+}
 _ATTENTION = {"attention_hidden_size": 128, "attention_head_dim": 32}
 # Sizes that follow from others in ways that no name tells, by model type.
 _SPECIAL: dict[str, dict[str, Any]] = {
@@ -62,20 +71,6 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True},
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "glm46v", "glm_ocr", "paddleocr_vl"), _SECTIONS),
 }
-
-
-def classes_of(model_type: str) -> list[str]:
-    """The classes that Transformers' auto mappings have for a model type, those of whole tasks first."""
-    ranks = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL", "IMAGE_TEXT_TO", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CTC", "CLASSIFICATION")
-    found: dict[str, int] = {}
-    for mapping in dir(modeling_auto):
-        if not mapping.endswith("_MAPPING_NAMES"):
-            continue
-        names = getattr(modeling_auto, mapping).get(model_type, ())
-        rank = next((rank for rank, part in enumerate(ranks) if part in mapping), len(ranks))
-        for name in (names,) if isinstance(names, str) else names:
-            found[name] = min(rank, found.get(name, rank))
-    return sorted(found, key=lambda name: (found[name], name))
 
 
 def tiny_config(model_class: type[PreTrainedModel]) -> PreTrainedConfig:
@@ -113,8 +108,8 @@ def _shrunk(options: dict[str, Any], vocabulary: int | None = None) -> dict[str,
             continue
         if name == "per_layer_config" and isinstance(value, dict):
             small[name] = {}
-        elif name == "head_dim" and value is None:
-            small[name] = 16
+        elif name in _WHERE_NONE and value is None:
+            small[name] = _WHERE_NONE[name]
         elif re.fullmatch(_KEY_VALUE_HEADS, name) and (value is None or value == heads):
             small[name] = 4
         elif isinstance(value, dict) and ("model_type" in value or name.endswith("_config")):
@@ -214,7 +209,9 @@ def _video(config: PreTrainedConfig, generator: torch.Generator) -> Tensor:
 
 def _flat_patches(config: PreTrainedConfig, generator: torch.Generator) -> Tensor:
     positions = torch.tensor([[1.0 + i // 4, 1.0 + i % 4] for i in range(16)])
-    return torch.cat([positions, torch.randn(16, _field(config, "patch_embed_hidden_size", 64), generator=generator)], 1)[None]
+    return torch.cat(
+        [positions, torch.randn(16, _field(config, "patch_embed_hidden_size", 64), generator=generator)], 1
+    )[None]
 
 
 def _series(config: PreTrainedConfig, generator: torch.Generator) -> Tensor:
@@ -226,7 +223,7 @@ def _boxes(config: PreTrainedConfig, generator: torch.Generator) -> Tensor:
 
 
 _OTHER_INPUTS = {
-    "pixel_values": lambda config, generator: _image(config, generator),
+    "pixel_values": _image,
     "pixel_values_videos": _video,
     "flattened_patches": _flat_patches,
     "past_values": _series,
@@ -256,9 +253,13 @@ def tensors_in(output: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in tensors_in(value)]
 
 
-def model_types() -> list[str]:
-    """All model types of this version of Transformers."""
-    return list(CONFIG_MAPPING.keys())
+def all_classes() -> list[str]:
+    """The names of all classes of Transformers' auto mappings that this version has."""
+    found: dict[str, None] = {}
+    for mapping in dir(modeling_auto):
+        for names in getattr(modeling_auto, mapping).values() if mapping.endswith("_MAPPING_NAMES") else ():
+            found |= dict.fromkeys((names,) if isinstance(names, str) else names)
+    return sorted(name for name in found if (own := class_named(name)) is not None and own.config_class is not None)
 
 
 def class_named(name: str) -> type[PreTrainedModel] | None:

@@ -51,7 +51,13 @@ def test_a_saved_configuration_names_the_smaller_group(tmp_path: Path) -> None:
 
 
 def test_experts_are_rotated_in_groups_that_fit_each_projection(tmp_path: Path, token_ids: torch.Tensor) -> None:
-    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=256, **sizes, **experts)).save_pretrained(tmp_path / "dense")
@@ -75,7 +81,7 @@ def test_experts_are_rotated_in_groups_that_fit_each_projection(tmp_path: Path, 
 def test_a_group_that_the_user_chose_is_not_made_smaller(options: dict[str, object], tmp_path: Path) -> None:
     dense = odd_llama(tmp_path / "dense")
     config = FPQuantConfig("mxfp4", strict=True, **options)
-    with pytest.raises(ValueError, match=r"down_proj: in_features 96 is not a multiple of 64, the size of the rotation"):
+    with pytest.raises(ValueError, match=r"down_proj: in_features 96 is not a multiple of 64, the size of the rot"):
         LlamaForCausalLM.from_pretrained(dense, quantization_config=config)
 
 
