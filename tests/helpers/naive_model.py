@@ -104,7 +104,8 @@ def stored_weight(tensors: Mapping[str, Tensor], layer: str) -> Tensor:
 def fill_linears(model: nn.Module, tensors: Mapping[str, Tensor], layers: Iterable[str]) -> None:
     """Give the dense ``model`` the weights of the quantized ``layers`` in ``tensors``."""
     for layer in layers:
-        model.get_parameter(f"{layer}.weight").data.copy_(stored_weight(tensors, layer))
+        weight, module = stored_weight(tensors, layer), model.get_submodule(layer)
+        module.get_parameter("weight").data.copy_(weight.T if type(module).__name__ == "Conv1D" else weight)
 
 
 _PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}

@@ -37,6 +37,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("PhiConfig", {}),
     "phi3": ("Phi3Config", {}),
     "gpt_neox": ("GPTNeoXConfig", {}),
+    "falcon": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gpt2": ("GPT2Config", {"n_inner": 128, "n_positions": 128}),
     "opt": ("OPTConfig", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
 }
 

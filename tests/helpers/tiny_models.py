@@ -11,7 +11,6 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY, TOKENS = 320, 12
 
@@ -39,7 +38,8 @@ _AT_MOST: tuple[tuple[str, int], ...] = (
         64,
     ),
     (r"dim_model|lru_width|width|vision_output_dim|text_width|token_dim|state_dim|feature_dim", 64),
-    (r"(.*_)?vocab(ulary)?_size(_\w+)?|.*_vocab_size|codebook_size|audio_vocab_size", VOCABULARY),
+    (r"(.*_)?vocab(ulary)?_size(_\w+)?|encoder_hash_byte_group_vocab", VOCABULARY),
+    (r".*codebook_size", 256),
     (r".*(num|n)_(local_|routed_|real_)?experts|.*num_experts|moe_num_experts|n_routed_experts|zero_expert_num", 4),
     (r".*(num_experts_per_tok(en)?|moe_top_?k|experts_top_k|top_k_experts|num_experts_per_token)", 2),
     (r"n_groups?|topk_group|.*shared_experts", 1),
@@ -53,6 +53,7 @@ _AT_MOST: tuple[tuple[str, int], ...] = (
 )
 # What follows from other values, or names layers that a shorter model has not.
 _LEFT_OUT = ("out_features", "out_indices", "stage_names", "_out_features", "_out_indices")
+_WHERE_NONE = {"head_dim": 16, "prediction_length": 8}
 _HYBRID = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}
 _SECTIONS = {
     "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
@@ -70,28 +71,6 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True},
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "glm46v", "glm_ocr", "paddleocr_vl"), _SECTIONS),
 }
-
-
-def classes_of(model_type: str) -> list[str]:
-    """The classes that Transformers' auto mappings have for a model type, those of whole tasks first."""
-    ranks = (
-        "CAUSAL_LM",
-        "SEQ_TO_SEQ_CAUSAL",
-        "IMAGE_TEXT_TO",
-        "SPEECH_SEQ_2_SEQ",
-        "MASKED_LM",
-        "CTC",
-        "CLASSIFICATION",
-    )
-    found: dict[str, int] = {}
-    for mapping in dir(modeling_auto):
-        if not mapping.endswith("_MAPPING_NAMES"):
-            continue
-        names = getattr(modeling_auto, mapping).get(model_type, ())
-        rank = next((rank for rank, part in enumerate(ranks) if part in mapping), len(ranks))
-        for name in (names,) if isinstance(names, str) else names:
-            found[name] = min(rank, found.get(name, rank))
-    return sorted(found, key=lambda name: (found[name], name))
 
 
 def tiny_config(model_class: type[PreTrainedModel]) -> PreTrainedConfig:
@@ -129,8 +108,8 @@ def _shrunk(options: dict[str, Any], vocabulary: int | None = None) -> dict[str,
             continue
         if name == "per_layer_config" and isinstance(value, dict):
             small[name] = {}
-        elif name == "head_dim" and value is None:
-            small[name] = 16
+        elif name in _WHERE_NONE and value is None:
+            small[name] = _WHERE_NONE[name]
         elif re.fullmatch(_KEY_VALUE_HEADS, name) and (value is None or value == heads):
             small[name] = 4
         elif isinstance(value, dict) and ("model_type" in value or name.endswith("_config")):
@@ -244,7 +223,7 @@ def _boxes(config: PreTrainedConfig, generator: torch.Generator) -> Tensor:
 
 
 _OTHER_INPUTS = {
-    "pixel_values": lambda config, generator: _image(config, generator),
+    "pixel_values": _image,
     "pixel_values_videos": _video,
     "flattened_patches": _flat_patches,
     "past_values": _series,
@@ -274,9 +253,13 @@ def tensors_in(output: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in tensors_in(value)]
 
 
-def model_types() -> list[str]:
-    """All model types of this version of Transformers."""
-    return list(CONFIG_MAPPING.keys())
+def all_classes() -> list[str]:
+    """The names of all classes of Transformers' auto mappings that this version has."""
+    found: dict[str, None] = {}
+    for mapping in dir(modeling_auto):
+        for names in getattr(modeling_auto, mapping).values() if mapping.endswith("_MAPPING_NAMES") else ():
+            found |= dict.fromkeys((names,) if isinstance(names, str) else names)
+    return sorted(name for name in found if (own := class_named(name)) is not None and own.config_class is not None)
 
 
 def class_named(name: str) -> type[PreTrainedModel] | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Transpose,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
@@ -27,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from fp4.checkpoint.dense_view import oriented
 from fp4.checkpoint.io.headers import Checkpoint, LazyTensor, load
 from fp4.host_memory import tells_out_of_memory
+from fp4.linear_like import linear_like
 from fp4.pipeline.build_model import build_model
 from fp4.pipeline.token_embeddings import reads_rows, rows_filled
 
@@ -50,7 +52,7 @@ class Skeleton:
     Attributes:
         checkpoint: what the model is loaded from.
         dtype: dtype of the parameters.
-        model: the model that config.json describes.
+        model: the model that config.json describes, with ``nn.Linear`` in place of other classes that compute the same.
         decoder: the part that turns tokens into hidden states of text.
         decoder_name: its name in the model; empty for the model itself.
         conversions: Transformers' renamings and conversions of stored tensors for this model.
@@ -60,11 +62,11 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
         self.dtype = dtype
-        self.model = build_model(checkpoint, dtype, trust_remote_code)
+        self.model = build_model(checkpoint, dtype, trust_remote_code).eval()
         self.checkpoint = oriented(checkpoint, self.model)
         self.decoder_name, self.decoder = _decoder(self.model)
         self.blocks = self._encoder_blocks() + find_blocks(self.decoder, self.decoder_name)
-        self.conversions = get_model_conversion_mapping(self.model)
+        self.conversions = [*get_model_conversion_mapping(self.model), *plain_linears(self.model)]
         self.sources = self._sources()
         self._refuse_contradictions()
 
@@ -314,6 +316,28 @@ def _lists(decoder: nn.Module) -> list[tuple[int, str, nn.ModuleList]]:
             size = sum(parameter.numel() for parameter in module.parameters())
             lists += [(size, name, module)] if size else []
     return lists
+
+
+def plain_linears(model: nn.Module) -> list[WeightConverter]:
+    """Replace layers of other classes that compute what ``nn.Linear`` does by one, so that methods meet no others.
+
+    Args:
+        model: a model on the meta device; changed in place.
+
+    Returns:
+        conversions that transpose the stored weights of those whose class stores them so.
+    """
+    transposed: dict[str, None] = {}
+    for name, module in list(model.named_modules()):
+        form = linear_like(module)
+        if form is None or type(module) is nn.Linear:
+            continue
+        weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
+        plain = nn.Linear(form.in_features, form.out_features, bias is not None, weight.device, weight.dtype)
+        model.set_submodule(name, plain.train(module.training))
+        if form.is_transposed:
+            transposed[".".join(name.split(".")[-2:])] = None
+    return [WeightConverter(f"{re.escape(end)}\\.weight$", f"{end}.weight", [Transpose(0, 1)]) for end in transposed]
 
 
 def find_blocks(decoder: nn.Module, prefix: str = "") -> list[str]:
