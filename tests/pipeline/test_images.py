@@ -166,13 +166,18 @@ def true_inputs(model: Any, names: list[str], read: dict[str, Tensor]) -> tuple[
     return seen, last[0]
 
 
-def reads(family: str, dense: Any) -> dict[str, Tensor]:
+def reads(family: str) -> dict[str, Tensor]:
     """The inputs of one image and some text for a model that reads no processor's files."""
     noise = torch.Generator().manual_seed(0)
     if family == "llava":
         ids = torch.tensor([[10, 11, *[3] * 16, *range(20, 30)]])
         return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16, generator=noise)}
     ids = torch.tensor([[10, 5, *[3] * 4, 6, *range(20, 30)]])
+    if family == "gemma3":
+        pixels = torch.randn(1, 3, 16, 16, generator=noise)
+        return {"input_ids": ids, "pixel_values": pixels, "token_type_ids": (ids == 3).long()}
+    if family == "smolvlm":
+        return {"input_ids": ids, "pixel_values": torch.randn(1, 1, 3, 16, 16, generator=noise)}
     return {
         "input_ids": ids,
         "pixel_values": torch.randn(16, 3 * 2 * 4 * 4, generator=noise),
@@ -181,11 +186,11 @@ def reads(family: str, dense: Any) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "smolvlm"])
 def test_blocks_get_what_the_whole_model_gives_them(family: str, tmp_path: Path) -> None:
     """Qwen3-VL adds features of the image after its first block too."""
     dense = save_model(TOWERS[family][0], tmp_path)
-    read = reads(family, dense)
+    read = reads(family)
     skeleton = Skeleton(Checkpoint.open(tmp_path), torch.float32)
     ids, others = read["input_ids"], {name: tensor for name, tensor in read.items() if name != "input_ids"}
     with skeleton.outside_filled(CPU, [ids], towers=True):
@@ -194,7 +199,8 @@ def test_blocks_get_what_the_whole_model_gives_them(family: str, tmp_path: Path)
         hidden, calls = capture(skeleton, ids, form, others)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     expected, last = true_inputs(dense, skeleton.blocks, read)
-    with_text, _ = true_inputs(dense, skeleton.blocks, {"input_ids": ids})
+    text = {name: read[name] for name in ("input_ids", "token_type_ids") if name in read}
+    with_text, _ = true_inputs(dense, skeleton.blocks, text)
     assert not torch.allclose(expected[0], with_text[0]), "the image makes no difference"
     for number, (name, call) in enumerate(zip(skeleton.blocks, calls, strict=True)):
         if call.added is not None:
