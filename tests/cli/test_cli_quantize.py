@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import save_small, save_text
+from small_models import save_small, save_text, save_vision_language
 from typer.testing import CliRunner
 
 from fp4 import cli
@@ -133,6 +133,16 @@ def test_every_command_says_the_same_bits(model: Path, tmp_path: Path) -> None:
     run("quantize", model, out, *options)
     assert "4.26 bits per quantized weight" in run("inspect", out)  # and the global scales of so small layers
     assert "| 21 | nvfp4a8 | 4.25 |" in (out / "README.md").read_text()
+
+
+def test_plan_shows_what_is_included_outside_the_decoder(tmp_path: Path) -> None:
+    model = save_vision_language(tmp_path / "model")
+    command = ["quantize", model, tmp_path / "out", "--scheme", "nvfp4a16", "--method", "rtn", "--plan"]
+    assert "vision_tower" not in run(*command).partition("kept:")[0]
+    included = run(*command, "--include", "*.vision_tower.*.fc1", "--include", "*.vision_tower.*.fc2")
+    rows = [line.split("│")[1].strip() for line in included.splitlines() if line.startswith("│")]
+    of_tower = [name.rpartition(".")[2] for name in rows if "vision_tower" in name]
+    assert of_tower == ["fc1", "fc2"]
 
 
 @pytest.mark.parametrize(
