@@ -576,6 +576,7 @@ def test_defaults_of_a_recipe() -> None:
         "streaming": False,
         "columns": None,
         "formatter": None,
+        "images": None,
     }
 
 

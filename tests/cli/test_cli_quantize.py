@@ -16,7 +16,7 @@ import pytest
 import torch
 from quantized_sources import store
 from safetensors.torch import load_file, save_file
-from small_models import save_small, save_text
+from small_models import save_small, save_text, save_vision_language
 from typer.testing import CliRunner
 
 from fp4 import cli
@@ -144,6 +144,16 @@ def test_it_says_what_a_quantized_source_was(model: Path, tmp_path: Path) -> Non
         folder, _ = store(model, tmp_path / source, source)
         options = ["--scheme", "nvfp4a16", "--method", "rtn"]
         assert expected in " ".join(run("quantize", folder, tmp_path / source / "out", *options).split())
+
+
+def test_plan_shows_what_is_included_outside_the_decoder(tmp_path: Path) -> None:
+    model = save_vision_language(tmp_path / "model")
+    command = ["quantize", model, tmp_path / "out", "--scheme", "nvfp4a16", "--method", "rtn", "--plan"]
+    assert "vision_tower" not in run(*command).partition("kept:")[0]
+    included = run(*command, "--include", "*.vision_tower.*.fc1", "--include", "*.vision_tower.*.fc2")
+    rows = [line.split("│")[1].strip() for line in included.splitlines() if line.startswith("│")]
+    of_tower = [name.rpartition(".")[2] for name in rows if "vision_tower" in name]
+    assert of_tower == ["fc1", "fc2"]
 
 
 @pytest.mark.parametrize(

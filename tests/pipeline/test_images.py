@@ -87,7 +87,7 @@ def test_a_row_is_read_as_the_processor_reads_it(tmp_path: Path) -> None:
     save_llava(tmp_path)
     processor = transformers.AutoProcessor.from_pretrained(tmp_path)
     recipe = save_rows(tmp_path, [{"text": "What is it?", "pictures": ["a.png", "b.png"]}])
-    found = load_samples(recipe, processor.tokenizer, processor=processor)
+    found = load_samples(recipe, processor.tokenizer, processor=lambda: processor)
     images = [PIL.open(tmp_path / name) for name in ("a.png", "b.png")]
     expected = processor(
         text="<user><image><image>What is it?", images=images, return_tensors="pt", add_special_tokens=False
@@ -107,22 +107,22 @@ def test_turns_name_the_places_of_images(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "Look: "}, {"type": "image"}, {"type": "text", "text": "?"}]
     turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "A fox"}]}]
     recipe = save_rows(tmp_path, [{"messages": turns, "pictures": ["a.png"]}])
-    found = load_samples(recipe, processor.tokenizer, processor=processor)
+    found = load_samples(recipe, processor.tokenizer, processor=lambda: processor)
     assert processor.tokenizer.decode(found.tokens[0]) == f"<user>Look: {'<image>' * 16}?<assistant>A fox"
     recipe = save_rows(tmp_path, [{"messages": turns, "pictures": ["a.png", "b.png"]}])
     with pytest.raises(ValueError, match=r"line 1: its turns have places for 1 images, and its column pictures has 2"):
-        load_samples(recipe, processor.tokenizer, processor=processor)
+        load_samples(recipe, processor.tokenizer, processor=lambda: processor)
 
 
 def test_images_are_never_cut_and_text_after_them_is(tmp_path: Path) -> None:
     save_llava(tmp_path, template=None)
     processor = transformers.AutoProcessor.from_pretrained(tmp_path)
     rows = [{"text": "x" * 50, "pictures": ["a.png"]}]
-    found = load_samples(save_rows(tmp_path, rows, max_seq_len=20), processor.tokenizer, processor=processor)
+    found = load_samples(save_rows(tmp_path, rows, max_seq_len=20), processor.tokenizer, processor=lambda: processor)
     assert len(found.tokens[0]) == 20
     assert found.tokens[0][:16].tolist() == [IMAGE] * 16
     with pytest.raises(ValueError, match="gave no sample of at least 4 tokens"):
-        load_samples(save_rows(tmp_path, rows, max_seq_len=10), processor.tokenizer, processor=processor)
+        load_samples(save_rows(tmp_path, rows, max_seq_len=10), processor.tokenizer, processor=lambda: processor)
 
 
 def test_mistakes_are_named_with_their_line(tmp_path: Path) -> None:
@@ -131,22 +131,30 @@ def test_mistakes_are_named_with_their_line(tmp_path: Path) -> None:
     recipe = save_rows(tmp_path, texts(1))
     (tmp_path / "0.png").write_text("no image")
     with pytest.raises(ValueError, match=r"line 1: its image 0\.png cannot be read"):
-        load_samples(recipe, processor.tokenizer, processor=processor)
+        load_samples(recipe, processor.tokenizer, processor=lambda: processor)
     processor.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
     recipe = save_rows(tmp_path, [{"text": "What?", "pictures": ["c.png"]}])
     with pytest.raises(ValueError, match=r"line 1: the chat template has no place for images: it writes no <image>"):
-        load_samples(recipe, processor.tokenizer, processor=processor)
+        load_samples(recipe, processor.tokenizer, processor=lambda: processor)
     recipe.write_text('{"datasets": [{"path": "rows.jsonl", "images": "photos"}]}')
     with pytest.raises(ValueError, match="it has no column 'photos'; its columns are text, pictures"):
-        load_samples(recipe, processor.tokenizer, processor=processor)
+        load_samples(recipe, processor.tokenizer, processor=lambda: processor)
 
 
-def test_text_alone_is_read_where_the_model_has_no_processor(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_text_alone_is_read_where_the_model_has_no_processor(tmp_path: Path) -> None:
     recipe = save_rows(tmp_path, texts(2))
     found = load_samples(recipe, tokenizer())
     assert found.inputs == []
     assert [len(tokens) for tokens in found.tokens] == [20, 20]
-    assert "the images of column 'pictures' are not used" in caplog.text
+    assert found.warnings[0] == (
+        "the images of column 'pictures' of rows.jsonl are not used: the model has no processor of images"
+    )
+
+    def missing() -> Any:
+        raise ValueError("its processor cannot be loaded (no torchvision)")
+
+    found = load_samples(recipe, tokenizer(), processor=missing)
+    assert found.warnings[0].endswith("are not used: its processor cannot be loaded (no torchvision)")
 
 
 # --- blocks
@@ -166,13 +174,18 @@ def true_inputs(model: Any, names: list[str], read: dict[str, Tensor]) -> tuple[
     return seen, last[0]
 
 
-def reads(family: str, dense: Any) -> dict[str, Tensor]:
+def reads(family: str) -> dict[str, Tensor]:
     """The inputs of one image and some text for a model that reads no processor's files."""
     noise = torch.Generator().manual_seed(0)
     if family == "llava":
         ids = torch.tensor([[10, 11, *[3] * 16, *range(20, 30)]])
         return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16, generator=noise)}
     ids = torch.tensor([[10, 5, *[3] * 4, 6, *range(20, 30)]])
+    if family == "gemma3":
+        pixels = torch.randn(1, 3, 16, 16, generator=noise)
+        return {"input_ids": ids, "pixel_values": pixels, "token_type_ids": (ids == 3).long()}
+    if family == "smolvlm":
+        return {"input_ids": ids, "pixel_values": torch.randn(1, 1, 3, 16, 16, generator=noise)}
     return {
         "input_ids": ids,
         "pixel_values": torch.randn(16, 3 * 2 * 4 * 4, generator=noise),
@@ -181,11 +194,11 @@ def reads(family: str, dense: Any) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "smolvlm"])
 def test_blocks_get_what_the_whole_model_gives_them(family: str, tmp_path: Path) -> None:
     """Qwen3-VL adds features of the image after its first block too."""
     dense = save_model(TOWERS[family][0], tmp_path)
-    read = reads(family, dense)
+    read = reads(family)
     skeleton = Skeleton(Checkpoint.open(tmp_path), torch.float32)
     ids, others = read["input_ids"], {name: tensor for name, tensor in read.items() if name != "input_ids"}
     with skeleton.outside_filled(CPU, [ids], towers=True):
@@ -194,7 +207,8 @@ def test_blocks_get_what_the_whole_model_gives_them(family: str, tmp_path: Path)
         hidden, calls = capture(skeleton, ids, form, others)
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     expected, last = true_inputs(dense, skeleton.blocks, read)
-    with_text, _ = true_inputs(dense, skeleton.blocks, {"input_ids": ids})
+    text = {name: read[name] for name in ("input_ids", "token_type_ids") if name in read}
+    with_text, _ = true_inputs(dense, skeleton.blocks, text)
     assert not torch.allclose(expected[0], with_text[0]), "the image makes no difference"
     for number, (name, call) in enumerate(zip(skeleton.blocks, calls, strict=True)):
         if call.added is not None:
@@ -222,7 +236,7 @@ def test_a_recipe_of_images_calibrates_the_decoder_on_them(tmp_path: Path, monke
     report = fp4.quantize(tmp_path / "model", tmp_path / "out", "nvfp4a16", "gptq", recipe, device="cpu")
     assert "4 samples of at most 60 tokens, 3 with images" in report["data"]["description"]
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "model")
-    samples = load_samples(recipe, processor.tokenizer, processor=processor)
+    samples = load_samples(recipe, processor.tokenizer, processor=lambda: processor)
     name = next(name for name, _ in dense.named_modules() if name.endswith("language_model.layers.0"))
     assert len(seen) == 4
     for hidden, tokens, others in zip(seen, samples.tokens, samples.inputs, strict=True):

@@ -71,7 +71,7 @@ def load_samples(
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int | None = None,
-    processor: Any = None,
+    processor: Callable[[], Any] | None = None,
 ) -> Samples:
     """Load samples to calibrate on.
 
@@ -83,7 +83,8 @@ def load_samples(
         samples: how many, in place of the recipe's ``max_samples`` or its default.
         seq_len: tokens a sample, in place of ``max_seq_len``.
         seed: of the random order, in place of the recipe's.
-        processor: the model's, of text and images; None for a model that reads text alone, as is all it is given.
+        processor: loads the model's processor of text and images, where rows have images; None, or a ValueError that
+            says why there is none, for text alone.
 
     Raises:
         ValueError: the data cannot be read, or has no sample that is long enough; the message names what and where.
@@ -157,7 +158,9 @@ def _warn(samples: Samples, message: str) -> None:
     logger.warning("%s", message)
 
 
-def from_recipe(recipe: Recipe, tokenizer: Any, base: Path = Path(), processor: Any = None) -> Samples:
+def from_recipe(
+    recipe: Recipe, tokenizer: Any, base: Path = Path(), processor: Callable[[], Any] | None = None
+) -> Samples:
     """Draw the samples of a recipe.
 
     From each dataset more rows are taken than its share (``oversample_ratio``), in random order; rows that are too
@@ -175,10 +178,11 @@ def from_recipe(recipe: Recipe, tokenizer: Any, base: Path = Path(), processor: 
     amounts = recipe.calibration
     weights = sum(dataset.weight for dataset in recipe.datasets)
     pool: list[tuple[Tensor, dict[str, Tensor]]] = []
+    notes: list[str] = []
     for number, dataset in enumerate(recipe.datasets):
         wanted = math.ceil(amounts.max_samples * dataset.weight / weights * amounts.oversample_ratio)
         try:
-            pool += _draw(dataset, wanted, amounts, tokenizer, base, processor)
+            pool += _draw(dataset, wanted, amounts, tokenizer, base, processor, notes)
         except ValueError as error:
             raise ValueError(f"datasets[{number}] ({dataset.path}): {error}") from error
     random.Random(amounts.seed).shuffle(pool)
@@ -193,6 +197,8 @@ def from_recipe(recipe: Recipe, tokenizer: Any, base: Path = Path(), processor: 
         f"drawn with seed {amounts.seed} from {names}",
         inputs=[inputs for _, inputs in kept] if images else [],
     )
+    for note in dict.fromkeys(notes):
+        _warn(found, note)
     if len(kept) < amounts.max_samples:
         _warn(
             found,
@@ -203,7 +209,13 @@ def from_recipe(recipe: Recipe, tokenizer: Any, base: Path = Path(), processor: 
 
 
 def _draw(
-    dataset: DatasetRecipe, wanted: int, amounts: Amounts, tokenizer: Any, base: Path, processor: Any
+    dataset: DatasetRecipe,
+    wanted: int,
+    amounts: Amounts,
+    tokenizer: Any,
+    base: Path,
+    processor: Callable[[], Any] | None,
+    notes: list[str],
 ) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """The samples among ``wanted`` random rows of a dataset that are long enough: tokens and the other inputs."""
     rows = _rows(dataset, wanted, amounts.seed, base)
@@ -212,7 +224,8 @@ def _draw(
     for number, row in rows:
         if read is None:
             name = dataset.formatter or detect(row)
-            read = _reader(dataset, name, row, amounts, tokenizer, base, processor)
+            images = _image_rows(dataset, name, row, base, processor, notes)
+            read = _reader(dataset, name, row, amounts, tokenizer, images)
         try:
             ids, inputs = read(row)
         except (KeyError, TypeError, AttributeError) as error:
@@ -225,8 +238,36 @@ def _draw(
     return found
 
 
+def _image_rows(
+    dataset: DatasetRecipe,
+    name: str,
+    row: dict[str, Any],
+    base: Path,
+    processor: Callable[[], Any] | None,
+    notes: list[str],
+) -> ImageRows | None:
+    """What reads rows like ``row`` with their images; None for text alone, with a note if there are images."""
+    column = image_column(row, dataset.images)
+    if column is None:
+        return None
+    try:
+        loaded = None if processor is None else processor()
+        reason = "the model has no processor of images"
+    except ValueError as error:
+        loaded, reason = None, str(error)
+    if loaded is None:
+        notes.append(f"the images of column {column!r} of {dataset.path} are not used: {reason}")
+        return None
+    return ImageRows(loaded, column, name, dataset.columns, row, (base / dataset.path).parent)
+
+
 def _reader(
-    dataset: DatasetRecipe, name: str, row: dict[str, Any], amounts: Amounts, tokenizer: Any, base: Path, processor: Any
+    dataset: DatasetRecipe,
+    name: str,
+    row: dict[str, Any],
+    amounts: Amounts,
+    tokenizer: Any,
+    images: ImageRows | None,
 ) -> Callable[[dict[str, Any]], tuple[Any, dict[str, Tensor]]]:
     """The function that turns rows like ``row`` into token ids and the model's other inputs; no ids for a row to leave.
 
@@ -236,15 +277,10 @@ def _reader(
         row: any row, which shows the columns.
         amounts: how long samples are.
         tokenizer: the model's.
-        base: folder that relative paths start from.
-        processor: as for :func:`load_samples`.
+        images: reads rows with their images; None for text alone.
     """
-    column = image_column(row, dataset.images)
-    if column is not None and processor is not None:
-        rows = ImageRows(processor, column, name, dataset.columns, row, (base / dataset.path).parent)
-        return lambda row: rows.read(row, amounts.max_seq_len) or ((), {})
-    if column is not None:
-        logger.warning("the images of column %r are not used, since the model has no processor of images", column)
+    if images is not None:
+        return lambda row: images.read(row, amounts.max_seq_len) or ((), {})
     to_text = formatter(name, dataset.columns, row, BoundedTemplate(tokenizer))
     # A chat template writes the special tokens itself.
     special = name in ("raw_text", "prompt_answer")

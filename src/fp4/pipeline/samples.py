@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,6 @@ from fp4.checkpoint.io.headers import TensorInfo, load, read_header
 from fp4.checkpoint.io.publish import Staging
 from fp4.checkpoint.io.shards import ShardWriter, spec_of
 from fp4.pipeline.storage import UNCALIBRATED
-
-logger = logging.getLogger("fp4")
 
 _FILE = "samples.safetensors"
 _NOTE = "samples.json"
@@ -69,7 +67,7 @@ def read_samples(folder: Path, read: Callable[[Any, Any], Samples]) -> Samples:
     Raises:
         ValueError: there is no tokenizer, or what ``read`` raises.
     """
-    return read(_tokenizer(folder), _processor(folder))
+    return read(_tokenizer(folder), functools.cache(lambda: _processor(folder)))
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -89,7 +87,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _processor(folder: Path) -> Any:
-    """The processor of text and images in ``folder``; None where there is none, or it cannot be loaded."""
+    """The processor of text and images in ``folder``; None where there is none. ValueError if it cannot be loaded."""
     from transformers import AutoProcessor
 
     if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
@@ -98,8 +96,7 @@ def _processor(folder: Path) -> Any:
         found = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         first = str(error).strip().splitlines()
-        logger.warning("images cannot be used to calibrate: %s", first[0] if first else repr(error))
-        return None
+        raise ValueError(f"its processor cannot be loaded ({first[0] if first else error!r})") from error
     return found if getattr(found, "image_processor", None) is not None else None
 
 
