@@ -65,6 +65,7 @@ class TritonBackend(Backend):
     """Weight-only and W4A4 matmuls on NVIDIA GPUs; layout.py describes the layout of packed weights."""
 
     name = "triton"
+    purpose = "unquantized activations on GPUs from compute capability 8.0"
     keeps_layout = False
 
     def unavailable(self) -> str | None:
