@@ -57,7 +57,8 @@ pytest-newest: $(NEWEST)
 pytest-triton: $(VENV)/parity
 	PYTHONPATH=$(VENV)/parity TRITON_INTERPRET=1 $(PYTEST) $(BOTH_CORES) tests/backends/test_triton_kernels.py \
 		tests/backends/test_triton_experts.py tests/benchmarks/test_gpu_benchmarks.py
-	PYTHONPATH=$(VENV)/parity $(PYTEST) $(BOTH_CORES) tests/backends/test_triton_compile.py
+	PYTHONPATH=$(VENV)/parity $(PYTEST) $(BOTH_CORES) tests/backends/test_triton_compile.py \
+		tests/backends/test_triton_amd.py
 
 # lm-eval's own hf model on quantized checkpoints, offline.
 pytest-lm-eval: $(VENV)/lm-eval

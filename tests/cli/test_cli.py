@@ -45,7 +45,10 @@ def test_env_as_json() -> None:
     for fmt in ("nvfp4", "mxfp4"):
         assert set(found["devices"][0]["runs"][fmt]) == {"backend", "activations"}
     rows = {row["name"]: row for row in found["backends"]}
-    assert rows["reference"] == {"name": "reference", "available": True, "reason": None}
+    reference = rows["reference"]
+    assert (reference["name"], reference["available"], reference["reason"]) == ("reference", True, None)
+    assert {"scaled_mm", "qutlass", "flashinfer", "cutlass", "cpu", "triton", "reference"} == set(rows)
+    assert all(row["purpose"] for row in rows.values())
     assert all(row["available"] == (row["reason"] is None) for row in rows.values())
 
 

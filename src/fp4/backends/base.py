@@ -35,6 +35,8 @@ class Backend:
     """
 
     name: str
+    #: What it is used for where it can run, in a phrase for ``fp4 env``.
+    purpose: str
     #: The families of the weight formats that it has kernels for.
     formats: tuple[str, ...] = tuple(FORMATS)
     #: The formats that its own kernels quantize and dequantize; the reference backend serves the others.

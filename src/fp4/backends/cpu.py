@@ -118,6 +118,7 @@ class CpuBackend(Backend):
     """
 
     name = "cpu"
+    purpose = "packed weights on CPUs"
     formats = tuple(_LAYOUTS)
     keeps_layout = False
 

@@ -57,6 +57,7 @@ class CutlassBackend(BlockScaledBackend):
     """
 
     name = "cutlass"
+    purpose = "FP4 activations on Blackwell: shapes and experts that torch refuses"
 
     def unavailable(self) -> str | None:
         """The reason why this backend cannot run in this process, or None if it can."""

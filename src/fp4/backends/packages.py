@@ -104,6 +104,7 @@ class PackageBackend(BlockScaledBackend):
 
     Args:
         name: of the backend, and of the package.
+        purpose: what it is used for.
         matmul: calls the package.
         fuses: whether the package's own kernels rotate and quantize where they mean the same.
         advice: how to get the package, for the reason why it cannot be used.
@@ -114,8 +115,9 @@ class PackageBackend(BlockScaledBackend):
     #: Kinds of devices that the package has no kernels for.
     left_to_others: tuple[str, ...] = ("cpu",)
 
-    def __init__(self, name: str, matmul: _Matmul, fuses: bool, advice: str) -> None:
-        self.name, self.advice, self._matmul, self._fuses = name, advice, matmul, fuses
+    def __init__(self, name: str, purpose: str, matmul: _Matmul, fuses: bool, advice: str) -> None:
+        self.name, self.purpose, self.advice = name, purpose, advice
+        self._matmul, self._fuses = matmul, fuses
         ops.implement(name, "linear_quantized", self._run)
         super().__init__()
         self.support = functools.cache(self._support)
@@ -195,7 +197,17 @@ def package_backends() -> tuple[PackageBackend, ...]:
     """The backends of this file; to be called once, since each registers its operators."""
     return (
         PackageBackend(
-            "qutlass", _qutlass_matmul, True, "build it from github.com/IST-DASLab/qutlass on a machine with CUDA 12.8"
+            "qutlass",
+            "FP4 activations on Blackwell where torch refuses them; rotates and quantizes them in one kernel",
+            _qutlass_matmul,
+            True,
+            "build it from github.com/IST-DASLab/qutlass on a machine with CUDA 12.8",
         ),
-        PackageBackend("flashinfer", _flashinfer_matmul, False, "pip install flashinfer-python"),
+        PackageBackend(
+            "flashinfer",
+            "FP4 activations on Blackwell where torch and QuTLASS refuse them",
+            _flashinfer_matmul,
+            False,
+            "pip install flashinfer-python",
+        ),
     )

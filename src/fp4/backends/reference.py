@@ -147,5 +147,6 @@ class ReferenceBackend(Backend):
     """All operators in pure torch, which run on every device, though slowly."""
 
     name = "reference"
+    purpose = "whatever no other backend takes, on any device, slowly"
     formats = tuple(WEIGHT_FORMATS)
     converts = tuple(WEIGHT_FORMATS)

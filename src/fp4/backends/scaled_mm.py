@@ -104,6 +104,7 @@ class ScaledMMBackend(BlockScaledBackend):
     """
 
     name = "scaled_mm"
+    purpose = "FP4 and FP8 activations by torch's own kernels, wherever they multiply them"
     formats = tuple(_MULTIPLES)
     converts = ()
     #: Kinds of devices on which other backends are better, whatever torch multiplies there.

@@ -51,7 +51,12 @@ def _gather() -> dict[str, Any]:
         "versions": versions,
         "devices": devices,
         "backends": [
-            {"name": name, "available": reason is None, "reason": reason and str(reason)}
+            {
+                "name": name,
+                "available": reason is None,
+                "reason": reason and str(reason),
+                "purpose": backends.named(name).purpose,
+            }
             for name, reason in reasons.items()
         ],
     }
@@ -94,7 +99,7 @@ def _print(found: dict[str, Any]) -> None:
         devices.add_row(row["device"], row["description"], *runs)
     console.print(devices)
 
-    table = Table("backend", "available", title="backends", title_justify="left")
+    table = Table("backend", "used for", "available", title="backends", title_justify="left")
     for row in found["backends"]:
-        table.add_row(row["name"], "yes" if row["available"] else f"no: {row['reason']}")
+        table.add_row(row["name"], row["purpose"], "yes" if row["available"] else f"no: {row['reason']}")
     console.print(table)

@@ -1,4 +1,4 @@
-"""The Triton backend: packed FP4 weights on any NVIDIA GPU of compute capability 8.0 or newer, without a toolkit."""
+"""The Triton backend: packed FP4 weights on NVIDIA GPUs from compute capability 8.0 and on some of AMD's."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from fp4.backends.triton import layout
 from fp4.numerics.formats import Format, QuantizedTensor
 from fp4.scheme import Scheme
 
+#: AMD's GPUs that the kernels were compiled for, without having been run.
+AMD = ("gfx942", "gfx950", "gfx1100")
 # Triton's interpreter runs the kernels on the CPU, which the tests use where there is no GPU.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -65,6 +67,7 @@ class TritonBackend(Backend):
     """Weight-only and W4A4 matmuls on NVIDIA GPUs; layout.py describes the layout of packed weights."""
 
     name = "triton"
+    purpose = "unquantized activations on GPUs from compute capability 8.0"
     keeps_layout = False
 
     def unavailable(self) -> str | None:
@@ -80,8 +83,11 @@ class TritonBackend(Backend):
             return refusal
         if _INTERPRETED and device.type == "cpu":
             return None
-        if device.type != "cuda" or torch.version.hip is not None:
-            return f"it runs on NVIDIA GPUs, not on {device.type if torch.version.hip is None else 'ROCm'}"
+        if device.type != "cuda":
+            return f"it runs on GPUs, not on {device.type}"
+        if torch.version.hip is not None:
+            name = str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+            return None if name in AMD else f"its kernels were compiled for {', '.join(AMD)}, and this GPU is {name}"
         major, minor = torch.cuda.get_device_capability(device)
         return None if major >= 8 else f"it needs compute capability 8.0, this device has {major}.{minor}"
 

@@ -6,13 +6,15 @@ and Triton's interpreter runs the same code on a CPU.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 #: Whether kernels run in Triton's interpreter on the CPU, which lacks inline assembly and bfloat16 arithmetic.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-#: Whether kernels may use inline assembly. A test of the divisions sets it apart from ``INTERPRETED``.
-ASSEMBLY = tl.constexpr(not triton.knobs.runtime.interpret)
+#: Whether kernels may use inline assembly, that of NVIDIA's GPUs. A test of the divisions sets it apart from
+#: ``INTERPRETED``.
+ASSEMBLY = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
 
 
 @triton.jit

@@ -81,7 +81,9 @@ WIDE_ROWS = 64
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    return (0, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+    # What AMD's GPUs give as their capability are other numbers: gfx942 would pass for Hopper.
+    no_nvidia = device.type == "cpu" or torch.version.hip is not None
+    return (0, 0) if no_nvidia else torch.cuda.get_device_capability(device)
 
 
 def uses_wgmma(device: torch.device) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp4.backends.triton.codec import INTERPRETED, dot, dot_split, narrow, widen
+from fp4.backends.triton.codec import ASSEMBLY, dot, dot_split, narrow, widen
 
 # The number of tiles of x that are multiplied by one tile of weights before the next one.
 SPAN = tl.constexpr(8)
@@ -23,7 +23,7 @@ SPAN = tl.constexpr(8)
 @triton.jit
 def _times_packed(a, b, dtype: tl.constexpr):
     """The products of the two 16-bit floats in each word of a and b, exact for the operands that ``_decode`` has."""
-    if INTERPRETED:
+    if not ASSEMBLY:
         low = widen((a & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True))
         low *= widen((b & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True))
         high = widen((a >> 16).to(tl.uint16).to(dtype, bitcast=True))

@@ -253,7 +253,12 @@ def takes(x: Tensor, fmt: Format, rotation: Tensor | None, global_scale: Tensor 
         global_scale: float64. None means none for MXFP4, and one that is taken from x for NVFP4.
         rule: how block scales are chosen.
     """
-    if rule != "abs_max" or (global_scale is not None and (layout.IS_MX[fmt.name] or global_scale.numel() > 1)):
+    # Which thread has which blocks is NVIDIA's layout of products; AMD's GPUs take the kernel for any rule.
+    if (
+        torch.version.hip is not None
+        or rule != "abs_max"
+        or (global_scale is not None and (layout.IS_MX[fmt.name] or global_scale.numel() > 1))
+    ):
         return False
     if rotation is None:
         return True
