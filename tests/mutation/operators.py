@@ -157,8 +157,8 @@ def mutants_of(code: str) -> list[Mutant]:
                 changed = ast.dump(_without_annotations(mutated))
             except SyntaxError:  # such as ``*`` in place of the ``/`` of a signature
                 continue
-            harmless = mutated.count("strict=True") < code.count("strict=True")
-            if changed != tree and not harmless and _positional(mutated) == _positional(code):
+            lenient = mutated.replace("strict=True", "strict=False") == code.replace("strict=True", "strict=False")
+            if changed != tree and not lenient and _positional(mutated) == _positional(code):
                 found.setdefault(changed, Mutant(*_difference(code, mutated), mutated))
     return sorted(found.values(), key=lambda mutant: (mutant.line, mutant.now))
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import resource
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -299,3 +300,28 @@ def test_a_part_is_filled_and_emptied(tmp_path: Path) -> None:
         assert torch.equal(rows, stored["model.embed_tokens.weight"][ids].float())
         assert not any(buffer.is_meta for buffer in model.decoder.rotary_emb.buffers())
     assert all(value.is_meta for value in (*model.model.parameters(), *model.model.buffers()))
+
+
+@pytest.mark.parametrize(
+    ("errors", "mismatched", "kind", "message"),
+    [
+        ({"a": "first\nlast"}, [], ValueError, "1 tensors do not fit the model: a: last$"),
+        ({}, [("b", (2, 3), (3, 2))], ValueError, r"model: b: stored as \(2, 3\), the model has \(3, 2\)$"),
+        ({"a": "last"}, [("b", (2,), (3,))], ValueError, "2 tensors do not fit the model: a: last; b: stored as"),
+        ({"a": "bad", "b": "x\nCUDA out of memory: 5 bytes"}, [], MemoryError, "^CUDA out of memory: 5 bytes$"),
+        ({}, [], None, ""),
+    ],
+)
+def test_what_transformers_could_not_convert_is_named(
+    errors: dict[str, str],
+    mismatched: list[tuple[object, ...]],
+    kind: type[Exception] | None,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Skeleton(Checkpoint.open(save_small("llama", tmp_path / "model")), torch.float32)
+    found = SimpleNamespace(conversion_errors=errors, mismatched_keys=mismatched)
+    monkeypatch.setattr(skeleton, "convert_and_load_state_dict_in_model", lambda *arguments: (found, None))
+    with pytest.raises(kind, match=message) if kind else nullcontext():
+        model.fill(model.keys_below("model.layers.0"), torch.device("cpu"))
