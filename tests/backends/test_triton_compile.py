@@ -150,7 +150,7 @@ def test_quantization_compiles(capability: int, mx: bool, rule: str, mode: int, 
 
 def compile_blocks(capability: int, mx: bool, group: int, dynamic: bool) -> tuple[Any, int]:
     """quantize_blocks, as blocks.run launches it, and how many elements of a tile a thread has."""
-    columns, lines, warps = launch_of(MXFP4 if mx else NVFP4, group)
+    columns, lines, warps = launch_of(MXFP4 if mx else NVFP4, group, capability == 90)
     constants = {"MX": mx, "H": group, "INTERLEAVE": True, "FP8": capability >= 89, "LINES": lines}
     types = dict.fromkeys(quantize_blocks.arg_names, "i32") | {"x": "*bf16", "codes": "*u32", "scales": "*u8"}
     types |= {"rotation": "*fp32", "unit": "*fp64", "partial": "*i32", "taken_unit": "*fp64"}

@@ -266,11 +266,11 @@ def takes(x: Tensor, fmt: Format, rotation: Tensor | None, global_scale: Tensor 
     return group in ROTATIONS and x.dtype == torch.bfloat16 and x.numel() % max(group, 4 * fmt.block_size) == 0
 
 
-def launch_of(fmt: Format, group: int) -> tuple[int, int, int]:
+def launch_of(fmt: Format, group: int, hopper: bool = False) -> tuple[int, int, int]:
     """The columns of a line, the lines of a tile and the warps of a program, for rotations of ``group`` (0: none)."""
     columns = max(group, 4 * fmt.block_size) if group else fmt.block_size
     # Before Triton 3.9 two groups of four warps do not wait for one another's products on Hopper (triton#11047).
-    warps = 8 if columns == 128 and _GROUPS_WAIT else 4
+    warps = 8 if columns == 128 and (_GROUPS_WAIT or not hopper) else 4
     return columns, 16 * warps if group else 4096 // columns, warps
 
 
@@ -301,8 +301,9 @@ def run(
     group = 0 if rotation is None else rotation.shape[0]
     if x.data_ptr() % 16:  # x is a view at an unaligned address, and the kernel reads words of two values
         x = x.clone()
-    columns, lines, warps = launch_of(fmt, group)
-    fp8 = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 9)
+    capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (0, 0)
+    columns, lines, warps = launch_of(fmt, group, capability[0] == 9)
+    fp8 = capability >= (8, 9)
     grid = (min(16 * processors(x.device), triton.cdiv(x.numel() // columns, lines)),)
     quantize_blocks[grid](
         x, rotation, unit, partial, taken_unit, codes.view(torch.uint32), scales,
