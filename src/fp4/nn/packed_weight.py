@@ -299,7 +299,7 @@ class PackedWeight(nn.Module):
         chosen, self.quantizes_input = backends.select(self.scheme, device, self.shape, self.backend_preference)
         if self.rotation is not None:
             self.rotation = share(self.rotation.to(device))
-        if offloaded and not chosen.keeps_layout:
+        if offloaded and not chosen.keeps(self.scheme.format):
             chosen = backends.REFERENCE
         if chosen is self.backend:
             return
@@ -327,7 +327,7 @@ class PackedWeight(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.is_packed and not self.backend.keeps_layout and self.packed_codes.device.type != "meta":
+        if self.is_packed and not self.backend.keeps(self.scheme.format) and self.packed_codes.device.type != "meta":
             codes, scales, _, _ = self.canonical()
             destination[f"{prefix}packed_codes"] = codes.view(torch.uint8)
             destination[f"{prefix}packed_scales"] = scales.view(torch.uint8)
@@ -338,7 +338,7 @@ class PackedWeight(nn.Module):
             if before is not None and (key != "codes" or before.dtype == self.scheme.format.code_dtype):
                 before = before if key in _CALLED_BEFORE else before.unsqueeze(-1)
                 state_dict[f"{prefix}packed_{key}"] = state_dict.pop(name).view(before.shape).view(torch.uint8)
-        if self.is_packed and not self.backend.keeps_layout:
+        if self.is_packed and not self.backend.keeps(self.scheme.format):
             self.hold(self.canonical(), self.input_global_scale)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.settle()
