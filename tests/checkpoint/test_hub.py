@@ -33,7 +33,7 @@ from fp4.cli import app
 from fp4.checkpoint.convert import convert
 from fp4.quality.evaluate import evaluate
 from fp4.checkpoint.inspect import inspect
-from fp4.pipeline.job import Hub
+from fp4.pipeline import Hub
 
 token, root, text = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 found = {}
