@@ -84,7 +84,12 @@ def test_layers_that_cannot_be_quantized_are_named_in_one_warning(
 ) -> None:
     model_class = class_named(name)
     assert model_class is not None
-    model_class(tiny_config(model_class)).save_pretrained(tmp_path)
+    try:
+        model_class(tiny_config(model_class)).save_pretrained(tmp_path)
+    except ValueError as error:
+        if transformers.__version__.startswith(TRIED_WITH):
+            raise
+        pytest.skip(f"in Transformers {transformers.__version__} its tiny model cannot be made: {error}")
     with caplog.at_level("WARNING", logger="fp4"):
         model_class.from_pretrained(tmp_path, quantization_config=FPQuantConfig())
     warnings = [record.getMessage() for record in caplog.records if record.name == "fp4"]
