@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from small_models import save_small
 from torch import Tensor, nn
 
+from fp4.calibration.data import Samples
 from fp4.checkpoint.io.headers import Checkpoint, read_header
-from fp4.pipeline import merge_files, report, skeleton
+from fp4.pipeline import build_model, merge_files, report, skeleton
 from fp4.pipeline.block_inputs import hidden_of, output_of, same
 from fp4.pipeline.hidden_states import HiddenStates
 from fp4.pipeline.samples import batches_of
@@ -30,9 +31,9 @@ from fp4.pipeline.token_embeddings import reads_rows, rows_filled
 
 def sizes(*lengths: int) -> list[tuple[int, ...]]:
     tokens = [torch.full((length,), number) for number, length in enumerate(lengths)]
-    batches = batches_of(tokens, len(lengths))
-    assert torch.equal(torch.cat([batch.flatten() for batch in batches]), torch.cat(tokens))  # in order
-    return [tuple(batch.shape) for batch in batches]
+    batches = batches_of(Samples(tokens, ""), len(lengths))
+    assert torch.equal(torch.cat([batch.ids.flatten() for batch in batches]), torch.cat(tokens))  # in order
+    return [tuple(batch.ids.shape) for batch in batches]
 
 
 def test_batches_are_neighbours_of_one_length_up_to_1024_tokens() -> None:
@@ -44,9 +45,9 @@ def test_batches_are_neighbours_of_one_length_up_to_1024_tokens() -> None:
 
 
 def test_tokens_must_be_in_the_vocabulary() -> None:
-    assert len(batches_of([torch.tensor([0, 319])], 320)) == 1
+    assert len(batches_of(Samples([torch.tensor([0, 319])], ""), 320)) == 1
     with pytest.raises(ValueError, match="the tokenizer gives token 320, but the model knows only 320"):
-        batches_of([torch.tensor([1, 2]), torch.tensor([320, 0])], 320)
+        batches_of(Samples([torch.tensor([1, 2]), torch.tensor([320, 0])], ""), 320)
 
 
 # --- hidden states
@@ -172,14 +173,14 @@ def test_blocks_are_the_outermost_list_with_most_parameters() -> None:
     assert find_blocks(decoder) == ["layers.0", "layers.1"]
     assert find_blocks(decoder, "model.text") == ["model.text.layers.0", "model.text.layers.1"]
     del decoder.layers, decoder.first
-    with pytest.raises(ValueError, match="has no list of decoder blocks"):
+    with pytest.raises(ValueError, match="has no list of blocks"):
         find_blocks(decoder)
 
 
 def test_the_number_of_modules_is_limited() -> None:
-    with skeleton._few_modules(3):
+    with build_model._few_modules(3):
         nn.Sequential(nn.Identity(), nn.Identity(), nn.Identity())
-    with pytest.raises(ValueError, match=r"more than 3 modules \(3 of Sequential, ...\)"), skeleton._few_modules(3):
+    with pytest.raises(ValueError, match=r"more than 3 modules \(3 of Sequential, ...\)"), build_model._few_modules(3):
         nn.Sequential(*(nn.Identity() for _ in range(4)))
     nn.Sequential(*(nn.Identity() for _ in range(4)))
 
@@ -202,7 +203,7 @@ def test_merged_files_hold_no_more_than_a_shard(tmp_path: Path, monkeypatch: pyt
     steps: list[tuple[str, int, int]] = []
     staging = SimpleNamespace(folder=tmp_path)
     files = [f"part-{name}" for name in parts]
-    names = merge_files.assemble(model, staging, files, lambda *step: steps.append(step))
+    names = merge_files.assemble(model, staging, files, [], lambda *step: steps.append(step))
     assert names == [f"model-{number:05}-of-00002.safetensors" for number in (1, 2)]
     first, second = (load_file(tmp_path / name) for name in names)
     assert sorted(first) == ["blocks.a", "blocks.b", "blocks.c"]  # just 200 bytes
@@ -212,10 +213,10 @@ def test_merged_files_hold_no_more_than_a_shard(tmp_path: Path, monkeypatch: pyt
     assert steps == [("writing", 200, 392), ("writing", 392, 392)]
     # What is there already is not written again, and one file has no number.
     (tmp_path / names[0]).write_bytes(b"")
-    assert merge_files.assemble(model, staging, files, lambda *step: None) == names
+    assert merge_files.assemble(model, staging, files, [], lambda *step: None) == names
     assert (tmp_path / names[0]).read_bytes() == b""
     monkeypatch.setattr(merge_files, "_SHARD_BYTES", 392)
-    assert merge_files.assemble(model, staging, files, lambda *step: None) == ["model.safetensors"]
+    assert merge_files.assemble(model, staging, files, [], lambda *step: None) == ["model.safetensors"]
     assert len(load_file(tmp_path / "model.safetensors")) == 6
 
 

@@ -494,7 +494,7 @@ def test_experts_are_rotated_in_groups_that_fit_all_of_their_projections(tmp_pat
     """They run with one group size: with 64 for gate and up, and 32 columns in down, they could not be loaded."""
     dense = make_moe("qwen3_moe", moe_intermediate_size=32)
     dense.save_pretrained(tmp_path / "model")
-    report = fp4.quantize(tmp_path / "model", tmp_path / "out", "mxfp4", "rtn")
+    report = fp4.quantize(tmp_path / "model", tmp_path / "out", "mxfp4", "rtn", format="fp_quant")
     of_experts = {row["rotation"] for row in report["layers"] if ".experts." in row["name"]}
     assert of_experts == {"hadamard32"}
     loaded, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)

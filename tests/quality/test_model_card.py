@@ -101,6 +101,9 @@ def test_card_names_the_engines_that_take_the_checkpoint(
 def test_the_default_of_every_scheme_is_served() -> None:
     for scheme in SCHEMES:
         served = holders(scheme)[0].served_by("vllm", [scheme])
+        if scheme in ("fp8_block", "mxfp8"):
+            assert served is None, "no engine was seen to read these"
+            continue
         assert served is not None
         assert served.served == (scheme != "nvfp4a8"), "which nothing but TensorRT-LLM runs"
 

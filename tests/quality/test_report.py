@@ -192,7 +192,8 @@ def test_mistakes_are_named(shared: Callable[[str], Path], tmp_path: Path) -> No
         gather(folder)
     with pytest.raises(ValueError, match="is not quantized"):
         gather(shared("fixtures/source-llama"), source=shared("fixtures/source-llama"))
-    with pytest.raises(ValueError, match=r"weight of the source is F8_E4M3|no weight for 14 layers"):
-        gather(folder, source=shared("fixtures/llmcompressor-FP8_DYNAMIC"))
+    # A source that is quantized itself is compared by its values.
+    rounded = gather(folder, source=shared("fixtures/llmcompressor-FP8_DYNAMIC"))
+    assert all(0 < layer["weight_error"] < 1 for layer in rounded.layers)
     other = gather(folder, source=shared("fixtures/source-qwen3moe"))
     assert any("has no weight for" in note for note in other.notes)

@@ -19,13 +19,12 @@ def odd_llama(path: Path, intermediate_size: int = 96) -> Path:
     return path
 
 
-@pytest.mark.parametrize("checkpoint_format", ["fp_quant", "compressed-tensors"])
 @pytest.mark.parametrize("columns", [96, 160, 224])
 def test_the_largest_group_that_fits_is_taken_and_read_back(
-    columns: int, checkpoint_format: str, tmp_path: Path, token_ids: torch.Tensor
+    columns: int, tmp_path: Path, token_ids: torch.Tensor
 ) -> None:
     dense = odd_llama(tmp_path / "dense", columns)
-    config = FPQuantConfig("mxfp4", checkpoint_format=checkpoint_format, strict=True)
+    config = FPQuantConfig("mxfp4", strict=True)
     model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
     assert config.overrides == []
     model.save_pretrained(tmp_path / "saved")
