@@ -249,7 +249,7 @@ def test_refusals_say_why() -> None:
         ("compressed-tensors", ".weight_global_scale", torch.ones(2), "one floating-point number"),
         ("compressed-tensors", ".input_global_scale", None, "input_global_scale is missing"),
         ("modelopt", ".weight_scale_2", torch.tensor(float("nan")), "one positive, finite"),
-        ("modelopt", ".pre_quant_scale", torch.ones(64), "AWQ"),
+        ("modelopt", ".pre_quant_scale", torch.ones(32), r"pre_quant_scale is \(32,\); expected 64 positive"),
         ("fp_quant", ".forward_hadamard_matrix", torch.ones(16, 8), r"\(16, 8\); expected floating point, square"),
         ("fp_quant", ".scales", torch.full((8, 4), 0x80, dtype=torch.uint8), "NaN or negative"),
         ("fp_quant", ".qweight", torch.zeros(8, dtype=torch.uint8), "expected a matrix"),

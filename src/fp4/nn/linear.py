@@ -86,6 +86,8 @@ class FP4Linear(PackedWeight, nn.Linear):
         if not self.is_packed:
             return nn.functional.linear(x, self.weight, bias)
         x = as_autocast(x)
+        if self._parameters["packed_input_factors"] is not None:
+            x = x * self.input_factors.to(x.dtype)  # type: ignore[union-attr]
         if not needs_gradient(x, bias):
             return self._multiply(x, bias)
         weight = (self.codes, self.scales, self.global_scale, self.scheme.format)

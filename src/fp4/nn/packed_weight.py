@@ -22,7 +22,7 @@ Values = Callable[[QuantizedTensor], Tensor | None]
 
 
 #: The parameters of a packed weight, each of which is called ``packed_`` and the name of what it holds.
-_HELD = ("codes", "scales", "global_scale", "input_global_scale")
+_HELD = ("codes", "scales", "global_scale", "input_global_scale", "input_factors")
 #: What versions before 0.2 called the same tensors in a state dict.
 _CALLED_BEFORE = {"codes": "weight", "scales": "weight_scale"}
 
@@ -32,9 +32,10 @@ class PackedWeight(nn.Module):
 
     Others see ``weight``: the dense values in the dtype of the model, computed whenever they are used
     (:class:`.WeightView`). What is held are parameters of bytes, ``packed_codes``, ``packed_scales``,
-    ``packed_global_scale`` and ``packed_input_global_scale``: uint8 without gradients, whatever they stand for, so that
-    nothing which looks for floating-point parameters finds the dtypes of scales. :attr:`codes`, :attr:`scales`,
-    :attr:`global_scale` and :attr:`input_global_scale` are the same tensors in their own dtypes. They are canonical, as
+    ``packed_global_scale``, ``packed_input_global_scale`` and ``packed_input_factors``: uint8 without gradients,
+    whatever they stand for, so that nothing which looks for floating-point parameters finds the dtypes of scales.
+    :attr:`codes`, :attr:`scales`, :attr:`global_scale`, :attr:`input_global_scale` and :attr:`input_factors` are the
+    same tensors in their own dtypes. They are canonical, as
     :mod:`fp4.numerics.formats` describes it, until :meth:`settle` rearranges them for a backend; ``state_dict`` always
     has the canonical form. The leading axes ``...`` are none, or E for a stack of experts.
 
@@ -58,6 +59,7 @@ class PackedWeight(nn.Module):
     packed_scales: nn.Parameter
     packed_global_scale: nn.Parameter | None
     packed_input_global_scale: nn.Parameter | None
+    packed_input_factors: nn.Parameter | None
     #: The share of the weight that this process holds, where several hold it together; None for all of it.
     split: Split | None = None
     #: The global scale of activations that this layer had before its weight became dense.
@@ -139,6 +141,12 @@ class PackedWeight(nn.Module):
         return None if held is None else held.view(torch.float64).squeeze(-1)
 
     @property
+    def input_factors(self) -> Tensor | None:
+        """Float32 ``[K]`` by which the input is multiplied first, as AWQ smooths it; None if it is not."""
+        held = self._parameters["packed_input_factors"]
+        return None if held is None else held.view(torch.float32).squeeze(-1)
+
+    @property
     def weight(self) -> Tensor:
         """The dense weight ``[..., N, K]`` in the dtype of the model, with the values that this layer multiplies with.
 
@@ -204,12 +212,18 @@ class PackedWeight(nn.Module):
         self.hold(rounded, calibrated if fixed is None else fixed)
         self.settle()
 
-    def parameters_of(self, weight: QuantizedTensor, input_global_scale: Tensor | None = None) -> dict[str, Tensor]:
+    def parameters_of(
+        self,
+        weight: QuantizedTensor,
+        input_global_scale: Tensor | None = None,
+        input_factors: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Bytes of the parameters that hold a weight, or the share of it that this process holds, by name.
 
         Args:
             weight: the whole weight in canonical form.
             input_global_scale: float64 ``[...]``, or None.
+            input_factors: float32 ``[K]``, or None.
 
         Raises:
             ValueError: ``weight`` has another format than this module.
@@ -219,20 +233,28 @@ class PackedWeight(nn.Module):
             raise ValueError(f"the weight is in {weight.format.name}; this layer holds {fmt.name}")
         if self.split is not None:
             weight, input_global_scale = self.split.of(weight), self.split.of_experts(input_global_scale)
+            input_factors = self.split.of_columns(input_factors)
         self._code_dtype, self._scale_dtype = weight.codes.dtype, weight.scales.dtype
         tensors = {"packed_codes": weight.codes.view(torch.uint8), "packed_scales": weight.scales.view(torch.uint8)}
         for name, scale in (("global_scale", weight.global_scale), ("input_global_scale", input_global_scale)):
             if scale is not None:
                 tensors[f"packed_{name}"] = scale.double().unsqueeze(-1).view(torch.uint8)
+        if input_factors is not None:
+            tensors["packed_input_factors"] = input_factors.float().unsqueeze(-1).view(torch.uint8)
         return tensors
 
     def expect(self, parameters: Mapping[str, Tensor]) -> None:
         """Take empty parameters, on the meta device, for the bytes of :meth:`parameters_of`, in place of any others."""
         self._fill({name: torch.empty_like(tensor, device="meta") for name, tensor in parameters.items()})
 
-    def hold(self, weight: QuantizedTensor, input_global_scale: Tensor | None = None) -> None:
+    def hold(
+        self,
+        weight: QuantizedTensor,
+        input_global_scale: Tensor | None = None,
+        input_factors: Tensor | None = None,
+    ) -> None:
         """Take a canonical weight in place of any other, without a copy; :meth:`settle` then chooses a backend."""
-        self._fill(self.parameters_of(weight, input_global_scale))
+        self._fill(self.parameters_of(weight, input_global_scale, input_factors))
 
     def _fill(self, parameters: Mapping[str, Tensor]) -> None:
         self.backend = backends.REFERENCE
@@ -264,7 +286,7 @@ class PackedWeight(nn.Module):
         return QuantizedTensor(codes, scales, self.global_scale, fmt)
 
     def dequantize(self, dtype: torch.dtype = torch.float32, values: Values | None = None) -> Tensor:
-        """Dense weight ``[..., N, K]`` that this module multiplies with; a rotation is undone.
+        """Dense weight ``[..., N, K]`` that this module multiplies with; a rotation is undone, smoothing is applied.
 
         Args:
             dtype: dtype of the result.
@@ -280,6 +302,8 @@ class PackedWeight(nn.Module):
             # The rotation has been rounded to the model's dtype and so is not exactly orthogonal: its inverse, not its
             # transpose, undoes it.
             dense = rotate(dense, torch.linalg.inv(self.rotation.double()).float())
+        if self.input_factors is not None:
+            dense = dense * self.input_factors
         return dense.to(dtype)
 
     def settle(self, device: torch.device | None = None) -> None:
@@ -339,7 +363,7 @@ class PackedWeight(nn.Module):
                 before = before if key in _CALLED_BEFORE else before.unsqueeze(-1)
                 state_dict[f"{prefix}packed_{key}"] = state_dict.pop(name).view(before.shape).view(torch.uint8)
         if self.is_packed and not self.backend.keeps(self.scheme.format):
-            self.hold(self.canonical(), self.input_global_scale)
+            self.hold(self.canonical(), self.input_global_scale, self.input_factors)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.settle()
 

@@ -61,6 +61,10 @@ class Split:
         """The share of a scale ``[E]``; all of it unless experts are divided."""
         return scale if scale is None or self.axis != "experts" else self._experts(scale)
 
+    def of_columns(self, factors: Tensor | None) -> Tensor | None:
+        """The share of a tensor ``[K]``; all of it unless columns are divided."""
+        return factors if factors is None or self.axis != "columns" else self._columns(factors)
+
     def _experts(self, tensor: Tensor) -> Tensor:
         return tensor.chunk(self.count)[self.rank].clone()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fp4.checkpoint.formats import config_fields as fields
 from fp4.checkpoint.formats.codec import Codec, LayerScheme, StoredLinear
 from fp4.checkpoint.formats.pack_quantized import PACKED
-from fp4.checkpoint.formats.stored_tensors import require_no_rotation
+from fp4.checkpoint.formats.stored_tensors import require_no_input_factors, require_no_rotation
 from fp4.numerics.elements import decode_e2m1, unpack_codes
 from fp4.numerics.formats import MXFP4, NVFP4, Format, QuantizedTensor
 
@@ -103,6 +103,7 @@ class AutoRoundCodec(Codec):
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
         require_no_rotation(stored, self.name)
+        require_no_input_factors(stored, self.name)
         _data_types(scheme)
         return PACKED.write(stored, scheme, self.name, allow_rounding)
 

@@ -25,6 +25,7 @@ from fp4.checkpoint.formats.float8_blocks import FLOAT8_BLOCKS
 from fp4.checkpoint.formats.fp8 import FP8_ROWS
 from fp4.checkpoint.formats.layout import Layout, add_layouts
 from fp4.checkpoint.formats.pack_quantized import PACKED
+from fp4.checkpoint.formats.stored_tensors import require_no_input_factors
 from fp4.numerics.formats import FP8, FP8_BLOCK, MXFP4, MXFP8, NVFP4, Format
 from fp4.numerics.rotation import hadamard, share
 
@@ -302,6 +303,7 @@ class CompressedTensorsCodec(Codec):
         return layer._replace(rotation=share(hadamard(scheme.group_size).float()))
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
+        require_no_input_factors(stored, self.name)
         tensors = _ROWS[scheme.format.family].layout.write(stored, scheme, self.name, allow_rounding)
         if scheme.rotation not in ("identity", "hadamard"):
             raise ValueError(

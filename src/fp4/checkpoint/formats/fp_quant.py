@@ -24,7 +24,13 @@ from fp4.checkpoint.formats.fp8 import FP8_ROWS
 from fp4.checkpoint.formats.layout import Layout, add_layouts
 from fp4.checkpoint.formats.pseudo_quantized import recover
 from fp4.checkpoint.formats.stored_scales import store_reciprocal
-from fp4.checkpoint.formats.stored_tensors import read_codes, read_scalar, read_scales, require
+from fp4.checkpoint.formats.stored_tensors import (
+    read_codes,
+    read_scalar,
+    read_scales,
+    require,
+    require_no_input_factors,
+)
 from fp4.numerics.formats import FP8, FP8_BLOCK, MXFP8, WEIGHT_FORMATS, Format, QuantizedTensor, dequantize
 from fp4.numerics.rotation import share
 from fp4.selection import first_fit
@@ -109,6 +115,7 @@ class FPQuantCodec(Codec):
         return read_as._replace(input_global_scale=None) if dynamic else read_as
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
+        require_no_input_factors(stored, self.name)
         if stored.weight.codes.ndim != 2:
             raise ValueError(
                 f"it stacks matrices {tuple(stored.weight.codes.shape[:-2])}; fp_quant has no place for it"

@@ -41,6 +41,7 @@ _Activations = Literal["fp4", "fp8", "model"]
 # quant_algo -> format, activations
 _ALGORITHMS: dict[str, tuple[Format, _Activations]] = {
     "NVFP4": (NVFP4, "fp4"),
+    "NVFP4_AWQ": (NVFP4, "fp4"),
     "W4A16_NVFP4": (NVFP4, "model"),
     "W4A8_NVFP4_FP8": (NVFP4.wide(32), "fp8"),
     "MXFP4": (MXFP4, "fp4"),
@@ -48,11 +49,10 @@ _ALGORITHMS: dict[str, tuple[Format, _Activations]] = {
     "FP8_PER_CHANNEL_PER_TOKEN": (FP8, "fp8"),
     "MXFP8": (MXFP8, "fp8"),
 }
-# What is only read, to be quantized anew: FP8 with one scale a tensor or a block, and NVFP4 smoothed by AWQ.
+# What is only read, to be quantized anew: FP8 with one scale a tensor or a block.
 _ONLY_READ: dict[str, tuple[Format, _Activations]] = {
     "FP8": (FP8, "fp8"),
     "FP8_PB_WO": (FP8_BLOCK, "model"),
-    "NVFP4_AWQ": (NVFP4, "fp4"),
 }
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
@@ -93,7 +93,7 @@ class ModelOptCodec(Codec):
 
     @classmethod
     def for_weights(cls, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> ModelOptCodec:
-        """A codec that reads weights smoothed by AWQ as well, and FP8 with one scale a tensor or a block."""
+        """A codec that reads FP8 with one scale a tensor or a block as well."""
         codec = cls(config, dtype)
         codec._algorithms, codec._weights_alone = _ALGORITHMS | _ONLY_READ, True
         return codec
@@ -131,13 +131,10 @@ class ModelOptCodec(Codec):
     def read(
         self, tensors: Mapping[str, Tensor], scheme: LayerScheme, shape: tuple[int, int] | None = None
     ) -> StoredLinear:
-        factors = tensors.get(".pre_quant_scale")
-        if factors is not None and not self._weights_alone:
-            raise ValueError("its input is smoothed by pre_quant_scale (AWQ), which the FP4 modules do not apply")
         weight, input_global_scale, *_ = _LAYOUTS[scheme.format.family].read(tensors, scheme, shape)
         if self.dtype in scheme.format.scale_dtypes:
             weight = weight._replace(scales=narrowed(weight.scales, self.dtype))
-        return StoredLinear(weight, input_global_scale, None, None if factors is None else factors.float().flatten())
+        return StoredLinear(weight, input_global_scale, None, _factors(tensors, weight))
 
     def write(self, stored: StoredLinear, scheme: LayerScheme, allow_rounding: bool = False) -> dict[str, Tensor]:
         require_no_rotation(stored, self.name)
@@ -145,7 +142,10 @@ class ModelOptCodec(Codec):
         shape = stored.weight.codes.shape
         if len(shape) != 2:
             raise ValueError(f"it stacks matrices {tuple(shape[:-2])}, for which {self.name} has no place")
-        return _LAYOUTS[scheme.format.family].write(stored, scheme, self.name, allow_rounding)
+        tensors = _LAYOUTS[scheme.format.family].write(stored, scheme, self.name, allow_rounding)
+        if stored.input_factors is not None:
+            tensors[".pre_quant_scale"] = narrowed(stored.input_factors, self.dtype)
+        return tensors
 
     @classmethod
     def configuration(
@@ -278,6 +278,19 @@ def _algorithm_of(scheme: LayerScheme) -> str:
         if known == (scheme.format, scheme.activations):
             return algorithm
     raise ValueError(f"it is {scheme}, for which modelopt has no quant_algo (it has {', '.join(_ALGORITHMS)})")
+
+
+def _factors(tensors: Mapping[str, Tensor], weight: QuantizedTensor) -> Tensor | None:
+    """The factors ``[K]`` by which AWQ smooths the input of a layer, float32; None where it is not smoothed."""
+    factors = tensors.get(".pre_quant_scale")
+    if factors is None:
+        return None
+    columns = weight.format.columns(weight.codes)
+    if factors.numel() != columns or not bool((factors.isfinite() & (factors > 0)).all()):
+        raise ValueError(
+            f"pre_quant_scale is {tuple(factors.shape)}; expected {columns} positive, finite factors (AWQ)"
+        )
+    return factors.float().flatten()
 
 
 def _cache_algorithm(scheme: Mapping[str, Any]) -> str | None:

@@ -122,6 +122,20 @@ def require_no_global_scale(weight: QuantizedTensor, codec: str) -> None:
         )
 
 
+def require_no_input_factors(stored: StoredLinear, codec: str) -> None:
+    """Refuse a layer whose input is smoothed, for formats that cannot store its factors.
+
+    Args:
+        stored: the layer in canonical form.
+        codec: the name of the target format, for the message.
+
+    Raises:
+        ValueError: the input is multiplied by factors first.
+    """
+    if stored.input_factors is not None:
+        raise ValueError(f"its input is smoothed by AWQ, for whose factors {codec} has no place; quantize it anew")
+
+
 def require_no_rotation(stored: StoredLinear, codec: str) -> None:
     """Refuse a rotated layer, for formats that cannot store a rotation.
 

@@ -155,11 +155,13 @@ def stack(matrices: list[StoredLinear]) -> StoredLinear:
     """One stack ``[E, N, ...]`` of the same matrix of every expert.
 
     Raises:
-        ValueError: the experts have different rotations.
+        ValueError: the experts have different rotations, or inputs that are smoothed.
     """
     rotations = {None if stored.rotation is None else id(share(stored.rotation)) for stored in matrices}
     if len(rotations) > 1:
         raise ValueError("its experts are rotated differently, which a stack of them has no place for")
+    if any(stored.input_factors is not None for stored in matrices):
+        raise ValueError("its experts' inputs are smoothed (AWQ), each by factors of its own; quantize the model anew")
     weights = [stored.weight for stored in matrices]
     codes, scales = (torch.stack([weight[i] for weight in weights]) for i in range(2))  # type: ignore[misc]
     weight = QuantizedTensor(

@@ -52,7 +52,12 @@ class LoadOp(ConversionOps):
         return self.load(input_dict, model, full_layer_name)
 
     def arrive(
-        self, module: PackedWeight, name: str, weight: QuantizedTensor, input_global_scale: Tensor | None
+        self,
+        module: PackedWeight,
+        name: str,
+        weight: QuantizedTensor,
+        input_global_scale: Tensor | None,
+        input_factors: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What Transformers is to put into a packed module: its parameters by full name.
 
@@ -61,11 +66,12 @@ class LoadOp(ConversionOps):
             name: its full name.
             weight: the whole weight in canonical form.
             input_global_scale: float64 ``[...]``, or None.
+            input_factors: float32 ``[K]``, or None.
 
         Raises:
             ValueError: ``weight`` has another format than the module.
         """
-        parameters = module.parameters_of(weight, input_global_scale)
+        parameters = module.parameters_of(weight, input_global_scale, input_factors)
         module.expect(parameters)
         self.hf_quantizer.loaded.add(name)
         self.hf_quantizer.missing.discard(f"{name}.weight")
@@ -178,7 +184,8 @@ class ReadLayer(LoadOp):
             return {}
         module.rotation = None if stored.rotation is None else share(stored.rotation.to(stored.weight.codes.device))
         static = self.hf_quantizer.quantization_config.uses_static_scales or module.input_global_scale is not None
-        return self.arrive(module, layer, stored.weight, stored.input_global_scale if static else None)
+        scale = stored.input_global_scale if static else None
+        return self.arrive(module, layer, stored.weight, scale, stored.input_factors)
 
 
 def zero_biases(model: nn.Module, missing: set[str]) -> dict[str, str]:

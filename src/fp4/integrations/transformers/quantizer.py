@@ -331,7 +331,9 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
                 state_dict.pop(prefix + key, None)
             with align_module_device(module):
                 if isinstance(module, FP4Linear):
-                    layer = StoredLinear(module.canonical(), module.input_global_scale, module.rotation)
+                    layer = StoredLinear(
+                        module.canonical(), module.input_global_scale, module.rotation, module.input_factors
+                    )
                     stored = self.codec.write(layer, self.stored_scheme(name, module.scheme))
                     state_dict |= {name + suffix: tensor for suffix, tensor in stored.items()}
                 else:
