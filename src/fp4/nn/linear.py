@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fp4.linear_like import LinearLike, linear_like
 from fp4.nn.autograd import as_autocast, needs_gradient, packed_matmul
+from fp4.nn.master_linear import FP4MasterLinear
 from fp4.nn.packed_weight import PackedWeight, Values
 from fp4.scheme import Scheme
 
@@ -53,8 +54,8 @@ class FP4Linear(PackedWeight, nn.Linear):
         """Packed layer with the weight of ``linear``, rounded to nearest.
 
         Args:
-            linear: the dense layer, an ``nn.Linear`` or another that computes the same (:func:`.linear_like`); its bias
-                becomes that of the new layer.
+            linear: the dense layer, an ``nn.Linear``, another that computes the same (:func:`.linear_like`) or a
+                :class:`.FP4MasterLinear`; its bias becomes that of the new layer.
             scheme: formats, rules and rotation.
             backend: ``"auto"`` or the name of a backend.
             name: name of the weight, for error messages.
@@ -62,7 +63,11 @@ class FP4Linear(PackedWeight, nn.Linear):
         Raises:
             ValueError: the layer computes something else, or its weight holds NaN or infinity.
         """
-        form = linear_like(linear)
+        # Training emulates the quantization that this layer then has, so a master layer stands for a plain one.
+        if isinstance(linear, FP4MasterLinear):
+            form: LinearLike | None = LinearLike.plain(linear.in_features, linear.out_features)
+        else:
+            form = linear_like(linear)
         if form is None:
             raise ValueError(f"{type(linear).__name__} computes something else than nn.Linear; keep it dense")
         weight = form.rows(linear.get_parameter("weight").detach())

@@ -99,6 +99,9 @@ def swap_linears(
             replacement = FP4MasterLinear(*shape, weight.dtype, weight.device)
         else:
             replacement = FP4Linear(*shape, backend, weight.dtype, weight.device, form)
+        # The same parameter, because another module may hold it as well (heads of masked language models do).
+        if module._parameters.get("bias") is not None:
+            replacement.bias = module._parameters["bias"]
         replacement.train(module.training)
         model.set_submodule(name, replacement)
         report.quantized.append(name)
