@@ -378,7 +378,7 @@ class FPQuantConfig(QuantizationConfigMixin):
             overridden._group_is_default = self._group_is_default
         return overridden
 
-    def fit_rotation(self, name: str, columns: int, stores_any: bool = True) -> None:
+    def fit_rotation(self, name: str, columns: int) -> None:
         """Rotate a layer in the largest groups that divide its columns, by an override for it, where they do not yet.
 
         A size that the user chose is kept.
@@ -386,7 +386,6 @@ class FPQuantConfig(QuantizationConfigMixin):
         Args:
             name: the layer's full name.
             columns: K of the layer.
-            stores_any: whether the checkpoint can store rotations of any size; else the layer is not rotated.
         """
         override = first_fit(name, self.overrides)
         options = {} if override is None else override[1]
@@ -396,8 +395,7 @@ class FPQuantConfig(QuantizationConfigMixin):
         size, smallest = int(chosen.hadamard_group_size or 1), chosen._format.k_multiple
         fitting = math.gcd(size, columns)
         if chosen._group_is_default and chosen.transform_init != "identity" and smallest <= fitting < size:
-            unrotated = {} if stores_any else {"transform_init": "identity"}
-            self.overrides.insert(0, [name, {**options, "hadamard_group_size": fitting, **unrotated}])
+            self.overrides.insert(0, [name, {**options, "hadamard_group_size": fitting}])
 
     def scheme_for(self, name: str) -> tuple[Scheme, str] | None:
         """The scheme and the preferred backend of a layer.

@@ -37,17 +37,6 @@ def test_the_largest_group_that_fits_is_taken_and_read_back(
     assert same_logits(model, LlamaForCausalLM.from_pretrained(tmp_path / "saved"), token_ids)
 
 
-def test_a_format_that_cannot_store_the_smaller_rotation_gets_none(tmp_path: Path, token_ids: torch.Tensor) -> None:
-    options = {"dtype": torch.bfloat16}
-    config = FPQuantConfig("mxfp4", checkpoint_format="compressed-tensors", strict=True)
-    dense = odd_llama(tmp_path / "dense")
-    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, **options)
-    assert model.model.layers[0].mlp.down_proj.rotation is None
-    assert model.model.layers[0].mlp.up_proj.rotation.shape[0] == 64
-    model.save_pretrained(tmp_path / "saved")
-    assert same_logits(model, AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), token_ids)
-
-
 def test_a_saved_configuration_names_the_smaller_group(tmp_path: Path) -> None:
     options = {"quantization_config": FPQuantConfig("mxfp4", overrides={"*.mlp.*": {"activation_dtype": "model"}})}
     model = LlamaForCausalLM.from_pretrained(odd_llama(tmp_path / "dense"), **options)

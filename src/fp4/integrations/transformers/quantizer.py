@@ -122,14 +122,11 @@ class FPQuantHfQuantizer(Packing, HfQuantizer):
 
         columns = {name: form.in_features for name, module in model.named_modules() if (form := linear_like(module))}
 
-        # Rotations are rounded to the dtype, and a format without a place for matrices has only those that are exact.
-        stores_any = not self.converts or CODECS[config.checkpoint_format].stores_rotations or dtype == torch.float32
-
         def choose(name: str) -> tuple[Scheme, str] | None:
             if kept(name):
                 return None
             if name in columns and not self.pre_quantized:
-                config.fit_rotation(name, columns[name], stores_any)
+                config.fit_rotation(name, columns[name])
             return config.scheme_for(name)
 
         def choose_experts(name: str, layout: ExpertsLayout) -> dict[str, tuple[Scheme, str]] | None:
