@@ -26,14 +26,19 @@ except ImportError as error:
     )
 
 
+# Asked once, since torch.compile cannot trace an operator that returns text.
+_ARCHITECTURES = () if _UNAVAILABLE else tuple(str(torch.ops.fp4.cutlass_architectures()).split(";"))
+_CONFIGURATIONS = () if _UNAVAILABLE else tuple(str(torch.ops.fp4.cutlass_configurations()).split(";"))
+
+
 def architectures() -> tuple[str, ...]:
     """The GPU architectures that the kernels were compiled for (``"100a"``, ``"120a"``); empty if not built."""
-    return () if _UNAVAILABLE else tuple(str(torch.ops.fp4.cutlass_architectures()).split(";"))
+    return _ARCHITECTURES
 
 
 def configurations() -> tuple[str, ...]:
     """The compiled configurations of the matmul, among ``small``, ``large`` and ``grouped``; empty if not built."""
-    return () if _UNAVAILABLE else tuple(str(torch.ops.fp4.cutlass_configurations()).split(";"))
+    return _CONFIGURATIONS
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
