@@ -1,6 +1,7 @@
 """Modules that hold packed weights, and the swap of a model's modules for them."""
 
-from fp4.nn.experts import FP4Experts, FP4GroupedLinear
+from fp4.nn.experts import FP4Experts
+from fp4.nn.grouped_linear import FP4GroupedLinear
 from fp4.nn.linear import FP4Linear
 from fp4.nn.master_linear import FP4MasterLinear
 from fp4.nn.packed_weight import PackedWeight

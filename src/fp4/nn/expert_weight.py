@@ -11,7 +11,8 @@ from torch import Tensor
 from fp4.nn.weight_view import WeightView
 
 if TYPE_CHECKING:
-    from fp4.nn.experts import FP4Experts, FP4GroupedLinear
+    from fp4.nn.experts import FP4Experts
+    from fp4.nn.grouped_linear import FP4GroupedLinear
 
 
 def packed_name(projection: str) -> str:
