@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import FileIO
@@ -69,15 +70,15 @@ class TensorInfo(NamedTuple):
         return self._replace(shape=shape, start=self.start + start * size, end=self.start + stop * size)
 
 
-class ComputedTensor(TensorInfo):
+class ComputedTensor(TensorInfo, ABC):
     """A tensor that is computed from stored ones whenever it is read.
 
     ``file`` is where the largest of the stored ones lies, and ``end`` is what the tensor would take in a file.
     """
 
+    @abstractmethod
     def read(self) -> Tensor:
         """The tensor, in newly allocated memory."""
-        raise NotImplementedError
 
 
 @dataclass
