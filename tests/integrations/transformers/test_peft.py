@@ -201,6 +201,19 @@ def test_merged_layers_are_requantized_on_request(
     assert torch.equal(logits(loaded, token_ids), logits(merged, token_ids))
 
 
+def test_a_weight_of_zeros_does_not_set_the_scale_of_its_group(llama: Path) -> None:
+    model = load(llama, checkpoint_format="compressed-tensors")
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        attention.q_proj.weight.mul_(1.5)
+        attention.k_proj.weight.zero_()
+    fp4.requantize(model)
+    scales = {float(getattr(attention, name).global_scale) for name in ("q_proj", "k_proj", "v_proj")}
+    assert len(scales) == 1
+    assert scales.pop() < 2**-4  # 1 is what a weight of zeros alone has
+    assert not attention.k_proj.dequantize().any()
+
+
 def test_damaged_adapters_are_not_merged(fresh: Callable[[], PreTrainedModel]) -> None:
     adapted = adapt(fresh(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     next(iter(trained(adapted).values())).data[0] = torch.nan

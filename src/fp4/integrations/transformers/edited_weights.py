@@ -61,8 +61,10 @@ def _shared_scales(model: nn.Module, edited: dict[str, Any]) -> dict[str, torch.
     shared: dict[str, torch.Tensor] = {}
     for group in fused_groups(layers):
         if not edited.keys().isdisjoint(group):
-            scales = [_scale_of(layers[name]) for name in group]
-            shared |= dict.fromkeys(group, torch.stack(scales).amax())
+            # The scale of a weight of zeros is 1, and fits any.
+            scales = [_scale_of(layers[name]) for name in group if layers[name].weight.detach().any()]
+            if scales:
+                shared |= dict.fromkeys(group, torch.stack(scales).amax())
     return shared
 
 
