@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -285,6 +286,15 @@ if __name__ == "__main__":  # the other rank's process imports this file
     (said,) = llm.generate([{"prompt_token_ids": [int(token) for token in token_ids]}], sampling, use_tqdm=False)
     torch.save(list(said.outputs[0].token_ids), found)
 """
+
+
+def test_gate_and_up_of_an_expert_share_their_global_scale_or_are_refused() -> None:
+    from fp4.integrations.vllm import experts
+
+    layer = SimpleNamespace(layer_name="model.layers.3.mlp.experts")
+    assert experts._one_scale(torch.tensor([[2.0, 2.0], [3.0, 3.0]]), layer).tolist() == [2.0, 3.0]
+    with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp\.experts: the gate and up .* different global scales"):
+        experts._one_scale(torch.tensor([[2.0, 2.0], [3.0, 1.0]]), layer)
 
 
 def test_two_ranks_share_out_linear_layers_and_experts(tmp_path: Path) -> None:

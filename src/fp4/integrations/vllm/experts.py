@@ -26,6 +26,20 @@ from fp4.numerics.formats import MXFP4, NVFP4
 from fp4.scheme import Scheme
 
 
+def _one_scale(scales: Tensor, layer: Any) -> Tensor:
+    """The global scale of each expert's gate and up projection, which run as one matrix: ``[E, 2]`` -> ``[E]``.
+
+    Raises:
+        ValueError: an expert has two; vLLM's own methods take the first and lose accuracy.
+    """
+    if not torch.equal(scales, scales[:, :1].expand_as(scales)):
+        raise ValueError(
+            f"{layer.layer_name}: the gate and up projections of an expert have different global scales, which vLLM "
+            "runs as one matrix; quantize the model so that they share one, as fp4 quantize does"
+        )
+    return scales[:, 0]
+
+
 class _PackedExperts:
     """What the methods of all formats have in common."""
 
@@ -127,7 +141,7 @@ class CompressedTensorsNvFp4Experts(_PackedExperts, stored_nvfp4.CompressedTenso
         for name in ("w13", "w2"):
             setattr(layer, f"{name}_weight", getattr(layer, f"{name}_weight_packed"))
             delattr(layer, f"{name}_weight_packed")
-        scales = {"w13": layer.w13_weight_global_scale[:, 0], "w2": layer.w2_weight_global_scale}
+        scales = {"w13": _one_scale(layer.w13_weight_global_scale, layer), "w2": layer.w2_weight_global_scale}
         if not self.use_a16:
             scales |= {"a13": layer.w13_input_global_scale.amax(1), "a2": layer.w2_input_global_scale}
         multiplied = {name: 1 / scale.double() for name, scale in scales.items()}
@@ -172,7 +186,7 @@ class ModelOptNvFp4Experts(_PackedExperts, ModelOptNvFp4FusedMoE):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack the experts once."""
-        scales = {"w13": layer.w13_weight_scale_2[:, 0], "w2": layer.w2_weight_scale_2}
+        scales = {"w13": _one_scale(layer.w13_weight_scale_2, layer), "w2": layer.w2_weight_scale_2}
         if not self.use_a16:
             scales |= {"a13": layer.w13_input_scale.amax(1), "a2": layer.w2_input_scale}
         self._pack(layer, (W4A16 if self.use_a16 else W4A4)[NVFP4], scales)
