@@ -156,6 +156,7 @@ def test_public_names_are_given_when_they_are_asked_for() -> None:
     assert in_forks([code]) == {}
 
 
+@pytest.mark.slow
 def test_quantizers_are_registered_in_any_order_of_imports() -> None:
     assert in_forks([f"{order}\n{REGISTERED}" for order in ORDERS]) == {}
 

@@ -9,6 +9,7 @@ import naive_sources as naive
 import pytest
 import torch
 from comparing import assert_same_files, assert_same_tensors, packed
+from marks import sampled
 from moe import make_moe
 from quantized_sources import SOURCES, fp8_blocks, store, store_gpt_oss
 from safetensors.torch import save_file
@@ -62,7 +63,7 @@ def test_a_quantized_source_gives_the_bytes_of_its_dequantized_weights(
     assert inspect(tmp_path / "a", values=True).problems == []
 
 
-@pytest.mark.parametrize("method", ["gptq", "best"])
+@pytest.mark.parametrize("method", sampled(["gptq", "best"], "gptq"))
 def test_methods_calibrate_on_the_dequantized_weights(method: str, llama: Path, tmp_path: Path) -> None:
     quantized, dense = store(llama, tmp_path, "fp8-block")
     text = save_text(tmp_path)
@@ -178,6 +179,7 @@ def test_codes_of_the_same_format_are_kept(llama: Path, tmp_path: Path) -> None:
         assert {row["scale_rule"] for row in report["layers"]} == {"exact"}
 
 
+@pytest.mark.slow
 def test_layers_that_a_method_changed_are_rounded_by_it(llama: Path, tmp_path: Path) -> None:
     quantized, dense = store(llama, tmp_path, "compressed-tensors-mxfp4")
     text = save_text(tmp_path)

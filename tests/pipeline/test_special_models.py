@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from comparing import assert_same_tensors, packed
+from marks import sampled
 from moe import make_moe
 from safetensors.torch import load_file, save_file
 from shards import tensors_of
@@ -49,7 +50,7 @@ def assert_runs(dense: Any, out: Path, count: int) -> Any:
     return loaded
 
 
-@pytest.mark.parametrize("options", RUNS, ids=IDS)
+@pytest.mark.parametrize("options", sampled(RUNS, RUNS[0]), ids=IDS)
 @pytest.mark.parametrize("family", TOWERS)
 def test_text_decoders_behind_towers(family: str, options: dict[str, Any], tmp_path: Path, text: Path) -> None:
     make, towers = TOWERS[family]
@@ -118,7 +119,7 @@ def test_a_tower_has_no_calibrated_input_scales(tmp_path: Path, text: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("options", RUNS, ids=IDS)
+@pytest.mark.parametrize("options", sampled(RUNS, RUNS[0]), ids=IDS)
 @pytest.mark.parametrize("family", ENCODERS)
 def test_encoders_of_text(family: str, options: dict[str, Any], tmp_path: Path, text: Path) -> None:
     dense = save_model(ENCODERS[family], tmp_path / "model")
@@ -153,7 +154,7 @@ def test_models_that_text_does_not_run_are_not_calibrated(tmp_path: Path, text: 
     quantized(tmp_path / "vit", tmp_path / "out", text, **RUNS[0])
 
 
-@pytest.mark.parametrize("options", RUNS, ids=IDS)
+@pytest.mark.parametrize("options", sampled(RUNS, RUNS[0]), ids=IDS)
 @pytest.mark.parametrize("family", PARTLY)
 def test_what_cannot_be_quantized_is_named_in_one_warning_and_loads(
     family: str, options: dict[str, Any], tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture
@@ -203,7 +204,7 @@ def _with_further_heads(family: str, folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "modelopt", "fp_quant"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", sampled(["rtn", "gptq"], "rtn"))
 def test_heads_that_predict_further_tokens_are_copied_and_named(
     method: str, family: str, format: str, tmp_path: Path, text: Path
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from marks import sampled
 from moe import FAMILIES, make_moe
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from small_models import train
@@ -99,7 +100,7 @@ def experts_of(model: nn.Module) -> list[FP4Experts]:
     return [module for module in model.modules() if isinstance(module, FP4Experts)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES, "qwen3_moe", "gpt_oss"))
 def test_adapter_is_that_of_the_dequantized_model(
     family: str,
     fresh: Callable[[str], nn.Module],
@@ -285,6 +286,7 @@ def test_training_under_autocast_is_that_of_the_dequantized_model(
         assert cosine > 0.98, name
 
 
+@pytest.mark.slow
 def test_forward_compiles_without_graph_breaks(fresh: Callable[[str], nn.Module], token_ids: Tensor) -> None:
     adapted = adapt(fresh("qwen3_moe"), lora())
     expected = logits(adapted, token_ids)
@@ -300,6 +302,7 @@ def test_dense_experts_are_parameters_of_no_adapted_model(fresh: Callable[[str],
         assert not experts.state_dict().keys() & experts.layout.projections.keys()
 
 
+@pytest.mark.slow
 def test_peft_may_be_imported_after_fp4() -> None:
     program = "import fp4; from peft.tuners.lora.model import LoraModel; assert LoraModel.inject_adapter._fp4"
     subprocess.run([sys.executable, "-c", program], check=True)
